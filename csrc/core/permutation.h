@@ -1,0 +1,37 @@
+// Pi of a segment's chunk: a six-round unbalanced Feistel network on the q bits of the position, keyed by Philox.
+// Six rounds are the fewest whose linear correlation is that of uniformly random permutations for every q from 5 to 14
+// (docs/rng.md has the table): (Pi h)[k] = h[pi(k)].
+#pragma once
+
+#include "philox.h"
+
+namespace hsaid {
+
+constexpr int kFeistelRounds = 6;
+
+struct PermutationKeys {
+  uint32_t key[kFeistelRounds];
+};
+
+HSAID_INLINE PermutationKeys permutation_keys(uint64_t seed, uint64_t stream, int chunk) {
+  const PhiloxWords a = philox4x32(seed, counter(kPermutation, 0, chunk, stream, 0));
+  const PhiloxWords b = philox4x32(seed, counter(kPermutation, 0, chunk, stream, 1));
+  return {{a.w[0], a.w[1], a.w[2], a.w[3], b.w[0], b.w[1]}};
+}
+
+HSAID_INLINE uint32_t feistel_mix(uint32_t x, uint32_t key) {
+  x = (x ^ key) * 0x9E3779B1u;
+  return (x ^ x >> 15) * 0x85EBCA77u;
+}
+
+HSAID_INLINE uint32_t permute(uint32_t k, int q, const PermutationKeys& keys) {
+  const int low_bits = q / 2, high_bits = q - q / 2;
+  uint32_t low = k & ((1u << low_bits) - 1), high = k >> low_bits;
+  for (int r = 0; r < kFeistelRounds; r += 2) {
+    high ^= feistel_mix(low, keys.key[r]) >> (32 - high_bits);
+    low ^= feistel_mix(high, keys.key[r + 1]) >> (32 - low_bits);
+  }
+  return high << low_bits | low;
+}
+
+}  // namespace hsaid

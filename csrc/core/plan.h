@@ -1,0 +1,40 @@
+// The plan as kernels see it: hsaid_kernels/plan.py makes the table, whose columns are this struct's fields in order.
+#pragma once
+
+#include "streams.h"
+
+namespace hsaid {
+
+constexpr int kMinWidthBits = 5, kMaxWidthBits = 14;
+
+// A 2-D strided piece of a tensor; strides and offsets in elements.
+struct Segment {
+  int64_t tensor;       // index into the lists of base tensors and gradients
+  int64_t offset;       // first element, within the tensor
+  int64_t out_offset;   // first element, within the flat output
+  int64_t rows, cols;   // numel = rows * cols, read row by row
+  int64_t row_stride;
+  int64_t stream;       // 64-bit stream id
+  int64_t first_block;  // blocks and groups of the segments before
+  int64_t first_group;
+};
+static_assert(sizeof(Segment) == 9 * sizeof(int64_t), "Segment is a row of an int64 table");
+
+HSAID_INLINE bool is_dense(const Segment& s) { return s.rows == 1 || s.row_stride == s.cols; }
+
+// Everything else; host and device share it.
+struct Params {
+  uint64_t seed;
+  int64_t dim;  // len(theta)
+  int q;        // n = 2^q values a block
+  int chunks;   // ceil(dim / n)
+  bool rademacher;
+};
+
+HSAID_INLINE int64_t width(const Params& p) { return (int64_t)1 << p.q; }
+HSAID_INLINE int64_t num_blocks(const Params& p, const Segment& s) { return (s.rows * s.cols + width(p) - 1) >> p.q; }
+HSAID_INLINE Stream stream_of(const Params& p, const Segment& s, Purpose purpose, int64_t block, int chunk) {
+  return {p.seed, (uint64_t)s.stream, purpose, block, chunk};
+}
+
+}  // namespace hsaid

@@ -1,0 +1,148 @@
+// Chooses the kernels and shares the work between threads.  Which thread does what never changes a bit: a block of the
+// forward depends on nothing else, and the adjoint adds fixed groups of blocks in a fixed order.
+
+#include "fastfood.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "../core/half.h"
+#include "../core/walsh_hadamard.h"
+
+namespace hsaid {
+
+namespace {
+
+constexpr int64_t kSliceElements = 1024;
+// Sums of groups that the adjoint holds at a time: it works in waves of as many groups as fit.
+constexpr int64_t kWaveBytes = int64_t{16} << 20;
+constexpr int64_t kMinWave = 8;
+
+std::vector<const Kernels*> available_kernels() {
+  std::vector<const Kernels*> found;
+#if defined(HSAID_HAS_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    found.push_back(kernels_avx512());
+  if (avx2) found.push_back(kernels_avx2());
+#endif
+  found.push_back(kernels_portable());
+  return found;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const std::vector<const Kernels*> found = available_kernels();
+  const char* wanted = std::getenv("HSAID_CPU_ISA");
+  if (!wanted || !*wanted) return *found.front();
+  std::string names;
+  for (const Kernels* k : found) {
+    if (std::string(wanted) == k->isa) return *k;
+    names += names.empty() ? k->isa : std::string(", ") + k->isa;
+  }
+  throw std::runtime_error("HSAID_CPU_ISA: expected one of " + names + " on this machine, got " + wanted);
+}
+
+void fastfood_forward(const Forward& a, const ParallelFor& parallel_for) {
+  const Kernels& k = kernels();
+  const Segment& last = a.segments[a.num_segments - 1];
+  parallel_for(last.first_block + num_blocks(a.params, last),
+               [&](int64_t begin, int64_t end) { k.forward(a, begin, end); });
+}
+
+void fastfood_adjoint(const Adjoint& a, float* dtheta, float* dfactors, const ParallelFor& parallel_for) {
+  const Kernels& kernel = kernels();
+  const int64_t n = width(a.params), size = n * a.params.chunks, slices = (size + kSliceElements - 1) / kSliceElements;
+  struct Group {
+    int64_t segment, group;
+    bool last;  // of its segment
+  };
+  std::vector<Group> groups;
+  for (int64_t i = 0; i < a.num_segments; ++i) {
+    dfactors[i] = 0.0f;
+    if (!a.grads[a.segments[i].tensor].data) continue;
+    const int64_t count = (num_blocks(a.params, a.segments[i]) + a.group_blocks - 1) / a.group_blocks;
+    for (int64_t g = 0; g < count; ++g) groups.push_back({i, g, g + 1 == count});
+  }
+  std::fill(dtheta, dtheta + size, 0.0f);
+  const int64_t wave = std::min<int64_t>(std::max<int64_t>(kMinWave, kWaveBytes / (size * 4)), groups.size());
+  std::vector<float> partial(wave * size), carried(size, 0.0f);
+
+  for (int64_t begin = 0; begin < (int64_t)groups.size(); begin += wave) {
+    const int64_t count = std::min<int64_t>(wave, groups.size() - begin);
+    const Group* in_wave = groups.data() + begin;
+    parallel_for(count, [&](int64_t from, int64_t to) {
+      for (int64_t g = from; g < to; ++g)
+        kernel.adjoint_group(a, a.segments[in_wave[g].segment], in_wave[g].group, &partial[g * size]);
+    });
+    // Running sums in the order of the groups; a segment's whole sum ends up in the place of its last group.
+    parallel_for(slices, [&](int64_t from, int64_t to) {
+      const int64_t first = from * kSliceElements, last = std::min(size, to * kSliceElements);
+      for (int64_t g = 0; g < count; ++g) {
+        float* sum = &partial[g * size];
+        for (int64_t k = first; k < last; ++k) {
+          sum[k] = carried[k] + sum[k];
+          carried[k] = in_wave[g].last ? 0.0f : sum[k];
+        }
+      }
+    });
+    parallel_for(count, [&](int64_t from, int64_t to) {
+      for (int64_t g = from; g < to; ++g) {
+        const int64_t i = in_wave[g].segment;
+        if (in_wave[g].last) dfactors[i] = kernel.adjoint_segment(a, a.segments[i], a.factors[i], &partial[g * size]);
+      }
+    });
+    parallel_for(slices, [&](int64_t from, int64_t to) {
+      const int64_t first = from * kSliceElements, last = std::min(size, to * kSliceElements);
+      for (int64_t g = 0; g < count; ++g)
+        if (in_wave[g].last)
+          for (int64_t k = first; k < last; ++k) dtheta[k] += partial[g * size + k];
+    });
+  }
+}
+
+template <class T>
+void hadamard_transform(const T* x, T* out, int64_t rows, int64_t dim, double scale, const ParallelFor& parallel_for) {
+  using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  const Kernels& kernel = kernels();
+  int q = 0;
+  while (((int64_t)1 << q) < dim) ++q;
+  const int64_t n = (int64_t)1 << q;
+  parallel_for(rows, [&](int64_t begin, int64_t end) {
+    std::vector<Compute> row(n);
+    for (int64_t r = begin; r < end; ++r) {
+      for (int64_t k = 0; k < dim; ++k) {
+        if constexpr (std::is_same_v<T, double>)
+          row[k] = x[r * dim + k];
+        else
+          row[k] = to_float(x[r * dim + k]);
+      }
+      std::fill(row.begin() + dim, row.end(), Compute(0));
+      if (std::is_same_v<Compute, float> && q >= kMinWidthBits)
+        kernel.walsh_hadamard((float*)row.data(), q);
+      else
+        walsh_hadamard(row.data(), q);
+      for (int64_t k = 0; k < dim; ++k) {
+        const Compute y = row[k] * (Compute)scale;
+        if constexpr (std::is_same_v<T, double>)
+          out[r * dim + k] = y;
+        else
+          from_float(y, out + r * dim + k);
+      }
+    }
+  });
+}
+
+template void hadamard_transform(const float*, float*, int64_t, int64_t, double, const ParallelFor&);
+template void hadamard_transform(const bf16*, bf16*, int64_t, int64_t, double, const ParallelFor&);
+template void hadamard_transform(const fp16*, fp16*, int64_t, int64_t, double, const ParallelFor&);
+template void hadamard_transform(const double*, double*, int64_t, int64_t, double, const ParallelFor&);
+
+}  // namespace hsaid

@@ -1,0 +1,76 @@
+// The CPU backend without torch: what the ops call, and the table of kernels that each instruction set provides.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "../core/half.h"
+#include "../core/plan.h"
+
+namespace hsaid {
+
+enum class Dtype { kFloat, kBfloat16, kHalf };
+
+// A tensor of any strides (in elements); `dense` where they are row-major.
+struct TensorView {
+  const void* data;  // null: missing
+  Dtype dtype;
+  bool dense;
+  int ndim;
+  const int64_t* sizes;
+  const int64_t* strides;
+};
+
+struct Forward {
+  Params params;
+  const float* theta;          // [dim]
+  const float* factors;        // [num_segments], the scales s_i inside
+  const Segment* segments;     // [num_segments]
+  int64_t num_segments;
+  const TensorView* base;      // per tensor; null: zeros
+  void* out;
+  Dtype out_dtype;
+  bool stream;                 // store past the caches: more is written than they hold
+};
+
+struct Adjoint {
+  Params params;
+  const float* theta;
+  const float* factors;
+  const Segment* segments;
+  int64_t num_segments;
+  const TensorView* grads;  // per tensor; data null: zero
+  int64_t group_blocks;     // blocks that are summed in one go
+};
+
+struct Kernels {
+  const char* isa;
+  // Blocks [begin, end), counted over all segments.
+  void (*forward)(const Forward&, int64_t begin, int64_t end);
+  // u [chunks, n]: the sum over one group of a segment's blocks.
+  void (*adjoint_group)(const Adjoint&, const Segment&, int64_t group, float* u);
+  // From u [chunks, n], the sum over all groups: factor * B H Pi^T u [chunks, n] in u's place; returns <u, z>.
+  float (*adjoint_segment)(const Adjoint&, const Segment&, float factor, float* u);
+  // H x in place, n = 2^q >= 32.
+  void (*walsh_hadamard)(float* x, int q);
+};
+
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx2();
+const Kernels* kernels_portable();
+
+// The kernels for this machine, or for the instruction set that the environment variable HSAID_CPU_ISA names.
+// Throws std::runtime_error for a name that is unknown or not to be had here.
+const Kernels& kernels();
+
+// body(begin, end) over a partition of [0, count), in parallel.
+using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>& body)>;
+
+void fastfood_forward(const Forward&, const ParallelFor&);
+// dtheta [chunks, n] and dfactors [num_segments]; the same bits for any number of threads.
+void fastfood_adjoint(const Adjoint&, float* dtheta, float* dfactors, const ParallelFor&);
+// rows x dim values with a row stride of dim -> scale * H x, for float, bf16, fp16 and double.
+template <class T>
+void hadamard_transform(const T* x, T* out, int64_t rows, int64_t dim, double scale, const ParallelFor&);
+
+}  // namespace hsaid

@@ -1,0 +1,355 @@
+// The projection's kernels, compiled once for each instruction set (HSAID_ISA):
+//
+//     forward   out_b = base_b + f * H(sum_c G_bc . z_c)     block after block; z is made when a segment begins
+//     adjoint   u_c  += G_bc . (H g_b)                       block after block of a group
+//
+// A block of n <= 16,384 floats and z stay in the second-level cache.  Memory is touched once: W0 read and W written, or the
+// gradients read; that pass over one block is interleaved with the generation of the next, which only computes.
+// Nothing here may come from the standard library's inline functions: the linker could keep this file's copy for all.
+
+#include <cstdlib>
+
+#include "../core/permutation.h"
+#include "diagonal.h"
+#include "fastfood.h"
+
+#define HSAID_CONCAT_(a, b) a##b
+#define HSAID_CONCAT(a, b) HSAID_CONCAT_(a, b)
+#define HSAID_STRING_(a) #a
+#define HSAID_STRING(a) HSAID_STRING_(a)
+
+namespace hsaid {
+namespace {
+
+template <class T>
+constexpr int kLineVectors = kLineBytes / (int)sizeof(T) / kLanes;
+
+// One allocation, cut into pieces that begin on cache lines.
+struct Arena {
+  char* memory = nullptr;
+  int64_t used = 0;
+
+  explicit Arena(int64_t bytes) { memory = (char*)aligned_alloc(kLineBytes, round(bytes)); }
+  ~Arena() { free(memory); }
+  Arena(const Arena&) = delete;
+
+  static int64_t round(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = (T*)(memory + used);
+    used += round(count * (int64_t)sizeof(T));
+    return piece;
+  }
+};
+
+HSAID_INLINE int64_t diagonal_bytes(const Params& p) {
+  return p.chunks * (int64_t)(sizeof(PhiloxPrefix) + 4 * num_sign_words(p.q)) + 2 * kLineBytes;
+}
+
+void walsh_hadamard_block(float* x, int q) {
+  first_pass(x, q, 0, num_tiles(q), [&](auto t, int64_t k, vf* v) HSAID_LAMBDA {
+    unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { v[i] = load(x + k + i * kLanes); });
+  });
+  middle_passes<false>(x, q);
+  last_pass<1>(x, q, 0, num_lines<1>(q), [&](int64_t k, const vf(&y)[1]) HSAID_LAMBDA { store(x + k, y[0]); });
+}
+
+void walsh_hadamard_transposed(float* x, int q) {
+  last_pass_transposed<1>(x, q, 0, num_lines<1>(q), [&](int64_t k, vf(&y)[1]) HSAID_LAMBDA { y[0] = load(x + k); });
+  middle_passes<true>(x, q);
+  first_pass_transposed(x, q, 0, num_tiles(q), [&](auto t, int64_t k, vf* v) HSAID_LAMBDA {
+    unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { store(x + k + i * kLanes, v[i]); });
+  });
+}
+
+void multiply_signs(const Params& p, const Segment& s, int chunk, const PhiloxKeys& keys, uint32_t* words, float* x) {
+  make_sign_words(stream_of(p, s, kSigns, 0, chunk), keys, p.q, words);
+  with_tile_bits(tile_bits(p.q), [&](auto t) HSAID_LAMBDA {
+    for (int64_t k = 0; k < width(p); k += 1 << t)
+      sign_tile<t>(words, k, [&](int i, SignVector d) HSAID_LAMBDA {
+        store(x + k + i * kLanes, SignVector::times(d, load(x + k + i * kLanes)));
+      });
+  });
+}
+
+// z [n] of one chunk of theta; `scratch` [n], `words` [num_sign_words].
+void make_z(const Params& p, const Segment& s, int chunk, const float* theta, const PhiloxKeys& keys, uint32_t* words,
+            float* scratch, float* z) {
+  const int64_t n = width(p), begin = chunk * n, count = p.dim - begin < n ? p.dim - begin : n;
+  std::memcpy(scratch, theta + begin, count * sizeof(float));
+  std::memset(scratch + count, 0, (n - count) * sizeof(float));
+  multiply_signs(p, s, chunk, keys, words, scratch);
+  walsh_hadamard_block(scratch, p.q);
+  const PermutationKeys pi = permutation_keys(p.seed, (uint64_t)s.stream, chunk);
+  for (int64_t k = 0; k < n; ++k) z[k] = scratch[permute((uint32_t)k, p.q, pi)];
+}
+
+// Offset in elements of the tensor's flat index `i`.
+int64_t strided_offset(const TensorView& t, int64_t i) {
+  int64_t offset = 0;
+  for (int axis = t.ndim - 1; axis >= 0; --axis) {
+    offset += i % t.sizes[axis] * t.strides[axis];
+    i /= t.sizes[axis];
+  }
+  return offset;
+}
+
+// The runs of consecutive elements that values [first, first + count) of a segment fall into:
+// f(offset from the segment's first element, number of values before, length).
+template <class F>
+HSAID_INLINE void for_runs(const Segment& s, int64_t first, int64_t count, F&& f) {
+  if (is_dense(s)) return f(first, (int64_t)0, count);
+  for (int64_t done = 0; done < count;) {
+    const int64_t row = (first + done) / s.cols, col = (first + done) % s.cols;
+    const int64_t length = s.cols - col < count - done ? s.cols - col : count - done;
+    f(row * s.row_stride + col, done, length);
+    done += length;
+  }
+}
+
+// Values [first, first + count) of a segment of a tensor as floats.
+template <class T>
+void gather(const TensorView& t, const Segment& s, int64_t first, int64_t count, float* out) {
+  const T* data = (const T*)t.data;
+  for_runs(s, first, count, [&](int64_t offset, int64_t done, int64_t length) HSAID_LAMBDA {
+    if (t.dense)
+      for (int64_t i = 0; i < length; ++i) out[done + i] = to_float(data[s.offset + offset + i]);
+    else
+      for (int64_t i = 0; i < length; ++i) out[done + i] = to_float(data[strided_offset(t, s.offset + offset + i)]);
+  });
+}
+
+void gather_any(const TensorView& t, const Segment& s, int64_t first, int64_t count, float* out) {
+  if (t.dtype == Dtype::kFloat) return gather<float>(t, s, first, count, out);
+  if (t.dtype == Dtype::kBfloat16) return gather<bf16>(t, s, first, count, out);
+  return gather<fp16>(t, s, first, count, out);
+}
+
+// A transformed block on its way out.
+struct Emission {
+  const float* buffer;  // after the middle passes
+  const Segment* segment;
+  int64_t block;
+  float factor;
+};
+
+template <class T, class Base>
+HSAID_NOINLINE void emit_lines(const Forward& a, const Emission& e, const Base* base, int64_t begin, int64_t end) {
+  const int64_t first = e.block << a.params.q, n = width(a.params);
+  T* out = (T*)a.out + e.segment->out_offset + first;
+  if constexpr (!std::is_void_v<Base>) base += e.segment->offset + first;
+  const bool stream = a.stream && (uintptr_t)out % kLineBytes == 0;
+  const vf factor = broadcast(e.factor);
+  last_pass<kLineVectors<T>>(
+      e.buffer, a.params.q, begin, end, [&](int64_t k, const vf(&y)[kLineVectors<T>]) HSAID_LAMBDA {
+        vf w[kLineVectors<T>];
+        unroll<kLineVectors<T>>([&](auto i) HSAID_LAMBDA {
+          const vf step = factor * y[i];
+          if constexpr (std::is_void_v<Base>)
+            w[i] = vf{} + step;
+          else
+            w[i] = load_as_float(base + k + i * kLanes) + step;
+        });
+        // The same place of the next block: it is wanted a block's work later.
+        if constexpr (!std::is_void_v<Base>)
+          for (int i = 0; i < (int)(kLineVectors<T> * kLanes * sizeof(Base)); i += kLineBytes)
+            __builtin_prefetch((const char*)(base + k + n) + i, 0, 2);
+        store_line(out + k, w, stream);
+      });
+}
+
+// A block that is ragged, or whose segment or base is not dense.
+template <class T>
+HSAID_NOINLINE void emit_slowly(const Forward& a, const Emission& e, float* values, float* base_values) {
+  const int64_t n = width(a.params), first = e.block * n;
+  const Segment& s = *e.segment;
+  const int64_t left = s.rows * s.cols - first, count = left < n ? left : n;
+  last_pass<1>(e.buffer, a.params.q, 0, num_lines<1>(a.params.q),
+               [&](int64_t k, const vf(&y)[1]) HSAID_LAMBDA { store(values + k, y[0]); });
+  if (a.base)
+    gather_any(a.base[s.tensor], s, first, count, base_values);
+  else
+    std::memset(base_values, 0, count * sizeof(float));
+  T* out = (T*)a.out + s.out_offset;
+  for_runs(s, first, count, [&](int64_t offset, int64_t done, int64_t length) HSAID_LAMBDA {
+    for (int64_t i = 0; i < length; ++i) {
+      const float step = e.factor * values[done + i];
+      from_float(base_values[done + i] + step, out + offset + i);
+    }
+  });
+}
+
+// Piece `step` of `steps` of a block; one that cannot be cut goes with the last piece. `scratch` is two times n.
+template <class T>
+void emit_typed(const Forward& a, const Emission& e, int64_t step, int64_t steps, float* scratch) {
+  const Segment& s = *e.segment;
+  const TensorView* base = a.base ? a.base + s.tensor : nullptr;
+  const bool whole = ((e.block + 1) << a.params.q) <= s.rows * s.cols;
+  const int64_t lines = num_lines<kLineVectors<T>>(a.params.q), from = step * lines / steps, to = (step + 1) * lines / steps;
+  if (!whole || !is_dense(s) || (base && !base->dense)) {
+    if (step == steps - 1) emit_slowly<T>(a, e, scratch, scratch + width(a.params));
+  } else if (!base) {
+    emit_lines<T, const void>(a, e, nullptr, from, to);
+  } else if (base->dtype == Dtype::kFloat) {
+    emit_lines<T>(a, e, (const float*)base->data, from, to);
+  } else if constexpr (!std::is_same_v<T, float>) {
+    emit_lines<T>(a, e, (const T*)base->data, from, to);
+  }
+}
+
+void emit(const Forward& a, const Emission& e, int64_t step, int64_t steps, float* scratch) {
+  if (a.out_dtype == Dtype::kFloat) return emit_typed<float>(a, e, step, steps, scratch);
+  if (a.out_dtype == Dtype::kBfloat16) return emit_typed<bf16>(a, e, step, steps, scratch);
+  return emit_typed<fp16>(a, e, step, steps, scratch);
+}
+
+// First pass over tiles [begin, end) of sum_c G_c . z_c.
+template <bool kRademacher>
+HSAID_NOINLINE void generate(const Diagonal& diagonal, const float* z, float* buffer, int64_t begin, int64_t end) {
+  const Params& p = diagonal.params;
+  first_pass(buffer, p.q, begin, end, [&](auto t, int64_t k, vf* x) HSAID_LAMBDA {
+    diagonal_tile<t, kRademacher>(diagonal, 0, k, [&](int i, auto d) HSAID_LAMBDA {
+      x[i] = d.times(d, load(z + k + i * kLanes));
+    });
+    for (int chunk = 1; chunk < p.chunks; ++chunk)
+      diagonal_tile<t, kRademacher>(diagonal, chunk, k, [&](int i, auto d) HSAID_LAMBDA {
+        const vf product = d.times(d, load(z + chunk * width(p) + k + i * kLanes));
+        x[i] = x[i] + product;
+      });
+  });
+}
+
+void forward(const Forward& a, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  const Params& p = a.params;
+  const int64_t n = width(p), tiles = num_tiles(p.q);
+  Arena arena((p.chunks + 4) * n * (int64_t)sizeof(float) + diagonal_bytes(p) + 4 * num_sign_words(p.q) + kLineBytes);
+  float* z = arena.take<float>(p.chunks * n);
+  float* buffers[2] = {arena.take<float>(n), arena.take<float>(n)};
+  float* scratch = arena.take<float>(2 * n);
+  uint32_t* words = arena.take<uint32_t>(num_sign_words(p.q));
+  PhiloxPrefix* prefix = arena.take<PhiloxPrefix>(p.chunks);
+  Diagonal diagonal(p, prefix, arena.take<uint32_t>(p.chunks * num_sign_words(p.q)));
+  const auto generate_tile = p.rademacher ? generate<true> : generate<false>;
+
+  Emission waiting{};  // the block before
+  int64_t index = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    while (index + 1 < a.num_segments && a.segments[index + 1].first_block <= i) ++index;
+    const Segment& s = a.segments[index];
+    const int64_t block = i - s.first_block;
+    if (i == begin || block == 0)
+      for (int chunk = 0; chunk < p.chunks; ++chunk)
+        make_z(p, s, chunk, a.theta, diagonal.keys, words, scratch, z + chunk * n);
+    diagonal.start(s, block);
+    float* buffer = buffers[i & 1];
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      generate_tile(diagonal, z, buffer, tile, tile + 1);
+      if (waiting.buffer) emit(a, waiting, tile, tiles, scratch);
+    }
+    middle_passes<false>(buffer, p.q);
+    waiting = {buffer, &s, block, a.factors[index]};
+  }
+  for (int64_t tile = 0; tile < tiles; ++tile) emit(a, waiting, tile, tiles, scratch);
+}
+
+// Piece `step` of `steps` of a block of gradients, through the transposed last pass. `scratch` [n].
+template <class T>
+HSAID_NOINLINE void read_typed(const Adjoint& a, const Segment& s, int64_t block, int64_t step, int64_t steps,
+                               float* scratch, float* buffer) {
+  constexpr int vectors = kLineVectors<T>;
+  const TensorView& grad = a.grads[s.tensor];
+  const int q = a.params.q;
+  const int64_t lines = num_lines<vectors>(q), from = step * lines / steps, to = (step + 1) * lines / steps;
+  const int64_t n = width(a.params), first = block * n, left = s.rows * s.cols - first;
+  if (left >= n && is_dense(s) && grad.dense) {
+    const T* data = (const T*)grad.data + s.offset + first;
+    last_pass_transposed<vectors>(buffer, q, from, to, [&](int64_t k, vf(&y)[vectors]) HSAID_LAMBDA {
+      unroll<vectors>([&](auto i) HSAID_LAMBDA { y[i] = load_as_float(data + k + i * kLanes); });
+      __builtin_prefetch(data + k + n, 0, 2);
+    });
+    return;
+  }
+  if (step == 0) {
+    const int64_t count = left < n ? left : n;
+    gather<T>(grad, s, first, count, scratch);
+    std::memset(scratch + count, 0, (n - count) * sizeof(float));
+  }
+  last_pass_transposed<vectors>(buffer, q, from, to, [&](int64_t k, vf(&y)[vectors]) HSAID_LAMBDA {
+    unroll<vectors>([&](auto i) HSAID_LAMBDA { y[i] = load(scratch + k + i * kLanes); });
+  });
+}
+
+// u_c += G_c . x over tiles [begin, end), x the rest of the transform.
+template <bool kRademacher>
+HSAID_NOINLINE void accumulate(const Diagonal& diagonal, const float* buffer, float* u, int64_t begin, int64_t end) {
+  const Params& p = diagonal.params;
+  first_pass_transposed(buffer, p.q, begin, end, [&](auto t, int64_t k, const vf* x) HSAID_LAMBDA {
+    for (int chunk = 0; chunk < p.chunks; ++chunk)
+      diagonal_tile<t, kRademacher>(diagonal, chunk, k, [&](int i, auto d) HSAID_LAMBDA {
+        float* sum = u + chunk * width(p) + k + i * kLanes;
+        const vf product = d.times(d, x[i]);
+        store(sum, load(sum) + product);
+      });
+  });
+}
+
+void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) {
+  const Params& p = a.params;
+  const int64_t n = width(p), tiles = num_tiles(p.q), blocks = num_blocks(p, s);
+  const int64_t begin = group * a.group_blocks, end = begin + a.group_blocks < blocks ? begin + a.group_blocks : blocks;
+  Arena arena(3 * n * (int64_t)sizeof(float) + diagonal_bytes(p));
+  float* buffers[2] = {arena.take<float>(n), arena.take<float>(n)};
+  float* scratch = arena.take<float>(n);
+  PhiloxPrefix* prefix = arena.take<PhiloxPrefix>(p.chunks);
+  Diagonal diagonal(p, prefix, arena.take<uint32_t>(p.chunks * num_sign_words(p.q)));
+  const Dtype dtype = a.grads[s.tensor].dtype;
+  const auto read = dtype == Dtype::kFloat ? read_typed<float> : dtype == Dtype::kHalf ? read_typed<fp16> : read_typed<bf16>;
+  const auto accumulate_tile = p.rademacher ? accumulate<true> : accumulate<false>;
+  std::memset(u, 0, p.chunks * n * sizeof(float));
+
+  // Block i is read while block i - 1 is accumulated.
+  for (int64_t i = begin; i <= end; ++i) {
+    if (i > begin) diagonal.start(s, i - 1);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      if (i < end) read(a, s, i, tile, tiles, scratch, buffers[i & 1]);
+      if (i > begin) accumulate_tile(diagonal, buffers[(i - 1) & 1], u, tile, tile + 1);
+    }
+    if (i < end) middle_passes<true>(buffers[i & 1], p.q);
+  }
+}
+
+float adjoint_segment(const Adjoint& a, const Segment& s, float factor, float* u) {
+  const Params& p = a.params;
+  const int64_t n = width(p);
+  Arena arena(2 * n * (int64_t)sizeof(float) + 4 * num_sign_words(p.q) + kLineBytes);
+  float* z = arena.take<float>(n);
+  float* scratch = arena.take<float>(n);
+  uint32_t* words = arena.take<uint32_t>(num_sign_words(p.q));
+  const PhiloxKeys keys = philox_keys(p.seed);
+  float dot = 0.0f;
+  for (int chunk = 0; chunk < p.chunks; ++chunk, u += n) {
+    make_z(p, s, chunk, a.theta, keys, words, scratch, z);
+    for (int64_t k = 0; k < n; ++k) z[k] = u[k] * z[k];
+    for (int64_t half = n / 2; half > 0; half /= 2)
+      for (int64_t k = 0; k < half; ++k) z[k] = z[k] + z[k + half];
+    dot += z[0];
+
+    const PermutationKeys pi = permutation_keys(p.seed, (uint64_t)s.stream, chunk);
+    for (int64_t k = 0; k < n; ++k) scratch[permute((uint32_t)k, p.q, pi)] = u[k];
+    walsh_hadamard_transposed(scratch, p.q);
+    multiply_signs(p, s, chunk, keys, words, scratch);
+    for (int64_t k = 0; k < n; ++k) u[k] = factor * scratch[k];
+  }
+  return dot;
+}
+
+}  // namespace
+
+const Kernels* HSAID_CONCAT(kernels_, HSAID_ISA)() {
+  static constexpr Kernels table = {HSAID_STRING(HSAID_ISA), forward, adjoint_group, adjoint_segment,
+                                    walsh_hadamard_block};
+  return &table;
+}
+
+}  // namespace hsaid

@@ -1,0 +1,176 @@
+// The Walsh-Hadamard transform of a block in passes over a buffer that stays in the cache, a few stages a pass in registers:
+//
+//     first pass   stages at bits 2 .. t-1 of a tile of 2^t values, filled by the caller (t = 8 or 7: 16 or more vectors)
+//     middle       up to kMiddleBits stages a pass
+//     last pass    the top kLastBits stages, then bits 0 and 1, whole cache lines handed to the caller
+//
+// The order of stages is core/walsh_hadamard.h's; the transposed transform runs everything backwards.
+// Passes take a range of tiles or lines, so that the caller can interleave two blocks: one waits for memory while the
+// other computes.
+#pragma once
+
+#include "simd.h"
+
+namespace hsaid {
+
+constexpr int kMaxTileBits = kLanes == 16 ? 8 : 7;
+constexpr int kMiddleBits = kLanes == 16 ? 4 : 3;
+constexpr int kLastBits = 2;
+
+HSAID_INLINE int tile_bits(int q) { return q < kMaxTileBits ? q : kMaxTileBits; }
+HSAID_INLINE int last_bits(int q) { return q - tile_bits(q) < kLastBits ? q - tile_bits(q) : kLastBits; }
+
+// Calls f with t as a constant.
+template <class F>
+HSAID_INLINE void with_tile_bits(int t, F&& f) {
+  switch (t) {
+    case 5: return f(std::integral_constant<int, 5>{});
+    case 6: return f(std::integral_constant<int, 6>{});
+    case 7: return f(std::integral_constant<int, 7>{});
+    default: return f(std::integral_constant<int, kMaxTileBits>{});
+  }
+}
+template <class F>
+HSAID_INLINE void with_last_bits(int r, F&& f) {
+  switch (r) {
+    case 0: return f(std::integral_constant<int, 0>{});
+    case 1: return f(std::integral_constant<int, 1>{});
+    default: return f(std::integral_constant<int, 2>{});
+  }
+}
+
+// Stages over the index of 2^kBits vectors, lowest bit first (or last, transposed).
+template <int kBits, bool kTranspose>
+HSAID_INLINE void register_stages(vf* x) {
+  unroll<kBits>([&](auto stage) HSAID_LAMBDA {
+    constexpr int half = 1 << (kTranspose ? kBits - 1 - stage : (int)stage);
+    unroll<(1 << kBits) / 2>([&](auto pair) HSAID_LAMBDA {
+      constexpr int low = (pair / half) * 2 * half + pair % half;
+      const vf a = x[low], b = x[low + half];
+      x[low] = a + b;
+      x[low + half] = a - b;
+    });
+  });
+}
+
+// Stages at bits 2 .. t-1 of a tile in registers: those within a vector, then those between vectors.
+template <int kTileBits, bool kTranspose>
+HSAID_INLINE void tile_stages(vf* x) {
+  constexpr int vectors = (1 << kTileBits) / kLanes;
+  if constexpr (kTranspose) register_stages<kTileBits - kLaneBits, true>(x);
+  unroll<kLaneBits - 2>([&](auto stage) HSAID_LAMBDA {
+    constexpr int bit = kTranspose ? kLaneBits - 1 - stage : 2 + stage;
+    unroll<vectors>([&](auto i) HSAID_LAMBDA { x[i] = lane_stage<bit>(x[i]); });
+  });
+  if constexpr (!kTranspose) register_stages<kTileBits - kLaneBits, false>(x);
+}
+
+// kBits stages from `bit` up over the whole buffer.
+template <int kBits, bool kTranspose>
+void middle_pass(float* x, int64_t n, int bit) {
+  const int64_t stride = (int64_t)1 << bit;
+  for (int64_t high = 0; high < n; high += stride << kBits)
+    for (int64_t k = high; k < high + stride; k += kLanes) {
+      vf v[1 << kBits];
+      unroll<1 << kBits>([&](auto i) HSAID_LAMBDA { v[i] = load(x + k + i * stride); });
+      register_stages<kBits, kTranspose>(v);
+      unroll<1 << kBits>([&](auto i) HSAID_LAMBDA { store(x + k + i * stride, v[i]); });
+    }
+}
+
+// All stages between the first and the last pass.
+template <bool kTranspose>
+HSAID_INLINE void middle_passes(float* x, int q) {
+  const int begin = tile_bits(q), end = q - last_bits(q), full = (end - begin) / kMiddleBits;
+  const int rest = end - begin - full * kMiddleBits;
+  const auto rest_pass = [&]() HSAID_LAMBDA {
+    const int bit = end - rest;
+    if (rest == 1) middle_pass<1, kTranspose>(x, (int64_t)1 << q, bit);
+    if (rest == 2) middle_pass<2, kTranspose>(x, (int64_t)1 << q, bit);
+    if (kMiddleBits > 3 && rest == 3) middle_pass<3, kTranspose>(x, (int64_t)1 << q, bit);
+  };
+  if (kTranspose) rest_pass();
+  for (int i = 0; i < full; ++i)
+    middle_pass<kMiddleBits, kTranspose>(x, (int64_t)1 << q, begin + kMiddleBits * (kTranspose ? full - 1 - i : i));
+  if (!kTranspose) rest_pass();
+}
+
+// First pass over tiles [begin, end): fill(t, k, x) sets the 2^t values at k.
+template <class Fill>
+HSAID_INLINE void first_pass(float* buffer, int q, int64_t begin, int64_t end, Fill&& fill) {
+  with_tile_bits(tile_bits(q), [&](auto t) HSAID_LAMBDA {
+    constexpr int vectors = (1 << t) / kLanes;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      vf x[vectors];
+      fill(t, tile << t, x);
+      tile_stages<t, false>(x);
+      unroll<vectors>([&](auto i) HSAID_LAMBDA { store(buffer + (tile << t) + i * kLanes, x[i]); });
+    }
+  });
+}
+
+// Its transpose: drain(t, k, x) takes the 2^t values at k.
+template <class Drain>
+HSAID_INLINE void first_pass_transposed(const float* buffer, int q, int64_t begin, int64_t end, Drain&& drain) {
+  with_tile_bits(tile_bits(q), [&](auto t) HSAID_LAMBDA {
+    constexpr int vectors = (1 << t) / kLanes;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      vf x[vectors];
+      unroll<vectors>([&](auto i) HSAID_LAMBDA { x[i] = load(buffer + (tile << t) + i * kLanes); });
+      tile_stages<t, true>(x);
+      drain(t, tile << t, x);
+    }
+  });
+}
+
+// Last pass over lines [begin, end) of the lowest of 2^r parts of the block, a line being kVectors vectors:
+// drain(k, x) takes the line at k.
+template <int kVectors, class Drain>
+HSAID_INLINE void last_pass(const float* buffer, int q, int64_t begin, int64_t end, Drain&& drain) {
+  constexpr int line = kVectors * kLanes;
+  with_last_bits(last_bits(q), [&](auto r) HSAID_LAMBDA {
+    const int64_t part = (int64_t)1 << (q - r);
+    for (int64_t k = begin * line; k < end * line; k += line) {
+      vf x[kVectors][1 << r];
+      unroll<kVectors>([&](auto v) HSAID_LAMBDA {
+        unroll<1 << r>([&](auto p) HSAID_LAMBDA { x[v][p] = load(buffer + k + p * part + v * kLanes); });
+        register_stages<r, false>(x[v]);
+      });
+      unroll<1 << r>([&](auto p) HSAID_LAMBDA {
+        vf y[kVectors];
+        unroll<kVectors>([&](auto v) HSAID_LAMBDA { y[v] = lane_stage<1>(lane_stage<0>(x[v][p])); });
+        drain(k + p * part, y);
+      });
+    }
+  });
+}
+
+// Its transpose: fill(k, x) sets the line at k.
+template <int kVectors, class Fill>
+HSAID_INLINE void last_pass_transposed(float* buffer, int q, int64_t begin, int64_t end, Fill&& fill) {
+  constexpr int line = kVectors * kLanes;
+  with_last_bits(last_bits(q), [&](auto r) HSAID_LAMBDA {
+    const int64_t part = (int64_t)1 << (q - r);
+    for (int64_t k = begin * line; k < end * line; k += line) {
+      vf x[kVectors][1 << r];
+      unroll<1 << r>([&](auto p) HSAID_LAMBDA {
+        vf y[kVectors];
+        fill(k + p * part, y);
+        unroll<kVectors>([&](auto v) HSAID_LAMBDA { x[v][p] = lane_stage<0>(lane_stage<1>(y[v])); });
+      });
+      unroll<kVectors>([&](auto v) HSAID_LAMBDA {
+        register_stages<r, true>(x[v]);
+        unroll<1 << r>([&](auto p) HSAID_LAMBDA { store(buffer + k + p * part + v * kLanes, x[v][p]); });
+      });
+    }
+  });
+}
+
+HSAID_INLINE int64_t num_tiles(int q) { return (int64_t)1 << (q - tile_bits(q)); }
+// Lines of kVectors vectors in each of the parts that the last pass joins.
+template <int kVectors>
+HSAID_INLINE int64_t num_lines(int q) {
+  return ((int64_t)1 << (q - last_bits(q))) / (kVectors * kLanes);
+}
+
+}  // namespace hsaid

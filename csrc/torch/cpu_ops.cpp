@@ -1,0 +1,186 @@
+// Registers the CPU kernels with torch's dispatcher, through the stable ABI only: one binary serves every torch since 2.11.
+// Schemas and their meaning stand in hsaid_kernels/ops.py.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <tuple>
+#include <vector>
+
+#include "../cpu/fastfood.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Weights of more bytes than this are stored past the caches: they would push everything else out.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+
+void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+  torch::stable::parallel_for(0, count, 1, body);
+}
+
+hsaid::Dtype dtype_of(ScalarType type, const char* what) {
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, what,
+                  ": expected float32, bfloat16 or float16");
+  return type == ScalarType::Float      ? hsaid::Dtype::kFloat
+         : type == ScalarType::BFloat16 ? hsaid::Dtype::kBfloat16
+                                        : hsaid::Dtype::kHalf;
+}
+
+hsaid::TensorView view_of(const Tensor& t, const char* what) {
+  STD_TORCH_CHECK(t.is_cpu(), what, ": expected a tensor on the CPU, where theta is");
+  return {t.const_data_ptr(), dtype_of(t.scalar_type(), what), t.is_contiguous(),
+          (int)t.dim(),       t.sizes().data(),                t.strides().data()};
+}
+
+const float* floats(const Tensor& t, int64_t count, const char* what) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.numel() == count, what,
+                  ": expected a float32 tensor of ", count, " values on the CPU");
+  return t.const_data_ptr<float>();
+}
+
+// What both ops take of the plan, checked so that no kernel leaves a tensor.
+struct CheckedPlan {
+  hsaid::Params params;
+  const hsaid::Segment* segments;
+  int64_t num_segments;
+};
+
+CheckedPlan check_plan(const Tensor& theta, const Tensor& segments, int64_t seed, int64_t width, bool rademacher,
+                       int64_t num_tensors) {
+  STD_TORCH_CHECK(segments.is_cpu() && segments.scalar_type() == ScalarType::Long && segments.dim() == 2 &&
+                      segments.size(1) * sizeof(int64_t) == sizeof(hsaid::Segment) && segments.size(0) > 0 &&
+                      segments.is_contiguous(),
+                  "segments: expected a contiguous int64 table [segments, ", sizeof(hsaid::Segment) / sizeof(int64_t),
+                  "] on the CPU");
+  CheckedPlan plan{};
+  plan.segments = (const hsaid::Segment*)segments.const_data_ptr();
+  plan.num_segments = segments.size(0);
+  plan.params.seed = (uint64_t)seed;
+  plan.params.dim = theta.numel();
+  plan.params.rademacher = rademacher;
+  while (((int64_t)1 << plan.params.q) < width) ++plan.params.q;
+  STD_TORCH_CHECK(width == (int64_t)1 << plan.params.q && plan.params.q >= hsaid::kMinWidthBits &&
+                      plan.params.q <= hsaid::kMaxWidthBits,
+                  "width: expected a power of two from 32 to 16384, got ", width);
+  STD_TORCH_CHECK(plan.params.dim >= 1 && plan.params.dim <= 1 << 20, "theta: expected 1 to 1048576 values, got ",
+                  plan.params.dim);
+  plan.params.chunks = (int)((plan.params.dim + width - 1) / width);
+  int64_t block = 0;
+  for (int64_t i = 0; i < plan.num_segments; ++i) {
+    const hsaid::Segment& s = plan.segments[i];
+    STD_TORCH_CHECK(s.rows >= 1 && s.cols >= 1 && s.row_stride >= s.cols && s.offset >= 0 && s.out_offset >= 0 &&
+                        s.tensor >= 0 && (num_tensors < 0 || s.tensor < num_tensors) && s.first_block == block,
+                    "segments: row ", i, " is no segment of this plan");
+    block += hsaid::num_blocks(plan.params, s);
+  }
+  return plan;
+}
+
+int64_t end_in(const hsaid::Segment& s, int64_t offset) { return offset + (s.rows - 1) * s.row_stride + s.cols; }
+
+void check_tensor(const hsaid::Segment& s, const Tensor& t, const char* what) {
+  STD_TORCH_CHECK(end_in(s, s.offset) <= t.numel(), what, ": tensor ", s.tensor, " has ", t.numel(),
+                  " elements, the plan needs ", end_in(s, s.offset));
+}
+
+// Zeroes the alignment gap between the end of segment i and the next one, or the end of the buffer.
+void clear_gap(char* out, int64_t item, const CheckedPlan& plan, int64_t i, int64_t numel) {
+  constexpr int64_t kAlignment = 64;  // elements, plan.py's ALIGNMENT
+  const int64_t end = end_in(plan.segments[i], plan.segments[i].out_offset);
+  const int64_t next = i + 1 < plan.num_segments ? plan.segments[i + 1].out_offset : numel;
+  if (end < next && next - end < kAlignment) std::memset(out + end * item, 0, (next - end) * item);
+}
+
+Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, Tensor segments, int64_t seed,
+                        int64_t width, bool rademacher, int64_t numel, ScalarType dtype) {
+  theta = torch::stable::contiguous(theta);
+  factors = torch::stable::contiguous(factors);
+  const CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, base.empty() ? -1 : base.size());
+  const hsaid::Dtype out_dtype = dtype_of(dtype, "dtype");
+  std::vector<hsaid::TensorView> views;
+  for (const Tensor& t : base) {
+    views.push_back(view_of(t, "base"));
+    STD_TORCH_CHECK(views.back().dtype == out_dtype || views.back().dtype == hsaid::Dtype::kFloat,
+                    "base: expected tensors in float32 or in the dtype of the weights");
+  }
+  for (int64_t i = 0; i < plan.num_segments; ++i) {
+    const hsaid::Segment& s = plan.segments[i];
+    STD_TORCH_CHECK(end_in(s, s.out_offset) <= numel, "numel: expected at least ", end_in(s, s.out_offset), ", got ",
+                    numel);
+    if (!base.empty()) check_tensor(s, base[s.tensor], "base");
+  }
+
+  Tensor out = torch::stable::empty({numel}, dtype, std::nullopt, theta.device());
+  const int64_t item = out.element_size();
+  for (int64_t i = 0; i < plan.num_segments; ++i) clear_gap((char*)out.mutable_data_ptr(), item, plan, i, numel);
+  hsaid::fastfood_forward({plan.params, floats(theta, plan.params.dim, "theta"),
+                           floats(factors, plan.num_segments, "factors"), plan.segments, plan.num_segments,
+                           views.empty() ? nullptr : views.data(), out.mutable_data_ptr(), out_dtype,
+                           numel * item > kStreamBytes},
+                          parallel_for);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> fastfood_adjoint(Tensor theta, Tensor factors, std::vector<std::optional<Tensor>> grads,
+                                            Tensor segments, int64_t seed, int64_t width, bool rademacher,
+                                            int64_t group_blocks) {
+  theta = torch::stable::contiguous(theta);
+  factors = torch::stable::contiguous(factors);
+  const CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, grads.size());
+  STD_TORCH_CHECK(group_blocks >= 1, "group_blocks: expected at least 1, got ", group_blocks);
+  std::vector<hsaid::TensorView> views;
+  for (const std::optional<Tensor>& t : grads)
+    views.push_back(t ? view_of(*t, "grads") : hsaid::TensorView{nullptr, hsaid::Dtype::kFloat, true, 0, nullptr, nullptr});
+  for (int64_t i = 0; i < plan.num_segments; ++i)
+    if (const auto& t = grads[plan.segments[i].tensor]) check_tensor(plan.segments[i], *t, "grads");
+
+  Tensor padded = torch::stable::new_empty(theta, {plan.params.chunks * width});
+  Tensor dfactors = torch::stable::empty_like(factors);
+  hsaid::fastfood_adjoint({plan.params, floats(theta, plan.params.dim, "theta"),
+                           floats(factors, plan.num_segments, "factors"), plan.segments, plan.num_segments,
+                           views.data(), group_blocks},
+                          padded.mutable_data_ptr<float>(), dfactors.mutable_data_ptr<float>(), parallel_for);
+  Tensor dtheta = torch::stable::empty_like(theta);
+  std::memcpy(dtheta.mutable_data_ptr(), padded.const_data_ptr(), plan.params.dim * sizeof(float));
+  return {dtheta, dfactors};
+}
+
+Tensor hadamard_transform(Tensor x, double scale) {
+  x = torch::stable::contiguous(x);
+  Tensor out = torch::stable::empty_like(x);
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x: expected a last dimension of at least 1");
+  const int64_t dim = x.size(x.dim() - 1), rows = x.numel() / dim;
+  const void* in = x.const_data_ptr();
+  void* to = out.mutable_data_ptr();
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      hsaid::hadamard_transform((const float*)in, (float*)to, rows, dim, scale, parallel_for);
+      break;
+    case ScalarType::Double:
+      hsaid::hadamard_transform((const double*)in, (double*)to, rows, dim, scale, parallel_for);
+      break;
+    case ScalarType::BFloat16:
+      hsaid::hadamard_transform((const hsaid::bf16*)in, (hsaid::bf16*)to, rows, dim, scale, parallel_for);
+      break;
+    case ScalarType::Half:
+      hsaid::hadamard_transform((const hsaid::fp16*)in, (hsaid::fp16*)to, rows, dim, scale, parallel_for);
+      break;
+    default:
+      STD_TORCH_CHECK(false, "x: expected float32, float64, bfloat16 or float16");
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(hsaid_kernels, CPU, m) {
+  m.impl("fastfood_forward", TORCH_BOX(&fastfood_forward));
+  m.impl("fastfood_adjoint", TORCH_BOX(&fastfood_adjoint));
+  m.impl("hadamard_transform", TORCH_BOX(&hadamard_transform));
+}

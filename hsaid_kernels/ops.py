@@ -1,0 +1,167 @@
+"""The two ops and `hadamard_transform`: schemas, fake kernels, finding and choosing backends.
+
+The one place that knows which backends exist.  A compiled library registers its kernels with torch's dispatcher when it
+is loaded; nothing else links it to Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hsaid_kernels import reference
+from hsaid_kernels.plan import Plan, check_choice
+
+NAMESPACE = "hsaid_kernels"
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("auto", "cuda", "cpu", "reference")
+
+# `segments` is Plan.segments [S, 9]; `factors` [S] has the scales s_i inside; `base` and `grads` have an entry per tensor.
+_PLAN = "Tensor segments, int seed, int width, bool rademacher"
+torch.library.define(
+    f"{NAMESPACE}::fastfood_forward",
+    f"(Tensor theta, Tensor factors, Tensor[] base, {_PLAN}, int numel, ScalarType dtype) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    f"{NAMESPACE}::fastfood_adjoint",
+    f"(Tensor theta, Tensor factors, Tensor?[] grads, {_PLAN}, int group_blocks) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    f"{NAMESPACE}::hadamard_transform", "(Tensor x, float scale) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::fastfood_forward")
+def _(theta, factors, base, segments, seed, width, rademacher, numel, dtype):
+    return theta.new_empty(numel, dtype=dtype)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::fastfood_adjoint")
+def _(theta, factors, grads, segments, seed, width, rademacher, group_blocks):
+    return torch.empty_like(theta), torch.empty_like(factors)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::hadamard_transform")
+def _(x, scale):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _load(library: str) -> bool | str:
+    """True once the compiled library's kernels are registered, or the reason why they are not."""
+    path = next(Path(__file__).parent.glob(f"{library}.*"), None)
+    if path is None:
+        return f"{library} is not built: install the package with a C++ compiler (and nvcc for CUDA) at hand"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return True
+
+
+def _load_cuda() -> bool | str:
+    if not torch.backends.cuda.is_built():
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return _load("_cuda")
+
+
+_AVAILABLE: dict[str, bool | str] = {"cpu": _load("_cpu"), "cuda": _load_cuda(), "reference": True}
+
+
+def available_backends() -> dict[str, bool | str]:
+    """Backend -> True, or the reason why it cannot be used."""
+    return dict(_AVAILABLE)
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """The backend that serves tensors on `device`; RuntimeError that says what to do where there is none.
+
+    "auto" is the compiled backend of the device's type; "reference" (slow, any float dtype) is taken only by name.
+    """
+    check_choice("backend", backend, BACKENDS)
+    if backend == "auto":
+        backend = device.type
+    reason = _AVAILABLE.get(backend, f"no backend for device type {device.type!r}")
+    if reason is not True:
+        raise RuntimeError(f"backend: {backend!r} cannot be used: {reason}")
+    if device.type != ("cuda" if backend == "cuda" else "cpu"):
+        raise RuntimeError(f"backend: {backend!r} expects tensors on its own device, got tensors on {device}")
+    return backend
+
+
+def _signed(seed: int) -> int:
+    """The 64 bits of `seed` as the int64 that an op takes."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def fastfood_forward(
+    plan: Plan, theta: Tensor, factors: Tensor, base: Sequence[Tensor], dtype: torch.dtype, backend: str
+) -> Tensor:
+    """Flat buffer [plan.numel] of base_i + factors_i H(G z_i); `factors` [S] float32 has the scales s_i inside.
+
+    `base` is empty (zeros) or has a tensor per tensor of the plan, in `dtype` or float32. The gaps between tensors are 0.
+    Equivalent to `reference.forward`, to the last bit in float32.
+    """
+    if backend == "reference":
+        return reference.forward(plan, theta, factors, base, dtype)
+    segments, _ = plan.table(theta.device)
+    return torch.ops.hsaid_kernels.fastfood_forward(
+        theta, factors, list(base), segments, _signed(plan.seed), plan.width, plan.rademacher, plan.numel, dtype
+    )
+
+
+def fastfood_adjoint(
+    plan: Plan, theta: Tensor, factors: Tensor, grads: Sequence[Tensor | None], backend: str
+) -> tuple[Tensor, Tensor]:
+    """(dtheta [dim], dfactors [S]) for gradients of the weights, None counting as zero.
+
+    Equivalent to `reference.adjoint`, to the last bit in float32.
+    """
+    if backend == "reference":
+        return reference.adjoint(plan, theta, factors, grads)
+    segments, _ = plan.table(theta.device)
+    return torch.ops.hsaid_kernels.fastfood_adjoint(
+        theta, factors, list(grads), segments, _signed(plan.seed), plan.width, plan.rademacher, plan.group_blocks
+    )
+
+
+def _hadamard_backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.hsaid_kernels.hadamard_transform(grad, ctx.scale), None
+
+
+def _hadamard_setup(ctx, inputs, output) -> None:
+    ctx.scale = inputs[1]
+
+
+# The leading block of the symmetric H is symmetric, so the transform is its own adjoint.
+torch.library.register_autograd(f"{NAMESPACE}::hadamard_transform", _hadamard_backward, setup_context=_hadamard_setup)
+
+
+def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
+    """Walsh-Hadamard transform of the last dimension, times `scale`.
+
+    Args:
+        x: [..., dim] in float32, float64, bfloat16 or float16, any strides. A dim that is no power of two is padded with
+            zeros to n, the next one, and the result is cut back to dim.
+        scale: a factor; 1 / sqrt(n) makes the transform orthonormal.
+
+    Equivalent to `torch.nn.functional.linear(pad(x), hadamard_matrix(n))[..., :dim] * scale`, in n log2 n additions;
+    16-bit inputs are added in float32 and rounded once. Differentiable, also twice.
+
+    Raises:
+        TypeError: x is not a tensor of one of the four dtypes.  ValueError: x has no last dimension or an empty one.
+        RuntimeError: no backend for x's device.
+    """
+    if not isinstance(x, Tensor) or x.dtype not in (*WEIGHT_DTYPES, torch.float64):
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x: expected a tensor in float32, float64, bfloat16 or float16, got {got}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected a last dimension of at least 1, got shape {tuple(x.shape)}")
+    choose_backend("auto", x.device)
+    return torch.ops.hsaid_kernels.hadamard_transform(x, float(scale))

@@ -1,0 +1,184 @@
+"""From tensors to segments to blocks: where every block of n values goes, made once as a static table.
+
+A *segment* is a 2-D strided piece of a tensor (the whole tensor by default); read row by row its values are cut into
+*blocks* of n = width values, the last one ragged.  Each segment has a stream id of its own, a hash of its name, so its
+random basis depends on nothing else in the plan.  Kernels see the table `Plan.segments` and a few numbers, no names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+GENERATOR = "philox4x32-10.v1"
+MIN_WIDTH, MAX_WIDTH = 32, 16384
+MAX_DIM = 2**20
+MAX_BLOCKS = 2**28  # the block number shares a counter word with 4 bits of purpose
+ALIGNMENT = 64  # elements; every tensor starts on a whole cache line of the flat buffer in any dtype
+GROUP_ELEMENTS = (
+    2**19
+)  # values that the adjoint sums in one go, block after block, before the groups are added in order
+DIAGONALS = ("gaussian", "rademacher")
+NORMALIZATIONS = ("tensor", "global")
+
+# Columns of Plan.segments, in the order of struct Segment in csrc/core/plan.h.
+COLUMNS = ("tensor", "offset", "out_offset", "rows", "cols", "row_stride", "stream", "first_block", "first_group")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of tensor `tensor` (by name): `rows` x `cols` values, row r starting at element offset + r * row_stride."""
+
+    tensor: str
+    offset: int
+    rows: int
+    cols: int
+    row_stride: int
+    label: str = ""  # tells several segments of one tensor apart
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.cols
+
+
+def whole(name: str, shape: Sequence[int]) -> Segment:
+    """The segment that is all of a tensor: one row."""
+    numel = math.prod(shape)
+    return Segment(name, 0, 1, numel, numel)
+
+
+def stream_id(name: str, label: str = "") -> int:
+    """64-bit stream id of a segment: BLAKE2b-64 of its UTF-8 name (docs/rng.md), as a signed integer for int64 tables."""
+    text = f"{name}\0{label}" if label else name
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def check_int(name: str, value: object, low: int, high: int) -> int:
+    """`value` as an int in [low, high]; TypeError or ValueError that names the argument otherwise."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}")
+    value = value.__index__()
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected an integer from {low} to {high}, got {value}")
+    return value
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def default_width(dim: int) -> int:
+    """min(next power of two >= dim, 16384), and at least 32."""
+    return min(max(1 << (dim - 1).bit_length(), MIN_WIDTH), MAX_WIDTH)
+
+
+class Plan:
+    """Everything about a projection but the values: a static table of segments and the numbers that kernels need.
+
+    Args:
+        shapes: tensor name -> shape, in the order of the flat buffer.
+        dim: len(theta), 1 to 2**20.
+        seed: 0 to 2**64 - 1, the Philox key.
+        width: n, a power of two from 32 to 16,384; None for `default_width(dim)`. theta longer than n is cut into
+            ceil(dim / n) chunks.
+        diagonal: "gaussian" (Fastfood) or "rademacher" (exact isometry on whole blocks).
+        normalize: "tensor" (s_i = 1 / sqrt(n D_i)) or "global" (s = 1 / sqrt(n sum D)).
+        segments: the pieces that are projected, at most one over any element; None for every tensor whole.
+
+    Attributes:
+        segments: int64 [S, len(COLUMNS)] on the CPU; `table(device)` gives it on another device, copied once.
+        scales: float32 [S], s_i.
+        offsets: first element of each tensor in the flat buffer;  numel: length of that buffer.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        dim: int,
+        seed: int = 0,
+        *,
+        width: int | None = None,
+        diagonal: str = "gaussian",
+        normalize: str = "tensor",
+        segments: Sequence[Segment] | None = None,
+    ):
+        self.shapes = {name: tuple(int(s) for s in shape) for name, shape in shapes.items()}
+        if not self.shapes:
+            raise ValueError("shapes: expected at least one tensor, got none")
+        for name, shape in self.shapes.items():
+            if math.prod(shape) == 0 or min(shape, default=1) < 0:
+                raise ValueError(f"shapes: expected tensors with at least one element, got {name!r} of shape {shape}")
+        self.dim = check_int("dim", dim, 1, MAX_DIM)
+        self.seed = check_int("seed", seed, 0, 2**64 - 1)
+        self.width = default_width(self.dim) if width is None else check_int("width", width, MIN_WIDTH, MAX_WIDTH)
+        if self.width & (self.width - 1):
+            raise ValueError(f"width: expected a power of two from {MIN_WIDTH} to {MAX_WIDTH}, got {width}")
+        self.diagonal = check_choice("diagonal", diagonal, DIAGONALS)
+        self.normalize = check_choice("normalize", normalize, NORMALIZATIONS)
+        self.names = tuple(self.shapes)
+        self.pieces = tuple(whole(n, s) for n, s in self.shapes.items()) if segments is None else tuple(segments)
+
+        self.offsets, end = [], 0
+        for shape in self.shapes.values():
+            self.offsets.append(end)
+            end += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
+        self.numel = end
+        self.group_blocks = GROUP_ELEMENTS // self.width
+        self.segments = torch.tensor(self._rows(), dtype=torch.int64)
+        total = sum(p.numel for p in self.pieces)
+        self.scales = torch.tensor(
+            [1 / math.sqrt(self.width * (p.numel if normalize == "tensor" else total)) for p in self.pieces],
+            dtype=torch.float32,
+        )
+        self._on_device = {"cpu": (self.segments, self.scales)}
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of theta, each of `width` values (the last one padded with zeros)."""
+        return -(-self.dim // self.width)
+
+    @property
+    def rademacher(self) -> bool:
+        return self.diagonal == "rademacher"
+
+    def blocks(self, piece: Segment) -> int:
+        """Blocks of `width` values that cover the piece."""
+        return -(-piece.numel // self.width)
+
+    def table(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(segments, scales) on `device`, copied there the first time."""
+        key = str(device)
+        if key not in self._on_device:
+            self._on_device[key] = (self.segments.to(device), self.scales.to(device))
+        return self._on_device[key]
+
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors inside a flat buffer [numel], as views in the order of `names`."""
+        return [
+            flat[start : start + math.prod(shape)].view(shape)
+            for start, shape in zip(self.offsets, self.shapes.values(), strict=True)
+        ]
+
+    def _rows(self) -> list[list[int]]:
+        index = {name: i for i, name in enumerate(self.names)}
+        rows, first_block, first_group, seen = [], 0, 0, {}
+        for p in self.pieces:
+            stream = stream_id(p.tensor, p.label)
+            if stream in seen:
+                raise ValueError(f"segments: {(p.tensor, p.label)} and {seen[stream]} have the same stream id")
+            seen[stream] = (p.tensor, p.label)
+            i = index[p.tensor]
+            blocks = self.blocks(p)
+            if blocks > MAX_BLOCKS:
+                raise ValueError(f"width: {p.tensor!r} has {blocks} blocks of {self.width}, at most {MAX_BLOCKS} work")
+            start = self.offsets[i] + p.offset
+            rows.append([i, p.offset, start, p.rows, p.cols, p.row_stride, stream, first_block, first_group])
+            first_block += blocks
+            first_group += -(-blocks // self.group_blocks)
+        return rows

@@ -1,0 +1,229 @@
+"""`Projection`: the operator theta -> {name: base_i + factor_i P_i theta} and its adjoint; `Project`: its autograd Function."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from hsaid_kernels import ops
+from hsaid_kernels.plan import Plan, check_choice
+
+
+class Project(torch.autograd.Function):
+    """(theta, factors) -> a weight per tensor of the plan, with the exact gradient of both.
+
+    `factors` [S] has the scales s_i inside. A Function around the op and not an autograd formula of the op: backward must
+    see the gradients of all tensors at once, and the op returns one flat buffer of which the weights are views.
+    """
+
+    @staticmethod
+    def forward(ctx, theta, factors, projection, base):
+        ctx.projection = projection
+        ctx.save_for_backward(theta, factors)
+        ctx.set_materialize_grads(False)
+        backend = ops.choose_backend(projection.backend, theta.device)
+        flat = ops.fastfood_forward(projection.plan, theta, factors, base, projection.dtype, backend)
+        return tuple(projection.plan.views(flat))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        theta, factors = ctx.saved_tensors
+        backend = ops.choose_backend(ctx.projection.backend, theta.device)
+        return *ops.fastfood_adjoint(ctx.projection.plan, theta, factors, grads, backend), None, None
+
+
+def select_tensors(
+    model: nn.Module, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
+) -> dict[str, nn.Parameter]:
+    """The model's parameters (tied ones once) whose name matches `include` and not `exclude`, in the model's order.
+
+    Both are regular expressions, or several of them, searched for anywhere in the name.
+
+    Raises:
+        ValueError: an expression matches no name or is invalid, nothing is left, or a tensor is empty or on "meta".
+        TypeError: a tensor is no floating-point tensor.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    tensors = dict(model.named_parameters())
+    if not tensors:
+        raise ValueError(f"model: expected at least one parameter, got a {type(model).__name__} without any")
+
+    def matching(argument: str, patterns: str | Iterable[str]) -> set[str]:
+        found = set()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            try:
+                names = {name for name in tensors if re.search(pattern, name)}
+            except re.error as error:
+                raise ValueError(f"{argument}: expected a regular expression, got {pattern!r} ({error})") from None
+            if not names:
+                raise ValueError(f"{argument}: {pattern!r} matches none of the {len(tensors)} tensors of the model")
+            found |= names
+        return found
+
+    kept = set(tensors) if include is None else matching("include", include)
+    if exclude is not None:
+        kept -= matching("exclude", exclude)
+    if not kept:
+        raise ValueError(
+            f"include, exclude: expected them to leave a tensor, got {include!r} and {exclude!r}: none left"
+        )
+    for name in kept:
+        check_tensor(f"model: {name!r}", tensors[name])
+    return {name: tensors[name] for name in tensors if name in kept}
+
+
+def check_tensor(what: str, tensor: object) -> None:
+    """Refuses what has no weights to project: integer, complex, meta or empty tensors."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{what}: expected a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{what}: expected a floating-point tensor, got {tensor.dtype}")
+    if tensor.device.type == "meta":
+        raise ValueError(f"{what}: expected a tensor with values, got one on the meta device")
+    if tensor.numel() == 0:
+        raise ValueError(f"{what}: expected at least one element, got shape {tuple(tensor.shape)}")
+
+
+class Projection:
+    """The linear operator P, a Fastfood matrix P_i per tensor, never stored: W_i = base_i + factors_i * P_i theta.
+
+    Args:
+        plan: what goes where.
+        dtype: of the weights: float32, bfloat16 or float16 (any floating dtype with backend="reference").
+        backend: "auto" (the compiled backend of theta's device), or one of `available_backends()`.
+    """
+
+    def __init__(self, plan: Plan, *, dtype: torch.dtype = torch.float32, backend: str = "auto"):
+        check_choice("backend", backend, ops.BACKENDS)
+        allowed = "a floating-point dtype" if backend == "reference" else "float32, bfloat16 or float16"
+        if not dtype.is_floating_point or (backend != "reference" and dtype not in ops.WEIGHT_DTYPES):
+            raise TypeError(f"dtype: expected {allowed} for backend {backend!r}, got {dtype}")
+        self.plan = plan
+        self.dtype = dtype
+        self.backend = backend
+
+    @classmethod
+    def from_shapes(
+        cls,
+        shapes: Mapping[str, Sequence[int]],
+        dim: int,
+        seed: int = 0,
+        *,
+        diagonal: str = "gaussian",
+        normalize: str = "tensor",
+        width: int | None = None,
+        backend: str = "auto",
+        dtype: torch.dtype = torch.float32,
+    ) -> Projection:
+        """From {name: shape}; dim = len(theta). For the other arguments see `Plan`, which raises for bad ones."""
+        plan = Plan(shapes, dim, seed, width=width, diagonal=diagonal, normalize=normalize)
+        return cls(plan, dtype=dtype, backend=backend)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        dim: int,
+        seed: int = 0,
+        *,
+        include: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] | None = None,
+        **options,
+    ) -> Projection:
+        """From a model's parameters (tied ones once); `include`, `exclude` as in `select_tensors`, the rest as above."""
+        tensors = select_tensors(model, include, exclude)
+        return cls.from_shapes({name: t.shape for name, t in tensors.items()}, dim, seed, **options)
+
+    def __repr__(self) -> str:
+        p = self.plan
+        return (
+            f"Projection({len(p.names)} tensors, {sum(s.numel for s in p.pieces):,} weights, dim={p.dim}, seed={p.seed}, "
+            f"width={p.width}, diagonal={p.diagonal!r}, normalize={p.normalize!r}, dtype={self.dtype}, "
+            f"backend={self.backend!r})"
+        )
+
+    def forward(
+        self, theta: Tensor, factors: Tensor | None = None, base: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """{name: base_i + factors_i * P_i theta}, differentiable in theta and factors.
+
+        Args:
+            theta: float32 [dim].
+            factors: float32 [segments], ones by default.
+            base: a tensor per name, in `dtype` or float32; zeros by default.
+
+        The tensors are views of one flat buffer.
+        """
+        self._check(theta, factors)
+        tensors = []
+        if base is not None:
+            self._check_names("base", base)
+            if missing := [name for name in self.plan.names if name not in base]:
+                raise ValueError(
+                    f"base: expected a tensor for each of {len(self.plan.names)} names, got none for {missing[0]!r}"
+                )
+            tensors = [base[name] for name in self.plan.names]
+            for name, shape, tensor in zip(self.plan.names, self.plan.shapes.values(), tensors, strict=True):
+                self._check_tensor(f"base: {name!r}", tensor, shape, theta.device)
+        weights = self.weights(theta, factors, tensors)
+        return dict(zip(self.plan.names, weights, strict=True))
+
+    def weights(self, theta: Tensor, factors: Tensor | None, base: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """As `forward`, in the order of the plan, for arguments known to be good: what a training step calls."""
+        return Project.apply(theta, self._scaled(theta, factors), self, base)
+
+    def adjoint(
+        self, grads: Mapping[str, Tensor | None], theta: Tensor, factors: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(dtheta [dim], dfactors [segments]): sum_i factors_i P_i^T grads_i, and <grads_i, P_i theta>.
+
+        A gradient that is missing or None counts as zero. Deterministic.
+        """
+        self._check(theta, factors)
+        self._check_names("grads", grads)
+        tensors = [grads.get(name) for name in self.plan.names]
+        for name, shape, tensor in zip(self.plan.names, self.plan.shapes.values(), tensors, strict=True):
+            if tensor is not None:
+                self._check_tensor(f"grads: {name!r}", tensor, shape, theta.device)
+        with torch.no_grad():
+            scaled = self._scaled(theta, factors)
+            backend = ops.choose_backend(self.backend, theta.device)
+            dtheta, dscaled = ops.fastfood_adjoint(self.plan, theta, scaled, tensors, backend)
+            return dtheta, dscaled * self._scales(theta)
+
+    def _scales(self, theta: Tensor) -> Tensor:
+        return self.plan.table(theta.device)[1].to(theta.dtype)
+
+    def _scaled(self, theta: Tensor, factors: Tensor | None) -> Tensor:
+        return self._scales(theta) if factors is None else factors * self._scales(theta)
+
+    def _check(self, theta: Tensor, factors: Tensor | None) -> None:
+        dtype = self.dtype if self.backend == "reference" else torch.float32
+        expected = {"theta": (theta, (self.plan.dim,)), "factors": (factors, (len(self.plan.pieces),))}
+        for name, (tensor, shape) in expected.items():
+            if tensor is None and name == "factors":
+                continue
+            if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"{name}: expected a {dtype} tensor of shape {shape}, got {got}")
+            self._check_tensor(name, tensor, shape, theta.device)
+
+    def _check_names(self, argument: str, tensors: Mapping[str, Tensor | None]) -> None:
+        if unknown := [name for name in tensors if name not in self.plan.shapes]:
+            raise ValueError(
+                f"{argument}: expected names of the plan ({self.plan.names[0]!r}, ...), got {unknown[0]!r}"
+            )
+
+    @staticmethod
+    def _check_tensor(what: str, tensor: Tensor, shape: Sequence[int], device: torch.device) -> None:
+        check_tensor(what, tensor)
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{what}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{what}: expected a tensor on {device}, where theta is, got one on {tensor.device}")
