@@ -34,6 +34,17 @@ torch.library.define(
 torch.library.define(
     f"{NAMESPACE}::hadamard_transform", "(Tensor x, float scale) -> Tensor", tags=torch.Tag.pt2_compliant_tag
 )
+# One block [width] of a random stream (docs/rng.md) as a backend makes it; purposes as in reference.py. For tests.
+torch.library.define(
+    f"{NAMESPACE}::stream_values",
+    "(Tensor like, int seed, int stream, int purpose, int block, int chunk, int width, bool rademacher) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::stream_values")
+def _(like, seed, stream, purpose, block, chunk, width, rademacher):
+    return like.new_empty(width, dtype=torch.float32)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::fastfood_forward")
@@ -51,15 +62,17 @@ def _(x, scale):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _load(library: str) -> bool | str:
-    """True once the compiled library's kernels are registered, or the reason why they are not."""
-    path = next(Path(__file__).parent.glob(f"{library}.*"), None)
-    if path is None:
+def _load(library: str, key: str) -> bool | str:
+    """True once the compiled library's kernels are registered under a dispatch key, or the reason why they are not."""
+    path = Path(__file__).parent / f"{library}.so"
+    if not path.exists():
         return f"{library} is not built: install the package with a C++ compiler (and nvcc for CUDA) at hand"
     try:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} does not load: {error}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::fastfood_forward", key):
+        return f"{path.name} has no kernels for the projection yet"
     return True
 
 
@@ -68,10 +81,10 @@ def _load_cuda() -> bool | str:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return _load("_cuda")
+    return _load("_cuda", "CUDA")
 
 
-_AVAILABLE: dict[str, bool | str] = {"cpu": _load("_cpu"), "cuda": _load_cuda(), "reference": True}
+_AVAILABLE: dict[str, bool | str] = {"cpu": _load("_cpu", "CPU"), "cuda": _load_cuda(), "reference": True}
 
 
 def available_backends() -> dict[str, bool | str]:

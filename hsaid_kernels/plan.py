@@ -130,11 +130,12 @@ class Plan:
             end += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
         self.numel = end
         self.group_blocks = GROUP_ELEMENTS // self.width
-        self.segments = torch.tensor(self._rows(), dtype=torch.int64)
+        self.segments = torch.tensor(self._rows(), dtype=torch.int64, device="cpu")
         total = sum(p.numel for p in self.pieces)
         self.scales = torch.tensor(
             [1 / math.sqrt(self.width * (p.numel if normalize == "tensor" else total)) for p in self.pieces],
             dtype=torch.float32,
+            device="cpu",
         )
         self._on_device = {"cpu": (self.segments, self.scales)}
 

@@ -1,5 +1,6 @@
 // A standard normal from 16 random bits, the same bits on every machine: five fp32 operations, each rounded by itself,
-// and a table of 32 lines fitted to the normal quantile (docs/rng.md).  Odd symmetric, variance 1 - 2e-9, largest 3.757.
+// and a table of 32 lines fitted to the normal quantile (docs/rng.md).  Odd symmetric, variance 1 - 2e-9,
+// largest 3.757.
 #pragma once
 
 #include "common.h"
@@ -9,6 +10,21 @@ namespace hsaid {
 constexpr uint32_t kNormalTableBits[64] = {
 #include "normal_table.inc"
 };
+#if defined(__CUDACC__)
+__constant__ static const uint32_t kNormalTableDevice[64] = {
+#include "normal_table.inc"
+};
+#endif
+
+// Entry i of the 32 values A, then 32 values B.
+HSAID_INLINE float normal_table(uint32_t i) {
+#if defined(__CUDA_ARCH__)
+  return float_from_bits(kNormalTableDevice[i]);
+#else
+  return float_from_bits(kNormalTableBits[i]);
+#endif
+}
+
 constexpr uint32_t kNormalMagic = 0x4b000001u;  // 2^23 as a float, and the low bit that makes y odd
 constexpr float kNormalOffset = 8421376.0f;     // 2^23 + 2^15
 constexpr float kNormalTop = 32928.0f;
@@ -17,8 +33,8 @@ HSAID_INLINE float normal_from_half(uint32_t half) {
   const float y = float_from_bits(kNormalMagic | half) - kNormalOffset;  // odd integers -32767 .. 32767, exact
   const float v = kNormalTop - float_from_bits(bits_from_float(y) & 0x7fffffffu);  // 161 .. 32927
   const uint32_t s = (bits_from_float(v) >> 21) & 31;
-  const float slope = float_from_bits(kNormalTableBits[32 + s]) * v;
-  const float line = float_from_bits(kNormalTableBits[s]) + slope;
+  const float slope = normal_table(32 + s) * v;
+  const float line = normal_table(s) + slope;
   return y * line;
 }
 

@@ -3,7 +3,7 @@
 // (docs/rng.md has the table): (Pi h)[k] = h[pi(k)].
 #pragma once
 
-#include "philox.h"
+#include "streams.h"
 
 namespace hsaid {
 
@@ -32,6 +32,13 @@ HSAID_INLINE uint32_t permute(uint32_t k, int q, const PermutationKeys& keys) {
     low ^= feistel_mix(high, keys.key[r + 1]) >> (32 - low_bits);
   }
   return high << low_bits | low;
+}
+
+// Position k of any stream as a number: a normal or a sign of the diagonal, a sign of B, or pi(k).
+HSAID_INLINE float stream_value(const Stream& s, int q, bool rademacher, uint32_t k) {
+  if (s.purpose == kPermutation) return (float)permute(k, q, permutation_keys(s.seed, s.id, s.chunk));
+  if (s.purpose == kDiagonal && !rademacher) return gaussian_at(s, q, k);
+  return sign_at(s, k) ? -1.0f : 1.0f;
 }
 
 }  // namespace hsaid

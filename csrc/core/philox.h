@@ -47,7 +47,7 @@ struct PhiloxPrefix {
 
 HSAID_INLINE PhiloxPrefix philox_prefix(uint64_t seed, PhiloxWords c) {
   const uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-  const uint32_t c2 = mulhi32(kPhiloxM0, c.w[0]) ^ c.w[3] ^ k1;  // word 2 after round 1
+  const uint32_t c2 = mulhi32(kPhiloxM0, c.w[0]) ^ c.w[3] ^ k1;                          // word 2 after round 1
   const uint32_t c0 = mulhi32(kPhiloxM1, c2) ^ (kPhiloxM1 * c.w[2]) ^ (k0 + kPhiloxW0);  // word 0 after round 2
   PhiloxPrefix p;
   p.word0 = mulhi32(kPhiloxM1, c.w[2]) ^ k0;

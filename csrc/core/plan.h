@@ -9,10 +9,10 @@ constexpr int kMinWidthBits = 5, kMaxWidthBits = 14;
 
 // A 2-D strided piece of a tensor; strides and offsets in elements.
 struct Segment {
-  int64_t tensor;       // index into the lists of base tensors and gradients
-  int64_t offset;       // first element, within the tensor
-  int64_t out_offset;   // first element, within the flat output
-  int64_t rows, cols;   // numel = rows * cols, read row by row
+  int64_t tensor;      // index into the lists of base tensors and gradients
+  int64_t offset;      // first element, within the tensor
+  int64_t out_offset;  // first element, within the flat output
+  int64_t rows, cols;  // numel = rows * cols, read row by row
   int64_t row_stride;
   int64_t stream;       // 64-bit stream id
   int64_t first_block;  // blocks and groups of the segments before

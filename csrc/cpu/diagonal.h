@@ -1,5 +1,5 @@
-// G and the signs B of a block, a tile at a time: Philox in the lanes, whose words fall to consecutive positions without
-// any transposing (docs/rng.md).
+// G and the signs B of a block, a tile at a time: Philox in the lanes, whose words fall to consecutive positions
+// without any transposing (docs/rng.md).
 #pragma once
 
 #include "../core/plan.h"
@@ -27,31 +27,36 @@ HSAID_INLINE PhiloxKeys philox_keys(uint64_t seed) {
 #define HSAID_GENERATOR static HSAID_NOINLINE
 #endif
 
-// kLanes calls that differ in word 1 of the counter.
-HSAID_GENERATOR void philox_vector(const PhiloxPrefix& prefix, const PhiloxKeys& keys, vu word1, vu (&w)[4]) {
+// kCalls times kLanes calls that differ in word 1 of the counter: w[call][word]. Several side by side, because one
+// alone is a long chain of dependent multiplications.
+template <int kCalls>
+HSAID_GENERATOR void philox_vectors(const PhiloxPrefix& prefix, const PhiloxKeys& keys, const vu (&word1)[kCalls],
+                                    vu (&w)[kCalls][4]) {
   const vu m0 = broadcast(kPhiloxM0), m1 = broadcast(kPhiloxM1);
-  vu hi0, lo0, hi1, lo1;
-  mul_wide(broadcast(prefix.word0) ^ word1, m0, &hi0, &lo0);
-  mul_wide(hi0 ^ broadcast(prefix.round2), m1, &hi1, &lo1);
-  vu c0 = hi1 ^ broadcast(prefix.round3_hi), c1 = lo1, c2 = lo0 ^ broadcast(prefix.round3_lo), c3;
-  mul_wide(c0, m0, &hi0, &lo0);
-  mul_wide(c2, m1, &hi1, &lo1);
-  c0 = xor3(hi1, c1, broadcast(keys.key[3][0]));
-  c1 = lo1;
-  c2 = hi0 ^ broadcast(prefix.round4);
-  c3 = lo0;
-  unroll<kPhiloxRounds - 4>([&](auto r) HSAID_LAMBDA {
-    mul_wide(c0, m0, &hi0, &lo0);
-    mul_wide(c2, m1, &hi1, &lo1);
-    c0 = xor3(hi1, c1, broadcast(keys.key[r + 4][0]));
-    c1 = lo1;
-    c2 = xor3(hi0, c3, broadcast(keys.key[r + 4][1]));
-    c3 = lo0;
+  vu hi0[kCalls], lo0[kCalls], hi1[kCalls], lo1[kCalls];
+  unroll<kCalls>([&](auto i) HSAID_LAMBDA {
+    mul_wide(broadcast(prefix.word0) ^ word1[i], m0, &hi0[i], &lo0[i]);
+    mul_wide(hi0[i] ^ broadcast(prefix.round2), m1, &hi1[i], &lo1[i]);
+    w[i][0] = hi1[i] ^ broadcast(prefix.round3_hi);
+    w[i][1] = lo1[i];
+    w[i][2] = lo0[i] ^ broadcast(prefix.round3_lo);
+    mul_wide(w[i][0], m0, &hi0[i], &lo0[i]);
+    mul_wide(w[i][2], m1, &hi1[i], &lo1[i]);
+    w[i][0] = xor3(hi1[i], w[i][1], broadcast(keys.key[3][0]));
+    w[i][1] = lo1[i];
+    w[i][2] = hi0[i] ^ broadcast(prefix.round4);
+    w[i][3] = lo0[i];
   });
-  w[0] = c0;
-  w[1] = c1;
-  w[2] = c2;
-  w[3] = c3;
+  unroll<kPhiloxRounds - 4>([&](auto r) HSAID_LAMBDA {
+    unroll<kCalls>([&](auto i) HSAID_LAMBDA {
+      mul_wide(w[i][0], m0, &hi0[i], &lo0[i]);
+      mul_wide(w[i][2], m1, &hi1[i], &lo1[i]);
+      w[i][0] = xor3(hi1[i], w[i][1], broadcast(keys.key[r + 4][0]));
+      w[i][1] = lo1[i];
+      w[i][2] = xor3(hi0[i], w[i][3], broadcast(keys.key[r + 4][1]));
+      w[i][3] = lo0[i];
+    });
+  });
 }
 
 // core/normal.h in lanes: `magic` is kNormalMagic | half.
@@ -79,10 +84,10 @@ static HSAID_NOINLINE void make_sign_words(const Stream& s, const PhiloxKeys& ke
   const vu position = lane_index() | broadcast((uint32_t)s.chunk << 16);
   const uint32_t calls = q > 9 ? 1u << (q - 7) : 4;
   for (uint32_t first = 0; first < calls; first += kLanes) {
-    vu w[4];
-    philox_vector(prefix, keys, position + first, w);
+    vu w[1][4];
+    philox_vectors<1>(prefix, keys, {position + first}, w);
     for (int j = 0; j < 4; ++j)
-      for (int i = 0; i < kLanes; ++i) words[((first + i) >> 2) * 16 + j * 4 + (i & 3)] = w[j][i];
+      for (int i = 0; i < kLanes; ++i) words[((first + i) >> 2) * 16 + j * 4 + (i & 3)] = w[0][j][i];
   }
 }
 
@@ -123,7 +128,7 @@ struct Diagonal {
 
   Diagonal(const Params& p, PhiloxPrefix* prefix_, uint32_t* words)
       : params(p), keys(philox_keys(p.seed)), prefix(prefix_), sign_words(words), segment{}, block(0) {
-    for (int i = 0; i < 64; ++i) table[i] = float_from_bits(kNormalTableBits[i]);
+    for (int i = 0; i < 64; ++i) table[i] = normal_table(i);
   }
 
   void start(const Segment& s, int64_t b) {
@@ -152,20 +157,26 @@ HSAID_INLINE void diagonal_tile(const Diagonal& d, int chunk, int64_t k, Use&& u
   if constexpr (kRademacher) {
     sign_tile<t>(d.sign_words + chunk * num_sign_words(d.params.q), k, use);
   } else if constexpr (t < 7) {
-    unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA {
-      use(i, GaussianVector{small_gaussian(d, chunk, (uint32_t)k + i * kLanes)});
-    });
+    unroll<(1 << t) / kLanes>(
+        [&](auto i) HSAID_LAMBDA { use(i, GaussianVector{small_gaussian(d, chunk, (uint32_t)k + i * kLanes)}); });
   } else {
-    constexpr int halves = 16 / kLanes;  // vectors of calls that cover the 16 lowest positions
-    unroll<(1 << t) / 128>([&](auto group) HSAID_LAMBDA {
-      unroll<halves>([&](auto half) HSAID_LAMBDA {
-        const uint32_t first = (uint32_t)((k >> 7) + group) << 4 | half * kLanes | (uint32_t)chunk << 16;
-        vu w[4];
-        philox_vector(d.prefix[chunk], d.keys, lane_index() + first, w);
+    constexpr int parts = 16 / kLanes;  // vectors of calls that cover the 16 lowest positions
+    constexpr int calls = (1 << t) / 128 * parts, side = calls < 2 ? calls : 2;
+    unroll<calls / side>([&](auto pair) HSAID_LAMBDA {
+      vu word1[side], w[side][4];
+      unroll<side>([&](auto i) HSAID_LAMBDA {
+        constexpr int call = pair * side + i;
+        const uint32_t first = (uint32_t)((k >> 7) + call / parts) << 4 | call % parts * kLanes | (uint32_t)chunk << 16;
+        word1[i] = lane_index() + first;
+      });
+      philox_vectors<side>(d.prefix[chunk], d.keys, word1, w);
+      unroll<side>([&](auto i) HSAID_LAMBDA {
+        constexpr int call = pair * side + i;
         unroll<8>([&](auto slot) HSAID_LAMBDA {
-          const vu word = w[slot / 2];
+          const vu word = w[i][slot / 2];
           const vu magic = slot % 2 ? word >> 16 | kNormalMagic : (word & 0xffffu) | kNormalMagic;
-          use((group * 128 + slot * 16 + half * kLanes) / kLanes, GaussianVector{normal_vector(magic, d.table)});
+          constexpr int vector = (call / parts * 128 + slot * 16 + call % parts * kLanes) / kLanes;
+          use(std::integral_constant<int, vector>{}, GaussianVector{normal_vector(magic, d.table)});
         });
       });
     });

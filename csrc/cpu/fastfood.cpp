@@ -4,6 +4,7 @@
 #include "fastfood.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -21,6 +22,19 @@ constexpr int64_t kSliceElements = 1024;
 // Sums of groups that the adjoint holds at a time: it works in waves of as many groups as fit.
 constexpr int64_t kWaveBytes = int64_t{16} << 20;
 constexpr int64_t kMinWave = 8;
+
+// Blocks whose generation takes as long as making z.
+constexpr int64_t kZCost = 2;
+
+// f(i) for i in [0, count), each taken by the next thread that is free: for work of unequal size.
+template <class F>
+void dynamic_for(const Threads& threads, int64_t count, F&& f) {
+  std::atomic<int64_t> next{0};
+  threads.parallel_for(std::min(count, threads.count), [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin)
+      for (int64_t i; (i = next.fetch_add(1)) < count;) f(i);
+  });
+}
 
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> found;
@@ -50,14 +64,25 @@ const Kernels& kernels() {
   throw std::runtime_error("HSAID_CPU_ISA: expected one of " + names + " on this machine, got " + wanted);
 }
 
-void fastfood_forward(const Forward& a, const ParallelFor& parallel_for) {
-  const Kernels& k = kernels();
+void fastfood_forward(const Forward& a, const Threads& threads) {
+  const Kernels& kernel = kernels();
+  // Threads get equal shares of the work: a block is one unit of it, making a segment's z is kZCost units.
+  const auto start = [&](int64_t i) { return a.segments[i].first_block + kZCost * i; };
+  const auto block_at = [&](int64_t unit) {
+    int64_t low = 0, high = a.num_segments;  // the last segment that starts at or before the unit is in [low, high)
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (start(middle) <= unit ? low : high) = middle;
+    }
+    const Segment& s = a.segments[low];
+    return s.first_block + std::min(std::max<int64_t>(unit - start(low) - kZCost, 0), num_blocks(a.params, s));
+  };
   const Segment& last = a.segments[a.num_segments - 1];
-  parallel_for(last.first_block + num_blocks(a.params, last),
-               [&](int64_t begin, int64_t end) { k.forward(a, begin, end); });
+  const int64_t units = last.first_block + num_blocks(a.params, last) + kZCost * a.num_segments;
+  threads.parallel_for(units, [&](int64_t begin, int64_t end) { kernel.forward(a, block_at(begin), block_at(end)); });
 }
 
-void fastfood_adjoint(const Adjoint& a, float* dtheta, float* dfactors, const ParallelFor& parallel_for) {
+void fastfood_adjoint(const Adjoint& a, float* dtheta, float* dfactors, const Threads& threads) {
   const Kernels& kernel = kernels();
   const int64_t n = width(a.params), size = n * a.params.chunks, slices = (size + kSliceElements - 1) / kSliceElements;
   struct Group {
@@ -78,12 +103,11 @@ void fastfood_adjoint(const Adjoint& a, float* dtheta, float* dfactors, const Pa
   for (int64_t begin = 0; begin < (int64_t)groups.size(); begin += wave) {
     const int64_t count = std::min<int64_t>(wave, groups.size() - begin);
     const Group* in_wave = groups.data() + begin;
-    parallel_for(count, [&](int64_t from, int64_t to) {
-      for (int64_t g = from; g < to; ++g)
-        kernel.adjoint_group(a, a.segments[in_wave[g].segment], in_wave[g].group, &partial[g * size]);
+    dynamic_for(threads, count, [&](int64_t g) {
+      kernel.adjoint_group(a, a.segments[in_wave[g].segment], in_wave[g].group, &partial[g * size]);
     });
     // Running sums in the order of the groups; a segment's whole sum ends up in the place of its last group.
-    parallel_for(slices, [&](int64_t from, int64_t to) {
+    threads.parallel_for(slices, [&](int64_t from, int64_t to) {
       const int64_t first = from * kSliceElements, last = std::min(size, to * kSliceElements);
       for (int64_t g = 0; g < count; ++g) {
         float* sum = &partial[g * size];
@@ -93,13 +117,11 @@ void fastfood_adjoint(const Adjoint& a, float* dtheta, float* dfactors, const Pa
         }
       }
     });
-    parallel_for(count, [&](int64_t from, int64_t to) {
-      for (int64_t g = from; g < to; ++g) {
-        const int64_t i = in_wave[g].segment;
-        if (in_wave[g].last) dfactors[i] = kernel.adjoint_segment(a, a.segments[i], a.factors[i], &partial[g * size]);
-      }
+    dynamic_for(threads, count, [&](int64_t g) {
+      const int64_t i = in_wave[g].segment;
+      if (in_wave[g].last) dfactors[i] = kernel.adjoint_segment(a, a.segments[i], a.factors[i], &partial[g * size]);
     });
-    parallel_for(slices, [&](int64_t from, int64_t to) {
+    threads.parallel_for(slices, [&](int64_t from, int64_t to) {
       const int64_t first = from * kSliceElements, last = std::min(size, to * kSliceElements);
       for (int64_t g = 0; g < count; ++g)
         if (in_wave[g].last)
@@ -109,13 +131,13 @@ void fastfood_adjoint(const Adjoint& a, float* dtheta, float* dfactors, const Pa
 }
 
 template <class T>
-void hadamard_transform(const T* x, T* out, int64_t rows, int64_t dim, double scale, const ParallelFor& parallel_for) {
+void hadamard_transform(const T* x, T* out, int64_t rows, int64_t dim, double scale, const Threads& threads) {
   using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
   const Kernels& kernel = kernels();
   int q = 0;
   while (((int64_t)1 << q) < dim) ++q;
   const int64_t n = (int64_t)1 << q;
-  parallel_for(rows, [&](int64_t begin, int64_t end) {
+  threads.parallel_for(rows, [&](int64_t begin, int64_t end) {
     std::vector<Compute> row(n);
     for (int64_t r = begin; r < end; ++r) {
       for (int64_t k = 0; k < dim; ++k) {
@@ -140,9 +162,9 @@ void hadamard_transform(const T* x, T* out, int64_t rows, int64_t dim, double sc
   });
 }
 
-template void hadamard_transform(const float*, float*, int64_t, int64_t, double, const ParallelFor&);
-template void hadamard_transform(const bf16*, bf16*, int64_t, int64_t, double, const ParallelFor&);
-template void hadamard_transform(const fp16*, fp16*, int64_t, int64_t, double, const ParallelFor&);
-template void hadamard_transform(const double*, double*, int64_t, int64_t, double, const ParallelFor&);
+template void hadamard_transform(const float*, float*, int64_t, int64_t, double, const Threads&);
+template void hadamard_transform(const bf16*, bf16*, int64_t, int64_t, double, const Threads&);
+template void hadamard_transform(const fp16*, fp16*, int64_t, int64_t, double, const Threads&);
+template void hadamard_transform(const double*, double*, int64_t, int64_t, double, const Threads&);
 
 }  // namespace hsaid

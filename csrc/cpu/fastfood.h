@@ -23,14 +23,14 @@ struct TensorView {
 
 struct Forward {
   Params params;
-  const float* theta;          // [dim]
-  const float* factors;        // [num_segments], the scales s_i inside
-  const Segment* segments;     // [num_segments]
+  const float* theta;       // [dim]
+  const float* factors;     // [num_segments], the scales s_i inside
+  const Segment* segments;  // [num_segments]
   int64_t num_segments;
-  const TensorView* base;      // per tensor; null: zeros
+  const TensorView* base;  // per tensor; null: zeros
   void* out;
   Dtype out_dtype;
-  bool stream;                 // store past the caches: more is written than they hold
+  bool stream;  // store past the caches: more is written than they hold
 };
 
 struct Adjoint {
@@ -63,14 +63,20 @@ const Kernels* kernels_portable();
 // Throws std::runtime_error for a name that is unknown or not to be had here.
 const Kernels& kernels();
 
-// body(begin, end) over a partition of [0, count), in parallel.
-using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>& body)>;
+using RangeBody = std::function<void(int64_t begin, int64_t end)>;
 
-void fastfood_forward(const Forward&, const ParallelFor&);
+// The caller's threads: `parallel_for` calls body over a partition of [0, count) into at most `count` contiguous
+// ranges.
+struct Threads {
+  int64_t count;
+  std::function<void(int64_t count, const RangeBody& body)> parallel_for;
+};
+
+void fastfood_forward(const Forward&, const Threads&);
 // dtheta [chunks, n] and dfactors [num_segments]; the same bits for any number of threads.
-void fastfood_adjoint(const Adjoint&, float* dtheta, float* dfactors, const ParallelFor&);
+void fastfood_adjoint(const Adjoint&, float* dtheta, float* dfactors, const Threads&);
 // rows x dim values with a row stride of dim -> scale * H x, for float, bf16, fp16 and double.
 template <class T>
-void hadamard_transform(const T* x, T* out, int64_t rows, int64_t dim, double scale, const ParallelFor&);
+void hadamard_transform(const T* x, T* out, int64_t rows, int64_t dim, double scale, const Threads&);
 
 }  // namespace hsaid

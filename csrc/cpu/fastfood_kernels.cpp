@@ -3,8 +3,8 @@
 //     forward   out_b = base_b + f * H(sum_c G_bc . z_c)     block after block; z is made when a segment begins
 //     adjoint   u_c  += G_bc . (H g_b)                       block after block of a group
 //
-// A block of n <= 16,384 floats and z stay in the second-level cache.  Memory is touched once: W0 read and W written, or the
-// gradients read; that pass over one block is interleaved with the generation of the next, which only computes.
+// A block of n <= 16,384 floats and z stay in the second-level cache.  Memory is touched once: W0 read and W written,
+// or the gradients read; that pass over one block is interleaved with the generation of the next, which only computes.
 // Nothing here may come from the standard library's inline functions: the linker could keep this file's copy for all.
 
 #include <cstdlib>
@@ -72,16 +72,48 @@ void multiply_signs(const Params& p, const Segment& s, int chunk, const PhiloxKe
   });
 }
 
-// z [n] of one chunk of theta; `scratch` [n], `words` [num_sign_words].
-void make_z(const Params& p, const Segment& s, int chunk, const float* theta, const PhiloxKeys& keys, uint32_t* words,
-            float* scratch, float* z) {
+// pi [n] of a chunk: core/permutation.h in lanes.
+void make_permutation(const Params& p, const Segment& s, int chunk, uint32_t* pi) {
+  const PermutationKeys keys = permutation_keys(p.seed, (uint64_t)s.stream, chunk);
+  const int low_bits = p.q / 2, high_bits = p.q - p.q / 2;
+  const auto mix = [](vu x, uint32_t key) HSAID_LAMBDA {
+    x = (x ^ key) * 0x9E3779B1u;
+    return (x ^ x >> 15) * 0x85EBCA77u;
+  };
+  for (int64_t k = 0; k < width(p); k += kLanes) {
+    const vu position = lane_index() + (uint32_t)k;
+    vu low = position & ((1u << low_bits) - 1), high = position >> low_bits;
+    unroll<kFeistelRounds / 2>([&](auto r) HSAID_LAMBDA {
+      high ^= mix(low, keys.key[2 * r]) >> (32 - high_bits);
+      low ^= mix(high, keys.key[2 * r + 1]) >> (32 - low_bits);
+    });
+    store(pi + k, high << low_bits | low);
+  }
+}
+
+// What making z takes: arrays of n values and of sign words.
+struct ZScratch {
+  float* values;
+  uint32_t* pi;  // the permutation of the chunk whose z was made last
+  uint32_t* words;
+
+  static int64_t bytes(const Params& p) { return 2 * width(p) * 4 + 4 * num_sign_words(p.q) + kLineBytes; }
+  ZScratch(Arena& arena, const Params& p)
+      : values(arena.take<float>(width(p))),
+        pi(arena.take<uint32_t>(width(p))),
+        words(arena.take<uint32_t>(num_sign_words(p.q))) {}
+};
+
+// z [n] of one chunk of theta.
+void make_z(const Params& p, const Segment& s, int chunk, const float* theta, const PhiloxKeys& keys,
+            const ZScratch& scratch, float* z) {
   const int64_t n = width(p), begin = chunk * n, count = p.dim - begin < n ? p.dim - begin : n;
-  std::memcpy(scratch, theta + begin, count * sizeof(float));
-  std::memset(scratch + count, 0, (n - count) * sizeof(float));
-  multiply_signs(p, s, chunk, keys, words, scratch);
-  walsh_hadamard_block(scratch, p.q);
-  const PermutationKeys pi = permutation_keys(p.seed, (uint64_t)s.stream, chunk);
-  for (int64_t k = 0; k < n; ++k) z[k] = scratch[permute((uint32_t)k, p.q, pi)];
+  std::memcpy(scratch.values, theta + begin, count * sizeof(float));
+  std::memset(scratch.values + count, 0, (n - count) * sizeof(float));
+  multiply_signs(p, s, chunk, keys, scratch.words, scratch.values);
+  walsh_hadamard_block(scratch.values, p.q);
+  make_permutation(p, s, chunk, scratch.pi);
+  for (int64_t k = 0; k < n; ++k) z[k] = scratch.values[scratch.pi[k]];
 }
 
 // Offset in elements of the tensor's flat index `i`.
@@ -140,22 +172,22 @@ HSAID_NOINLINE void emit_lines(const Forward& a, const Emission& e, const Base* 
   if constexpr (!std::is_void_v<Base>) base += e.segment->offset + first;
   const bool stream = a.stream && (uintptr_t)out % kLineBytes == 0;
   const vf factor = broadcast(e.factor);
-  last_pass<kLineVectors<T>>(
-      e.buffer, a.params.q, begin, end, [&](int64_t k, const vf(&y)[kLineVectors<T>]) HSAID_LAMBDA {
-        vf w[kLineVectors<T>];
-        unroll<kLineVectors<T>>([&](auto i) HSAID_LAMBDA {
-          const vf step = factor * y[i];
-          if constexpr (std::is_void_v<Base>)
-            w[i] = vf{} + step;
-          else
-            w[i] = load_as_float(base + k + i * kLanes) + step;
-        });
-        // The same place of the next block: it is wanted a block's work later.
-        if constexpr (!std::is_void_v<Base>)
-          for (int i = 0; i < (int)(kLineVectors<T> * kLanes * sizeof(Base)); i += kLineBytes)
-            __builtin_prefetch((const char*)(base + k + n) + i, 0, 2);
-        store_line(out + k, w, stream);
-      });
+  last_pass<kLineVectors<T>>(e.buffer, a.params.q, begin, end,
+                             [&](int64_t k, const vf(&y)[kLineVectors<T>]) HSAID_LAMBDA {
+                               vf w[kLineVectors<T>];
+                               unroll<kLineVectors<T>>([&](auto i) HSAID_LAMBDA {
+                                 const vf step = factor * y[i];
+                                 if constexpr (std::is_void_v<Base>)
+                                   w[i] = vf{} + step;
+                                 else
+                                   w[i] = load_as_float(base + k + i * kLanes) + step;
+                               });
+                               // The same place of the next block: it is wanted a block's work later.
+                               if constexpr (!std::is_void_v<Base>)
+                                 for (int i = 0; i < (int)(kLineVectors<T> * kLanes * sizeof(Base)); i += kLineBytes)
+                                   __builtin_prefetch((const char*)(base + k + n) + i, 0, 2);
+                               store_line(out + k, w, stream);
+                             });
 }
 
 // A block that is ragged, or whose segment or base is not dense.
@@ -185,7 +217,8 @@ void emit_typed(const Forward& a, const Emission& e, int64_t step, int64_t steps
   const Segment& s = *e.segment;
   const TensorView* base = a.base ? a.base + s.tensor : nullptr;
   const bool whole = ((e.block + 1) << a.params.q) <= s.rows * s.cols;
-  const int64_t lines = num_lines<kLineVectors<T>>(a.params.q), from = step * lines / steps, to = (step + 1) * lines / steps;
+  const int64_t lines = num_lines<kLineVectors<T>>(a.params.q), from = step * lines / steps,
+                to = (step + 1) * lines / steps;
   if (!whole || !is_dense(s) || (base && !base->dense)) {
     if (step == steps - 1) emit_slowly<T>(a, e, scratch, scratch + width(a.params));
   } else if (!base) {
@@ -208,9 +241,8 @@ template <bool kRademacher>
 HSAID_NOINLINE void generate(const Diagonal& diagonal, const float* z, float* buffer, int64_t begin, int64_t end) {
   const Params& p = diagonal.params;
   first_pass(buffer, p.q, begin, end, [&](auto t, int64_t k, vf* x) HSAID_LAMBDA {
-    diagonal_tile<t, kRademacher>(diagonal, 0, k, [&](int i, auto d) HSAID_LAMBDA {
-      x[i] = d.times(d, load(z + k + i * kLanes));
-    });
+    diagonal_tile<t, kRademacher>(diagonal, 0, k,
+                                  [&](int i, auto d) HSAID_LAMBDA { x[i] = d.times(d, load(z + k + i * kLanes)); });
     for (int chunk = 1; chunk < p.chunks; ++chunk)
       diagonal_tile<t, kRademacher>(diagonal, chunk, k, [&](int i, auto d) HSAID_LAMBDA {
         const vf product = d.times(d, load(z + chunk * width(p) + k + i * kLanes));
@@ -223,11 +255,11 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
   if (begin >= end) return;
   const Params& p = a.params;
   const int64_t n = width(p), tiles = num_tiles(p.q);
-  Arena arena((p.chunks + 4) * n * (int64_t)sizeof(float) + diagonal_bytes(p) + 4 * num_sign_words(p.q) + kLineBytes);
+  Arena arena((p.chunks + 4) * n * (int64_t)sizeof(float) + ZScratch::bytes(p) + diagonal_bytes(p));
   float* z = arena.take<float>(p.chunks * n);
   float* buffers[2] = {arena.take<float>(n), arena.take<float>(n)};
   float* scratch = arena.take<float>(2 * n);
-  uint32_t* words = arena.take<uint32_t>(num_sign_words(p.q));
+  const ZScratch z_scratch(arena, p);
   PhiloxPrefix* prefix = arena.take<PhiloxPrefix>(p.chunks);
   Diagonal diagonal(p, prefix, arena.take<uint32_t>(p.chunks * num_sign_words(p.q)));
   const auto generate_tile = p.rademacher ? generate<true> : generate<false>;
@@ -240,7 +272,7 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
     const int64_t block = i - s.first_block;
     if (i == begin || block == 0)
       for (int chunk = 0; chunk < p.chunks; ++chunk)
-        make_z(p, s, chunk, a.theta, diagonal.keys, words, scratch, z + chunk * n);
+        make_z(p, s, chunk, a.theta, diagonal.keys, z_scratch, z + chunk * n);
     diagonal.start(s, block);
     float* buffer = buffers[i & 1];
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -304,7 +336,9 @@ void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) 
   PhiloxPrefix* prefix = arena.take<PhiloxPrefix>(p.chunks);
   Diagonal diagonal(p, prefix, arena.take<uint32_t>(p.chunks * num_sign_words(p.q)));
   const Dtype dtype = a.grads[s.tensor].dtype;
-  const auto read = dtype == Dtype::kFloat ? read_typed<float> : dtype == Dtype::kHalf ? read_typed<fp16> : read_typed<bf16>;
+  const auto read = dtype == Dtype::kFloat  ? read_typed<float>
+                    : dtype == Dtype::kHalf ? read_typed<fp16>
+                                            : read_typed<bf16>;
   const auto accumulate_tile = p.rademacher ? accumulate<true> : accumulate<false>;
   std::memset(u, 0, p.chunks * n * sizeof(float));
 
@@ -322,24 +356,23 @@ void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) 
 float adjoint_segment(const Adjoint& a, const Segment& s, float factor, float* u) {
   const Params& p = a.params;
   const int64_t n = width(p);
-  Arena arena(2 * n * (int64_t)sizeof(float) + 4 * num_sign_words(p.q) + kLineBytes);
+  Arena arena(n * (int64_t)sizeof(float) + ZScratch::bytes(p));
   float* z = arena.take<float>(n);
-  float* scratch = arena.take<float>(n);
-  uint32_t* words = arena.take<uint32_t>(num_sign_words(p.q));
+  const ZScratch scratch(arena, p);
   const PhiloxKeys keys = philox_keys(p.seed);
   float dot = 0.0f;
   for (int chunk = 0; chunk < p.chunks; ++chunk, u += n) {
-    make_z(p, s, chunk, a.theta, keys, words, scratch, z);
+    make_z(p, s, chunk, a.theta, keys, scratch, z);
     for (int64_t k = 0; k < n; ++k) z[k] = u[k] * z[k];
     for (int64_t half = n / 2; half > 0; half /= 2)
       for (int64_t k = 0; k < half; ++k) z[k] = z[k] + z[k + half];
     dot += z[0];
 
-    const PermutationKeys pi = permutation_keys(p.seed, (uint64_t)s.stream, chunk);
-    for (int64_t k = 0; k < n; ++k) scratch[permute((uint32_t)k, p.q, pi)] = u[k];
-    walsh_hadamard_transposed(scratch, p.q);
-    multiply_signs(p, s, chunk, keys, words, scratch);
-    for (int64_t k = 0; k < n; ++k) u[k] = factor * scratch[k];
+    float* v = scratch.values;
+    for (int64_t k = 0; k < n; ++k) v[scratch.pi[k]] = u[k];
+    walsh_hadamard_transposed(v, p.q);
+    multiply_signs(p, s, chunk, keys, scratch.words, v);
+    for (int64_t k = 0; k < n; ++k) u[k] = factor * v[k];
   }
   return dot;
 }

@@ -86,18 +86,27 @@ HSAID_INLINE void mul_wide(vu a, vu m, vu* high, vu* low) {
 #endif
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// b where bit 31 of `choice` is set, else a.  GCC puts a comparison with zero before the intrinsic, which needs none.
+HSAID_INLINE __m256 select_by_sign(__m256 a, __m256 b, __m256i choice) {
+  __m256 selected;
+  asm("vblendvps %3, %2, %1, %0" : "=x"(selected) : "x"(a), "x"(b), "x"(choice));
+  return selected;
+}
+#endif
+
 // table[s & 31] of 32 floats
 HSAID_INLINE vf lookup32(const float* table, vu s) {
 #if defined(__AVX512F__)
   return (vf)_mm512_permutex2var_ps((__m512)load(table), (__m512i)s, (__m512)load(table + 16));
 #elif defined(__AVX2__)
   const __m256i i = (__m256i)s;
-  const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)), bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(i, 27));
+  const __m256i bit3 = _mm256_slli_epi32(i, 28), bit4 = _mm256_slli_epi32(i, 27);
   const __m256 q0 = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), i);
   const __m256 q1 = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), i);
   const __m256 q2 = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 16), i);
   const __m256 q3 = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 24), i);
-  return (vf)_mm256_blendv_ps(_mm256_blendv_ps(q0, q1, bit3), _mm256_blendv_ps(q2, q3, bit3), bit4);
+  return (vf)select_by_sign(select_by_sign(q0, q1, bit3), select_by_sign(q2, q3, bit3), bit4);
 #else
   vf x;
   for (int i = 0; i < kLanes; ++i) x[i] = table[s[i] & 31];
@@ -169,7 +178,8 @@ HSAID_INLINE vh narrow(vf x, fp16) {
 #endif
 }
 
-// Writes one cache line of T, kLineBytes / sizeof(T) values. `stream`: past the caches; p is then a multiple of 64 bytes.
+// Writes one cache line of T, kLineBytes / sizeof(T) values. `stream`: past the caches; p is then a multiple of 64
+// bytes.
 template <int kVectors>
 HSAID_INLINE void store_line(float* p, const vf (&x)[kVectors], [[maybe_unused]] bool stream) {
   static_assert(kVectors * kLanes * sizeof(float) == kLineBytes);

@@ -1,8 +1,9 @@
-// The Walsh-Hadamard transform of a block in passes over a buffer that stays in the cache, a few stages a pass in registers:
+// The Walsh-Hadamard transform of a block in passes over a buffer that stays in the cache, a few stages a pass in
+// registers:
 //
-//     first pass   stages at bits 2 .. t-1 of a tile of 2^t values, filled by the caller (t = 8 or 7: 16 or more vectors)
-//     middle       up to kMiddleBits stages a pass
-//     last pass    the top kLastBits stages, then bits 0 and 1, whole cache lines handed to the caller
+//     first pass   stages at bits 2 .. t-1 of a tile of 2^t values, filled by the caller (t = 8 or 7: 16 or more
+//     vectors) middle       up to kMiddleBits stages a pass last pass    the top kLastBits stages, then bits 0 and 1,
+//     whole cache lines handed to the caller
 //
 // The order of stages is core/walsh_hadamard.h's; the transposed transform runs everything backwards.
 // Passes take a range of tiles or lines, so that the caller can interleave two blocks: one waits for memory while the
@@ -24,18 +25,25 @@ HSAID_INLINE int last_bits(int q) { return q - tile_bits(q) < kLastBits ? q - ti
 template <class F>
 HSAID_INLINE void with_tile_bits(int t, F&& f) {
   switch (t) {
-    case 5: return f(std::integral_constant<int, 5>{});
-    case 6: return f(std::integral_constant<int, 6>{});
-    case 7: return f(std::integral_constant<int, 7>{});
-    default: return f(std::integral_constant<int, kMaxTileBits>{});
+    case 5:
+      return f(std::integral_constant<int, 5>{});
+    case 6:
+      return f(std::integral_constant<int, 6>{});
+    case 7:
+      return f(std::integral_constant<int, 7>{});
+    default:
+      if constexpr (kMaxTileBits > 7) f(std::integral_constant<int, kMaxTileBits>{});
   }
 }
 template <class F>
 HSAID_INLINE void with_last_bits(int r, F&& f) {
   switch (r) {
-    case 0: return f(std::integral_constant<int, 0>{});
-    case 1: return f(std::integral_constant<int, 1>{});
-    default: return f(std::integral_constant<int, 2>{});
+    case 0:
+      return f(std::integral_constant<int, 0>{});
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    default:
+      return f(std::integral_constant<int, 2>{});
   }
 }
 

