@@ -1,0 +1,366 @@
+"""The H-SAID hierarchy: tensor names -> levels -> paths -> partition -> which multipliers make which factor.
+
+A model's tensor names form a graph of nodes on four levels, and every tensor is a path through it:
+
+    L1  block       L2  sublayer in the block      L3  module that owns the parameter      L4  parameter
+    layer.0         attention                      query                                   weight
+
+A level is passed over (None) where a tensor has no node for it. A partition cuts the levels into components; a
+multiplier stands for each distinct path within a component, and a tensor's factor combines its components' multipliers.
+All levels in one component is SAID, a multiplier per tensor (Aghajanyan et al. 2020, arXiv 2012.13255); H-SAID is any
+other cut.
+
+How a tensor's name becomes a path, for any model (only names, shapes and module structure are looked at):
+
+1.  A number is no name of its own and stays with the name before it: "layer.0" is one step.
+2.  L1 is the item of the outermost nn.ModuleList on the path. Modules above such items ("bert", "bert.encoder") are
+    containers. Without a list L1 is the first step that is no container ("pooler", or "net.0" of a Sequential), or the
+    container itself where that owns the parameter; a parameter of the root has no L1. Containers are left out of the
+    name, save for the few that tell one list or module from another ("encoder.block.0", "decoder.block.0").
+3.  L4 is the parameter's name. L3 is the step that owns it, unless that is the block. L2 is the first step under the
+    block, unless that is the L3 step. What lies between (BERT's `self` and inner `output`) is passed over.
+4.  An L2 step that is an item of a list is called by what tells it from the other items: by the one child that only it
+    has, if every item has just one such child (T5's "layer.0" is SelfAttention, in encoder and decoder), else by list
+    and number. An only item of an only child tells nothing apart and is passed over (ALBERT's "albert_layers.0").
+5.  Where tensors still share a path, L2 is all that lies between block and owner, as in the name ("mlp.experts.0"), for
+    every tensor whose name goes on after its block with the same module or list. So there are always as many paths as
+    tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+LEVELS = ("L1", "L2", "L3", "L4")
+NAMED_PARTITIONS = {"said": "+".join(LEVELS), "hsaid-3": "L1+L2|L3|L4"}  # and "did" or "none": no component
+
+Path = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One component of a partition: its levels, and its distinct paths (a multiplier each) in order of appearance."""
+
+    levels: tuple[str, ...]
+    paths: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        return f"{'+'.join(self.levels)}: {len(self.paths)}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Partition:
+    """Which multipliers make which factor. A segment is what has a factor of its own: a whole tensor.
+
+    spec              canonical string: `hierarchy.partition(spec, combine)` makes the partition again
+    combine           "product": a factor is the product of its components' multipliers.
+                      "sum": it is their sum divided by how many they are. The division belongs to the factor, not to
+                      the multipliers' start (1/number), because tensors with different numbers of components share
+                      multipliers (mBERT's classifier.weight has no L3): no such start makes all their factors 1.
+    components        their levels and paths, in the order of the specification
+    multiplier_index  int64 [segments, components], into one vector of multipliers [m] that starts with component 0's;
+                      -1 where the segment has no node in the component
+    """
+
+    spec: str
+    combine: str
+    components: tuple[Component, ...]
+    multiplier_index: Tensor
+    _gather_index: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def num_multipliers(self) -> int:
+        return sum(len(component.paths) for component in self.components)
+
+    def __str__(self) -> str:
+        summed = ", summed" if self.combine == "sum" else ""
+        return f"{', '.join(map(str, self.components)) or self.spec} -> {self.num_multipliers} multipliers{summed}"
+
+    def initial(self) -> Tensor:
+        """The multipliers to start from, float32 [m]: ones, which make every factor exactly 1 for either `combine`."""
+        return torch.ones(self.num_multipliers, dtype=torch.float32)
+
+    def factors(self, multipliers: Tensor) -> Tensor:
+        """Multipliers [m] -> factors [segments], of their dtype, on their device; 1 for a segment without components.
+
+        Equivalent to multipliers[row].prod(), or .mean() for "sum", where row is the segment's row without its -1s.
+        Differentiable; forward and backward are bit-identical from run to run. Raises ValueError for another shape.
+        """
+        if multipliers.shape != (self.num_multipliers,):
+            raise ValueError(f"multipliers must have shape [{self.num_multipliers}], got {list(multipliers.shape)}")
+        product = self.combine == "product"
+        index = self._gather_index_on(multipliers.device)
+        table = torch.cat([multipliers, multipliers.new_full((1,), 1.0 if product else 0.0)])  # [m + 1]
+        # embedding, not index_select: the latter's backward adds with atomics on CUDA, in another order every time.
+        gathered = nn.functional.embedding(index, table.unsqueeze(1)).squeeze(2)  # [segments, components]
+        columns = gathered.unbind(1)  # combined in their order, where prod() and sum() promise none
+        if product:
+            return functools.reduce(torch.mul, columns, multipliers.new_ones(len(index)))
+        present = (index < self.num_multipliers).sum(1)  # [segments]
+        return functools.reduce(torch.add, columns, (present == 0).to(multipliers.dtype)) / present.clamp(min=1)
+
+    def _gather_index_on(self, device: torch.device) -> Tensor:
+        """multiplier_index with m (the neutral element, after the multipliers) for -1; uploaded once per device."""
+        if device not in self._gather_index:
+            index = self.multiplier_index
+            with torch.inference_mode(False):  # what an evaluation uploads must serve the training that follows
+                self._gather_index[device] = torch.where(index < 0, self.num_multipliers, index).to(device)
+        return self._gather_index[device]
+
+
+@dataclass(frozen=True, repr=False)
+class Hierarchy:
+    """A model's tensors as paths through its levels; made by `from_model`, printed as a tree by `str`.
+
+    tensors       names, in the model's order; tied tensors are one, under the first of their names
+    shapes        name -> shape
+    levels        names of the levels, outermost first
+    paths         per tensor, a node name or None for each of `levels`; distinct unless nodes are skipped or merged
+    skip, merge   as given to `from_model`, in plain lists and dicts for a checkpoint's JSON
+    """
+
+    tensors: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+    paths: tuple[Path, ...]
+    skip: list[str] = field(default_factory=list)
+    merge: dict[str, list[str]] = field(default_factory=dict)
+    levels = LEVELS
+
+    @classmethod
+    def from_model(
+        cls, model: nn.Module, skip: Iterable[str] = (), merge: Mapping[str, Iterable[str]] | None = None
+    ) -> Hierarchy:
+        """The hierarchy of all of a model's parameters, on any device (meta too).
+
+        skip   nodes that edges pass over: "attention" on every level that has it, "L2:attention" on that level only
+        merge  new name -> the nodes treated as the same, {"mix": ["attention", "intermediate"]}, on every level that
+               has all of them. The new name may be one of theirs, but no other node's.
+
+        Tensors that come to share a path share multipliers. Both arguments speak of the nodes as they are without any
+        skip or merge. Raises TypeError for other types; ValueError for a model without parameters, and for a node that
+        does not exist, is named twice, or has no level in common with those it is merged with.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if not shapes:
+            raise ValueError(f"model must have parameters, got a {type(model).__name__} with none")
+        lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+        skip = _strings("skip", "node names", skip)
+        merge = merge or {}
+        if not isinstance(merge, Mapping) or not all(isinstance(new, str) and new for new in merge):
+            raise TypeError(f"merge must map new names to lists of node names, got {merge!r}")
+        merge = {new: _strings(f"merge[{new!r}]", "node names", nodes) for new, nodes in merge.items()}
+        plain = cls(tuple(shapes), shapes, _paths(tuple(shapes), lists))
+        renamed = plain._renamed(skip, merge)
+        paths = tuple(tuple(renamed.get(key, key[1]) for key in zip(LEVELS, path)) for path in plain.paths)
+        return cls(plain.tensors, shapes, paths, skip, merge)
+
+    def nodes(self, level: str) -> tuple[str, ...]:
+        """A level's distinct nodes, in order of first appearance."""
+        if level not in self.levels:
+            raise ValueError(f"level must be one of {', '.join(self.levels)}, got {level!r}")
+        column = (path[self.levels.index(level)] for path in self.paths)
+        return tuple(dict.fromkeys(node for node in column if node is not None))
+
+    def select(self, names: Iterable[str]) -> Hierarchy:
+        """The hierarchy of these tensors only, in the model's order; their paths stay those of the whole model.
+
+        Raises ValueError for no name at all or a name that is no tensor's, TypeError if `names` is no list of strings.
+        """
+        chosen = set(_strings("names", "tensor names", names))
+        unknown = sorted(chosen.difference(self.tensors))
+        if unknown or not chosen:
+            raise ValueError(f"names must be some of the {len(self.tensors)} tensors, got {unknown or 'none at all'}")
+        kept = {name: path for name, path in zip(self.tensors, self.paths) if name in chosen}
+        shapes = {name: self.shapes[name] for name in kept}
+        return replace(self, tensors=tuple(kept), shapes=shapes, paths=tuple(kept.values()))
+
+    def partition(self, spec: str, combine: str = "product") -> Partition:
+        """Cuts the levels into components: "L1+L2|L3|L4", or "said", "hsaid-3", "did" (or "none": no multipliers).
+
+        A level that is not named has no say. Raises TypeError if `spec` is no string; ValueError for an unknown or
+        repeated level, an empty component, or a `combine` other than "product" and "sum".
+        """
+        if combine not in ("product", "sum"):
+            raise ValueError(f"combine must be 'product' or 'sum', got {combine!r}")
+        components, columns, first = [], [], 0
+        for levels in _parse_partition(spec):
+            cut = [tuple(path[self.levels.index(level)] for level in levels) for path in self.paths]
+            paths = tuple(dict.fromkeys(path for path in cut if any(path)))
+            number = dict(zip(paths, itertools.count(first)))
+            components.append(Component(levels, paths))
+            columns.append([number.get(path, -1) for path in cut])
+            first += len(paths)
+        index = torch.tensor(columns, dtype=torch.int64, device="cpu").reshape(len(columns), len(self.paths))
+        canonical = "|".join("+".join(component.levels) for component in components) or "did"
+        return Partition(canonical, combine, tuple(components), index.T.contiguous())
+
+    def __str__(self) -> str:
+        weights = [math.prod(self.shapes[name]) for name in self.tensors]
+        nodes = ", ".join(f"{level} {len(self.nodes(level))}" for level in self.levels)
+        routes = [tuple(key for key in zip(self.levels, path) if key[1] is not None) for path in self.paths]
+        tree = _tree(list(zip(routes, weights)))
+        width = max((2 * depth + len(label) for depth, _, label, *_ in tree), default=0)
+        lines = [f"{len(self.tensors)} tensors, {sum(weights):,} weights; nodes: {nodes}"]
+        lines.append(f"    {'':{width}}  tensors         weights")
+        for depth, level, label, tensors, size, each in tree:
+            lines.append(f"{level}  {'  ' * depth + label:{width}}  {tensors:7} {size:15,}{each}")
+        return "\n".join(lines)
+
+    def _renamed(self, skip: list[str], merge: dict[str, list[str]]) -> dict[tuple[str, str], str | None]:
+        """(level, node) -> its new name, None where it is skipped."""
+        nodes = {level: self.nodes(level) for level in self.levels}
+
+        def find(argument: str, name: str) -> dict[str, str]:  # level -> node
+            level, _, node = name.partition(":")
+            wanted = {level: node} if level in nodes else dict.fromkeys(nodes, name)
+            found = {level: node for level, node in wanted.items() if node in nodes[level]}
+            if not found:
+                known = "; ".join(f"{level}: {', '.join(nodes[level])}" for level in nodes)
+                raise ValueError(f"{argument} must name nodes of the hierarchy ({known}), got {name!r}")
+            return found
+
+        renamed: dict[tuple[str, str], str | None] = {}
+        wishes = [("skip", None, [name]) for name in skip] + [("merge", *item) for item in merge.items()]
+        for argument, new, names in wishes:
+            found = [find(argument, name) for name in names]
+            shared = [level for level in nodes if found and all(level in levels for levels in found)]
+            if not shared:
+                raise ValueError(f"merge must name nodes that have a level in common, got {names} for {new!r}")
+            for level, node in [(level, levels[level]) for level in shared for levels in found]:
+                if (level, node) in renamed:
+                    raise ValueError(f"{argument} names {level}:{node} again: skip and merge may name a node once only")
+                if new in nodes[level] and new not in [levels[level] for levels in found]:
+                    raise ValueError(f"merge must list {level}:{new} too, or use a new name: got {names} for {new!r}")
+                renamed[level, node] = new
+        return renamed
+
+
+def _strings(argument: str, what: str, value: Iterable[str]) -> list[str]:
+    # A string is an iterable of strings too, but never meant as one here.
+    strings = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
+    if strings is None or not all(isinstance(string, str) for string in strings):
+        raise TypeError(f"{argument} must be a list of {what}, got {value!r}")
+    return strings
+
+
+def _parse_partition(spec: str) -> list[tuple[str, ...]]:
+    """Specification -> the levels of each component, within a component in the hierarchy's order."""
+    expected = (
+        f"partition must be did, none, {', '.join(NAMED_PARTITIONS)} or each of {', '.join(LEVELS)} at most once, "
+        f"as in 'L1+L2|L3|L4'; got {spec!r}"
+    )
+    if not isinstance(spec, str):
+        raise TypeError(expected)
+    text = spec.strip()
+    if text in ("did", "none"):
+        return []
+    text = NAMED_PARTITIONS.get(text, text)
+    components = [[level.strip() for level in component.split("+")] for component in text.split("|")]
+    for level, times in Counter(itertools.chain(*components)).items():
+        if level not in LEVELS:
+            raise ValueError(f"{expected} with " + (f"unknown {level!r}" if level else "an empty place"))
+        if times > 1:
+            raise ValueError(f"{expected} with {level} {times} times")
+    return [tuple(sorted(component, key=LEVELS.index)) for component in components]
+
+
+def _paths(names: tuple[str, ...], lists: set[str]) -> tuple[Path, ...]:
+    """Names of the tensors and of the model's module lists -> a path per tensor, by the rule at the top of the file."""
+    children = defaultdict(set)  # module -> its modules and parameters, as far as on some tensor's path
+    for prefix in itertools.chain(*map(_prefixes, names)):
+        parent, _, child = prefix.rpartition(".")
+        children[parent].add(child)
+    owners = [name.rpartition(".")[0] for name in names]
+    chains = [_prefixes(owner) for owner in owners]  # the modules on each tensor's path
+    items = {next((module for module in chain if module.rpartition(".")[0] in lists), "") for chain in chains}
+    containers = set(itertools.chain(*(_prefixes(item)[:-1] for item in items)))
+    blocks = [_block(chain, items, containers) for chain in chains]
+    short = _short_names(blocks)
+    steps = [re.findall(r"[^.]+(?:\.\d+(?=\.|$))*", owner[len(block) :]) for owner, block in zip(owners, blocks)]
+    in_full: set[str] = set()
+    while True:
+        paths = []
+        for name, block, (*between, owner) in zip(names, blocks, [under or [None] for under in steps]):
+            if between and _split_number(between[0])[0] in in_full:
+                sublayer = ".".join(between)
+            else:
+                labels = (_label(block, between[: end + 1], children) for end in range(len(between)))
+                sublayer = next(filter(None, labels), None)
+            paths.append((short[block] or None, sublayer, owner, name.rpartition(".")[2]))
+        count = Counter(paths)
+        clashing = {_split_number(under[0])[0] for under, path in zip(steps, paths) if count[path] > 1}
+        if not clashing:
+            return tuple(paths)
+        in_full |= clashing  # grows every time: paths in full are distinct, so one that clashes was not in full yet
+
+
+def _prefixes(name: str) -> list[str]:
+    """Of "a.b.c": "a", "a.b", "a.b.c"."""
+    return list(itertools.accumulate(name.split("."), "{}.{}".format)) if name else []
+
+
+def _split_number(name: str) -> tuple[str, str]:
+    """Of "encoder.layer.0": "encoder.layer", ".0"."""
+    stem = re.sub(r"((^|\.)\d+)+$", "", name)
+    return stem, name[len(stem) :]
+
+
+def _block(chain: list[str], items: set[str], containers: set[str]) -> str:
+    """The block among the modules on a tensor's path; "" for the root."""
+    for module, deeper in itertools.zip_longest(chain, chain[1:], fillvalue=""):
+        if module in items or (module not in containers and not deeper.rpartition(".")[2].isdigit()):
+            return module
+    return chain[-1] if chain else ""
+
+
+def _short_names(blocks: Iterable[str]) -> dict[str, str]:
+    """Block -> the shortest end of its name, less the number, that no other block's name ends in; with the number."""
+    stems = dict.fromkeys(_split_number(block)[0] for block in blocks)
+    for stem in stems:
+        parts = stem.split(".")
+        ends = [".".join(parts[first:]) for first in reversed(range(len(parts)))]
+        others = [f".{other}" for other in stems if other != stem]
+        stems[stem] = next((end for end in ends if not any(other.endswith(f".{end}") for other in others)), stem)
+    return {block: stems[_split_number(block)[0]] + _split_number(block)[1] for block in blocks}
+
+
+def _label(block: str, steps: list[str], children: Mapping[str, set[str]]) -> str | None:
+    """What the last of these steps under the block is called on L2; None where it is passed over."""
+    parent, _, number = ".".join([block, *steps]).rpartition(".")
+    siblings = children[parent]
+    if not number.isdigit():
+        return steps[-1]
+    if len(siblings) == 1:
+        return None if len(children[parent.rpartition(".")[0]]) == 1 else steps[-1]
+    count = Counter(child for item in siblings for child in children[f"{parent}.{item}"])
+    own = {item: [child for child in children[f"{parent}.{item}"] if count[child] == 1] for item in siblings}
+    return own[number][0] if all(len(only) == 1 for only in own.values()) else steps[-1]
+
+
+def _tree(rows: list[tuple[tuple, int]], depth: int = 0) -> list[tuple]:
+    """Per tensor (level and node of each step, weights) -> per line (depth, level, label, tensors, weights, suffix)."""
+    branches: dict[tuple[str, str], list] = {}
+    for (node, *rest), weights in filter(lambda row: row[0], rows):
+        branches.setdefault(node, []).append((tuple(rest), weights))
+
+    def looks(node: tuple[str, str]) -> tuple:  # equal for numbered neighbours that differ in nothing but the number
+        below = branches[node]
+        return node[0], _split_number(node[1])[0], len(below), sum(size for _, size in below), _tree(below, depth + 1)
+
+    lines = []
+    for (level, _, tensors, weights, below), run in itertools.groupby(branches, key=looks):
+        (_, first), *more = run
+        label, each = (f"{first} … {more[-1][1]} (x{1 + len(more)})", " each") if more else (first, "")
+        lines += [(depth, level, label, tensors, weights, each), *below]
+    return lines

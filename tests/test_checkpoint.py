@@ -1,0 +1,405 @@
+"""A checkpoint gives back the same weights bit for bit, or says in one sentence why not; saving never spoils one."""
+
+import builtins
+import copy
+import errno
+import json
+import os
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from torch import nn
+
+from hsaid_kernels import available_backends, checkpoint
+from hsaid_kernels.checkpoint import CONFIG_FILE, VALUES_FILE, differences, read_config
+from hsaid_kernels.module import HSAID
+
+BACKENDS = [name for name, there in available_backends().items() if there is True and name != "cuda"]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def trained(model: nn.Module, *args, **options) -> HSAID:
+    hsaid = HSAID(model, *(args or (24,)), **{"backend": "reference", **options})
+    with torch.no_grad():
+        hsaid.theta.normal_()
+        hsaid.multipliers.uniform_(0.5, 1.5)
+    return hsaid
+
+
+def load(directory, model: nn.Module) -> HSAID:
+    return HSAID.from_pretrained(directory, model, backend="reference")
+
+
+def values(hsaid: HSAID) -> list[list[float]]:
+    return [parameter.tolist() for parameter in hsaid.parameters()]
+
+
+def rewrite(directory, config: dict | None = None, **tensors: torch.Tensor) -> None:
+    """Puts other contents into a checkpoint, with a digest that is right for them."""
+    path = directory / VALUES_FILE
+    data = path.read_bytes()
+    text = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["config"]
+    text = json.dumps({**json.loads(text), **(config or {})})
+    tensors = {**safetensors.torch.load(data), **tensors}
+    metadata = {"config": text, "digest": checkpoint._digest(text, tensors)}
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
+    (directory / CONFIG_FILE).unlink()
+
+
+# --- there and back
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(partition="did"),
+        dict(partition="L1|L4", combine="sum"),
+        dict(seed=2**64 - 1, width=32, diagonal="rademacher", normalize="global"),
+        dict(skip=["L4:bias"], merge={"both": ["0", "2"]}, include=["0", "2"], exclude=r"2\.bias"),
+    ],
+)
+def test_the_same_weights_bit_for_bit(tmp_path, backend, options):
+    model = mlp()
+    hsaid = trained(model, 24, backend=backend, **options)
+    hsaid.save_pretrained(tmp_path / "made" / "here")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = HSAID.from_pretrained(tmp_path / "made" / "here", copy.deepcopy(model), backend=backend)
+    assert loaded.backend == backend and values(loaded) == values(hsaid)
+    expected, got = hsaid.weights(), loaded.weights()
+    assert list(got) == list(expected) and all(torch.equal(got[name], w) for name, w in expected.items())
+    assert checkpoint.describe(loaded) == checkpoint.describe(hsaid)
+    assert all(p.requires_grad for p in loaded.parameters() if len(p))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_dtype_is_the_models_unless_it_was_given(tmp_path, dtype):
+    model = mlp()
+    trained(model, dtype=dtype).save_pretrained(str(tmp_path))
+    loaded = load(str(tmp_path), copy.deepcopy(model))
+    assert loaded.given_dtype == dtype and loaded.dtype == (dtype or torch.float32)
+    assert read_config(tmp_path)["dtype"] == ("bfloat16" if dtype else "float32")
+    with pytest.warns(UserWarning, match="W0 is not what was trained from"):
+        assert load(tmp_path, copy.deepcopy(model).bfloat16()).dtype == torch.bfloat16
+
+
+def test_nan_and_signed_zero_come_back(tmp_path):
+    model = mlp()
+    hsaid = trained(model)
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 1e-42])
+    with torch.no_grad():
+        hsaid.theta[:5] = special
+    hsaid.save_pretrained(tmp_path)
+    loaded = load(tmp_path, copy.deepcopy(model))
+    assert torch.equal(loaded.theta.view(torch.int32), hsaid.theta.view(torch.int32))
+
+
+def test_both_files_show_the_configuration(tmp_path):
+    trained(mlp(), seed=7).save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [VALUES_FILE, CONFIG_FILE]
+    config = read_config(tmp_path)
+    assert config["generator"] == "philox4x32-10.v1" and config["seed"] == 7 and config["intrinsic_dim"] == 24
+    assert config["tensors"] == {"0.weight": (6, 4), "0.bias": (6,), "2.weight": (3, 6), "2.bias": (3,)}
+    shown = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert list(shown)[1:] == sorted(config) and shown.pop("about") == checkpoint.ABOUT
+    tree = {"0": {"weight": "6x4", "bias": "6"}, "2": {"weight": "3x6", "bias": "3"}}
+    assert shown == {**config, "tensors": tree}
+
+
+def test_mbert_fits_in_16_kilobytes(tmp_path):
+    config = dict(vocab_size=119547, hidden_size=8, num_attention_heads=2, intermediate_size=32, num_hidden_layers=12)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**config))
+    hsaid = trained(model, 1000)
+    hsaid.save_pretrained(tmp_path)
+    tensors = read_config(tmp_path)["tensors"]
+    assert list(tensors.items()) == [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    assert len(tensors) == 201 and hsaid.partition.num_multipliers == 49
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 16 * 1024
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"weight": ()},
+        {"0": (1,), "1": (1,), "2": (2,), "3": (1,)},
+        {"9.a": (2, 3), "10.a": (2, 3), "11.a": (2, 3), "13.a": (2, 3)},
+        {"01.a": (2,), "2.a": (2,), "٣.a": (2,), "4.a": (2,)},
+        {"1.a": (2,), "0.a": (2,), "1x.a": (2,), "01.a": (2,), "02.a": (2,), "²": (2,), "³": (2,)},
+        {"0.a": (2,), "0.b": (2,), "1.b": (2,), "1.a": (2,)},
+        {f"l.{i}.{j}.w": (4, i // 2) for i in range(1, 6) for j in range(3)},
+    ],
+)
+def test_names_and_shapes_are_packed_without_loss(shapes):
+    packed = json.loads(json.dumps(checkpoint._pack(shapes)))
+    assert list(checkpoint._unpack(packed).items()) == list(shapes.items())
+
+
+def test_equal_neighbours_are_packed_into_one():
+    shapes = {f"layer.{i}.weight": (4, 4) for i in range(12)}
+    assert checkpoint._pack(shapes) == {"layer": {"0..11": {"weight": "4x4"}}}
+
+
+# --- what saving can meet
+
+
+def test_a_later_save_replaces_the_earlier(tmp_path):
+    model = mlp()
+    hsaid = trained(model)
+    hsaid.save_pretrained(tmp_path)
+    with torch.no_grad():
+        hsaid.theta.add_(1)
+    hsaid.save_pretrained(tmp_path)
+    assert values(load(tmp_path, copy.deepcopy(model))) == values(hsaid)
+    assert sorted(os.listdir(tmp_path)) == [VALUES_FILE, CONFIG_FILE]
+
+
+class Broken:
+    """Lets `after` calls of `function` pass and then fails."""
+
+    def __init__(self, function, after: int, error: BaseException):
+        self.function, self.left, self.error = function, after, error
+
+    def __call__(self, *args, **kwargs):
+        if self.left == 0:
+            raise self.error
+        self.left -= 1
+        return self.function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "step, after, new",
+    [("open", 0, 0), ("open", 1, 0), ("fsync", 0, 0), ("fsync", 1, 0), ("replace", 0, 0), ("replace", 1, 1)],
+)
+def test_a_failure_at_any_step_leaves_a_whole_checkpoint(tmp_path, monkeypatch, step, after, new, error):
+    model = mlp()
+    hsaid = trained(model)
+    hsaid.save_pretrained(tmp_path)
+    states = [values(hsaid)]
+    with torch.no_grad():
+        hsaid.theta.add_(1)
+    states.append(values(hsaid))
+    where = builtins if step == "open" else os
+    with monkeypatch.context() as patch:
+        patch.setattr(where, step, Broken(getattr(where, step), after, error))
+        with pytest.raises(type(error)) as raised:
+            hsaid.save_pretrained(tmp_path)
+    if isinstance(error, OSError):
+        expected = f"directory: expected one that can be written to, got {str(tmp_path)!r}: No space left on device"
+        assert str(raised.value) == expected and raised.value.errno == errno.ENOSPC
+    assert sorted(os.listdir(tmp_path)) == [VALUES_FILE, CONFIG_FILE]
+    assert values(load(tmp_path, copy.deepcopy(model))) == states[new]
+
+
+def test_a_half_written_file_is_not_left(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            self.file.write(data[: len(data) // 2])
+            self.file.flush()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    real = open
+    monkeypatch.setattr(builtins, "open", lambda *args: Full(real(*args)))
+    with pytest.raises(OSError, match="No space left"):
+        trained(mlp()).save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_between_the_two_replacements_the_new_checkpoint_counts(tmp_path, monkeypatch):
+    """As after a power cut there: the new values with the old JSON."""
+    model = mlp()
+    trained(model, seed=1).save_pretrained(tmp_path)
+    readable = (tmp_path / CONFIG_FILE).read_text()
+    hsaid = trained(copy.deepcopy(model), seed=2)
+    hsaid.save_pretrained(tmp_path)
+    for other in (readable, "{", None):
+        (tmp_path / CONFIG_FILE).unlink()
+        if other is not None:
+            (tmp_path / CONFIG_FILE).write_text(other)
+            with pytest.warns(UserWarning, match="hsaid_config.json' is not what hsaid.safetensors says"):
+                assert read_config(tmp_path)["seed"] == 2
+            (tmp_path / CONFIG_FILE).write_text(readable)
+        else:
+            assert read_config(tmp_path)["seed"] == 2
+
+
+def test_no_permission(tmp_path, monkeypatch):
+    refusal = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(builtins, "open", Broken(open, 0, refusal))
+    with pytest.raises(PermissionError, match="directory: expected one that can be written to, .*: Permission denied"):
+        trained(mlp()).save_pretrained(tmp_path)
+
+
+def test_a_file_in_the_directorys_place(tmp_path):
+    (tmp_path / "file").write_text("here")
+    hsaid = trained(mlp())
+    with pytest.raises(FileExistsError, match="expected one that can be written to, got .*file'"):
+        hsaid.save_pretrained(tmp_path / "file")
+    with pytest.raises(NotADirectoryError, match="expected one that can be written to, got .*below'"):
+        hsaid.save_pretrained(tmp_path / "file" / "below")
+    assert (tmp_path / "file").read_text() == "here"
+
+
+# --- what loading can meet
+
+
+@pytest.mark.parametrize("place", ["nowhere", ".", "file"])
+def test_no_checkpoint(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileNotFoundError, match="expected one with a checkpoint, got no file .*hsaid.safetensors"):
+        load(tmp_path / place, mlp())
+
+
+def test_truncated_at_any_length(tmp_path):
+    trained(mlp()).save_pretrained(tmp_path)
+    path = tmp_path / VALUES_FILE
+    data = path.read_bytes()
+    for length in [*range(0, len(data), 37), len(data) - 1]:
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match="expected a whole checkpoint, got a truncated or foreign .*safetensors"):
+            read_config(tmp_path)
+    path.write_bytes(data + b"\0")
+    with pytest.raises(ValueError, match="expected a whole checkpoint"):
+        read_config(tmp_path)
+
+
+def test_any_flipped_bit_is_noticed(tmp_path):
+    trained(mlp()).save_pretrained(tmp_path)
+    path = tmp_path / VALUES_FILE
+    data = path.read_bytes()
+    for position in range(len(data)):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match="expected (a whole|the) checkpoint"):
+            read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (dict(format=2), "expected format 1, the only one known here, got 2"),
+        (dict(generator="philox4x32-10.v2"), "expected generator 'philox4x32-10.v1', .* got 'philox4x32-10.v2'"),
+    ],
+)
+def test_unknown_versions(tmp_path, config, reason):
+    trained(mlp()).save_pretrained(tmp_path)
+    rewrite(tmp_path, config)
+    for read in (read_config, lambda directory: load(directory, mlp())):
+        with pytest.raises(ValueError, match=reason):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tensors, reason",
+    [
+        (dict(theta=torch.zeros(1)), r"expected \d+ values of theta, got 1 \(torch.float32\)"),
+        (dict(multipliers=torch.zeros(9)), r"values of multipliers, got 9 \(torch.float32\)"),
+        (dict(theta=torch.zeros(20, dtype=torch.float64)), r"expected 20 values of theta, got 20 \(torch.float64\)"),
+    ],
+)
+def test_values_that_do_not_fit(tmp_path, tensors, reason):
+    model = mlp()
+    assert len(trained(model).theta) == 20
+    trained(model).save_pretrained(tmp_path)
+    rewrite(tmp_path, **tensors)
+    with pytest.raises(ValueError, match=reason):
+        load(tmp_path, copy.deepcopy(model))
+
+
+def test_a_foreign_file(tmp_path):
+    safetensors.torch.save_file({"theta": torch.zeros(3)}, tmp_path / VALUES_FILE)
+    with pytest.raises(ValueError, match="truncated or foreign"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "other, reason",
+    [
+        (
+            lambda: mlp().append(nn.Linear(3, 2)),
+            r"the 4 tensors that were trained, got others: '3.weight' of shape \(2, 3\) is unexpected, '3.bias' of",
+        ),
+        (
+            lambda: mlp()[:2],
+            r"'2.weight' of shape \(3, 6\) is missing, '2.bias' of shape \(3,\) is missing$",
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)),
+            r"'0.weight' has shape \(8, 4\) in place of \(6, 4\), '0.bias' has .*, '2.weight' has shape .* \(3, 6\)$",
+        ),
+        (
+            lambda: nn.Sequential(*(nn.Linear(2, 2) for _ in range(3))),
+            r"(has shape.*){3}, 3 more$",
+        ),
+    ],
+)
+def test_a_model_with_other_tensors(tmp_path, other, reason):
+    trained(mlp()).save_pretrained(tmp_path)
+    model = other()
+    with pytest.raises(ValueError, match=reason):
+        load(tmp_path, model)
+    HSAID(model, 24)  # the refusal has not wrapped it
+
+
+def test_the_same_tensors_in_another_order(tmp_path):
+    class Net(nn.Module):
+        def __init__(self, names):
+            super().__init__()
+            for name in names:
+                self.add_module(name, nn.Linear(2, 2))
+
+    trained(Net("ab")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="got others: they are in another order"):
+        load(tmp_path, Net("ba"))
+
+
+def test_another_w0_is_warned_of_by_name(tmp_path):
+    model = mlp()
+    hsaid = trained(model)
+    hsaid.save_pretrained(tmp_path)
+    other = copy.deepcopy(model)
+    other[2].reset_parameters()
+    with pytest.warns(
+        UserWarning, match=r"in 2 of 4 tensors \('2.weight', '2.bias'\), so their weights will"
+    ) as caught:
+        loaded = HSAID.from_pretrained(tmp_path, other)
+    assert values(loaded) == values(hsaid) and caught[0].filename == __file__
+
+
+def test_a_wrapped_model_is_refused(tmp_path):
+    hsaid = trained(mlp())
+    hsaid.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no HSAID wraps"):
+        load(tmp_path, hsaid.model)
+
+
+def test_differences():
+    shapes = {"a": (2,), "b": (), "c": (3, 3)}
+    assert differences(shapes, shapes) == ""
+    assert differences(shapes, {"a": (2,), "c": (3,), "d": (1,)}) == (
+        "'b' of shape () is missing, 'c' has shape (3,) in place of (3, 3), 'd' of shape (1,) is unexpected"
+    )
+    assert differences({}, {str(i): (1,) for i in range(5)}).endswith("'2' of shape (1,) is unexpected, 2 more")
