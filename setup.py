@@ -31,11 +31,15 @@ class CMakeBuild(build_ext):
         package = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "hsaid_kernels"
         options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DHSAID_CUDA={'ON' if wants_cuda() else 'OFF'}"]
         subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
-        subprocess.run(["cmake", "--build", build, "--target", "_cpu", *(["_cuda"] if wants_cuda() else [])], check=True)
+        subprocess.run(
+            ["cmake", "--build", build, "--target", "_cpu", *(["_cuda"] if wants_cuda() else [])], check=True
+        )
         subprocess.run(["cmake", "--install", build, "--prefix", package], check=True)
 
     def get_outputs(self):
-        return [str(Path(self.build_lib) / "hsaid_kernels" / f"{ext.name.split('.')[-1]}.so") for ext in self.extensions]
+        return [
+            str(Path(self.build_lib) / "hsaid_kernels" / f"{ext.name.split('.')[-1]}.so") for ext in self.extensions
+        ]
 
     def get_output_mapping(self):
         return {}

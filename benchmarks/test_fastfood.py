@@ -1,8 +1,8 @@
 """The projection of all of mBERT against the speed of memory.
 
-Floor of the forward: torch.add(base, 1.0, out=weights), W0 read and W written once. Floor of the adjoint: torch.sum over the
-gradients. Every round times the floor and the kernels one after the other, and a ratio is the median over the rounds, so
-that a machine that is busy for a while does not decide it.
+Floor of the forward: torch.add(base, 1.0, out=weights), W0 read and W written once. Floor of the adjoint: torch.sum of
+the gradients. Every round times the floor and the kernels one after the other, and a ratio is the median over the
+rounds, so that a machine that is busy for a while does not decide it.
 """
 
 import statistics

@@ -19,7 +19,7 @@ NAMESPACE = "hsaid_kernels"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "cuda", "cpu", "reference")
 
-# `segments` is Plan.segments [S, 9]; `factors` [S] has the scales s_i inside; `base` and `grads` have an entry per tensor.
+# `segments` is Plan.segments [S, 9]; `factors` [S] has the scales s_i inside; `base`, `grads` have an entry per tensor.
 _PLAN = "Tensor segments, int seed, int width, bool rademacher"
 torch.library.define(
     f"{NAMESPACE}::fastfood_forward",
@@ -118,7 +118,7 @@ def fastfood_forward(
 ) -> Tensor:
     """Flat buffer [plan.numel] of base_i + factors_i H(G z_i); `factors` [S] float32 has the scales s_i inside.
 
-    `base` is empty (zeros) or has a tensor per tensor of the plan, in `dtype` or float32. The gaps between tensors are 0.
+    `base` is empty (zeros) or has a tensor per tensor of the plan, in `dtype` or float32. Gaps between tensors are 0.
     Equivalent to `reference.forward`, to the last bit in float32.
     """
     if backend == "reference":
@@ -160,8 +160,8 @@ def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
     """Walsh-Hadamard transform of the last dimension, times `scale`.
 
     Args:
-        x: [..., dim] in float32, float64, bfloat16 or float16, any strides. A dim that is no power of two is padded with
-            zeros to n, the next one, and the result is cut back to dim.
+        x: [..., dim] in float32, float64, bfloat16 or float16, any strides. A dim that is no power of two is padded
+            with zeros to n, the next one, and the result is cut back to dim.
         scale: a factor; 1 / sqrt(n) makes the transform orthonormal.
 
     Equivalent to `torch.nn.functional.linear(pad(x), hadamard_matrix(n))[..., :dim] * scale`, in n log2 n additions;

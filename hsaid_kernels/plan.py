@@ -31,7 +31,7 @@ COLUMNS = ("tensor", "offset", "out_offset", "rows", "cols", "row_stride", "stre
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of tensor `tensor` (by name): `rows` x `cols` values, row r starting at element offset + r * row_stride."""
+    """`rows` x `cols` values of a tensor (by name), row r starting at its element offset + r * row_stride."""
 
     tensor: str
     offset: int
@@ -52,7 +52,7 @@ def whole(name: str, shape: Sequence[int]) -> Segment:
 
 
 def stream_id(name: str, label: str = "") -> int:
-    """64-bit stream id of a segment: BLAKE2b-64 of its UTF-8 name (docs/rng.md), as a signed integer for int64 tables."""
+    """64-bit stream id of a segment: BLAKE2b-64 of its UTF-8 name (docs/rng.md), signed as int64 tables want it."""
     text = f"{name}\0{label}" if label else name
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 

@@ -1,4 +1,4 @@
-"""`Projection`: the operator theta -> {name: base_i + factor_i P_i theta} and its adjoint; `Project`: its autograd Function."""
+"""`Projection`: the operator theta -> {name: base_i + factor_i P_i theta} and its adjoint; `Project`: its Function."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hsaid_kernels.plan import Plan, check_choice
 class Project(torch.autograd.Function):
     """(theta, factors) -> a weight per tensor of the plan, with the exact gradient of both.
 
-    `factors` [S] has the scales s_i inside. A Function around the op and not an autograd formula of the op: backward must
-    see the gradients of all tensors at once, and the op returns one flat buffer of which the weights are views.
+    `factors` [S] has the scales s_i inside. A Function around the op and not an autograd formula of the op: backward
+    must see the gradients of all tensors at once, and the op returns one flat buffer of which the weights are views.
     """
 
     @staticmethod
@@ -136,15 +136,15 @@ class Projection:
         exclude: str | Iterable[str] | None = None,
         **options,
     ) -> Projection:
-        """From a model's parameters (tied ones once); `include`, `exclude` as in `select_tensors`, the rest as above."""
+        """From a model's parameters (tied ones once), chosen as in `select_tensors`; the other arguments as above."""
         tensors = select_tensors(model, include, exclude)
         return cls.from_shapes({name: t.shape for name, t in tensors.items()}, dim, seed, **options)
 
     def __repr__(self) -> str:
         p = self.plan
         return (
-            f"Projection({len(p.names)} tensors, {sum(s.numel for s in p.pieces):,} weights, dim={p.dim}, seed={p.seed}, "
-            f"width={p.width}, diagonal={p.diagonal!r}, normalize={p.normalize!r}, dtype={self.dtype}, "
+            f"Projection({len(p.names)} tensors, {sum(s.numel for s in p.pieces):,} weights, dim={p.dim}, "
+            f"seed={p.seed}, width={p.width}, diagonal={p.diagonal!r}, normalize={p.normalize!r}, dtype={self.dtype}, "
             f"backend={self.backend!r})"
         )
 

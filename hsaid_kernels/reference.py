@@ -87,7 +87,7 @@ def rademacher(seed: int, stream: int, purpose: int, block: Tensor, chunk: int, 
 
 
 def permutation(seed: int, stream: int, chunk: int, n: int) -> Tensor:
-    """pi as int64 [n]; (Pi h)[k] = h[pi(k)]. A six-round Feistel network on the bits of k, halves of q//2 and q - q//2."""
+    """pi as int64 [n]; (Pi h)[k] = h[pi(k)]. A six-round Feistel network on the q bits of k."""
     q = n.bit_length() - 1
     low_bits, high_bits = q // 2, q - q // 2
     keys = words(seed, stream, PERMUTATION, 0, chunk, torch.arange(2)).flatten()[:6]
@@ -107,7 +107,7 @@ def permutation(seed: int, stream: int, chunk: int, n: int) -> Tensor:
 
 
 def walsh_hadamard(x: Tensor, transpose: bool = False) -> Tensor:
-    """H x along the last dimension [..., n], unnormalised. Stages at bits 2, 3, ..., q-1, 0, 1; reversed if `transpose`."""
+    """H x along the last dimension [..., n], unnormalised. Stages at bits 2, ..., q-1, 0, 1; reversed if `transpose`."""
     n = x.shape[-1]
     q = n.bit_length() - 1
     order = [*range(2, q), *range(min(2, q))]
@@ -151,9 +151,9 @@ def _elements(piece: Segment, tensor: Tensor) -> Tensor:
 def forward(
     plan: Plan, theta: Tensor, factors: Tensor, base: Sequence[Tensor], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Flat buffer [plan.numel] of W_i = base_i + factors_i * (P_i theta / s_i), factors [S] with s_i inside, all on the CPU.
+    """Flat buffer [plan.numel] of W_i = base_i + factors_i * (P_i theta / s_i), factors [S] with s_i inside.
 
-    `base` has a tensor per tensor of the plan, or is empty for zeros. Arithmetic is in theta's dtype.
+    `base` has a tensor per tensor of the plan, or is empty for zeros. Arithmetic is in theta's dtype, on the CPU.
     """
     flat = torch.zeros(plan.numel, dtype=theta.dtype)
     weights = plan.views(flat)
@@ -175,7 +175,7 @@ def forward(
 
 
 def adjoint(plan: Plan, theta: Tensor, factors: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """(dtheta [dim], dfactors [S]) for gradients of the weights; None counts as zero. All on the CPU, in theta's dtype."""
+    """(dtheta [dim], dfactors [S]) for gradients of the weights; None counts as zero. In theta's dtype, on the CPU."""
     n, dtype = plan.width, theta.dtype
     dtheta, dfactors = torch.zeros(plan.chunks, n, dtype=dtype), torch.zeros(len(plan.pieces), dtype=dtype)
     for i, piece in enumerate(plan.pieces):
