@@ -47,7 +47,7 @@ HSAID_INLINE int64_t diagonal_bytes(const Params& p) {
 }
 
 void walsh_hadamard_block(float* x, int q) {
-  first_pass(x, q, 0, num_tiles(q), [&](auto t, int64_t k, vf* v) HSAID_LAMBDA {
+  first_pass(x, q, 0, num_strips(q), [&](auto t, int64_t k, vf* v) HSAID_LAMBDA {
     unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { v[i] = load(x + k + i * kLanes); });
   });
   middle_passes<false>(x, q);
@@ -57,7 +57,7 @@ void walsh_hadamard_block(float* x, int q) {
 void walsh_hadamard_transposed(float* x, int q) {
   last_pass_transposed<1>(x, q, 0, num_lines<1>(q), [&](int64_t k, vf(&y)[1]) HSAID_LAMBDA { y[0] = load(x + k); });
   middle_passes<true>(x, q);
-  first_pass_transposed(x, q, 0, num_tiles(q), [&](auto t, int64_t k, vf* v) HSAID_LAMBDA {
+  first_pass_transposed(x, q, 0, num_strips(q), [&](auto t, int64_t k, vf* v) HSAID_LAMBDA {
     unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { store(x + k + i * kLanes, v[i]); });
   });
 }
@@ -236,7 +236,7 @@ void emit(const Forward& a, const Emission& e, int64_t step, int64_t steps, floa
   return emit_typed<fp16>(a, e, step, steps, scratch);
 }
 
-// First pass over tiles [begin, end) of sum_c G_c . z_c.
+// First pass over strips [begin, end) of sum_c G_c . z_c.
 template <bool kRademacher>
 HSAID_NOINLINE void generate(const Diagonal& diagonal, const float* z, float* buffer, int64_t begin, int64_t end) {
   const Params& p = diagonal.params;
@@ -254,7 +254,7 @@ HSAID_NOINLINE void generate(const Diagonal& diagonal, const float* z, float* bu
 void forward(const Forward& a, int64_t begin, int64_t end) {
   if (begin >= end) return;
   const Params& p = a.params;
-  const int64_t n = width(p), tiles = num_tiles(p.q);
+  const int64_t n = width(p), strips = num_strips(p.q);
   Arena arena((p.chunks + 4) * n * (int64_t)sizeof(float) + ZScratch::bytes(p) + diagonal_bytes(p));
   float* z = arena.take<float>(p.chunks * n);
   float* buffers[2] = {arena.take<float>(n), arena.take<float>(n)};
@@ -262,7 +262,7 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
   const ZScratch z_scratch(arena, p);
   PhiloxPrefix* prefix = arena.take<PhiloxPrefix>(p.chunks);
   Diagonal diagonal(p, prefix, arena.take<uint32_t>(p.chunks * num_sign_words(p.q)));
-  const auto generate_tile = p.rademacher ? generate<true> : generate<false>;
+  const auto generate_strip = p.rademacher ? generate<true> : generate<false>;
 
   Emission waiting{};  // the block before
   int64_t index = 0;
@@ -275,14 +275,14 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
         make_z(p, s, chunk, a.theta, diagonal.keys, z_scratch, z + chunk * n);
     diagonal.start(s, block);
     float* buffer = buffers[i & 1];
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      generate_tile(diagonal, z, buffer, tile, tile + 1);
-      if (waiting.buffer) emit(a, waiting, tile, tiles, scratch);
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      generate_strip(diagonal, z, buffer, strip, strip + 1);
+      if (waiting.buffer) emit(a, waiting, strip, strips, scratch);
     }
     middle_passes<false>(buffer, p.q);
     waiting = {buffer, &s, block, a.factors[index]};
   }
-  for (int64_t tile = 0; tile < tiles; ++tile) emit(a, waiting, tile, tiles, scratch);
+  for (int64_t strip = 0; strip < strips; ++strip) emit(a, waiting, strip, strips, scratch);
 }
 
 // Piece `step` of `steps` of a block of gradients, through the transposed last pass. `scratch` [n].
@@ -312,9 +312,9 @@ HSAID_NOINLINE void read_typed(const Adjoint& a, const Segment& s, int64_t block
   });
 }
 
-// u_c += G_c . x over tiles [begin, end), x the rest of the transform.
+// u_c += G_c . x over strips [begin, end), x the rest of the transform.
 template <bool kRademacher>
-HSAID_NOINLINE void accumulate(const Diagonal& diagonal, const float* buffer, float* u, int64_t begin, int64_t end) {
+HSAID_NOINLINE void accumulate(const Diagonal& diagonal, float* buffer, float* u, int64_t begin, int64_t end) {
   const Params& p = diagonal.params;
   first_pass_transposed(buffer, p.q, begin, end, [&](auto t, int64_t k, const vf* x) HSAID_LAMBDA {
     for (int chunk = 0; chunk < p.chunks; ++chunk)
@@ -328,7 +328,7 @@ HSAID_NOINLINE void accumulate(const Diagonal& diagonal, const float* buffer, fl
 
 void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) {
   const Params& p = a.params;
-  const int64_t n = width(p), tiles = num_tiles(p.q), blocks = num_blocks(p, s);
+  const int64_t n = width(p), strips = num_strips(p.q), blocks = num_blocks(p, s);
   const int64_t begin = group * a.group_blocks, end = begin + a.group_blocks < blocks ? begin + a.group_blocks : blocks;
   Arena arena(3 * n * (int64_t)sizeof(float) + diagonal_bytes(p));
   float* buffers[2] = {arena.take<float>(n), arena.take<float>(n)};
@@ -339,15 +339,15 @@ void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) 
   const auto read = dtype == Dtype::kFloat  ? read_typed<float>
                     : dtype == Dtype::kHalf ? read_typed<fp16>
                                             : read_typed<bf16>;
-  const auto accumulate_tile = p.rademacher ? accumulate<true> : accumulate<false>;
+  const auto accumulate_strip = p.rademacher ? accumulate<true> : accumulate<false>;
   std::memset(u, 0, p.chunks * n * sizeof(float));
 
   // Block i is read while block i - 1 is accumulated.
   for (int64_t i = begin; i <= end; ++i) {
     if (i > begin) diagonal.start(s, i - 1);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      if (i < end) read(a, s, i, tile, tiles, scratch, buffers[i & 1]);
-      if (i > begin) accumulate_tile(diagonal, buffers[(i - 1) & 1], u, tile, tile + 1);
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      if (i < end) read(a, s, i, strip, strips, scratch, buffers[i & 1]);
+      if (i > begin) accumulate_strip(diagonal, buffers[(i - 1) & 1], u, strip, strip + 1);
     }
     if (i < end) middle_passes<true>(buffers[i & 1], p.q);
   }

@@ -2,12 +2,14 @@
 // registers:
 //
 //     first pass   stages at bits 2 .. t-1 of a tile of 2^t values, filled by the caller (t = 8 or 7: 16 or more
-//     vectors) middle       up to kMiddleBits stages a pass last pass    the top kLastBits stages, then bits 0 and 1,
-//     whole cache lines handed to the caller
+//     vectors);
+//                  with fewer registers kStripStages more over a strip of tiles, while it is in the first-level cache
+//     middle       up to kMiddleBits stages a pass
+//     last pass    the top kLastBits stages, then bits 0 and 1, whole cache lines handed to the caller
 //
 // The order of stages is core/walsh_hadamard.h's; the transposed transform runs everything backwards.
-// Passes take a range of tiles or lines, so that the caller can interleave two blocks: one waits for memory while the
-// other computes.
+// Passes take a range of strips of tiles, or of lines, so that the caller can interleave two blocks: one waits for
+// memory while the other computes.
 #pragma once
 
 #include "simd.h"
@@ -15,12 +17,15 @@
 namespace hsaid {
 
 constexpr int kMaxTileBits = kLanes == 16 ? 8 : 7;
-// Tried on AVX2: 2 to 4 and 2 or 3 here make no difference that could be measured.
-constexpr int kMiddleBits = kLanes == 16 ? 4 : 3;
+constexpr int kStripStages = kLanes == 16 ? 0 : 3;
+constexpr int kMiddleBits = 4;
 constexpr int kLastBits = 2;
 
 HSAID_INLINE int tile_bits(int q) { return q < kMaxTileBits ? q : kMaxTileBits; }
-HSAID_INLINE int last_bits(int q) { return q - tile_bits(q) < kLastBits ? q - tile_bits(q) : kLastBits; }
+HSAID_INLINE int strip_bits(int q) {
+  return q < kMaxTileBits + kStripStages ? tile_bits(q) : kMaxTileBits + kStripStages;
+}
+HSAID_INLINE int last_bits(int q) { return q - strip_bits(q) < kLastBits ? q - strip_bits(q) : kLastBits; }
 
 // Calls f with t as a constant.
 template <class F>
@@ -90,13 +95,13 @@ void middle_pass(float* x, int64_t n, int bit) {
 // All stages between the first and the last pass.
 template <bool kTranspose>
 HSAID_INLINE void middle_passes(float* x, int q) {
-  const int begin = tile_bits(q), end = q - last_bits(q), full = (end - begin) / kMiddleBits;
+  const int begin = strip_bits(q), end = q - last_bits(q), full = (end - begin) / kMiddleBits;
   const int rest = end - begin - full * kMiddleBits;
   const auto rest_pass = [&]() HSAID_LAMBDA {
     const int bit = end - rest;
     if (rest == 1) middle_pass<1, kTranspose>(x, (int64_t)1 << q, bit);
     if (rest == 2) middle_pass<2, kTranspose>(x, (int64_t)1 << q, bit);
-    if (kMiddleBits > 3 && rest == 3) middle_pass<3, kTranspose>(x, (int64_t)1 << q, bit);
+    if (rest == 3) middle_pass<3, kTranspose>(x, (int64_t)1 << q, bit);
   };
   if (kTranspose) rest_pass();
   for (int i = 0; i < full; ++i)
@@ -104,30 +109,40 @@ HSAID_INLINE void middle_passes(float* x, int q) {
   if (!kTranspose) rest_pass();
 }
 
-// First pass over tiles [begin, end): fill(t, k, x) sets the 2^t values at k.
+// First pass over strips [begin, end): fill(t, k, x) sets the 2^t values at k.
 template <class Fill>
 HSAID_INLINE void first_pass(float* buffer, int q, int64_t begin, int64_t end, Fill&& fill) {
+  const int64_t strip = (int64_t)1 << strip_bits(q);
   with_tile_bits(tile_bits(q), [&](auto t) HSAID_LAMBDA {
     constexpr int vectors = (1 << t) / kLanes;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      vf x[vectors];
-      fill(t, tile << t, x);
-      tile_stages<t, false>(x);
-      unroll<vectors>([&](auto i) HSAID_LAMBDA { store(buffer + (tile << t) + i * kLanes, x[i]); });
+    for (int64_t start = begin * strip; start < end * strip; start += strip) {
+      for (int64_t k = start; k < start + strip; k += 1 << t) {
+        vf x[vectors];
+        fill(t, k, x);
+        tile_stages<t, false>(x);
+        unroll<vectors>([&](auto i) HSAID_LAMBDA { store(buffer + k + i * kLanes, x[i]); });
+      }
+      if constexpr (kStripStages > 0)
+        if (strip > 1 << t) middle_pass<kStripStages, false>(buffer + start, strip, t);
     }
   });
 }
 
 // Its transpose: drain(t, k, x) takes the 2^t values at k.
 template <class Drain>
-HSAID_INLINE void first_pass_transposed(const float* buffer, int q, int64_t begin, int64_t end, Drain&& drain) {
+HSAID_INLINE void first_pass_transposed(float* buffer, int q, int64_t begin, int64_t end, Drain&& drain) {
+  const int64_t strip = (int64_t)1 << strip_bits(q);
   with_tile_bits(tile_bits(q), [&](auto t) HSAID_LAMBDA {
     constexpr int vectors = (1 << t) / kLanes;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      vf x[vectors];
-      unroll<vectors>([&](auto i) HSAID_LAMBDA { x[i] = load(buffer + (tile << t) + i * kLanes); });
-      tile_stages<t, true>(x);
-      drain(t, tile << t, x);
+    for (int64_t start = begin * strip; start < end * strip; start += strip) {
+      if constexpr (kStripStages > 0)
+        if (strip > 1 << t) middle_pass<kStripStages, true>(buffer + start, strip, t);
+      for (int64_t k = start; k < start + strip; k += 1 << t) {
+        vf x[vectors];
+        unroll<vectors>([&](auto i) HSAID_LAMBDA { x[i] = load(buffer + k + i * kLanes); });
+        tile_stages<t, true>(x);
+        drain(t, k, x);
+      }
     }
   });
 }
@@ -175,7 +190,7 @@ HSAID_INLINE void last_pass_transposed(float* buffer, int q, int64_t begin, int6
   });
 }
 
-HSAID_INLINE int64_t num_tiles(int q) { return (int64_t)1 << (q - tile_bits(q)); }
+HSAID_INLINE int64_t num_strips(int q) { return (int64_t)1 << (q - strip_bits(q)); }
 // Lines of kVectors vectors in each of the parts that the last pass joins.
 template <int kVectors>
 HSAID_INLINE int64_t num_lines(int q) {
