@@ -7,6 +7,8 @@
 
 namespace hsaid {
 
+namespace {
+
 struct PhiloxKeys {
   uint32_t key[kPhiloxRounds][2];
 };
@@ -24,7 +26,7 @@ HSAID_INLINE PhiloxKeys philox_keys(uint64_t seed) {
 #if defined(__AVX2__)
 #define HSAID_GENERATOR HSAID_INLINE
 #else
-#define HSAID_GENERATOR static HSAID_NOINLINE
+#define HSAID_GENERATOR HSAID_NOINLINE
 #endif
 
 // kCalls times kLanes calls that differ in word 1 of the counter: w[call][word]. Several side by side, because one
@@ -79,7 +81,7 @@ struct SignVector {
 
 // The sign bits of a block as Philox words: words[k >> 9][k >> 7 & 3][k & 3], whose bit (k >> 2) & 31 is position k's.
 HSAID_INLINE int64_t num_sign_words(int q) { return q > 11 ? (int64_t)1 << (q - 5) : 64; }  // whole vectors of calls
-static HSAID_NOINLINE void make_sign_words(const Stream& s, const PhiloxKeys& keys, int q, uint32_t* words) {
+HSAID_NOINLINE void make_sign_words(const Stream& s, const PhiloxKeys& keys, int q, uint32_t* words) {
   const PhiloxPrefix prefix = philox_prefix(s.seed, counter(s.purpose, s.block, s.chunk, s.id, 0));
   const vu position = lane_index() | broadcast((uint32_t)s.chunk << 16);
   const uint32_t calls = q > 9 ? 1u << (q - 7) : 4;
@@ -144,7 +146,7 @@ struct Diagonal {
   }
 };
 
-static HSAID_NOINLINE vf small_gaussian(const Diagonal& d, int chunk, uint32_t k) {
+HSAID_NOINLINE vf small_gaussian(const Diagonal& d, int chunk, uint32_t k) {
   const Stream s = stream_of(d.params, d.segment, kDiagonal, d.block, chunk);
   vf g;
   for (int lane = 0; lane < kLanes; ++lane) g[lane] = gaussian_at(s, d.params.q, k + lane);
@@ -182,5 +184,7 @@ HSAID_INLINE void diagonal_tile(const Diagonal& d, int chunk, int64_t k, Use&& u
     });
   }
 }
+
+}  // namespace
 
 }  // namespace hsaid

@@ -5,7 +5,8 @@
 //
 // A block of n <= 16,384 floats and z stay in the second-level cache.  Memory is touched once: W0 read and W written,
 // or the gradients read; that pass over one block is interleaved with the generation of the next, which only computes.
-// Nothing here may come from the standard library's inline functions: the linker could keep this file's copy for all.
+// Everything here and in the headers beside it has internal linkage, and nothing comes from the standard library's
+// inline functions: the linker would keep one instruction set's copy for all.
 
 #include <cstdlib>
 

@@ -14,6 +14,8 @@
 
 namespace hsaid {
 
+namespace {  // each instruction set its own copy, see fastfood_kernels.cpp
+
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
@@ -215,5 +217,7 @@ HSAID_INLINE void store_line(Half* p, const vf (&x)[kVectors], [[maybe_unused]] 
 #endif
   unroll<kVectors>([&](auto i) HSAID_LAMBDA { *(vh_any*)(p + i * kLanes) = narrow(x[i], Half{}); });
 }
+
+}  // namespace
 
 }  // namespace hsaid

@@ -16,6 +16,8 @@
 
 namespace hsaid {
 
+namespace {
+
 constexpr int kMaxTileBits = kLanes == 16 ? 8 : 7;
 constexpr int kStripStages = kLanes == 16 ? 0 : 3;
 constexpr int kMiddleBits = 4;
@@ -196,5 +198,7 @@ template <int kVectors>
 HSAID_INLINE int64_t num_lines(int q) {
   return ((int64_t)1 << (q - last_bits(q))) / (kVectors * kLanes);
 }
+
+}  // namespace
 
 }  // namespace hsaid
