@@ -145,7 +145,7 @@ def _slices(plan: Plan, piece: Segment) -> Iterator[Tensor]:
 
 def _elements(piece: Segment, tensor: Tensor) -> Tensor:
     """The piece of `tensor` as a 2-D view; of a strided tensor a copy."""
-    return tensor.reshape(-1)[piece.offset :].as_strided((piece.rows, piece.cols), (piece.row_stride, 1))
+    return tensor.contiguous().view(-1)[piece.offset :].as_strided((piece.rows, piece.cols), (piece.row_stride, 1))
 
 
 def forward(

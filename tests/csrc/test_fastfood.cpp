@@ -1,0 +1,360 @@
+// The CPU kernels of every instruction set against the projection written out one position at a time from csrc/core,
+// bit for bit: widths, chunks, diagonals, dtypes, strides, bands, threads, alignments; guards round all that is
+// written.
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "../../csrc/core/permutation.h"
+#include "../../csrc/core/walsh_hadamard.h"
+#include "check.h"
+
+using namespace hsaid;
+
+namespace {
+
+// About -0.5 to 0.5, with full mantissas.
+float value(int64_t k) { return (float)(k * 37 % 101 - 50) / 99; }
+
+template <class T>
+constexpr Dtype kDtype = std::is_same_v<T, float>  ? Dtype::kFloat
+                         : std::is_same_v<T, bf16> ? Dtype::kBfloat16
+                                                   : Dtype::kHalf;
+
+template <class T>
+const T kGuard = narrowed<T>(-12345.0f);
+
+// --- cases
+// -------------------------------------------------------------------------------------------------------------
+
+struct Case {
+  Params params;
+  std::vector<std::vector<int64_t>> sizes;  // of the tensors
+  std::vector<float> theta, factors;
+  std::vector<Segment> segments;
+  int64_t numel = 0;  // of the output, with a gap of 64 elements or more before each tensor and at the end
+
+  Case(const Params& p, const std::vector<std::vector<int64_t>>& sizes_) : params(p), sizes(sizes_) {
+    for (int64_t k = 0; k < p.dim; ++k) theta.push_back(value(k));
+  }
+  int64_t count(int64_t tensor) const {
+    int64_t product = 1;
+    for (int64_t size : sizes[tensor]) product *= size;
+    return product;
+  }
+  // A tensor behind those before it, cut into bands of `cols` columns (0: one whole segment).
+  void add_tensor(int64_t tensor, int64_t cols = 0) {
+    const bool whole = cols == 0;
+    const int64_t rows = whole ? 1 : sizes[tensor][0], row = whole ? count(tensor) : sizes[tensor][1];
+    numel += 64;
+    for (int64_t at = 0; at < row; at += whole ? row : cols) {
+      const int64_t index = segments.size(), length = whole ? row : std::min(cols, row - at);
+      const int64_t first = index ? segments.back().first_block + num_blocks(params, segments.back()) : 0;
+      segments.push_back({tensor, at, numel + at, rows, length, row, -1000 - index, first, 0});
+      factors.push_back(value(index + 60));
+    }
+    numel += (count(tensor) + 127) / 64 * 64;
+  }
+};
+
+// Whole blocks, a ragged block, bands of columns, less than a block.
+Case all_kinds(int q, int chunks, bool rademacher) {
+  const int64_t n = (int64_t)1 << q;
+  Case c({kSeed, chunks * n - 5, q, chunks, rademacher}, {{2, n}, {n + n / 2 + 3}, {11, 40}, {5}});
+  for (int64_t t = 0; t < 4; ++t) c.add_tensor(t, t == 2 ? 24 : 0);
+  return c;
+}
+
+// Element e of a segment within its tensor.
+int64_t element(const Segment& s, int64_t e) { return s.offset + e / s.cols * s.row_stride + e % s.cols; }
+
+// --- the projection, one position at a time
+// ----------------------------------------------------------------------------
+
+float diagonal_at(const Params& p, const Segment& s, int64_t block, int chunk, uint32_t k) {
+  const Stream stream = stream_of(p, s, kDiagonal, block, chunk);
+  return p.rademacher ? (sign_at(stream, k) ? -1.0f : 1.0f) : gaussian_at(stream, p.q, k);
+}
+
+float sign_of_b(const Params& p, const Segment& s, int chunk, uint32_t k) {
+  return sign_at(stream_of(p, s, kSigns, 0, chunk), k) ? -1.0f : 1.0f;
+}
+
+// H^T x: the stages in reverse order.
+void scalar_transposed(float* x, int q) {
+  for (int bit = 1; bit >= 0; --bit) butterfly_stage(x, (int64_t)1 << q, bit);
+  for (int bit = q - 1; bit >= 2; --bit) butterfly_stage(x, (int64_t)1 << q, bit);
+}
+
+// z [n] of one chunk.
+std::vector<float> scalar_z(const Case& c, const Segment& s, int chunk) {
+  const Params& p = c.params;
+  std::vector<float> h(width(p)), z(width(p));
+  for (int64_t k = 0; k < width(p); ++k) {
+    const int64_t at = chunk * width(p) + k;
+    h[k] = sign_of_b(p, s, chunk, k) * (at < p.dim ? c.theta[at] : 0.0f);
+  }
+  walsh_hadamard(h.data(), p.q);
+  const PermutationKeys keys = permutation_keys(p.seed, s.stream, chunk);
+  for (int64_t k = 0; k < width(p); ++k) z[k] = h[permute(k, p.q, keys)];
+  return z;
+}
+
+// factor * H(sum_c G_c z_c) at each projected element of the output.
+std::vector<float> scalar_steps(const Case& c) {
+  const Params& p = c.params;
+  const int64_t n = width(p);
+  std::vector<float> steps(c.numel);
+  for (size_t i = 0; i < c.segments.size(); ++i) {
+    const Segment& s = c.segments[i];
+    std::vector<std::vector<float>> z;
+    for (int chunk = 0; chunk < p.chunks; ++chunk) z.push_back(scalar_z(c, s, chunk));
+    for (int64_t block = 0; block < num_blocks(p, s); ++block) {
+      std::vector<float> x(n);
+      for (int chunk = 0; chunk < p.chunks; ++chunk)
+        for (int64_t k = 0; k < n; ++k) {
+          const float product = diagonal_at(p, s, block, chunk, k) * z[chunk][k];
+          x[k] = chunk ? x[k] + product : product;
+        }
+      walsh_hadamard(x.data(), p.q);
+      for (int64_t k = 0; k < n && block * n + k < s.rows * s.cols; ++k)
+        steps[s.out_offset - s.offset + element(s, block * n + k)] = c.factors[i] * x[k];
+    }
+  }
+  return steps;
+}
+
+struct Gradients {
+  std::vector<float> dtheta, dfactors;  // [chunks, n], [segments]
+};
+
+// grad(segment, e): the gradient of element e of a segment, as a float.
+template <class Grad>
+Gradients scalar_adjoint(const Case& c, int64_t group_blocks, int64_t missing, Grad&& grad) {
+  const Params& p = c.params;
+  const int64_t n = width(p);
+  Gradients sums{std::vector<float>(p.chunks * n), std::vector<float>(c.segments.size())};
+  for (size_t i = 0; i < c.segments.size(); ++i) {
+    const Segment& s = c.segments[i];
+    if (s.tensor == missing) continue;
+    std::vector<float> u(p.chunks * n), group(p.chunks * n);
+    const int64_t blocks = num_blocks(p, s);
+    for (int64_t block = 0; block < blocks; ++block) {
+      std::vector<float> y(n);
+      for (int64_t k = 0; k < n && block * n + k < s.rows * s.cols; ++k) y[k] = grad(s, block * n + k);
+      scalar_transposed(y.data(), p.q);
+      for (int chunk = 0; chunk < p.chunks; ++chunk)
+        for (int64_t k = 0; k < n; ++k) group[chunk * n + k] += diagonal_at(p, s, block, chunk, k) * y[k];
+      if ((block + 1) % group_blocks && block + 1 < blocks) continue;
+      for (size_t k = 0; k < u.size(); ++k) u[k] += group[k];
+      std::fill(group.begin(), group.end(), 0.0f);
+    }
+    for (int chunk = 0; chunk < p.chunks; ++chunk) {
+      const std::vector<float> z = scalar_z(c, s, chunk);
+      std::vector<float> products(n), v(n);
+      const PermutationKeys keys = permutation_keys(p.seed, s.stream, chunk);
+      for (int64_t k = 0; k < n; ++k) {
+        products[k] = u[chunk * n + k] * z[k];
+        v[permute(k, p.q, keys)] = u[chunk * n + k];
+      }
+      for (int64_t half = n / 2; half > 0; half /= 2)
+        for (int64_t k = 0; k < half; ++k) products[k] += products[k + half];
+      sums.dfactors[i] += products[0];
+      scalar_transposed(v.data(), p.q);
+      for (int64_t k = 0; k < n; ++k) sums.dtheta[chunk * n + k] += c.factors[i] * (sign_of_b(p, s, chunk, k) * v[k]);
+    }
+  }
+  return sums;
+}
+
+// --- tensors with strides
+// ----------------------------------------------------------------------------------------------
+
+// Row-major, or with dimensions exchanged in memory, or (of one dimension) every third element; NaN in between.
+template <class T>
+struct Tensor {
+  std::vector<int64_t> sizes, strides;
+  bool dense;
+  std::vector<T> data;
+
+  Tensor(const std::vector<int64_t>& sizes_, bool dense_) : sizes(sizes_), dense(dense_) {
+    if (sizes.size() == 1)
+      strides = {dense ? 1 : 3};
+    else
+      strides = dense ? std::vector<int64_t>{sizes[1], 1} : std::vector<int64_t>{1, sizes[0]};
+    const int64_t count = sizes.size() == 1 ? sizes[0] : sizes[0] * sizes[1];
+    data.resize(offset(count - 1) + 1, narrowed<T>(NAN));
+    for (int64_t e = 0; e < count; ++e) data[offset(e)] = narrowed<T>(value(e * 7 + 1));
+  }
+  int64_t offset(int64_t e) const {
+    return sizes.size() == 1 ? e * strides[0] : e / sizes[1] * strides[0] + e % sizes[1] * strides[1];
+  }
+  float at(int64_t e) const { return to_float(data[offset(e)]); }
+  TensorView view() const { return {data.data(), kDtype<T>, dense, (int)sizes.size(), sizes.data(), strides.data()}; }
+};
+
+template <class T>
+std::vector<Tensor<T>> tensors_of(const Case& c, bool dense) {
+  std::vector<Tensor<T>> tensors;
+  for (const auto& sizes : c.sizes) tensors.emplace_back(sizes, dense);
+  return tensors;
+}
+
+template <class T>
+std::vector<TensorView> views_of(const std::vector<Tensor<T>>& tensors) {
+  std::vector<TensorView> views;
+  for (const Tensor<T>& tensor : tensors) views.push_back(tensor.view());
+  return views;
+}
+
+// --- kernels against scalars
+// -------------------------------------------------------------------------------------------
+
+// Weights of type Out on bases of type Base (void: none); output on a cache line or not, stored past the caches or not.
+template <class Out, class Base>
+void check_forward(const Case& c, const std::vector<float>& steps, bool dense, const std::string& what) {
+  constexpr bool based = !std::is_void_v<Base>;
+  const auto base = tensors_of<std::conditional_t<based, Base, float>>(c, dense);
+  const auto views = views_of(base);
+  std::vector<Out> expected(c.numel + 1, kGuard<Out>);
+  for (const Segment& s : c.segments)
+    for (int64_t e = 0; e < s.rows * s.cols; ++e) {
+      const int64_t at = s.out_offset - s.offset + element(s, e);
+      expected[at] = narrowed<Out>((based ? base[s.tensor].at(element(s, e)) : 0.0f) + steps[at]);
+    }
+  Out* memory = (Out*)std::aligned_alloc(64, (c.numel + 64) * sizeof(Out));
+  for (int64_t shift : {0, 1})
+    for (bool stream : {false, true})
+      for (int64_t threads : {1, 3}) {
+        std::fill(memory, memory + c.numel + 2, kGuard<Out>);
+        fastfood_forward({c.params, c.theta.data(), c.factors.data(), c.segments.data(), (int64_t)c.segments.size(),
+                          based ? views.data() : nullptr, memory + shift, kDtype<Out>, stream},
+                         fake_threads(threads));
+        check_same_bits(memory + shift, expected.data(), c.numel + 1,
+                        what + ", shift " + std::to_string(shift) + ", threads " + std::to_string(threads));
+        CHECK(bits_of(memory[0]) == bits_of(kGuard<Out>), "%s: written before the output", what.c_str());
+      }
+  std::free(memory);
+}
+
+template <class Grad>
+void check_adjoint(const Case& c, int64_t group_blocks, bool dense, int64_t missing, const std::string& what) {
+  const auto grads = tensors_of<Grad>(c, dense);
+  auto views = views_of(grads);
+  if (missing >= 0) views[missing].data = nullptr;
+  const Gradients expected = scalar_adjoint(
+      c, group_blocks, missing, [&](const Segment& s, int64_t e) { return grads[s.tensor].at(element(s, e)); });
+  const int64_t size = expected.dtheta.size(), segments = c.segments.size();
+  for_each_isa([&](const std::string& isa) {
+    for (int64_t threads : {1, 3}) {
+      std::vector<float> dtheta(size + 2, kGuard<float>), dfactors(segments + 2, kGuard<float>);
+      fastfood_adjoint(
+          {c.params, c.theta.data(), c.factors.data(), c.segments.data(), segments, views.data(), group_blocks},
+          dtheta.data() + 1, dfactors.data() + 1, fake_threads(threads));
+      const std::string name = what + ", " + isa + ", threads " + std::to_string(threads);
+      check_same_bits(dtheta.data() + 1, expected.dtheta.data(), size, name + ", dtheta");
+      check_same_bits(dfactors.data() + 1, expected.dfactors.data(), segments, name + ", dfactors");
+      for (float guard : {dtheta.front(), dtheta.back(), dfactors.front(), dfactors.back()})
+        CHECK(guard == kGuard<float>, "%s: written outside", name.c_str());
+    }
+  });
+}
+
+void test_every_width() {
+  for (int q = kMinWidthBits; q <= kMaxWidthBits; ++q)
+    for (int chunks : {1, 3})
+      for (bool rademacher : {false, true}) {
+        const Case c = all_kinds(q, chunks, rademacher);
+        const std::string what = "q " + std::to_string(q) + ", chunks " + std::to_string(chunks) +
+                                 (rademacher ? ", rademacher" : ", gaussian");
+        const std::vector<float> steps = scalar_steps(c);
+        for_each_isa([&](const std::string& isa) {
+          const std::string name = what + ", " + isa;
+          for (bool dense : {true, false}) {
+            check_forward<float, float>(c, steps, dense, name + ", float on float");
+            check_forward<bf16, bf16>(c, steps, dense, name + ", bf16 on bf16");
+            check_forward<bf16, float>(c, steps, dense, name + ", bf16 on float");
+            check_forward<fp16, fp16>(c, steps, dense, name + ", fp16 on fp16");
+            check_forward<fp16, float>(c, steps, dense, name + ", fp16 on float");
+          }
+          check_forward<float, void>(c, steps, true, name + ", float");
+          check_forward<bf16, void>(c, steps, true, name + ", bf16");
+          check_forward<fp16, void>(c, steps, true, name + ", fp16");
+        });
+        check_adjoint<float>(c, 1, true, -1, what + ", float");
+        check_adjoint<float>(c, 4096, false, 1, what + ", strided, one missing");
+        check_adjoint<bf16>(c, 2, true, -1, what + ", bf16");
+        check_adjoint<fp16>(c, 2, false, -1, what + ", fp16, strided");
+      }
+}
+
+// Sums of more groups than are held at a time (8 of 2 MB): a segment across them, then small ones.
+void test_waves() {
+  Case c({kSeed, (int64_t)32 << 14, 14, 32, true}, {{9, 1 << 14}, {40}, {40}});
+  for (int64_t t = 0; t < 3; ++t) c.add_tensor(t);
+  check_adjoint<float>(c, 1, true, -1, "waves");
+}
+
+void test_no_gradients() {
+  const Case c = all_kinds(6, 2, false);
+  const std::vector<TensorView> missing(4);
+  std::vector<float> dtheta(2 << 6, NAN), dfactors(c.segments.size(), NAN);
+  fastfood_adjoint(
+      {c.params, c.theta.data(), c.factors.data(), c.segments.data(), (int64_t)c.segments.size(), missing.data(), 1},
+      dtheta.data(), dfactors.data(), fake_threads(3));
+  for (float x : dtheta) CHECK(bits_of(x) == 0, "%g", x);
+  for (float x : dfactors) CHECK(bits_of(x) == 0, "%g", x);
+}
+
+void test_walsh_hadamard() {
+  for (int q = kMinWidthBits; q <= 18; ++q) {
+    std::vector<float> x((size_t)1 << q), expected;
+    for (size_t k = 0; k < x.size(); ++k) x[k] = value(k);
+    expected = x;
+    walsh_hadamard(expected.data(), q);
+    for_each_isa([&](const std::string& isa) {
+      std::vector<float> y = x;
+      kernels().walsh_hadamard(y.data(), q);
+      check_same_bits(y.data(), expected.data(), y.size(), isa + ", q " + std::to_string(q));
+    });
+  }
+}
+
+// Rows of any length, padded; guards before and after.
+template <class T>
+void test_hadamard_transform(const char* type) {
+  for (int64_t dim : {1, 2, 3, 31, 33, 500, 1024})
+    for (int64_t rows : {0, 1, 7}) {
+      int q = 0;
+      while ((int64_t)1 << q < dim) ++q;
+      const T guard = kGuard<T>;
+      std::vector<T> x(rows * dim), expected(rows * dim + 2, guard);
+      for (int64_t k = 0; k < rows * dim; ++k) x[k] = narrowed<T>(value(k));
+      for (int64_t row = 0; row < rows; ++row) {
+        std::vector<float> y((size_t)1 << q);
+        for (int64_t k = 0; k < dim; ++k) y[k] = to_float(x[row * dim + k]);
+        walsh_hadamard(y.data(), q);
+        for (int64_t k = 0; k < dim; ++k) expected[1 + row * dim + k] = narrowed<T>(y[k] * 0.3f);
+      }
+      for_each_isa([&](const std::string& isa) {
+        for (int64_t threads : {1, 3}) {
+          std::vector<T> out(rows * dim + 2, guard);
+          hadamard_transform(x.data(), out.data() + 1, rows, dim, 0.3, fake_threads(threads));
+          check_same_bits(out.data(), expected.data(), out.size(), isa + ", " + type + ", " + std::to_string(dim));
+        }
+      });
+    }
+}
+
+}  // namespace
+
+void test_fastfood() {
+  test_walsh_hadamard();
+  test_hadamard_transform<float>("float");
+  test_hadamard_transform<bf16>("bf16");
+  test_hadamard_transform<fp16>("fp16");
+  test_no_gradients();
+  test_waves();
+  test_every_width();
+}

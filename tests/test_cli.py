@@ -1,0 +1,283 @@
+"""`hsaid` from end to end on a random model of two layers, and what it says to bad input."""
+
+import errno
+import itertools
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hsaid_kernels import checkpoint, cli, training
+from hsaid_kernels.data import load_files
+from hsaid_kernels.module import HSAID
+
+FRUIT = ("apple", "banana", "cherry", "grape", "lemon", "mango")
+ANIMALS = ("cat", "dog", "horse", "mouse", "sheep", "tiger")
+WORDS = {"fruit": FRUIT, "animal": ANIMALS}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A directory with a BERT of two layers and random weights, its vocabulary, and two files of data."""
+    from transformers import BertConfig, BertModel
+
+    directory = tmp_path_factory.mktemp("files")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FRUIT, *ANIMALS]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    # Larger weights and less dropout than BERT's, so that so small a model learns; some dropout, so that seeds matter.
+    random = {"initializer_range": 0.1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.1}
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, **sizes, **random)
+    BertModel(config).save_pretrained(directory / "model")
+    (directory / "model" / "vocab.txt").write_text("\n".join(vocabulary))
+    (directory / "model" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    rows = [
+        f"{first} {second},{label}\n" for label in WORDS for first, second in itertools.permutations(WORDS[label], 2)
+    ]
+    for name, chosen in (("train", rows[::2]), ("test", rows[1::2])):
+        (directory / f"{name}.csv").write_text("text,label\n" + "".join(chosen))
+    return directory
+
+
+def command(files, out, *more):
+    return [
+        *("train", "--model", str(files / "model"), "--data", str(files / "train.csv"), "--out", str(out)),
+        *("--test-data", str(files / "test.csv"), "--intrinsic-dim", "300", "--max-length", "8"),
+        *("--steps", "40", "--lr", "0.02", "--threads", "1", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "deep" / "out"
+    assert cli.main(command(files, out)) == 0
+    return out
+
+
+def test_train_learns_and_reloads(files, trained, tmp_path, capsys):
+    assert cli.main(command(files, tmp_path / "out")) == 0
+    said = capsys.readouterr().out
+    accuracy = float(re.search(r"accuracy +(\S+) on texts not trained on; 0.500 by always saying 'animal'", said)[1])
+    assert accuracy > 0.8
+    assert re.search(r"partition +L1\+L2\|L3\|L4: L1\+L2: 9, L3: 8, L4: 2 -> 19 multipliers", said)
+    assert re.search(r"trained +d = 300 numbers: 281 in theta, 19 multipliers", said)
+    assert re.search(r"step +\d+ ms: projection +\d+\.\d%", said)
+    again = re.search(r"reloaded .* accuracy (\S+), the same to the last digit", said)[1]
+    assert json.loads((tmp_path / "out" / training.RUN_FILE).read_text())["test_accuracy"] == float(again)
+    size = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert f"checkpoint   {size:,} bytes" in said
+    assert size < 16384
+
+
+def test_train_twice_gives_the_same_checkpoint(files, trained, tmp_path):
+    assert cli.main(command(files, tmp_path / "out")) == 0
+    first, second = (load_file(out / checkpoint.VALUES_FILE) for out in (trained, tmp_path / "out"))
+    assert all(torch.equal(first[name], second[name]) for name in ("theta", "multipliers"))
+
+
+def test_losses_are_the_same_to_the_last_bit(files):
+    dataset = load_files(files / "train.csv", files / "test.csv")
+
+    def losses(seed):
+        classifier = training.build_classifier(str(files / "model"), dataset.labels, seed, 8)
+        classifier.model = HSAID(classifier.model, 300, seed=seed)
+        batches = training.training_batches(classifier, dataset.train, 5, seed)
+        options = {"steps": 8, "lr": 0.01, "seed": seed, "dropout": True}
+        return [step.loss for step in training.training_steps(classifier.model, batches, **options)]
+
+    first = losses(0)
+    assert len(set(first)) == 8
+    assert losses(0) == first
+    assert losses(1) != first
+
+
+def test_a_step_is_the_sum_of_its_parts(files):
+    dataset = load_files(files / "train.csv", files / "test.csv")
+    classifier = training.build_classifier(str(files / "model"), dataset.labels, 0, 8)
+    classifier.model = HSAID(classifier.model, 300)
+    batches = training.training_batches(classifier, dataset.train, 5, 0)
+    for step in training.training_steps(classifier.model, batches, steps=3, lr=0.01, seed=0):
+        assert tuple(step.seconds) == training.PARTS
+        assert all(seconds > 0 for seconds in step.seconds.values())
+    assert not classifier.model.model._forward_pre_hooks
+
+
+def test_load_trained(files, trained):
+    classifier = training.load_trained(trained)
+    assert set(classifier.predict(["apple mango", "dog", "mouse cat"])) <= set(WORDS)
+    values = load_file(trained / checkpoint.VALUES_FILE)
+    assert torch.equal(classifier.model.theta, values["theta"])
+    assert classifier.model.config.id2label == {0: "animal", 1: "fruit"}
+
+
+def test_load_trained_refuses_another_w0(files, trained, tmp_path):
+    """The head is random: with another seed theta would be added to something else."""
+    for file in trained.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    run = json.loads((trained / training.RUN_FILE).read_text())
+    (tmp_path / training.RUN_FILE).write_text(json.dumps(run | {"seed": 1}))
+    with pytest.raises(ValueError, match=r"W0 is not what was trained from.*classifier\.weight"):
+        training.load_trained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, FileNotFoundError, "got no file"),
+        ("{", ValueError, "damaged"),
+        ("[]", ValueError, "damaged"),
+        ('{"model": "x"}', ValueError, "no labels, max_length, seed"),
+    ],
+)
+def test_load_trained_says_what_is_missing(tmp_path, content, error, message):
+    if content is not None:
+        (tmp_path / training.RUN_FILE).write_text(content)
+    with pytest.raises(error, match=message):
+        training.load_trained(tmp_path)
+
+
+def test_info_of_a_checkpoint(trained, capsys):
+    assert cli.main(["info", str(trained)]) == 0
+    said = capsys.readouterr().out
+    assert "d = 300 numbers: 281 in theta, m = 19 multipliers" in said
+    assert re.search(r"seed +0\n", said)
+    assert re.search(r"L1\+L2 +embeddings \d\.\d{3}, layer.0 attention \d\.\d{3}, ", said)
+    assert re.search(r"L4 +weight \d\.\d{3}, bias \d\.\d{3}\n", said)
+
+
+def test_info_of_a_model(files, capsys):
+    assert cli.main(["info", str(files / "model")]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("41 tensors, ")
+    assert re.search(r"L1\+L2\|L3\|L4 +L1\+L2: 9, L3: 8, L4: 2 -> 19 multipliers", said)
+
+
+def test_info_of_mbert_needs_no_hub(capsys):
+    assert cli.main(["info", training.MBERT]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("201 tensors, 177,854,978 weights")
+    assert "L1+L2: 39, L3: 8, L4: 2 -> 49 multipliers" in said
+
+
+def test_version_and_help(capsys):
+    for argument in ("--version", "--help"):
+        with pytest.raises(SystemExit) as end:
+            cli.main([argument])
+        assert end.value.code == 0
+    assert re.match(r"hsaid \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def refusal(capsys, arguments, code=2):
+    """The one sentence on stderr."""
+    assert cli.main(arguments) == code
+    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in lines if line and not line.lstrip("\r").startswith("training:")]  # the progress bar
+    assert len(lines) == 1
+    assert lines[0].startswith("hsaid: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: command"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["train", "--intrinsic-dim", "0"], "--intrinsic-dim: expected an integer from 1 to 1048576, got '0'"),
+        (["train", "--intrinsic-dim", "1048577"], "expected an integer from 1 to 1048576, got '1048577'"),
+        (["train", "--intrinsic-dim", "many"], "expected an integer from 1 to 1048576, got 'many'"),
+        (["train", "--seed", str(2**64)], f"expected an integer from 0 to {2**64 - 1}, got '{2**64}'"),
+        (["train", "--seed", "-1"], "expected an integer from 0"),
+        (["train", "--threads", "0"], "--threads: expected an integer from 1 to"),
+        (["train", "--lr", "-0.1"], "--lr: expected a number above 0, got '-0.1'"),
+        (["train", "--lr", "nan"], "--lr: expected a number above 0, got 'nan'"),
+        (["train", "--steps", "1", "--epochs", "1"], "not allowed with"),
+        (["train", "--diagonal", "cauchy"], "invalid choice: 'cauchy'"),
+        (["train", "--test-data", "x.csv"], "--test-data: expected --data FILE to train on, got only x.csv"),
+        (["train", "--train-languages", "en", "xx"], "got 'xx'"),
+        (["train", "--data", "no.csv"], "no.csv: expected a file that can be read, got: No such file"),
+        (["info", "no/such/model"], "model: expected the directory or hub name of a model, got 'no/such/model'"),
+    ],
+)
+def test_bad_arguments(capsys, arguments, message):
+    assert message in refusal(capsys, arguments)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--intrinsic-dim", "19"], "expected more than the 19 multipliers of 'L1+L2|L3|L4', got 19"),
+        (["--partition", "L1+L9"], "with unknown 'L9'"),
+        (["--partition", "L1|L1"], "with L1 2 times"),
+        (["--label-column", "class"], "train.csv, line 1: expected a column 'class', got text, label"),
+        (["--model", "nowhere"], "expected the directory or hub name of a model, got 'nowhere'"),
+        (["--max-length", "17"], "max_length: expected at most the model's 16 positions, got 17"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(files, tmp_path, capsys, more, message):
+    assert message in refusal(capsys, command(files, tmp_path / "out", *more))
+    assert not list(tmp_path.iterdir())
+
+
+def test_out_that_is_no_directory(files, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        assert "--out: expected a directory that can be written to, got " in refusal(capsys, command(files, out))
+
+
+def test_out_without_permission(files, tmp_path, capsys, monkeypatch):
+    """By a stand-in for the file system's refusal, because the tests may run as root, who may write anywhere."""
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)
+    message = refusal(capsys, command(files, tmp_path / "out"))
+    assert message.endswith(f"got {tmp_path / 'out'}: Permission denied")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", [(training.Path, "write_text"), (checkpoint.os, "fsync")], ids=["run", "values"])
+def test_disk_full_while_saving(files, trained, tmp_path, capsys, monkeypatch, where):
+    """One sentence, no half-written file, and the older checkpoint is still there."""
+    for file in trained.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, refuse)
+        assert "No space left on device" in refusal(capsys, command(files, tmp_path, "--steps", "2", "--seed", "5"))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {
+        file.name: file.read_bytes() for file in trained.iterdir()
+    }
+
+
+def test_a_loss_that_is_not_finite(files, tmp_path, capsys, monkeypatch):
+    message = refusal(capsys, command(files, tmp_path / "out", "--lr", "1e30"), code=1)
+    assert re.search(r"the loss is (nan|inf) at step \d+: try an --lr lower than 1e\+30", message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reload_that_differs(files, tmp_path, capsys, monkeypatch):
+    right = training.evaluate
+
+    def wrong(classifier, examples):
+        monkeypatch.setattr(training, "evaluate", lambda *_: training.Evaluation((), 0.0, {}))
+        return right(classifier, examples)
+
+    monkeypatch.setattr(training, "evaluate", wrong)
+    message = refusal(capsys, command(files, tmp_path / "out", "--steps", "2"), code=1)
+    assert re.search(r"expected the accuracy 0\.\d+ after reloading .*, got 0\.0", message)
+
+
+def test_mbert_steps(files, tmp_path, capsys, monkeypatch):
+    """With a vocabulary and layers cut down: the real size takes gigabytes."""
+    small = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setattr(training, "MBERT_CONFIG", training.MBERT_CONFIG | small)
+    assert cli.main(command(files, tmp_path / "out", "--steps", "1", "--mbert-steps", "2")) == 0
+    said = capsys.readouterr().out
+    rows = re.findall(r"^ +(\d+) +\d+\.\d+(?: +\d+\.\d{4}){5}$", said, re.MULTILINE)
+    assert rows == ["1", "2"]

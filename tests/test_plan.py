@@ -1,0 +1,158 @@
+"""The static tables: where tensors, segments, blocks and groups lie, scales, stream ids, and every bad input."""
+
+import math
+import re
+
+import pytest
+import torch
+from helpers import assert_same_bits
+
+from hsaid_kernels.plan import ALIGNMENT, COLUMNS, GROUP_ELEMENTS, Plan, Segment, default_width, stream_id, whole
+
+SHAPES = {"a": (40, 128), "b": (768,), "c": (3, 7), "scalar": ()}
+
+
+def column(plan: Plan, name: str) -> list[int]:
+    return plan.segments[:, COLUMNS.index(name)].tolist()
+
+
+def test_tensors_lie_on_cache_lines():
+    """Every tensor starts at a multiple of 64 elements, right after the one before it."""
+    plan = Plan(SHAPES, 200)
+    assert plan.offsets == [0, 5120, 5120 + 768, 5120 + 768 + 64]
+    assert plan.numel == 5120 + 768 + 64 + 64 and all(offset % ALIGNMENT == 0 for offset in plan.offsets)
+    flat = torch.arange(plan.numel)
+    views = plan.views(flat)
+    assert [tuple(view.shape) for view in views] == list(SHAPES.values())
+    assert [int(view.flatten()[0]) for view in views] == plan.offsets
+    assert all(view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for view in views)
+
+
+def test_table():
+    plan = Plan(SHAPES, 200)
+    assert plan.segments.dtype == torch.int64 and plan.segments.shape == (4, 9) and plan.segments.is_contiguous()
+    assert column(plan, "tensor") == [0, 1, 2, 3]
+    assert column(plan, "offset") == [0, 0, 0, 0]
+    assert column(plan, "out_offset") == plan.offsets
+    assert column(plan, "rows") == [1, 1, 1, 1]
+    assert column(plan, "cols") == column(plan, "row_stride") == [5120, 768, 21, 1]
+    assert column(plan, "stream") == [stream_id(name) for name in SHAPES]
+    assert column(plan, "first_block") == [0, 20, 23, 24]
+    assert column(plan, "first_group") == [0, 1, 2, 3]
+
+
+def test_groups():
+    """A group is 2^19 values, a whole number of blocks; a segment begins a new one."""
+    assert GROUP_ELEMENTS == 2**19
+    plan = Plan({"a": (3, 2**19 + 1), "b": (2**19,), "c": (1,)}, 100, width=1024)
+    assert plan.group_blocks == 512
+    assert column(plan, "first_group") == [0, 4, 5]
+    assert column(plan, "first_block") == [0, 1537, 2049]
+
+
+def test_segments():
+    heads = [Segment("w", 32 * h, 24, 32, 96, f"head {h}") for h in range(3)]
+    plan = Plan({"v": (5,), "w": (24, 96)}, 100, segments=[whole("v", (5,)), *heads])
+    assert column(plan, "tensor") == [0, 1, 1, 1]
+    assert column(plan, "offset") == [0, 0, 32, 64]
+    assert column(plan, "out_offset") == [0, 64, 96, 128]
+    assert column(plan, "rows") == [1, 24, 24, 24] and column(plan, "cols") == [5, 32, 32, 32]
+    assert column(plan, "row_stride") == [5, 96, 96, 96]
+    assert column(plan, "stream") == [stream_id("v"), *(stream_id("w", f"head {h}") for h in range(3))]
+    assert column(plan, "first_block") == [0, 1, 7, 13]
+
+
+@pytest.mark.parametrize(
+    "dim, width",
+    [(1, 32), (32, 32), (33, 64), (951, 1024), (1024, 1024), (16384, 16384), (16385, 16384), (2**20, 16384)],
+)
+def test_default_width(dim, width):
+    assert default_width(dim) == Plan({"a": (3,)}, dim).width == width
+
+
+@pytest.mark.parametrize(
+    "dim, width, chunks", [(200, None, 1), (200, 64, 4), (192, 64, 3), (2**20, None, 64), (1, 32, 1)]
+)
+def test_chunks(dim, width, chunks):
+    assert Plan({"a": (3,)}, dim, width=width).chunks == chunks
+
+
+def test_scales():
+    """1 / sqrt(n D), rounded once to float32; with normalize="global" D is the sum over all tensors."""
+    numels = [math.prod(shape) for shape in SHAPES.values()]
+    plan, whole_model = Plan(SHAPES, 200), Plan(SHAPES, 200, normalize="global")
+    assert_same_bits(plan.scales, torch.tensor([1 / math.sqrt(256 * numel) for numel in numels]))
+    assert_same_bits(whole_model.scales, torch.tensor([1 / math.sqrt(256 * sum(numels))] * 4))
+
+
+def test_table_on_device_is_made_once():
+    plan = Plan(SHAPES, 200)
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert plan.table(cpu)[0] is plan.segments and plan.table(cpu)[1] is plan.scales
+    assert plan.table(meta)[0] is plan.table(meta)[0] and plan.table(meta)[0].device == meta
+
+
+def test_default_device_does_not_matter():
+    with torch.device("meta"):
+        assert Plan(SHAPES, 200).segments.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"shapes": {}}, ValueError, "shapes: expected at least one tensor, got none"),
+        ({"shapes": {"a": (2,), "b": (0, 3)}}, ValueError, "shapes: expected tensors .* got 'b' of shape (0, 3)"),
+        ({"shapes": {"a": (-2, -3)}}, ValueError, "shapes: expected tensors .* got 'a' of shape (-2, -3)"),
+        ({"dim": 0}, ValueError, "dim: expected an integer from 1 to 1048576, got 0"),
+        ({"dim": -3}, ValueError, "dim: expected an integer from 1 to 1048576, got -3"),
+        ({"dim": 2**20 + 1}, ValueError, "dim: expected an integer from 1 to 1048576, got 1048577"),
+        ({"dim": 200.0}, TypeError, "dim: expected an integer, got float 200.0"),
+        ({"dim": True}, TypeError, "dim: expected an integer, got bool True"),
+        ({"dim": None}, TypeError, "dim: expected an integer, got NoneType None"),
+        ({"seed": -1}, ValueError, "seed: expected an integer from 0 to 18446744073709551615, got -1"),
+        ({"seed": 2**64}, ValueError, "seed: expected an integer from 0 to .* got 18446744073709551616"),
+        ({"seed": "7"}, TypeError, "seed: expected an integer, got str '7'"),
+        ({"width": 0}, ValueError, "width: expected an integer from 32 to 16384, got 0"),
+        ({"width": 16}, ValueError, "width: expected an integer from 32 to 16384, got 16"),
+        ({"width": 32768}, ValueError, "width: expected an integer from 32 to 16384, got 32768"),
+        ({"width": 48}, ValueError, "width: expected a power of two from 32 to 16384, got 48"),
+        ({"width": 64.0}, TypeError, "width: expected an integer, got float 64.0"),
+        ({"diagonal": "cauchy"}, ValueError, "diagonal: expected one of 'gaussian', 'rademacher', got 'cauchy'"),
+        ({"normalize": "row"}, ValueError, "normalize: expected one of 'tensor', 'global', got 'row'"),
+        ({"shapes": {"a": (2**28, 33)}, "width": 32}, ValueError, "width: 'a' has 276824064 blocks of 32, at most"),
+        (
+            {"segments": [Segment("b", 0, 1, 5, 5), Segment("b", 5, 1, 5, 5)]},
+            ValueError,
+            "segments: ('b', '') and ('b', '') have the same stream id",
+        ),
+    ],
+)
+def test_bad_input(changes, error, message):
+    expression = ".*".join(map(re.escape, message.split(".*")))
+    with pytest.raises(error, match=f"^{expression}"):
+        Plan(**{"shapes": SHAPES, "dim": 200, **changes})
+
+
+@pytest.mark.xfail(strict=True, reason="pieces are not checked against their tensors")
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [],
+        [Segment("z", 0, 1, 5, 5)],
+        [Segment("b", 0, 1, 769, 769)],
+        [Segment("b", -1, 1, 5, 5)],
+        [Segment("b", 0, 0, 5, 5)],
+        [Segment("a", 0, 40, 32, 31)],
+        [Segment("a", 97, 40, 32, 128)],
+        [Segment("b", 0, 1, 5, 5, "first"), Segment("b", 4, 1, 5, 5, "second")],
+    ],
+    ids=str,
+)
+def test_bad_segments(segments):
+    with pytest.raises(ValueError, match="segments: "):
+        Plan(SHAPES, 200, segments=segments)
+
+
+def test_numpy_integers_are_integers():
+    plan = Plan({"a": torch.Size([3, 4])}, torch.tensor(200), torch.tensor(7), width=torch.tensor(64))
+    assert (plan.dim, plan.seed, plan.width, plan.shapes) == (200, 7, 64, {"a": (3, 4)})
