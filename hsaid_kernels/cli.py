@@ -84,8 +84,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--test-data", type=Path, metavar="FILE", help="with --data: texts to test on (a fifth of --data)")
     add("--text-column", default="text", metavar="NAME", help="with --data (%(default)s)")
     add("--label-column", default="label", metavar="NAME", help="with --data (%(default)s)")
-    add("--train-languages", nargs="+", default=data.TRAIN_LANGUAGES, metavar="CODE", help="(en de ...)")
-    add("--test-languages", nargs="+", default=data.TEST_LANGUAGES, metavar="CODE", help="(it nl ...)")
+    add(
+        "--train-languages",
+        nargs="+",
+        default=data.TRAIN_LANGUAGES,
+        metavar="CODE",
+        help=f"({' '.join(data.TRAIN_LANGUAGES)})",
+    )
+    add(
+        "--test-languages",
+        nargs="+",
+        default=data.TEST_LANGUAGES,
+        metavar="CODE",
+        help=f"({' '.join(data.TEST_LANGUAGES)})",
+    )
     add("--max-length", type=_integer(2, 2**20), default=MAX_LENGTH, metavar="N", help="tokens of a text (%(default)s)")
 
     add = train.add_argument_group("subspace").add_argument
@@ -410,4 +422,8 @@ def _describe_checkpoint(directory: Path) -> None:
 
 
 def _size(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.iterdir())
+    """Bytes of the checkpoint's files, whatever else is in the directory."""
+    from hsaid_kernels import checkpoint, training
+
+    files = (directory / name for name in (checkpoint.VALUES_FILE, checkpoint.CONFIG_FILE, training.RUN_FILE))
+    return sum(path.stat().st_size for path in files if path.exists())

@@ -19,11 +19,11 @@ NAMESPACE = "hsaid_kernels"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "cuda", "cpu", "reference")
 
-# `segments` is Plan.segments [S, 9]; `factors` [S] has the scales s_i inside; `base`, `grads` have an entry per tensor.
+# `segments`, `holes`: Plan's tables; `factors` [S] has the scales s_i inside; `base`, `grads` have an entry per tensor.
 _PLAN = "Tensor segments, int seed, int width, bool rademacher"
 torch.library.define(
     f"{NAMESPACE}::fastfood_forward",
-    f"(Tensor theta, Tensor factors, Tensor[] base, {_PLAN}, int numel, ScalarType dtype) -> Tensor",
+    f"(Tensor theta, Tensor factors, Tensor[] base, {_PLAN}, Tensor holes, int numel, ScalarType dtype) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
@@ -48,7 +48,7 @@ def _(like, seed, stream, purpose, block, chunk, width, rademacher):
 
 
 @torch.library.register_fake(f"{NAMESPACE}::fastfood_forward")
-def _(theta, factors, base, segments, seed, width, rademacher, numel, dtype):
+def _(theta, factors, base, segments, seed, width, rademacher, holes, numel, dtype):
     return theta.new_empty(numel, dtype=dtype)
 
 
@@ -123,9 +123,9 @@ def fastfood_forward(
     """
     if backend == "reference":
         return reference.forward(plan, theta, factors, base, dtype)
-    segments, _ = plan.table(theta.device)
+    tables, seed = plan.tables(theta.device), _signed(plan.seed)
     return torch.ops.hsaid_kernels.fastfood_forward(
-        theta, factors, list(base), segments, _signed(plan.seed), plan.width, plan.rademacher, plan.numel, dtype
+        theta, factors, list(base), tables.segments, seed, plan.width, plan.rademacher, tables.holes, plan.numel, dtype
     )
 
 
@@ -138,9 +138,11 @@ def fastfood_adjoint(
     """
     if backend == "reference":
         return reference.adjoint(plan, theta, factors, grads)
-    segments, _ = plan.table(theta.device)
+    segments = plan.tables(theta.device).segments
+    # The dispatcher resolves lazy negation in arguments, but not inside lists.
+    tensors = [None if grad is None else grad.resolve_neg() for grad in grads]
     return torch.ops.hsaid_kernels.fastfood_adjoint(
-        theta, factors, list(grads), segments, _signed(plan.seed), plan.width, plan.rademacher, plan.group_blocks
+        theta, factors, tensors, segments, _signed(plan.seed), plan.width, plan.rademacher, plan.group_blocks
     )
 
 

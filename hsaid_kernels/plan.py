@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -57,6 +58,22 @@ def stream_id(name: str, label: str = "") -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
+def _runs(name: str, covered: torch.Tensor) -> list[Segment]:
+    """The runs of zeros in a mask [numel], those of equal length and distance joined into pieces of several rows."""
+    edges = torch.diff((covered == 0).to(torch.int8), prepend=torch.zeros(1), append=torch.zeros(1)).nonzero().flatten()
+    pieces: list[Segment] = []
+    starts, ends = edges[::2].tolist(), edges[1::2].tolist()
+    for start, end in zip(starts, ends, strict=True):
+        last = pieces[-1] if pieces else None
+        if last and last.cols == end - start:
+            stride = start - last.offset - (last.rows - 1) * last.row_stride
+            if last.rows == 1 or stride == last.row_stride:
+                pieces[-1] = Segment(name, last.offset, last.rows + 1, last.cols, stride)
+                continue
+        pieces.append(Segment(name, start, 1, end - start, end - start))
+    return pieces
+
+
 def check_int(name: str, value: object, low: int, high: int) -> int:
     """`value` as an int in [low, high]; TypeError or ValueError that names the argument otherwise."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -78,6 +95,12 @@ def default_width(dim: int) -> int:
     return min(max(1 << (dim - 1).bit_length(), MIN_WIDTH), MAX_WIDTH)
 
 
+class Tables(NamedTuple):
+    segments: torch.Tensor  # int64 [S, len(COLUMNS)]
+    holes: torch.Tensor  # int64 [H, len(COLUMNS)]
+    scales: torch.Tensor  # float32 [S]
+
+
 class Plan:
     """Everything about a projection but the values: a static table of segments and the numbers that kernels need.
 
@@ -92,7 +115,9 @@ class Plan:
         segments: the pieces that are projected, at most one over any element; None for every tensor whole.
 
     Attributes:
-        segments: int64 [S, len(COLUMNS)] on the CPU; `table(device)` gives it on another device, copied once.
+        segments: int64 [S, len(COLUMNS)] on the CPU; `tables(device)` has it on another device.
+        holes: int64 [H, len(COLUMNS)], the rest of the flat buffer in the same form: elements of no segment, which are
+            W0, and with -1 for the tensor the gaps between tensors, which are 0.
         scales: float32 [S], s_i.
         offsets: first element of each tensor in the flat buffer;  numel: length of that buffer.
     """
@@ -130,14 +155,16 @@ class Plan:
             end += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
         self.numel = end
         self.group_blocks = GROUP_ELEMENTS // self.width
+        self._check_pieces()
         self.segments = torch.tensor(self._rows(), dtype=torch.int64, device="cpu")
+        self.holes = torch.tensor(self._hole_rows(), dtype=torch.int64, device="cpu").view(-1, len(COLUMNS))
         total = sum(p.numel for p in self.pieces)
         self.scales = torch.tensor(
             [1 / math.sqrt(self.width * (p.numel if normalize == "tensor" else total)) for p in self.pieces],
             dtype=torch.float32,
             device="cpu",
         )
-        self._on_device = {"cpu": (self.segments, self.scales)}
+        self._on_device = {"cpu": Tables(self.segments, self.holes, self.scales)}
 
     @property
     def chunks(self) -> int:
@@ -152,11 +179,11 @@ class Plan:
         """Blocks of `width` values that cover the piece."""
         return -(-piece.numel // self.width)
 
-    def table(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(segments, scales) on `device`, copied there the first time."""
+    def tables(self, device: torch.device) -> Tables:
+        """The tables on `device`, copied there the first time."""
         key = str(device)
         if key not in self._on_device:
-            self._on_device[key] = (self.segments.to(device), self.scales.to(device))
+            self._on_device[key] = Tables(*(table.to(device) for table in self._on_device["cpu"]))
         return self._on_device[key]
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
@@ -166,14 +193,47 @@ class Plan:
             for start, shape in zip(self.offsets, self.shapes.values(), strict=True)
         ]
 
+    def _check_pieces(self) -> None:
+        if not self.pieces:
+            raise ValueError("segments: expected at least one, got none")
+        seen: dict[int, Segment] = {}
+        for p in self.pieces:
+            if p.tensor not in self.shapes:
+                raise ValueError(f"segments: expected pieces of tensors of the plan, got one of {p.tensor!r}")
+            size = math.prod(self.shapes[p.tensor])
+            end = p.offset + (p.rows - 1) * p.row_stride + p.cols
+            if min(p.rows, p.cols) < 1 or p.offset < 0 or p.row_stride < p.cols or end > size:
+                raise ValueError(f"segments: expected pieces inside their tensors, got {p} of {size} elements")
+            other = seen.setdefault(stream_id(p.tensor, p.label), p)
+            if other is not p:
+                names = f"{(p.tensor, p.label)} and {(other.tensor, other.label)}"
+                raise ValueError(f"segments: {names} have the same stream id")
+
+    def _hole_rows(self) -> list[list[int]]:
+        rows = []
+        pieces = {name: [p for p in self.pieces if p.tensor == name] for name in self.names}
+        for i, (name, shape) in enumerate(self.shapes.items()):
+            size, start = math.prod(shape), self.offsets[i]
+            if pieces[name] != [whole(name, shape)]:
+                times = torch.zeros(size, dtype=torch.uint8, device="cpu")
+                for p in pieces[name]:
+                    times.as_strided((p.rows, p.cols), (p.row_stride, 1), p.offset).add_(1)
+                if times.max() > 1:
+                    raise ValueError(f"segments: expected at most one over any element, got several in {name!r}")
+                rows += [
+                    [i, hole.offset, start + hole.offset, hole.rows, hole.cols, hole.row_stride, 0, 0, 0]
+                    for hole in _runs(name, times)
+                ]
+            gap = -size % ALIGNMENT
+            if gap:
+                rows.append([-1, 0, start + size, 1, gap, gap, 0, 0, 0])
+        return rows
+
     def _rows(self) -> list[list[int]]:
         index = {name: i for i, name in enumerate(self.names)}
-        rows, first_block, first_group, seen = [], 0, 0, {}
+        rows, first_block, first_group = [], 0, 0
         for p in self.pieces:
             stream = stream_id(p.tensor, p.label)
-            if stream in seen:
-                raise ValueError(f"segments: {(p.tensor, p.label)} and {seen[stream]} have the same stream id")
-            seen[stream] = (p.tensor, p.label)
             i = index[p.tensor]
             blocks = self.blocks(p)
             if blocks > MAX_BLOCKS:

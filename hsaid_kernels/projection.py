@@ -102,8 +102,9 @@ class Projection:
     def __init__(self, plan: Plan, *, dtype: torch.dtype = torch.float32, backend: str = "auto"):
         check_choice("backend", backend, ops.BACKENDS)
         allowed = "a floating-point dtype" if backend == "reference" else "float32, bfloat16 or float16"
-        if not dtype.is_floating_point or (backend != "reference" and dtype not in ops.WEIGHT_DTYPES):
-            raise TypeError(f"dtype: expected {allowed} for backend {backend!r}, got {dtype}")
+        known = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        if not known or (backend != "reference" and dtype not in ops.WEIGHT_DTYPES):
+            raise TypeError(f"dtype: expected {allowed} for backend {backend!r}, got {dtype!r}")
         self.plan = plan
         self.dtype = dtype
         self.backend = backend
@@ -198,7 +199,7 @@ class Projection:
             return dtheta, dscaled * self._scales(theta)
 
     def _scales(self, theta: Tensor) -> Tensor:
-        return self.plan.table(theta.device)[1].to(theta.dtype)
+        return self.plan.tables(theta.device).scales.to(theta.dtype)
 
     def _scaled(self, theta: Tensor, factors: Tensor | None) -> Tensor:
         return self._scales(theta) if factors is None else factors * self._scales(theta)

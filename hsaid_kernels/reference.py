@@ -107,7 +107,7 @@ def permutation(seed: int, stream: int, chunk: int, n: int) -> Tensor:
 
 
 def walsh_hadamard(x: Tensor, transpose: bool = False) -> Tensor:
-    """H x along the last dimension [..., n], unnormalised. Stages at bits 2, ..., q-1, 0, 1; reversed if `transpose`."""
+    """H x over the last dimension [..., n], unnormalised: stages at bits 2 ... q-1, 0, 1; reversed if `transpose`."""
     n = x.shape[-1]
     q = n.bit_length() - 1
     order = [*range(2, q), *range(min(2, q))]

@@ -77,6 +77,22 @@ def test_train_twice_gives_the_same_checkpoint(files, trained, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in ("theta", "multipliers"))
 
 
+def test_train_a_model_without_a_padding_token(files, tmp_path, capsys):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
+
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(("</s>", *FRUIT, *ANIMALS))}, unk_token="</s>")
+    )
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path / "model")
+    GPT2Model(GPT2Config(vocab_size=13, n_positions=16, n_embd=32, n_layer=2, n_head=2)).save_pretrained(
+        tmp_path / "model"
+    )
+    assert cli.main(command(files, tmp_path / "out", "--model", str(tmp_path / "model"), "--steps", "2")) == 0
+    assert "the same to the last digit" in capsys.readouterr().out
+
+
 def test_losses_are_the_same_to_the_last_bit(files):
     dataset = load_files(files / "train.csv", files / "test.csv")
 

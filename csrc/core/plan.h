@@ -7,9 +7,9 @@ namespace hsaid {
 
 constexpr int kMinWidthBits = 5, kMaxWidthBits = 14;
 
-// A 2-D strided piece of a tensor; strides and offsets in elements.
+// A 2-D strided piece of a tensor; strides and offsets in elements. Also a hole: a piece that is not projected.
 struct Segment {
-  int64_t tensor;      // index into the lists of base tensors and gradients
+  int64_t tensor;      // index into the lists of base tensors and gradients; of a hole -1 where it is in no tensor
   int64_t offset;      // first element, within the tensor
   int64_t out_offset;  // first element, within the flat output
   int64_t rows, cols;  // numel = rows * cols, read row by row

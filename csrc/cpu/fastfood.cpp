@@ -36,6 +36,27 @@ void dynamic_for(const Threads& threads, int64_t count, F&& f) {
   });
 }
 
+template <class T, class Base>
+void copy_hole(const Segment& hole, const TensorView& base, T* out) {
+  for (int64_t row = 0; row < hole.rows; ++row)
+    for (int64_t i = row * hole.row_stride; i < row * hole.row_stride + hole.cols; ++i) {
+      const int64_t from = hole.offset + i;
+      from_float(to_float(((const Base*)base.data)[base.dense ? from : strided_offset(base, from)]), out + i);
+    }
+}
+
+template <class T>
+void fill_hole(const Forward& a, const Segment& hole) {
+  T* out = (T*)a.out + hole.out_offset;
+  if (hole.tensor < 0 || !a.base) {
+    for (int64_t row = 0; row < hole.rows; ++row) std::memset(out + row * hole.row_stride, 0, hole.cols * sizeof(T));
+  } else if (a.base[hole.tensor].dtype == Dtype::kFloat) {
+    copy_hole<T, float>(hole, a.base[hole.tensor], out);
+  } else {
+    copy_hole<T, T>(hole, a.base[hole.tensor], out);  // the base is in float32 or in the dtype of the weights
+  }
+}
+
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> found;
 #if defined(HSAID_HAS_X86)
@@ -66,6 +87,11 @@ const Kernels& kernels() {
 
 void fastfood_forward(const Forward& a, const Threads& threads) {
   const Kernels& kernel = kernels();
+  for (int64_t i = 0; i < a.num_holes; ++i) {
+    if (a.out_dtype == Dtype::kFloat) fill_hole<float>(a, a.holes[i]);
+    if (a.out_dtype == Dtype::kBfloat16) fill_hole<bf16>(a, a.holes[i]);
+    if (a.out_dtype == Dtype::kHalf) fill_hole<fp16>(a, a.holes[i]);
+  }
   // Threads get equal shares of the work: a block is one unit of it, making a segment's z is kZCost units.
   const auto start = [&](int64_t i) { return a.segments[i].first_block + kZCost * i; };
   const auto block_at = [&](int64_t unit) {

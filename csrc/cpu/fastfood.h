@@ -21,12 +21,24 @@ struct TensorView {
   const int64_t* strides;
 };
 
+// Offset in elements of the tensor's flat index `i`.
+HSAID_INLINE int64_t strided_offset(const TensorView& t, int64_t i) {
+  int64_t offset = 0;
+  for (int axis = t.ndim - 1; axis >= 0; --axis) {
+    offset += i % t.sizes[axis] * t.strides[axis];
+    i /= t.sizes[axis];
+  }
+  return offset;
+}
+
 struct Forward {
   Params params;
   const float* theta;       // [dim]
   const float* factors;     // [num_segments], the scales s_i inside
   const Segment* segments;  // [num_segments]
   int64_t num_segments;
+  const Segment* holes;  // [num_holes], elements of no segment: they become the base, or 0
+  int64_t num_holes;
   const TensorView* base;  // per tensor; null: zeros
   void* out;
   Dtype out_dtype;

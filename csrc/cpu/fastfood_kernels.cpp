@@ -117,16 +117,6 @@ void make_z(const Params& p, const Segment& s, int chunk, const float* theta, co
   for (int64_t k = 0; k < n; ++k) z[k] = scratch.values[scratch.pi[k]];
 }
 
-// Offset in elements of the tensor's flat index `i`.
-int64_t strided_offset(const TensorView& t, int64_t i) {
-  int64_t offset = 0;
-  for (int axis = t.ndim - 1; axis >= 0; --axis) {
-    offset += i % t.sizes[axis] * t.strides[axis];
-    i /= t.sizes[axis];
-  }
-  return offset;
-}
-
 // The runs of consecutive elements that values [first, first + count) of a segment fall into:
 // f(offset from the segment's first element, number of values before, length).
 template <class F>

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -55,15 +56,31 @@ struct CheckedPlan {
   int64_t num_segments;
 };
 
+// A table of the plan as structs.
+const hsaid::Segment* rows_of(const Tensor& table, const char* what, int64_t at_least) {
+  STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.dim() == 2 &&
+                      table.size(1) * sizeof(int64_t) == sizeof(hsaid::Segment) && table.size(0) >= at_least &&
+                      table.is_contiguous(),
+                  what, ": expected a contiguous int64 table [rows, ", sizeof(hsaid::Segment) / sizeof(int64_t),
+                  "] on the CPU");
+  return (const hsaid::Segment*)table.const_data_ptr();
+}
+
+// The end of a piece that begins at `offset`; in 128 bits, which no table can overflow.
+__extension__ typedef __int128 int128;
+int128 end_of(const hsaid::Segment& s, int64_t offset) {
+  return (int128)offset + (int128)(s.rows - 1) * s.row_stride + s.cols;
+}
+
+bool is_piece(const hsaid::Segment& s) {
+  return s.rows >= 1 && s.cols >= 1 && s.row_stride >= s.cols && s.offset >= 0 && s.out_offset >= 0 &&
+         end_of(s, std::max(s.offset, s.out_offset)) < INT64_MAX;
+}
+
 CheckedPlan check_plan(const Tensor& theta, const Tensor& segments, int64_t seed, int64_t width, bool rademacher,
                        int64_t num_tensors) {
-  STD_TORCH_CHECK(segments.is_cpu() && segments.scalar_type() == ScalarType::Long && segments.dim() == 2 &&
-                      segments.size(1) * sizeof(int64_t) == sizeof(hsaid::Segment) && segments.size(0) > 0 &&
-                      segments.is_contiguous(),
-                  "segments: expected a contiguous int64 table [segments, ", sizeof(hsaid::Segment) / sizeof(int64_t),
-                  "] on the CPU");
   CheckedPlan plan{};
-  plan.segments = (const hsaid::Segment*)segments.const_data_ptr();
+  plan.segments = rows_of(segments, "segments", 1);
   plan.num_segments = segments.size(0);
   plan.params.seed = (uint64_t)seed;
   plan.params.dim = theta.numel();
@@ -75,27 +92,17 @@ CheckedPlan check_plan(const Tensor& theta, const Tensor& segments, int64_t seed
   int64_t block = 0;
   for (int64_t i = 0; i < plan.num_segments; ++i) {
     const hsaid::Segment& s = plan.segments[i];
-    STD_TORCH_CHECK(s.rows >= 1 && s.cols >= 1 && s.row_stride >= s.cols && s.offset >= 0 && s.out_offset >= 0 &&
-                        s.tensor >= 0 && (num_tensors < 0 || s.tensor < num_tensors) && s.first_block == block,
+    STD_TORCH_CHECK(is_piece(s) && s.tensor >= 0 && (num_tensors < 0 || s.tensor < num_tensors) &&
+                        s.first_block == block && hsaid::num_blocks(plan.params, s) <= 1 << 28,
                     "segments: row ", i, " is no segment of this plan");
     block += hsaid::num_blocks(plan.params, s);
   }
   return plan;
 }
 
-int64_t end_in(const hsaid::Segment& s, int64_t offset) { return offset + (s.rows - 1) * s.row_stride + s.cols; }
-
 void check_tensor(const hsaid::Segment& s, const Tensor& t, const char* what) {
-  STD_TORCH_CHECK(end_in(s, s.offset) <= t.numel(), what, ": tensor ", s.tensor, " has ", t.numel(),
-                  " elements, the plan needs ", end_in(s, s.offset));
-}
-
-// Zeroes the alignment gap between the end of segment i and the next one, or the end of the buffer.
-void clear_gap(char* out, int64_t item, const CheckedPlan& plan, int64_t i, int64_t numel) {
-  constexpr int64_t kAlignment = 64;  // elements, plan.py's ALIGNMENT
-  const int64_t end = end_in(plan.segments[i], plan.segments[i].out_offset);
-  const int64_t next = i + 1 < plan.num_segments ? plan.segments[i + 1].out_offset : numel;
-  if (end < next && next - end < kAlignment) std::memset(out + end * item, 0, (next - end) * item);
+  STD_TORCH_CHECK(end_of(s, s.offset) <= t.numel(), what, ": tensor ", s.tensor, " has ", t.numel(),
+                  " elements, the plan needs ", (int64_t)end_of(s, s.offset));
 }
 
 Tensor pooled(int64_t numel, int64_t item, ScalarType dtype, const Tensor& like) {
@@ -105,7 +112,7 @@ Tensor pooled(int64_t numel, int64_t item, ScalarType dtype, const Tensor& like)
 }
 
 Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, Tensor segments, int64_t seed,
-                        int64_t width, bool rademacher, int64_t numel, ScalarType dtype) {
+                        int64_t width, bool rademacher, Tensor holes, int64_t numel, ScalarType dtype) {
   theta = torch::stable::contiguous(theta);
   factors = torch::stable::contiguous(factors);
   const CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, base.empty() ? -1 : base.size());
@@ -116,21 +123,28 @@ Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, 
     STD_TORCH_CHECK(views.back().dtype == out_dtype || views.back().dtype == hsaid::Dtype::kFloat,
                     "base: expected tensors in float32 or in the dtype of the weights");
   }
-  for (int64_t i = 0; i < plan.num_segments; ++i) {
-    const hsaid::Segment& s = plan.segments[i];
-    STD_TORCH_CHECK(end_in(s, s.out_offset) <= numel, "numel: expected at least ", end_in(s, s.out_offset), ", got ",
-                    numel);
-    if (!base.empty()) check_tensor(s, base[s.tensor], "base");
+  const hsaid::Segment* hole_rows = rows_of(holes, "holes", 0);
+  const auto check_written = [&](const hsaid::Segment& s) {
+    STD_TORCH_CHECK(end_of(s, s.out_offset) <= numel, "numel: expected at least ", (int64_t)end_of(s, s.out_offset),
+                    ", got ", numel);
+    if (!base.empty() && s.tensor >= 0) check_tensor(s, base[s.tensor], "base");
+  };
+  for (int64_t i = 0; i < plan.num_segments; ++i) check_written(plan.segments[i]);
+  for (int64_t i = 0; i < holes.size(0); ++i) {
+    STD_TORCH_CHECK(is_piece(hole_rows[i]) && hole_rows[i].tensor >= -1 &&
+                        (base.empty() || hole_rows[i].tensor < (int64_t)base.size()),
+                    "holes: row ", i, " is no hole of this plan");
+    check_written(hole_rows[i]);
   }
 
   const int64_t item = out_dtype == hsaid::Dtype::kFloat ? 4 : 2;
   const bool large = numel * item > kLargeBytes;
   Tensor out = large ? pooled(numel, item, dtype, theta) : torch::stable::empty({numel}, dtype);
-  for (int64_t i = 0; i < plan.num_segments; ++i) clear_gap((char*)out.mutable_data_ptr(), item, plan, i, numel);
-  hsaid::fastfood_forward({plan.params, floats(theta, plan.params.dim, "theta"),
-                           floats(factors, plan.num_segments, "factors"), plan.segments, plan.num_segments,
-                           views.empty() ? nullptr : views.data(), out.mutable_data_ptr(), out_dtype, large},
-                          torch_threads());
+  hsaid::fastfood_forward(
+      {plan.params, floats(theta, plan.params.dim, "theta"), floats(factors, plan.num_segments, "factors"),
+       plan.segments, plan.num_segments, hole_rows, holes.size(0), views.empty() ? nullptr : views.data(),
+       out.mutable_data_ptr(), out_dtype, large},
+      torch_threads());
   return out;
 }
 

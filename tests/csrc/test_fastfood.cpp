@@ -224,17 +224,19 @@ void check_forward(const Case& c, const std::vector<float>& steps, bool dense, c
       expected[at] = narrowed<Out>((based ? base[s.tensor].at(element(s, e)) : 0.0f) + steps[at]);
     }
   Out* memory = (Out*)std::aligned_alloc(64, (c.numel + 64) * sizeof(Out));
-  for (int64_t shift : {0, 1})
-    for (bool stream : {false, true})
-      for (int64_t threads : {1, 3}) {
-        std::fill(memory, memory + c.numel + 2, kGuard<Out>);
-        fastfood_forward({c.params, c.theta.data(), c.factors.data(), c.segments.data(), (int64_t)c.segments.size(),
-                          based ? views.data() : nullptr, memory + shift, kDtype<Out>, stream},
-                         fake_threads(threads));
-        check_same_bits(memory + shift, expected.data(), c.numel + 1,
-                        what + ", shift " + std::to_string(shift) + ", threads " + std::to_string(threads));
-        CHECK(bits_of(memory[0]) == bits_of(kGuard<Out>), "%s: written before the output", what.c_str());
-      }
+  const struct {
+    int64_t shift, threads;
+    bool stream;
+  } ways[] = {{0, 1, false}, {0, 3, true}, {1, 1, true}, {1, 3, false}};
+  for (const auto& way : ways) {
+    std::fill(memory, memory + c.numel + 2, kGuard<Out>);
+    fastfood_forward({c.params, c.theta.data(), c.factors.data(), c.segments.data(), (int64_t)c.segments.size(), nullptr, 0,
+                      based ? views.data() : nullptr, memory + way.shift, kDtype<Out>, way.stream},
+                     fake_threads(way.threads));
+    check_same_bits(memory + way.shift, expected.data(), c.numel + 1,
+                    what + ", shift " + std::to_string(way.shift) + ", threads " + std::to_string(way.threads));
+    CHECK(bits_of(memory[0]) == bits_of(kGuard<Out>), "%s: written before the output", what.c_str());
+  }
   std::free(memory);
 }
 
@@ -287,6 +289,18 @@ void test_every_width() {
         check_adjoint<bf16>(c, 2, true, -1, what + ", bf16");
         check_adjoint<fp16>(c, 2, false, -1, what + ", fp16, strided");
       }
+}
+
+// Without a base the weights are +0 + step: no negative zeros.
+void test_zero_theta() {
+  Case c = all_kinds(8, 2, true);
+  std::fill(c.theta.begin(), c.theta.end(), 0.0f);
+  for (float& factor : c.factors) factor = -1.0f;
+  const std::vector<float> steps = scalar_steps(c);
+  for_each_isa([&](const std::string& isa) {
+    check_forward<float, void>(c, steps, true, "zero theta, " + isa);
+    check_forward<bf16, void>(c, steps, true, "zero theta, bf16, " + isa);
+  });
 }
 
 // Sums of more groups than are held at a time (8 of 2 MB): a segment across them, then small ones.
@@ -355,6 +369,7 @@ void test_fastfood() {
   test_hadamard_transform<bf16>("bf16");
   test_hadamard_transform<fp16>("fp16");
   test_no_gradients();
+  test_zero_theta();
   test_waves();
   test_every_width();
 }
