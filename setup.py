@@ -29,17 +29,22 @@ class CMakeBuild(build_ext):
     def run(self):
         build = ROOT / "build" / "cmake"
         package = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "hsaid_kernels"
-        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DHSAID_CUDA={'ON' if wants_cuda() else 'OFF'}"]
+        cuda = wants_cuda()
+        options = [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # again every time: pip's build folders come and go
+            f"-DHSAID_CUDA={'ON' if cuda else 'OFF'}",
+        ]
         subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
-        subprocess.run(
-            ["cmake", "--build", build, "--target", "_cpu", *(["_cuda"] if wants_cuda() else [])], check=True
-        )
+        targets = ["_cpu", "_cuda"] if cuda else ["_cpu"]
+        subprocess.run(["cmake", "--build", build, "--target", *targets], check=True)
+        if not cuda:
+            (package / "_cuda.so").unlink(missing_ok=True)  # of an earlier build
         subprocess.run(["cmake", "--install", build, "--prefix", package], check=True)
 
     def get_outputs(self):
-        return [
-            str(Path(self.build_lib) / "hsaid_kernels" / f"{ext.name.split('.')[-1]}.so") for ext in self.extensions
-        ]
+        package = Path(self.build_lib) / "hsaid_kernels"
+        return [str(package / f"{name}.so") for name in (["_cpu", "_cuda"] if wants_cuda() else ["_cpu"])]
 
     def get_output_mapping(self):
         return {}

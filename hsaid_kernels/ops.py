@@ -1,4 +1,4 @@
-"""The two ops and `hadamard_transform`: schemas, fake kernels, finding and choosing backends.
+"""The two ops of the projection and some small ones: schemas, fake kernels, finding and choosing backends.
 
 The one place that knows which backends exist.  A compiled library registers its kernels with torch's dispatcher when it
 is loaded; nothing else links it to Python.
@@ -34,6 +34,7 @@ torch.library.define(
 torch.library.define(
     f"{NAMESPACE}::hadamard_transform", "(Tensor x, float scale) -> Tensor", tags=torch.Tag.pt2_compliant_tag
 )
+torch.library.define(f"{NAMESPACE}::empty_cache", "() -> int")
 # One block [width] of a random stream (docs/rng.md) as a backend makes it; purposes as in reference.py. For tests.
 torch.library.define(
     f"{NAMESPACE}::stream_values",
@@ -104,8 +105,14 @@ def choose_backend(backend: str, device: torch.device) -> str:
     if reason is not True:
         raise RuntimeError(f"backend: {backend!r} cannot be used: {reason}")
     if device.type != ("cuda" if backend == "cuda" else "cpu"):
-        raise RuntimeError(f"backend: {backend!r} expects tensors on its own device, got tensors on {device}")
+        own = "a CUDA device" if backend == "cuda" else "the CPU"
+        raise RuntimeError(f"backend: {backend!r} expects tensors on {own}, got tensors on {device}")
     return backend
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Dense (embeddings may have sparse gradients), and without lazy negation, which no list of arguments resolves."""
+    return (tensor if tensor.layout == torch.strided else tensor.to_dense()).resolve_neg()
 
 
 def _signed(seed: int) -> int:
@@ -139,8 +146,7 @@ def fastfood_adjoint(
     if backend == "reference":
         return reference.adjoint(plan, theta, factors, grads)
     segments = plan.tables(theta.device).segments
-    # The dispatcher resolves lazy negation in arguments, but not inside lists.
-    tensors = [None if grad is None else grad.resolve_neg() for grad in grads]
+    tensors = [None if grad is None else _plain(grad) for grad in grads]
     return torch.ops.hsaid_kernels.fastfood_adjoint(
         theta, factors, tensors, segments, _signed(plan.seed), plan.width, plan.rademacher, plan.group_blocks
     )
@@ -156,6 +162,11 @@ def _hadamard_setup(ctx, inputs, output) -> None:
 
 # The leading block of the symmetric H is symmetric, so the transform is its own adjoint.
 torch.library.register_autograd(f"{NAMESPACE}::hadamard_transform", _hadamard_backward, setup_context=_hadamard_setup)
+
+
+def empty_cache() -> int:
+    """Frees the buffer of weights that the CPU backend keeps for the next step; returns its bytes."""
+    return torch.ops.hsaid_kernels.empty_cache() if _AVAILABLE["cpu"] is True else 0
 
 
 def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -176,6 +187,10 @@ def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
     if not isinstance(x, Tensor) or x.dtype not in (*WEIGHT_DTYPES, torch.float64):
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x: expected a tensor in float32, float64, bfloat16 or float16, got {got}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x: expected a dense tensor, got layout {x.layout}")
+    if not isinstance(scale, int | float):
+        raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected a last dimension of at least 1, got shape {tuple(x.shape)}")
     choose_backend("auto", x.device)

@@ -59,8 +59,9 @@ def stream_id(name: str, label: str = "") -> int:
 
 
 def _runs(name: str, covered: torch.Tensor) -> list[Segment]:
-    """The runs of zeros in a mask [numel], those of equal length and distance joined into pieces of several rows."""
-    edges = torch.diff((covered == 0).to(torch.int8), prepend=torch.zeros(1), append=torch.zeros(1)).nonzero().flatten()
+    """The runs of False in a mask [numel], those of equal length and distance joined into pieces of several rows."""
+    outside = torch.zeros(1, dtype=torch.int8, device="cpu")
+    edges = torch.diff((~covered).to(torch.int8), prepend=outside, append=outside).nonzero().flatten()
     pieces: list[Segment] = []
     starts, ends = edges[::2].tolist(), edges[1::2].tolist()
     for start, end in zip(starts, ends, strict=True):
@@ -215,14 +216,14 @@ class Plan:
         for i, (name, shape) in enumerate(self.shapes.items()):
             size, start = math.prod(shape), self.offsets[i]
             if pieces[name] != [whole(name, shape)]:
-                times = torch.zeros(size, dtype=torch.uint8, device="cpu")
+                covered = torch.zeros(size, dtype=torch.bool, device="cpu")
                 for p in pieces[name]:
-                    times.as_strided((p.rows, p.cols), (p.row_stride, 1), p.offset).add_(1)
-                if times.max() > 1:
+                    covered.as_strided((p.rows, p.cols), (p.row_stride, 1), p.offset).fill_(True)
+                if covered.count_nonzero() != sum(p.numel for p in pieces[name]):
                     raise ValueError(f"segments: expected at most one over any element, got several in {name!r}")
                 rows += [
                     [i, hole.offset, start + hole.offset, hole.rows, hole.cols, hole.row_stride, 0, 0, 0]
-                    for hole in _runs(name, times)
+                    for hole in _runs(name, covered)
                 ]
             gap = -size % ALIGNMENT
             if gap:

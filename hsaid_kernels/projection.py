@@ -205,7 +205,7 @@ class Projection:
         return self._scales(theta) if factors is None else factors * self._scales(theta)
 
     def _check(self, theta: Tensor, factors: Tensor | None) -> None:
-        dtype = self.dtype if self.backend == "reference" else torch.float32
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         expected = {"theta": (theta, (self.plan.dim,)), "factors": (factors, (len(self.plan.pieces),))}
         for name, (tensor, shape) in expected.items():
             if tensor is None and name == "factors":

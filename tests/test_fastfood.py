@@ -227,10 +227,19 @@ def test_a_segment_is_a_tensor_of_its_own(backend):
     assert_same_bits(weights["o"], pieces["o"])
 
 
-def test_elements_of_no_segment_are_the_base(isa):
-    plan = Plan({"w": (24, 96)}, 100, 5, segments=[Segment("w", 0, 24, 32, 96, "head 0")])
-    base = [values((24, 96))]
-    assert_same_bits(forward(plan, *inputs(plan), base), reference.forward(plan, *inputs(plan), base))
+@pytest.mark.parametrize("dtype, base", DTYPES)
+def test_elements_of_no_segment_are_the_base(dtype, base, isa):
+    shapes, head = {"v": (3,), "w": (24, 96), "o": (7,)}, Segment("w", 32, 24, 32, 96, "head 1")
+    plan = Plan(shapes, 100, 5, segments=[head, whole("o", (7,))])
+    bases = [values(shape, base) for shape in shapes.values()] if base else []
+    expected = reference.forward(plan, *inputs(plan), bases, dtype)
+    assert_same_bits(forward(plan, *inputs(plan), bases, dtype), expected)
+    strided = [torch.stack([b, b], -1)[..., 0] for b in bases]
+    assert_same_bits(forward(plan, *inputs(plan), strided, dtype), expected)
+    untouched = torch.ones(24, 96, dtype=torch.bool)
+    untouched[:, 32:64] = False
+    _, w, _ = plan.views(expected)
+    assert torch.equal(w[untouched], bases[1][untouched].to(dtype) if base else torch.zeros(24 * 64, dtype=dtype))
 
 
 def test_segments_in_any_order(isa):
@@ -319,6 +328,27 @@ def test_nan_and_inf(diagonal, value, backend):
     assert weights["a"].isfinite().all() and not weights["b"].isfinite().any()
     theta[150] = value
     assert not any(w.isfinite().any() for w in p.forward(theta).values())
+
+
+@pytest.mark.parametrize("diagonal", DIAGONALS)
+def test_subnormals_are_kept(diagonal, isa):
+    """Also where the process has switched them off: values of about 1e-40 all the way."""
+    plan = Plan({"a": (3000,), "b": (10,)}, 200, diagonal=diagonal)
+    theta, factors = inputs(plan)
+    tiny, grads = theta * 1e-38, [values((3000,)) * 1e-40, values((10,)) * 1e-40]
+    halves = [values((3000,), torch.float16) * 2**-14, values((10,), torch.float16) * 2**-14]
+    flat = forward(plan, tiny, factors, [])
+    assert 0 < flat[:3000].abs().max() < torch.finfo(torch.float32).smallest_normal
+    gradients, rounded = adjoint(plan, tiny, factors, grads), forward(plan, tiny, factors, halves, torch.float16)
+    assert torch.set_flush_denormal(True)
+    try:
+        flushed = forward(plan, tiny, factors, []), forward(plan, tiny, factors, halves, torch.float16)
+        flushed_gradients = adjoint(plan, tiny, factors, grads)
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same_bits(flushed[0], flat)
+    assert_same_bits(flushed[1], rounded)
+    assert_same_adjoint(flushed_gradients, gradients)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

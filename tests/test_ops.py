@@ -292,11 +292,20 @@ def test_unknown_instruction_set():
 # --- arguments that lie
 
 
-def table(row: int, **columns: int) -> Tensor:
-    segments = forward_arguments()["segments"].clone()
+def changed(table: Tensor, row: int, columns: dict[str, int]) -> Tensor:
+    table = table.clone()
     for name, value in columns.items():
-        segments[row, COLUMNS.index(name)] = value
-    return segments
+        table[row, COLUMNS.index(name)] = value
+    return table
+
+
+def table(row: int, **columns: int) -> Tensor:
+    return changed(forward_arguments()["segments"], row, columns)
+
+
+def holes(**columns: int) -> Tensor:
+    """The gap of 48 elements behind tensor "a"."""
+    return changed(forward_arguments()["holes"][:1], 0, columns)
 
 
 @needs_cpu
@@ -349,6 +358,15 @@ BAD_TABLE = "segments: expected a contiguous int64 table"
         ({"segments": table(0)[:0]}, BAD_TABLE),
         ({"segments": table(0)[0]}, BAD_TABLE),
         ({"segments": table(0).T.contiguous().T}, BAD_TABLE),
+        ({"holes": holes()[:, :8]}, "holes: expected a contiguous int64 table"),
+        ({"holes": holes().int()}, "holes: expected a contiguous int64 table"),
+        ({"holes": holes(tensor=2)}, "holes: row 0 is no hole of this plan"),
+        ({"holes": holes(tensor=-2)}, "holes: row 0 is no hole of this plan"),
+        ({"holes": holes(rows=0)}, "holes: row 0 is no hole of this plan"),
+        ({"holes": holes(rows=2**40, row_stride=2**40)}, "holes: row 0 is no hole of this plan"),
+        ({"holes": holes(out_offset=-1)}, "holes: row 0 is no hole of this plan"),
+        ({"holes": holes(out_offset=500)}, "numel: expected at least 548, got 512"),
+        ({"holes": holes(tensor=1, offset=0)}, "base: tensor 1 has 7 elements, the plan needs 48"),
         ({"width": 100}, "width: expected a power of two from 32 to 16384, got 100"),
         ({"width": 16}, "width: .* got 16"),
         ({"width": 2**15}, "width: .* got 32768"),

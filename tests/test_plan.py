@@ -92,9 +92,33 @@ def test_table_on_device_is_made_once():
     assert plan.tables(meta) is plan.tables(meta) and {table.device for table in plan.tables(meta)} == {meta}
 
 
+@pytest.mark.parametrize(
+    "segments",
+    [
+        None,
+        [Segment("a", 32, 40, 64, 128, "middle columns")],
+        [Segment("a", 0, 40, 1, 128, "first"), Segment("a", 127, 40, 1, 128, "last"), whole("c", (3, 7))],
+        [Segment("b", 700, 1, 68, 68), Segment("a", 128, 39, 128, 128), Segment("c", 8, 1, 3, 3)],
+        [Segment("b", 0, 3, 1, 5, "ragged"), Segment("b", 20, 4, 2, 9, "steps")],
+    ],
+    ids=["whole", "one band", "two bands", "parts", "odd steps"],
+)
+def test_segments_and_holes_cover_the_buffer_once(segments):
+    plan = Plan(SHAPES, 200, segments=segments)
+    times, at = torch.zeros(plan.numel), {name: i for i, name in enumerate(COLUMNS)}
+    for row in [*plan.segments.tolist(), *plan.holes.tolist()]:
+        shape, start = (row[at["rows"]], row[at["cols"]]), row[at["out_offset"]]
+        times.as_strided(shape, (row[at["row_stride"]], 1), start).add_(1)
+        if row[at["tensor"]] >= 0:
+            assert start == plan.offsets[row[at["tensor"]]] + row[at["offset"]]
+    assert (times == 1).all()
+
+
 def test_default_device_does_not_matter():
     with torch.device("meta"):
-        assert Plan(SHAPES, 200).segments.device == torch.device("cpu")
+        for segments in (None, [Segment("b", 0, 1, 5, 5)]):
+            tables = Plan(SHAPES, 200, segments=segments).tables(torch.device("cpu"))
+            assert {table.device for table in tables} == {torch.device("cpu")}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-// bfloat16 and IEEE half as storage types: widening is exact, narrowing rounds to nearest even, NaN stays NaN.
+// bfloat16 and IEEE half as storage types: widening is exact, narrowing rounds to nearest even, NaN stays a NaN.
 #pragma once
 
 #include "common.h"
@@ -17,8 +17,9 @@ HSAID_INLINE float to_float(bf16 x) { return float_from_bits((uint32_t)x.bits <<
 HSAID_INLINE float to_float(fp16 x) {
   const uint32_t sign = (uint32_t)(x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
   if (rest >= 0x7c00u) return float_from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-  // Scaling by 2^112 moves the exponent from half's bias to float's and normalises subnormals, exactly.
-  const float magnitude = float_from_bits(rest << 13) * float_from_bits(0x77800000u);
+  // Exact, and without subnormal floats, which a process may have switched off.
+  const float magnitude =
+      rest < 0x400u ? float_from_bits(0x3f000000u | rest) - 0.5f : float_from_bits((rest << 13) + 0x38000000u);
   return float_from_bits(sign | bits_from_float(magnitude));
 }
 

@@ -1,5 +1,5 @@
 // Pi of a segment's chunk: a six-round unbalanced Feistel network on the q bits of the position, keyed by Philox.
-// Six rounds are the fewest whose linear correlation is that of uniformly random permutations for every q from 5 to 14
+// Six rounds are the fewest whose linear correlation is that of uniformly random permutations for every q from 6 to 14
 // (docs/rng.md has the table): (Pi h)[k] = h[pi(k)].
 #pragma once
 

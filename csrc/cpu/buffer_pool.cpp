@@ -2,7 +2,6 @@
 
 #include <cstdlib>
 #include <mutex>
-#include <new>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -46,9 +45,8 @@ void* take_buffer(int64_t bytes) {
     std::free(pool().release());  // of another size: it would only take room
   }
   void* buffer = std::aligned_alloc(kHugePage, bytes);
-  if (!buffer) throw std::bad_alloc();
 #if defined(__linux__)
-  madvise(buffer, bytes, MADV_HUGEPAGE);
+  if (buffer) madvise(buffer, bytes, MADV_HUGEPAGE);
 #endif
   return buffer;
 }

@@ -7,7 +7,7 @@
 
 namespace hsaid {
 
-// A buffer of at least `bytes` bytes, on a huge-page boundary; throws std::bad_alloc.
+// A buffer of at least `bytes` bytes, on a huge-page boundary; null where there is no memory.
 void* take_buffer(int64_t bytes);
 // Back into the pool, which keeps one buffer and frees any other.
 void give_buffer(void* buffer, int64_t bytes);

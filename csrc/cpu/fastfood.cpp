@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -37,24 +38,32 @@ void dynamic_for(const Threads& threads, int64_t count, F&& f) {
 }
 
 template <class T, class Base>
-void copy_hole(const Segment& hole, const TensorView& base, T* out) {
-  for (int64_t row = 0; row < hole.rows; ++row)
-    for (int64_t i = row * hole.row_stride; i < row * hole.row_stride + hole.cols; ++i) {
-      const int64_t from = hole.offset + i;
-      from_float(to_float(((const Base*)base.data)[base.dense ? from : strided_offset(base, from)]), out + i);
-    }
+void copy_row(const TensorView& base, int64_t from, int64_t count, T* out) {
+  const Base* data = (const Base*)base.data;
+  if (base.dense && std::is_same_v<T, Base>) {
+    std::memcpy(out, data + from, count * sizeof(T));
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i)
+    from_float(to_float(data[base.dense ? from + i : strided_offset(base, from + i)]), out + i);
 }
 
 template <class T>
-void fill_hole(const Forward& a, const Segment& hole) {
-  T* out = (T*)a.out + hole.out_offset;
-  if (hole.tensor < 0 || !a.base) {
-    for (int64_t row = 0; row < hole.rows; ++row) std::memset(out + row * hole.row_stride, 0, hole.cols * sizeof(T));
-  } else if (a.base[hole.tensor].dtype == Dtype::kFloat) {
-    copy_hole<T, float>(hole, a.base[hole.tensor], out);
-  } else {
-    copy_hole<T, T>(hole, a.base[hole.tensor], out);  // the base is in float32 or in the dtype of the weights
-  }
+void fill_hole(const Forward& a, const Segment& hole, const Threads& threads) {
+  const auto fill_row = [&](int64_t row) {
+    T* out = (T*)a.out + hole.out_offset + row * hole.row_stride;
+    const int64_t from = hole.offset + row * hole.row_stride;
+    if (hole.tensor < 0 || !a.base)
+      std::memset(out, 0, hole.cols * sizeof(T));
+    else if (a.base[hole.tensor].dtype == Dtype::kFloat)
+      copy_row<T, float>(a.base[hole.tensor], from, hole.cols, out);
+    else
+      copy_row<T, T>(a.base[hole.tensor], from, hole.cols, out);  // in float32 or in the dtype of the weights
+  };
+  if (hole.rows == 1) return fill_row(0);
+  threads.parallel_for(hole.rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) fill_row(row);
+  });
 }
 
 std::vector<const Kernels*> available_kernels() {
@@ -73,6 +82,8 @@ std::vector<const Kernels*> available_kernels() {
 
 }  // namespace
 
+void out_of_memory(int64_t bytes) { throw std::runtime_error("no memory for " + std::to_string(bytes) + " bytes"); }
+
 const Kernels& kernels() {
   static const std::vector<const Kernels*> found = available_kernels();
   const char* wanted = std::getenv("HSAID_CPU_ISA");
@@ -88,9 +99,9 @@ const Kernels& kernels() {
 void fastfood_forward(const Forward& a, const Threads& threads) {
   const Kernels& kernel = kernels();
   for (int64_t i = 0; i < a.num_holes; ++i) {
-    if (a.out_dtype == Dtype::kFloat) fill_hole<float>(a, a.holes[i]);
-    if (a.out_dtype == Dtype::kBfloat16) fill_hole<bf16>(a, a.holes[i]);
-    if (a.out_dtype == Dtype::kHalf) fill_hole<fp16>(a, a.holes[i]);
+    if (a.out_dtype == Dtype::kFloat) fill_hole<float>(a, a.holes[i], threads);
+    if (a.out_dtype == Dtype::kBfloat16) fill_hole<bf16>(a, a.holes[i], threads);
+    if (a.out_dtype == Dtype::kHalf) fill_hole<fp16>(a, a.holes[i], threads);
   }
   // Threads get equal shares of the work: a block is one unit of it, making a segment's z is kZCost units.
   const auto start = [&](int64_t i) { return a.segments[i].first_block + kZCost * i; };
@@ -123,8 +134,10 @@ void fastfood_adjoint(const Adjoint& a, float* dtheta, float* dfactors, const Th
     for (int64_t g = 0; g < count; ++g) groups.push_back({i, g, g + 1 == count});
   }
   std::fill(dtheta, dtheta + size, 0.0f);
-  const int64_t wave = std::min<int64_t>(std::max<int64_t>(kMinWave, kWaveBytes / (size * 4)), groups.size());
-  std::vector<float> partial(wave * size), carried(size, 0.0f);
+  const int64_t wave =
+      std::min<int64_t>(std::max<int64_t>(std::max(kMinWave, threads.count), kWaveBytes / (size * 4)), groups.size());
+  const std::unique_ptr<float[]> partial(new float[wave * size]);  // each group clears its own
+  std::vector<float> carried(size, 0.0f);
 
   for (int64_t begin = 0; begin < (int64_t)groups.size(); begin += wave) {
     const int64_t count = std::min<int64_t>(wave, groups.size() - begin);

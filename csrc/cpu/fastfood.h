@@ -67,6 +67,9 @@ struct Kernels {
   void (*walsh_hadamard)(float* x, int q);
 };
 
+// Throws std::runtime_error; for code that must not instantiate the standard library's.
+[[noreturn]] void out_of_memory(int64_t bytes);
+
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_portable();
@@ -77,11 +80,11 @@ const Kernels& kernels();
 
 using RangeBody = std::function<void(int64_t begin, int64_t end)>;
 
-// The caller's threads: `parallel_for` calls body over a partition of [0, count) into at most `count` contiguous
+// The caller's threads: `parallel_for` calls body over a partition of [0, size) into at most `count` contiguous
 // ranges.
 struct Threads {
   int64_t count;
-  std::function<void(int64_t count, const RangeBody& body)> parallel_for;
+  std::function<void(int64_t size, const RangeBody& body)> parallel_for;
 };
 
 void fastfood_forward(const Forward&, const Threads&);

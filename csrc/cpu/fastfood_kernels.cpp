@@ -27,10 +27,12 @@ constexpr int kLineVectors = kLineBytes / (int)sizeof(T) / kLanes;
 
 // One allocation, cut into pieces that begin on cache lines.
 struct Arena {
-  char* memory = nullptr;
+  char* memory;
   int64_t used = 0;
 
-  explicit Arena(int64_t bytes) { memory = (char*)aligned_alloc(kLineBytes, round(bytes)); }
+  explicit Arena(int64_t bytes) : memory((char*)aligned_alloc(kLineBytes, round(bytes))) {
+    if (!memory) out_of_memory(bytes);
+  }
   ~Arena() { free(memory); }
   Arena(const Arena&) = delete;
 
@@ -244,6 +246,7 @@ HSAID_NOINLINE void generate(const Diagonal& diagonal, const float* z, float* bu
 
 void forward(const Forward& a, int64_t begin, int64_t end) {
   if (begin >= end) return;
+  const KeepSubnormals keep;
   const Params& p = a.params;
   const int64_t n = width(p), strips = num_strips(p.q);
   Arena arena((p.chunks + 4) * n * (int64_t)sizeof(float) + ZScratch::bytes(p) + diagonal_bytes(p));
@@ -274,6 +277,7 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
     waiting = {buffer, &s, block, a.factors[index]};
   }
   for (int64_t strip = 0; strip < strips; ++strip) emit(a, waiting, strip, strips, scratch);
+  if (a.stream) finish_streaming();
 }
 
 // Piece `step` of `steps` of a block of gradients, through the transposed last pass. `scratch` [n].
@@ -318,6 +322,7 @@ HSAID_NOINLINE void accumulate(const Diagonal& diagonal, float* buffer, float* u
 }
 
 void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) {
+  const KeepSubnormals keep;
   const Params& p = a.params;
   const int64_t n = width(p), strips = num_strips(p.q), blocks = num_blocks(p, s);
   const int64_t begin = group * a.group_blocks, end = begin + a.group_blocks < blocks ? begin + a.group_blocks : blocks;
@@ -345,6 +350,7 @@ void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) 
 }
 
 float adjoint_segment(const Adjoint& a, const Segment& s, float factor, float* u) {
+  const KeepSubnormals keep;
   const Params& p = a.params;
   const int64_t n = width(p);
   Arena arena(n * (int64_t)sizeof(float) + ZScratch::bytes(p));

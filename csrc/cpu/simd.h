@@ -1,5 +1,6 @@
 // Vectors of kLanes floats for the instruction set this file is compiled for: AVX-512 (16), AVX2 (8) or none (4).
-// GCC's vector extensions do arithmetic and shuffles; intrinsics only what they cannot say.  Same bits from all three.
+// GCC's and Clang's vector extensions do arithmetic and shuffles; intrinsics only what they cannot say.  Same bits from
+// all three.
 #pragma once
 
 #include <type_traits>
@@ -8,7 +9,7 @@
 #include "../core/half.h"
 #include "../core/normal.h"
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -130,7 +131,11 @@ HSAID_INLINE vf lane_stage(vf x) {
   if constexpr (kBit == 1) swapped = (vf)_mm256_permute_ps((__m256)x, 0x4E);
   if constexpr (kBit == 2) swapped = (vf)_mm256_permute2f128_ps((__m256)x, (__m256)x, 0x01);
 #else
+#if defined(__clang__)
+  swapped = __builtin_shufflevector(x, x, 0 ^ (1 << kBit), 1 ^ (1 << kBit), 2 ^ (1 << kBit), 3 ^ (1 << kBit));
+#else
   swapped = __builtin_shuffle(x, (vi){0 ^ (1 << kBit), 1 ^ (1 << kBit), 2 ^ (1 << kBit), 3 ^ (1 << kBit)});
+#endif
 #endif
   const vf sign = (vf)((lane_index() >> kBit & 1) << 31 | (vu)broadcast(1.0f));
   // A factor of +-1 inside an FMA is exact: one rounding, as in a + b and a - b.
@@ -142,6 +147,22 @@ HSAID_INLINE vf lane_stage(vf x) {
   return swapped + x * sign;
 #endif
 }
+
+// Non-temporal stores are not ordered by what other threads synchronise with.
+HSAID_INLINE void finish_streaming() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// While it lives, this thread keeps subnormals: a process that has switched them off must not change the bits.
+struct KeepSubnormals {
+#if defined(__SSE2__)
+  unsigned saved = _mm_getcsr();
+  KeepSubnormals() { _mm_setcsr(0x1f80); }
+  ~KeepSubnormals() { _mm_setcsr(saved); }
+#endif
+};
 
 // Widening and narrowing of one vector, as to_float and from_float of core/half.h.
 HSAID_INLINE vf load_as_float(const float* p) { return load(p); }

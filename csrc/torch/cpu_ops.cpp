@@ -74,7 +74,7 @@ int128 end_of(const hsaid::Segment& s, int64_t offset) {
 
 bool is_piece(const hsaid::Segment& s) {
   return s.rows >= 1 && s.cols >= 1 && s.row_stride >= s.cols && s.offset >= 0 && s.out_offset >= 0 &&
-         end_of(s, std::max(s.offset, s.out_offset)) < INT64_MAX;
+         end_of(s, std::max(s.offset, s.out_offset)) < (int128)1 << 62;
 }
 
 CheckedPlan check_plan(const Tensor& theta, const Tensor& segments, int64_t seed, int64_t width, bool rademacher,
@@ -107,15 +107,20 @@ void check_tensor(const hsaid::Segment& s, const Tensor& t, const char* what) {
 
 Tensor pooled(int64_t numel, int64_t item, ScalarType dtype, const Tensor& like) {
   const int64_t bytes = numel * item;
-  return torch::stable::from_blob(hsaid::take_buffer(bytes), {numel}, {1}, like.device(), dtype,
-                                  [bytes](void* buffer) { hsaid::give_buffer(buffer, bytes); });
+  void* buffer = hsaid::take_buffer(bytes);
+  STD_TORCH_CHECK(buffer, "numel: no memory for weights of ", bytes, " bytes");
+  return torch::stable::from_blob(buffer, {numel}, {1}, like.device(), dtype,
+                                  [bytes](void* p) { hsaid::give_buffer(p, bytes); });
 }
+
+int64_t empty_cache() { return hsaid::empty_pool(); }
 
 Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, Tensor segments, int64_t seed,
                         int64_t width, bool rademacher, Tensor holes, int64_t numel, ScalarType dtype) {
   theta = torch::stable::contiguous(theta);
   factors = torch::stable::contiguous(factors);
-  const CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, base.empty() ? -1 : base.size());
+  const CheckedPlan plan =
+      check_plan(theta, segments, seed, width, rademacher, base.empty() ? -1 : (int64_t)base.size());
   const hsaid::Dtype out_dtype = dtype_of(dtype, "dtype");
   std::vector<hsaid::TensorView> views;
   for (const Tensor& t : base) {
@@ -217,4 +222,9 @@ STABLE_TORCH_LIBRARY_IMPL(hsaid_kernels, CPU, m) {
   m.impl("fastfood_adjoint", TORCH_BOX(&fastfood_adjoint));
   m.impl("hadamard_transform", TORCH_BOX(&hadamard_transform));
   m.impl("stream_values", TORCH_BOX(&stream_values));
+}
+
+// No tensor among its arguments to dispatch on.
+STABLE_TORCH_LIBRARY_IMPL(hsaid_kernels, CompositeExplicitAutograd, m) {
+  m.impl("empty_cache", TORCH_BOX(&empty_cache));
 }

@@ -230,8 +230,8 @@ void check_forward(const Case& c, const std::vector<float>& steps, bool dense, c
   } ways[] = {{0, 1, false}, {0, 3, true}, {1, 1, true}, {1, 3, false}};
   for (const auto& way : ways) {
     std::fill(memory, memory + c.numel + 2, kGuard<Out>);
-    fastfood_forward({c.params, c.theta.data(), c.factors.data(), c.segments.data(), (int64_t)c.segments.size(), nullptr, 0,
-                      based ? views.data() : nullptr, memory + way.shift, kDtype<Out>, way.stream},
+    fastfood_forward({c.params, c.theta.data(), c.factors.data(), c.segments.data(), (int64_t)c.segments.size(),
+                      nullptr, 0, based ? views.data() : nullptr, memory + way.shift, kDtype<Out>, way.stream},
                      fake_threads(way.threads));
     check_same_bits(memory + way.shift, expected.data(), c.numel + 1,
                     what + ", shift " + std::to_string(way.shift) + ", threads " + std::to_string(way.threads));
