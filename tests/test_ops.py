@@ -242,7 +242,7 @@ def test_choose_backend(monkeypatch):
     assert ops.choose_backend("auto", cuda) == ops.choose_backend("cuda", cuda) == "cuda"
     assert ops.choose_backend("reference", cpu) == "reference"
     for backend, device in [("cpu", cuda), ("cuda", cpu), ("reference", cuda)]:
-        message = f"backend: '{backend}' expects tensors on its own device, got tensors on {device}"
+        message = f"backend: '{backend}' expects tensors on .*, got tensors on {device}"
         with pytest.raises(RuntimeError, match=message):
             ops.choose_backend(backend, device)
     with pytest.raises(RuntimeError, match="'xpu' cannot be used: no backend for device type 'xpu'"):
