@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from hsaid_kernels import ops
 from hsaid_kernels.plan import Plan, check_choice
@@ -30,11 +29,30 @@ class Project(torch.autograd.Function):
         return tuple(projection.plan.views(flat))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         theta, factors = ctx.saved_tensors
         backend = ops.choose_backend(ctx.projection.backend, theta.device)
-        return *ops.fastfood_adjoint(ctx.projection.plan, theta, factors, grads, backend), None, None
+        with torch.no_grad():
+            gradients = ops.fastfood_adjoint(ctx.projection.plan, theta, factors, grads, backend)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = _NoSecondDerivative.apply(theta, factors, *(g for g in grads if g is not None), *gradients)
+        return *gradients, None, None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes on the last two arguments, which depend on all the others in a way that has no derivative here.
+
+    once_differentiable would do if it looked at theta and factors too: without a dependence on the incoming gradients
+    it lets a second derivative vanish unseen.
+    """
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        return tuple(tensor.view_as(tensor) for tensor in tensors[-2:])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("the projection's gradient cannot be differentiated again: it has no second derivative")
 
 
 def select_tensors(
@@ -171,7 +189,7 @@ class Projection:
                 )
             tensors = [base[name] for name in self.plan.names]
             for name, shape, tensor in zip(self.plan.names, self.plan.shapes.values(), tensors, strict=True):
-                self._check_tensor(f"base: {name!r}", tensor, shape, theta.device)
+                self._check_tensor(f"base: {name!r}", tensor, shape, theta.device, (self.dtype, torch.float32))
         weights = self.weights(theta, factors, tensors)
         return dict(zip(self.plan.names, weights, strict=True))
 
@@ -191,7 +209,7 @@ class Projection:
         tensors = [grads.get(name) for name in self.plan.names]
         for name, shape, tensor in zip(self.plan.names, self.plan.shapes.values(), tensors, strict=True):
             if tensor is not None:
-                self._check_tensor(f"grads: {name!r}", tensor, shape, theta.device)
+                self._check_tensor(f"grads: {name!r}", tensor, shape, theta.device, ops.WEIGHT_DTYPES)
         with torch.no_grad():
             scaled = self._scaled(theta, factors)
             backend = ops.choose_backend(self.backend, theta.device)
@@ -213,7 +231,7 @@ class Projection:
             if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
                 got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise TypeError(f"{name}: expected a {dtype} tensor of shape {shape}, got {got}")
-            self._check_tensor(name, tensor, shape, theta.device)
+            self._check_tensor(name, tensor, shape, theta.device, (dtype,))
 
     def _check_names(self, argument: str, tensors: Mapping[str, Tensor | None]) -> None:
         if unknown := [name for name in tensors if name not in self.plan.shapes]:
@@ -221,9 +239,13 @@ class Projection:
                 f"{argument}: expected names of the plan ({self.plan.names[0]!r}, ...), got {unknown[0]!r}"
             )
 
-    @staticmethod
-    def _check_tensor(what: str, tensor: Tensor, shape: Sequence[int], device: torch.device) -> None:
+    def _check_tensor(
+        self, what: str, tensor: Tensor, shape: Sequence[int], device: torch.device, dtypes: Sequence[torch.dtype]
+    ) -> None:
         check_tensor(what, tensor)
+        if self.backend != "reference" and tensor.dtype not in dtypes:
+            expected = " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            raise TypeError(f"{what}: expected a tensor in {expected}, got {tensor.dtype}")
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{what}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
         if tensor.device != device:

@@ -110,10 +110,8 @@ HSAID_INLINE void sign_tile(const uint32_t* words, int64_t k, Use&& use) {
     bits = *(const vu_any*)quad;
 #endif
     const vu lifted = bits << (quads - 1 - (lane_index() >> 2));
-    // Tiles of less than 128 values begin inside a word; all others at its bit 0.
-    const int skipped = t < 7 ? (int)(at >> 2 & 31) : 0;
     unroll<per_quad>([&](auto i) HSAID_LAMBDA {
-      use(group * per_quad + i, SignVector{lifted << (32 - quads - quads * i - skipped) & 0x80000000u});
+      use(group * per_quad + i, SignVector{lifted << (32 - quads - quads * i) & 0x80000000u});
     });
   });
 }
