@@ -2,7 +2,7 @@
 
 A *segment* is a 2-D strided piece of a tensor (the whole tensor by default); read row by row its values are cut into
 *blocks* of n = width values, the last one ragged.  Each segment has a stream id of its own, a hash of its name, so its
-random basis depends on nothing else in the plan.  Kernels see the table `Plan.segments` and a few numbers, no names.
+random basis depends on nothing else in the plan.  Kernels see the plan's tables and a few numbers, no names.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ MIN_WIDTH, MAX_WIDTH = 32, 16384
 MAX_DIM = 2**20
 MAX_BLOCKS = 2**28  # the block number shares a counter word with 4 bits of purpose
 ALIGNMENT = 64  # elements; every tensor starts on a whole cache line of the flat buffer in any dtype
-GROUP_ELEMENTS = (
-    2**19
-)  # values that the adjoint sums in one go, block after block, before the groups are added in order
+GROUP_ELEMENTS = 2**19  # values that the adjoint sums in one go, block by block; the groups are then added in order
 DIAGONALS = ("gaussian", "rademacher")
 NORMALIZATIONS = ("tensor", "global")
 
-# Columns of Plan.segments, in the order of struct Segment in csrc/core/plan.h.
+# Columns of Plan.segments and Plan.holes, in the order of struct Segment in csrc/core/plan.h.
 COLUMNS = ("tensor", "offset", "out_offset", "rows", "cols", "row_stride", "stream", "first_block", "first_group")
 
 

@@ -15,8 +15,8 @@ struct Segment {
   int64_t rows, cols;  // numel = rows * cols, read row by row
   int64_t row_stride;
   int64_t stream;       // 64-bit stream id
-  int64_t first_block;  // blocks and groups of the segments before
-  int64_t first_group;
+  int64_t first_block;  // blocks of the segments before
+  int64_t first_group;  // groups of the segments before, for backends that give each group a place; the CPU does not
 };
 static_assert(sizeof(Segment) == 9 * sizeof(int64_t), "Segment is a row of an int64 table");
 
