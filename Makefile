@@ -43,7 +43,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 build/cmake/test_core: $(VENV)/.installed $(wildcard tests/csrc/*)
 	@$(CMAKE) -B build/cmake -DHSAID_TESTS=ON > /dev/null
-	@$(CMAKE) --build build/cmake --target test_core
+	@$(CMAKE) --build build/cmake --target test_core test_cuda test_cuda_sanitized
 	@touch $@
 
 clean:

@@ -19,7 +19,7 @@ NAMESPACE = "hsaid_kernels"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "cuda", "cpu", "reference")
 
-# `segments`, `holes`: Plan's tables; `factors` [S] has the scales s_i inside; `base`, `grads` have an entry per tensor.
+# `segments`, `holes`: Plan's tables, on the CPU for every backend; `factors` [S] has the scales s_i inside; `base`, `grads` have an entry per tensor.
 _PLAN = "Tensor segments, int seed, int width, bool rademacher"
 torch.library.define(
     f"{NAMESPACE}::fastfood_forward",
@@ -130,9 +130,9 @@ def fastfood_forward(
     """
     if backend == "reference":
         return reference.forward(plan, theta, factors, base, dtype)
-    tables, seed = plan.tables(theta.device), _signed(plan.seed)
+    width, signs, seed = plan.width, plan.rademacher, _signed(plan.seed)
     return torch.ops.hsaid_kernels.fastfood_forward(
-        theta, factors, list(base), tables.segments, seed, plan.width, plan.rademacher, tables.holes, plan.numel, dtype
+        theta, factors, list(base), plan.segments, seed, width, signs, plan.holes, plan.numel, dtype
     )
 
 
@@ -145,10 +145,9 @@ def fastfood_adjoint(
     """
     if backend == "reference":
         return reference.adjoint(plan, theta, factors, grads)
-    segments = plan.tables(theta.device).segments
     tensors = [None if grad is None else _plain(grad) for grad in grads]
     return torch.ops.hsaid_kernels.fastfood_adjoint(
-        theta, factors, tensors, segments, _signed(plan.seed), plan.width, plan.rademacher, plan.group_blocks
+        theta, factors, tensors, plan.segments, _signed(plan.seed), plan.width, plan.rademacher, plan.group_blocks
     )
 
 

@@ -11,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -20,12 +19,12 @@ MIN_WIDTH, MAX_WIDTH = 32, 16384
 MAX_DIM = 2**20
 MAX_BLOCKS = 2**28  # the block number shares a counter word with 4 bits of purpose
 ALIGNMENT = 64  # elements; every tensor starts on a whole cache line of the flat buffer in any dtype
-GROUP_ELEMENTS = 2**19  # values that the adjoint sums in one go, block by block; the groups are then added in order
+GROUP_BLOCKS = 24  # that the adjoint sums in one go, one after the other; the groups are then added in order
 DIAGONALS = ("gaussian", "rademacher")
 NORMALIZATIONS = ("tensor", "global")
 
 # Columns of Plan.segments and Plan.holes, in the order of struct Segment in csrc/core/plan.h.
-COLUMNS = ("tensor", "offset", "out_offset", "rows", "cols", "row_stride", "stream", "first_block", "first_group")
+COLUMNS = ("tensor", "offset", "out_offset", "rows", "cols", "row_stride", "stream", "first_block")
 
 
 @dataclass(frozen=True)
@@ -94,12 +93,6 @@ def default_width(dim: int) -> int:
     return min(max(1 << (dim - 1).bit_length(), MIN_WIDTH), MAX_WIDTH)
 
 
-class Tables(NamedTuple):
-    segments: torch.Tensor  # int64 [S, len(COLUMNS)]
-    holes: torch.Tensor  # int64 [H, len(COLUMNS)]
-    scales: torch.Tensor  # float32 [S]
-
-
 class Plan:
     """Everything about a projection but the values: a static table of segments and the numbers that kernels need.
 
@@ -114,10 +107,10 @@ class Plan:
         segments: the pieces that are projected, at most one over any element; None for every tensor whole.
 
     Attributes:
-        segments: int64 [S, len(COLUMNS)] on the CPU; `tables(device)` has it on another device.
+        segments: int64 [S, len(COLUMNS)], on the CPU for every backend.
         holes: int64 [H, len(COLUMNS)], the rest of the flat buffer in the same form: elements of no segment, which are
             W0, and with -1 for the tensor the gaps between tensors, which are 0.
-        scales: float32 [S], s_i.
+        scales: float32 [S], s_i, on the CPU; `scales_on(device)` has them elsewhere.
         offsets: first element of each tensor in the flat buffer;  numel: length of that buffer.
     """
 
@@ -153,7 +146,7 @@ class Plan:
             self.offsets.append(end)
             end += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
         self.numel = end
-        self.group_blocks = GROUP_ELEMENTS // self.width
+        self.group_blocks = GROUP_BLOCKS
         self._check_pieces()
         self.segments = torch.tensor(self._rows(), dtype=torch.int64, device="cpu")
         self.holes = torch.tensor(self._hole_rows(), dtype=torch.int64, device="cpu").view(-1, len(COLUMNS))
@@ -163,7 +156,7 @@ class Plan:
             dtype=torch.float32,
             device="cpu",
         )
-        self._on_device = {"cpu": Tables(self.segments, self.holes, self.scales)}
+        self._scales = {"cpu": self.scales}
 
     @property
     def chunks(self) -> int:
@@ -178,12 +171,12 @@ class Plan:
         """Blocks of `width` values that cover the piece."""
         return -(-piece.numel // self.width)
 
-    def tables(self, device: torch.device) -> Tables:
-        """The tables on `device`, copied there the first time."""
+    def scales_on(self, device: torch.device) -> torch.Tensor:
+        """`scales` on `device`, copied there the first time."""
         key = str(device)
-        if key not in self._on_device:
-            self._on_device[key] = Tables(*(table.to(device) for table in self._on_device["cpu"]))
-        return self._on_device[key]
+        if key not in self._scales:
+            self._scales[key] = self.scales.to(device)
+        return self._scales[key]
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The tensors inside a flat buffer [numel], as views in the order of `names`."""
@@ -220,17 +213,17 @@ class Plan:
                 if covered.count_nonzero() != sum(p.numel for p in pieces[name]):
                     raise ValueError(f"segments: expected at most one over any element, got several in {name!r}")
                 rows += [
-                    [i, hole.offset, start + hole.offset, hole.rows, hole.cols, hole.row_stride, 0, 0, 0]
+                    [i, hole.offset, start + hole.offset, hole.rows, hole.cols, hole.row_stride, 0, 0]
                     for hole in _runs(name, covered)
                 ]
             gap = -size % ALIGNMENT
             if gap:
-                rows.append([-1, 0, start + size, 1, gap, gap, 0, 0, 0])
+                rows.append([-1, 0, start + size, 1, gap, gap, 0, 0])
         return rows
 
     def _rows(self) -> list[list[int]]:
         index = {name: i for i, name in enumerate(self.names)}
-        rows, first_block, first_group = [], 0, 0
+        rows, first_block = [], 0
         for p in self.pieces:
             stream = stream_id(p.tensor, p.label)
             i = index[p.tensor]
@@ -238,7 +231,6 @@ class Plan:
             if blocks > MAX_BLOCKS:
                 raise ValueError(f"width: {p.tensor!r} has {blocks} blocks of {self.width}, at most {MAX_BLOCKS} work")
             start = self.offsets[i] + p.offset
-            rows.append([i, p.offset, start, p.rows, p.cols, p.row_stride, stream, first_block, first_group])
+            rows.append([i, p.offset, start, p.rows, p.cols, p.row_stride, stream, first_block])
             first_block += blocks
-            first_group += -(-blocks // self.group_blocks)
         return rows

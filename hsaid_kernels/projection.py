@@ -217,7 +217,7 @@ class Projection:
             return dtheta, dscaled * self._scales(theta)
 
     def _scales(self, theta: Tensor) -> Tensor:
-        return self.plan.tables(theta.device).scales.to(theta.dtype)
+        return self.plan.scales_on(theta.device).to(theta.dtype)
 
     def _scaled(self, theta: Tensor, factors: Tensor | None) -> Tensor:
         return self._scales(theta) if factors is None else factors * self._scales(theta)

@@ -1,4 +1,4 @@
-"""Runs the C++ tests of csrc/core and csrc/cpu, which `make test` builds; HSAID_CORE_TEST names another executable."""
+"""Runs the C++ tests that `make test` builds; HSAID_CORE_TEST names another executable for that of core and cpu."""
 
 import os
 import re
@@ -11,24 +11,35 @@ import pytest
 BUILD = Path(__file__).parent.parent / "build"
 
 
-def executable() -> Path | None:
-    if named := os.environ.get("HSAID_CORE_TEST"):
-        return Path(named)
-    return next((path for path in (BUILD / "cmake/test_core", BUILD / "test_core") if path.exists()), None)
+def built(name: str) -> Path:
+    found = next((path for path in (BUILD / "cmake" / name, BUILD / name) if path.exists()), None)
+    if found is None:
+        pytest.skip(f"build/cmake/{name} is not built: `make test` builds it")
+    return found
 
 
 @pytest.fixture
 def path() -> Path:
-    found = executable()
-    if found is None:
-        pytest.skip("build/cmake/test_core is not built: `make test` builds it")
-    return found
+    named = os.environ.get("HSAID_CORE_TEST")
+    return Path(named) if named else built("test_core")
+
+
+def passes(*command: str | Path) -> None:
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.endswith("passed: 0 checks failed\n")
 
 
 def test_core(path):
-    run = subprocess.run([path], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.endswith("passed: 0 checks failed\n")
+    passes(path)
+
+
+def test_cuda_kernels_on_an_emulated_device():
+    passes(built("test_cuda"))
+
+
+def test_cuda_kernels_under_sanitizers():
+    passes(built("test_cuda_sanitized"), "quick")
 
 
 def test_instruction_sets_share_no_code(path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import assert_same_bits
 
-from hsaid_kernels.plan import ALIGNMENT, COLUMNS, GROUP_ELEMENTS, Plan, Segment, default_width, stream_id, whole
+from hsaid_kernels.plan import ALIGNMENT, COLUMNS, Plan, Segment, default_width, stream_id, whole
 
 SHAPES = {"a": (40, 128), "b": (768,), "c": (3, 7), "scalar": ()}
 
@@ -30,7 +30,7 @@ def test_tensors_lie_on_cache_lines():
 
 def test_table():
     plan = Plan(SHAPES, 200)
-    assert plan.segments.dtype == torch.int64 and plan.segments.shape == (4, 9) and plan.segments.is_contiguous()
+    assert plan.segments.dtype == torch.int64 and plan.segments.shape == (4, 8) and plan.segments.is_contiguous()
     assert column(plan, "tensor") == [0, 1, 2, 3]
     assert column(plan, "offset") == [0, 0, 0, 0]
     assert column(plan, "out_offset") == plan.offsets
@@ -38,16 +38,6 @@ def test_table():
     assert column(plan, "cols") == column(plan, "row_stride") == [5120, 768, 21, 1]
     assert column(plan, "stream") == [stream_id(name) for name in SHAPES]
     assert column(plan, "first_block") == [0, 20, 23, 24]
-    assert column(plan, "first_group") == [0, 1, 2, 3]
-
-
-def test_groups():
-    """A group is 2^19 values, a whole number of blocks; a segment begins a new one."""
-    assert GROUP_ELEMENTS == 2**19
-    plan = Plan({"a": (3, 2**19 + 1), "b": (2**19,), "c": (1,)}, 100, width=1024)
-    assert plan.group_blocks == 512
-    assert column(plan, "first_group") == [0, 4, 5]
-    assert column(plan, "first_block") == [0, 1537, 2049]
 
 
 def test_segments():
@@ -85,11 +75,11 @@ def test_scales():
     assert_same_bits(whole_model.scales, torch.tensor([1 / math.sqrt(256 * sum(numels))] * 4))
 
 
-def test_table_on_device_is_made_once():
+def test_scales_are_copied_to_a_device_once():
     plan = Plan(SHAPES, 200)
     cpu, meta = torch.device("cpu"), torch.device("meta")
-    assert plan.tables(cpu).segments is plan.segments and plan.tables(cpu).scales is plan.scales
-    assert plan.tables(meta) is plan.tables(meta) and {table.device for table in plan.tables(meta)} == {meta}
+    assert plan.scales_on(cpu) is plan.scales
+    assert plan.scales_on(meta) is plan.scales_on(meta) and plan.scales_on(meta).device == meta
 
 
 @pytest.mark.parametrize(
@@ -117,8 +107,8 @@ def test_segments_and_holes_cover_the_buffer_once(segments):
 def test_default_device_does_not_matter():
     with torch.device("meta"):
         for segments in (None, [Segment("b", 0, 1, 5, 5)]):
-            tables = Plan(SHAPES, 200, segments=segments).tables(torch.device("cpu"))
-            assert {table.device for table in tables} == {torch.device("cpu")}
+            plan = Plan(SHAPES, 200, segments=segments)
+            assert {table.device for table in (plan.segments, plan.holes, plan.scales)} == {torch.device("cpu")}
 
 
 @pytest.mark.parametrize(

@@ -33,4 +33,12 @@ HSAID_INLINE uint32_t bits_from_float(float value) {
 #endif
 }
 
+HSAID_INLINE float magnitude(float value) {
+#if defined(__CUDA_ARCH__)
+  return fabsf(value);
+#else
+  return float_from_bits(bits_from_float(value) & 0x7fffffffu);
+#endif
+}
+
 }  // namespace hsaid

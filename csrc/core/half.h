@@ -5,6 +5,8 @@
 
 namespace hsaid {
 
+enum class Dtype { kFloat, kBfloat16, kHalf };
+
 struct bf16 {
   uint16_t bits;
 };

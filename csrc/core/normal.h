@@ -29,13 +29,23 @@ constexpr uint32_t kNormalMagic = 0x4b000001u;  // 2^23 as a float, and the low 
 constexpr float kNormalOffset = 8421376.0f;     // 2^23 + 2^15
 constexpr float kNormalTop = 32928.0f;
 
-HSAID_INLINE float normal_from_half(uint32_t half) {
-  const float y = float_from_bits(kNormalMagic | half) - kNormalOffset;  // odd integers -32767 .. 32767, exact
-  const float v = kNormalTop - float_from_bits(bits_from_float(y) & 0x7fffffffu);  // 161 .. 32927
-  const uint32_t s = (bits_from_float(v) >> 21) & 31;
-  const float slope = normal_table(32 + s) * v;
-  const float line = normal_table(s) + slope;
+constexpr uint32_t kFirstLine = 537;  // the lines in the order of v begin with that of v = 161
+
+// `magic` is kNormalMagic | half; line_a(s), line_b(s) are entries s & 31 of A and B, s from kFirstLine on.
+template <class LineA, class LineB>
+HSAID_INLINE float normal_from_magic(uint32_t magic, LineA&& line_a, LineB&& line_b) {
+  const float y = float_from_bits(magic) - kNormalOffset;  // odd integers -32767 .. 32767, exact
+  const float v = kNormalTop - magnitude(y);               // 161 .. 32927, exact
+  const uint32_t s = bits_from_float(v) >> 21;
+  const float slope = line_b(s) * v;
+  const float line = line_a(s) + slope;
   return y * line;
+}
+
+HSAID_INLINE float normal_from_half(uint32_t half) {
+  return normal_from_magic(
+      kNormalMagic | half, [](uint32_t s) { return normal_table(s & 31); },
+      [](uint32_t s) { return normal_table(32 + (s & 31)); });
 }
 
 }  // namespace hsaid

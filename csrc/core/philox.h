@@ -15,14 +15,28 @@ struct PhiloxWords {
   uint32_t w[4];
 };
 
-HSAID_INLINE uint32_t mulhi32(uint32_t a, uint32_t b) { return (uint32_t)(((uint64_t)a * b) >> 32); }
+// Both halves of a product, from one multiplication.
+struct WideProduct {
+  uint32_t hi, lo;
+};
+HSAID_INLINE WideProduct mul_wide(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)  // where the compiler adds two instructions to the one
+  WideProduct product;
+  asm("{ .reg .u64 t; mul.wide.u32 t, %2, %3; mov.b64 {%1, %0}, t; }"
+      : "=r"(product.hi), "=r"(product.lo)
+      : "r"(a), "r"(b));
+  return product;
+#else
+  const uint64_t product = (uint64_t)a * b;
+  return {(uint32_t)(product >> 32), (uint32_t)product};
+#endif
+}
 
 HSAID_INLINE PhiloxWords philox4x32(uint64_t seed, PhiloxWords c) {
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint32_t hi0 = mulhi32(kPhiloxM0, c.w[0]), lo0 = kPhiloxM0 * c.w[0];
-    const uint32_t hi1 = mulhi32(kPhiloxM1, c.w[2]), lo1 = kPhiloxM1 * c.w[2];
-    c = {{hi1 ^ c.w[1] ^ k0, lo1, hi0 ^ c.w[3] ^ k1, lo0}};
+    const WideProduct a = mul_wide(kPhiloxM0, c.w[0]), b = mul_wide(kPhiloxM1, c.w[2]);
+    c = {{b.hi ^ c.w[1] ^ k0, b.lo, a.hi ^ c.w[3] ^ k1, a.lo}};
     k0 += kPhiloxW0;
     k1 += kPhiloxW1;
   }
@@ -47,15 +61,29 @@ struct PhiloxPrefix {
 
 HSAID_INLINE PhiloxPrefix philox_prefix(uint64_t seed, PhiloxWords c) {
   const uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-  const uint32_t c2 = mulhi32(kPhiloxM0, c.w[0]) ^ c.w[3] ^ k1;                          // word 2 after round 1
-  const uint32_t c0 = mulhi32(kPhiloxM1, c2) ^ (kPhiloxM1 * c.w[2]) ^ (k0 + kPhiloxW0);  // word 0 after round 2
-  PhiloxPrefix p;
-  p.word0 = mulhi32(kPhiloxM1, c.w[2]) ^ k0;
-  p.round2 = (kPhiloxM0 * c.w[0]) ^ (k1 + kPhiloxW1);
-  p.round3_hi = (kPhiloxM1 * c2) ^ (k0 + 2 * kPhiloxW0);
-  p.round3_lo = mulhi32(kPhiloxM0, c0) ^ (k1 + 2 * kPhiloxW1);
-  p.round4 = (kPhiloxM0 * c0) ^ (k1 + 3 * kPhiloxW1);
-  return p;
+  const WideProduct a1 = mul_wide(kPhiloxM0, c.w[0]), b1 = mul_wide(kPhiloxM1, c.w[2]);
+  const uint32_t c2 = a1.hi ^ c.w[3] ^ k1;  // word 2 after round 1
+  const WideProduct b2 = mul_wide(kPhiloxM1, c2);
+  const uint32_t c0 = b2.hi ^ b1.lo ^ (k0 + kPhiloxW0);  // word 0 after round 2
+  const WideProduct a3 = mul_wide(kPhiloxM0, c0);
+  return {b1.hi ^ k0, a1.lo ^ (k1 + kPhiloxW1), b2.lo ^ (k0 + 2 * kPhiloxW0), a3.hi ^ (k1 + 2 * kPhiloxW1),
+          a3.lo ^ (k1 + 3 * kPhiloxW1)};
+}
+
+// The call whose counter word 1 is `word1`, from the constants of its block.
+HSAID_INLINE PhiloxWords philox_from_prefix(const PhiloxPrefix& prefix, uint64_t seed, uint32_t word1) {
+  uint32_t k0 = (uint32_t)seed + 3 * kPhiloxW0, k1 = (uint32_t)(seed >> 32) + 3 * kPhiloxW1;
+  const WideProduct a2 = mul_wide(kPhiloxM0, prefix.word0 ^ word1), b3 = mul_wide(kPhiloxM1, a2.hi ^ prefix.round2);
+  PhiloxWords c = {{b3.hi ^ prefix.round3_hi, b3.lo, a2.lo ^ prefix.round3_lo, 0}};  // after round 3
+  const WideProduct a4 = mul_wide(kPhiloxM0, c.w[0]), b4 = mul_wide(kPhiloxM1, c.w[2]);
+  c = {{b4.hi ^ c.w[1] ^ k0, b4.lo, a4.hi ^ prefix.round4, a4.lo}};
+  for (int round = 4; round < kPhiloxRounds; ++round) {
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+    const WideProduct a = mul_wide(kPhiloxM0, c.w[0]), b = mul_wide(kPhiloxM1, c.w[2]);
+    c = {{b.hi ^ c.w[1] ^ k0, b.lo, a.hi ^ c.w[3] ^ k1, a.lo}};
+  }
+  return c;
 }
 
 }  // namespace hsaid

@@ -16,9 +16,8 @@ struct Segment {
   int64_t row_stride;
   int64_t stream;       // 64-bit stream id
   int64_t first_block;  // blocks of the segments before
-  int64_t first_group;  // groups of the segments before, for backends that give each group a place; the CPU does not
 };
-static_assert(sizeof(Segment) == 9 * sizeof(int64_t), "Segment is a row of an int64 table");
+static_assert(sizeof(Segment) == 8 * sizeof(int64_t), "Segment is a row of an int64 table");
 
 HSAID_INLINE bool is_dense(const Segment& s) { return s.rows == 1 || s.row_stride == s.cols; }
 
@@ -33,6 +32,28 @@ struct Params {
 
 HSAID_INLINE int64_t width(const Params& p) { return (int64_t)1 << p.q; }
 HSAID_INLINE int64_t num_blocks(const Params& p, const Segment& s) { return (s.rows * s.cols + width(p) - 1) >> p.q; }
+
+// The row that has item `item`, first(i) being the items before row i: first(0) = 0.
+template <class First>
+HSAID_INLINE int row_of(int64_t item, int64_t rows, First&& first) {
+  int64_t low = 0, high = rows;  // the last row that starts at or before the item is in [low, high)
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (first(middle) <= item ? low : high) = middle;
+  }
+  return (int)low;
+}
+
+// Work is measured in items, and `row_cost` items for each row before its first; cost_before(i) is that of the rows
+// before i. Returns the number of the item at which a share that begins at `cost` begins.
+template <class CostBefore>
+HSAID_INLINE int64_t item_at(int64_t cost, int64_t rows, int64_t row_cost, CostBefore&& cost_before) {
+  const int row = row_of(cost, rows, cost_before);
+  const int64_t first = cost_before(row) - row_cost * row, items = cost_before(row + 1) - row_cost * (row + 1) - first;
+  const int64_t within = cost - cost_before(row) - row_cost;
+  return first + (within < 0 ? 0 : within < items ? within : items);
+}
+
 HSAID_INLINE Stream stream_of(const Params& p, const Segment& s, Purpose purpose, int64_t block, int chunk) {
   return {p.seed, (uint64_t)s.stream, purpose, block, chunk};
 }

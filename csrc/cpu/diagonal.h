@@ -9,6 +9,7 @@ namespace hsaid {
 
 namespace {
 
+// The keys of the ten rounds.
 struct PhiloxKeys {
   uint32_t key[kPhiloxRounds][2];
 };

@@ -104,18 +104,13 @@ void fastfood_forward(const Forward& a, const Threads& threads) {
     if (a.out_dtype == Dtype::kHalf) fill_hole<fp16>(a, a.holes[i], threads);
   }
   // Threads get equal shares of the work: a block is one unit of it, making a segment's z is kZCost units.
-  const auto start = [&](int64_t i) { return a.segments[i].first_block + kZCost * i; };
-  const auto block_at = [&](int64_t unit) {
-    int64_t low = 0, high = a.num_segments;  // the last segment that starts at or before the unit is in [low, high)
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (start(middle) <= unit ? low : high) = middle;
-    }
-    const Segment& s = a.segments[low];
-    return s.first_block + std::min(std::max<int64_t>(unit - start(low) - kZCost, 0), num_blocks(a.params, s));
-  };
   const Segment& last = a.segments[a.num_segments - 1];
-  const int64_t units = last.first_block + num_blocks(a.params, last) + kZCost * a.num_segments;
+  const int64_t blocks = last.first_block + num_blocks(a.params, last);
+  const auto cost_before = [&](int64_t i) {
+    return (i < a.num_segments ? a.segments[i].first_block : blocks) + kZCost * i;
+  };
+  const auto block_at = [&](int64_t cost) { return item_at(cost, a.num_segments, kZCost, cost_before); };
+  const int64_t units = cost_before(a.num_segments);
   threads.parallel_for(units, [&](int64_t begin, int64_t end) { kernel.forward(a, block_at(begin), block_at(end)); });
 }
 

@@ -9,8 +9,6 @@
 
 namespace hsaid {
 
-enum class Dtype { kFloat, kBfloat16, kHalf };
-
 // A tensor of any strides (in elements); `dense` where they are row-major.
 struct TensorView {
   const void* data;  // null: missing

@@ -1,25 +1,30 @@
 // The random streams of csrc/core as a device computes them: one thread a position, one block of n values a launch.
 // Slow on purpose: the projection's kernels make their streams in registers, and this is what they are compared with.
 
-#include "stream_values.h"
+#include "pieces.h"
 
-namespace hsaid {
+namespace hsaid::cuda {
 
 namespace {
 
-constexpr int kThreads = 256;
+struct StreamParams {
+  Stream stream;
+  int q;
+  bool rademacher;
+  float* out;
+};
 
-__global__ void stream_values_kernel(Stream s, int q, bool rademacher, float* out) {
-  const uint32_t k = blockIdx.x * kThreads + threadIdx.x;
-  if (k < 1u << q) out[k] = stream_value(s, q, rademacher, k);
+__global__ void __launch_bounds__(kThreads) stream_values_kernel(const __grid_constant__ StreamParams a) {
+  const uint32_t k = block_index().x * kThreads + thread_index();
+  if (k < 1u << a.q) a.out[k] = stream_value(a.stream, a.q, a.rademacher, k);
 }
 
 }  // namespace
 
-cudaError_t stream_values(const Stream& s, int q, bool rademacher, float* out, cudaStream_t stream) {
+void stream_values(const Stream& s, int q, bool rademacher, float* out, cudaStream_t stream) {
   const unsigned blocks = ((1u << q) + kThreads - 1) / kThreads;
-  stream_values_kernel<<<blocks, kThreads, 0, stream>>>(s, q, rademacher, out);
-  return cudaGetLastError();
+  launch(stream_values_kernel, "stream_values_kernel", dim3(blocks), kThreads, 0, stream,
+         StreamParams{s, q, rademacher, out});
 }
 
-}  // namespace hsaid
+}  // namespace hsaid::cuda

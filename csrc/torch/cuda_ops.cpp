@@ -1,23 +1,112 @@
 // Registers the CUDA kernels with torch's dispatcher, through the stable ABI only; loaded where torch has CUDA.
-// Schemas and their meaning stand in hsaid_kernels/ops.py.
+// Schemas and their meaning stand in hsaid_kernels/ops.py. The plan's tables are on the CPU: they are checked here and
+// travel as kernel parameters.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include "../cuda/stream_values.h"
+#include <optional>
+#include <tuple>
+
+#include "../cuda/fastfood.h"
 #include "arguments.h"
 
 namespace {
 
-using torch::stable::Tensor;
+namespace cuda = hsaid::cuda;
 
-cudaStream_t current_stream(int32_t device) {
+cudaStream_t current_stream(const Tensor& like) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
   return (cudaStream_t)stream;
+}
+
+void check_device(const Tensor& t, const Tensor& theta, const char* what) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == theta.get_device_index(), what,
+                  ": expected a tensor on CUDA device ", theta.get_device_index(), ", where theta is, got one on ",
+                  t.is_cuda() ? "another CUDA device" : "the CPU");
+}
+
+const float* floats(const Tensor& t, const Tensor& theta, int64_t count, const char* what) {
+  check_device(t, theta, what);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.numel() == count, what,
+                  ": expected a float32 tensor of ", count, " values");
+  return t.const_data_ptr<float>();
+}
+
+// The tensor itself, or row-major copies in `kept` of one with other strides.
+cuda::DeviceTensor dense(const Tensor& t, const Tensor& theta, const char* what, std::vector<Tensor>& kept) {
+  check_device(t, theta, what);
+  kept.push_back(torch::stable::contiguous(t));
+  return {kept.back().const_data_ptr(), dtype_of(t.scalar_type(), what)};
+}
+
+// Memory of torch's allocator, which may take it back once the stream has come as far as the call.
+cuda::Workspace workspace(const Tensor& like, std::vector<Tensor>& kept) {
+  return [&like, &kept](int64_t floats) {
+    kept.push_back(torch::stable::new_empty(like, {floats}, ScalarType::Float));
+    return kept.back().mutable_data_ptr<float>();
+  };
+}
+
+Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, Tensor segments, int64_t seed,
+                        int64_t width, bool rademacher, Tensor holes, int64_t numel, ScalarType dtype) {
+  const torch::stable::accelerator::DeviceGuard guard(theta.get_device_index());
+  theta = torch::stable::contiguous(theta);
+  factors = torch::stable::contiguous(factors);
+  const CheckedPlan plan =
+      check_plan(theta, segments, seed, width, rademacher, base.empty() ? -1 : (int64_t)base.size());
+  const hsaid::Dtype out_dtype = dtype_of(dtype, "dtype");
+  std::vector<Tensor> kept;
+  std::vector<cuda::DeviceTensor> tensors;
+  for (const Tensor& t : base) {
+    tensors.push_back(dense(t, theta, "base", kept));
+    check_base_dtype(tensors.back().dtype, out_dtype);
+  }
+  const hsaid::Segment* hole_rows = check_written(plan, base, holes, numel);
+  Tensor out = torch::stable::new_empty(theta, {numel}, dtype);
+  cuda::fastfood_forward(
+      {plan.params, floats(theta, theta, plan.params.dim, "theta"),
+       floats(factors, theta, plan.num_segments, "factors"), plan.segments, plan.num_segments, hole_rows, holes.size(0),
+       tensors.empty() ? nullptr : tensors.data(), out.mutable_data_ptr(), out_dtype},
+      workspace(theta, kept), current_stream(theta));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> fastfood_adjoint(Tensor theta, Tensor factors, std::vector<std::optional<Tensor>> grads,
+                                            Tensor segments, int64_t seed, int64_t width, bool rademacher,
+                                            int64_t group_blocks) {
+  const torch::stable::accelerator::DeviceGuard guard(theta.get_device_index());
+  theta = torch::stable::contiguous(theta);
+  factors = torch::stable::contiguous(factors);
+  const CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, grads.size());
+  check_group_blocks(group_blocks);
+  std::vector<Tensor> kept;
+  std::vector<cuda::DeviceTensor> tensors;
+  for (const std::optional<Tensor>& t : grads)
+    tensors.push_back(t ? dense(*t, theta, "grads", kept) : cuda::DeviceTensor{nullptr, hsaid::Dtype::kFloat});
+  check_read(plan, grads);
+  Tensor dtheta = torch::stable::empty_like(theta), dfactors = torch::stable::empty_like(factors);
+  cuda::fastfood_adjoint({plan.params, floats(theta, theta, plan.params.dim, "theta"),
+                          floats(factors, theta, plan.num_segments, "factors"), plan.segments, plan.num_segments,
+                          tensors.data(), group_blocks},
+                         dtheta.mutable_data_ptr<float>(), dfactors.mutable_data_ptr<float>(), workspace(theta, kept),
+                         current_stream(theta));
+  return {dtheta, dfactors};
+}
+
+Tensor hadamard_transform(Tensor x, double scale) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  x = torch::stable::contiguous(x);
+  Tensor out = torch::stable::empty_like(x);
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x: expected a last dimension of at least 1");
+  const int64_t dim = x.size(x.dim() - 1);
+  std::vector<Tensor> kept;
+  cuda::hadamard_transform(x.const_data_ptr(), out.mutable_data_ptr(), dtype_of(x.scalar_type(), "x"), x.numel() / dim,
+                           dim, scale, workspace(x, kept), current_stream(x));
+  return out;
 }
 
 Tensor stream_values(Tensor like, int64_t seed, int64_t stream, int64_t purpose, int64_t block, int64_t chunk,
@@ -25,13 +114,16 @@ Tensor stream_values(Tensor like, int64_t seed, int64_t stream, int64_t purpose,
   const hsaid::Stream s = checked_stream(seed, stream, purpose, block, chunk);
   const int q = checked_width_bits(width);
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  Tensor out = torch::stable::new_empty(like, {width}, torch::headeronly::ScalarType::Float);
-  const cudaError_t error =
-      hsaid::stream_values(s, q, rademacher, out.mutable_data_ptr<float>(), current_stream(like.get_device_index()));
-  STD_TORCH_CHECK(error == cudaSuccess, "stream_values_kernel, n = ", width, ": ", cudaGetErrorString(error));
+  Tensor out = torch::stable::new_empty(like, {width}, ScalarType::Float);
+  cuda::stream_values(s, q, rademacher, out.mutable_data_ptr<float>(), current_stream(like));
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(hsaid_kernels, CUDA, m) { m.impl("stream_values", TORCH_BOX(&stream_values)); }
+STABLE_TORCH_LIBRARY_IMPL(hsaid_kernels, CUDA, m) {
+  m.impl("fastfood_forward", TORCH_BOX(&fastfood_forward));
+  m.impl("fastfood_adjoint", TORCH_BOX(&fastfood_adjoint));
+  m.impl("hadamard_transform", TORCH_BOX(&hadamard_transform));
+  m.impl("stream_values", TORCH_BOX(&stream_values));
+}

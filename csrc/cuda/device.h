@@ -1,0 +1,142 @@
+// The few things that only a device has. Everything else in csrc/cuda is plain C++: tests/csrc/emulator.h has these
+// same names on a CPU, so that the very kernels run, and are checked, where there is no GPU.
+#pragma once
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+
+#include "../core/half.h"
+
+#if !defined(__CUDACC__)
+#include "emulator.h"
+#else
+
+#include <cuda_runtime.h>
+
+#define HSAID_MEMBER __device__ __forceinline__
+#define HSAID_DEVICE static HSAID_MEMBER  // a function of its file
+
+namespace hsaid::cuda {
+
+HSAID_DEVICE unsigned thread_index() { return threadIdx.x; }
+HSAID_DEVICE uint3 block_index() { return blockIdx; }
+HSAID_DEVICE unsigned grid_width() { return gridDim.x; }
+
+HSAID_DEVICE void sync_block() { __syncthreads(); }
+HSAID_DEVICE void sync_warp() { __syncwarp(); }
+// The value of the warp's lane `lane` mod 32.
+HSAID_DEVICE float shuffle(float value, uint32_t lane) { return __shfl_sync(0xffffffffu, value, (int)lane); }
+HSAID_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
+// The block's shared memory in floats; vectors lie on multiples of their size.
+class Shared {
+ public:
+  HSAID_MEMBER explicit Shared(float* at) : at_(at) {}
+  HSAID_MEMBER Shared operator+(int offset) const { return Shared(at_ + offset); }
+  template <class V = float>
+  HSAID_MEMBER V load(int i) const {
+    return *(const V*)(at_ + i);
+  }
+  template <class V>
+  HSAID_MEMBER void store(int i, V value) const {
+    *(V*)(at_ + i) = value;
+  }
+
+  // Float i mod 64 of the 64-float window `kWindow`, where the first window begins on a multiple of 256 bytes: one
+  // instruction for the address, which the compiler does not find.
+  template <int kWindow>
+  HSAID_MEMBER float look_up(uint32_t i) const {
+    const uint32_t address = (uint32_t)__cvta_generic_to_shared(at_) | (i & 63) << 2;
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1 + %2];" : "=f"(value) : "r"(address), "n"(kWindow * 256));
+    return value;
+  }
+
+ private:
+  float* at_;
+};
+
+HSAID_DEVICE Shared shared_memory() {
+  extern __shared__ float4 hsaid_shared[];
+  return Shared((float*)hsaid_shared);
+}
+
+// Global memory that is read, or written, once: past the first-level cache, first to leave the second.
+HSAID_DEVICE float4 load_once(const float4* p) { return __ldcs(p); }
+HSAID_DEVICE uint2 load_once(const uint2* p) { return __ldcs(p); }
+HSAID_DEVICE void store_once(float4* p, float4 v) { __stcs(p, v); }
+HSAID_DEVICE void store_once(uint2* p, uint2 v) { __stcs(p, v); }
+HSAID_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// The low and the high half of a word below the halves of `top`: top << 16 | half.
+HSAID_DEVICE uint32_t below(uint32_t top, uint32_t word, int half) {
+  return __byte_perm(word, top, half ? 0x5432 : 0x5410);
+}
+
+// The same value, of which the compiler does not know that it is the same each time round a loop: what depends on it is
+// computed again instead of being kept in registers that are not there.
+HSAID_DEVICE uint32_t opaque(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// Two floats rounded to nearest even, the first in the low half. A NaN is any NaN.
+HSAID_DEVICE uint32_t narrow(float low, float high, bf16) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+HSAID_DEVICE uint32_t narrow(float low, float high, fp16) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+HSAID_DEVICE float widen(uint16_t half, bf16) { return float_from_bits((uint32_t)half << 16); }
+HSAID_DEVICE float widen(uint16_t half, fp16) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  return value;
+}
+
+// --- host
+// ---------------------------------------------------------------------------------------------------------------
+
+inline void check(cudaError_t error, const std::string& what) {
+  if (error != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(error));
+}
+
+inline void zero_async(void* p, size_t bytes, cudaStream_t stream) {
+  check(cudaMemsetAsync(p, 0, bytes, stream), "cudaMemsetAsync of " + std::to_string(bytes) + " bytes");
+}
+
+// Blocks of `threads` threads with `shared` bytes that fit on the current device at a time.
+template <class P>
+int resident_blocks(void (*kernel)(P), const char* name, int threads, int shared) {
+  const std::string what = std::string(name) + ", " + std::to_string(shared) + " bytes of shared memory a block";
+  int device, processors, per_processor;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), what);
+  check(cudaGetDevice(&device), what);
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), what);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared), what);
+  if (per_processor < 1) throw std::runtime_error(what + ": more than a multiprocessor of this device has");
+  return processors * per_processor;
+}
+
+template <class P>
+void launch(void (*kernel)(P), const char* name, dim3 grid, int threads, int shared, cudaStream_t stream, P params) {
+  const auto what = [&] {
+    return std::string(name) + ", grid " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + ", " +
+           std::to_string(threads) + " threads, " + std::to_string(shared) + " bytes of shared memory";
+  };
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error == cudaSuccess) {
+    void* arguments[] = {&params};
+    error = cudaLaunchKernel((const void*)kernel, grid, dim3(threads), arguments, shared, stream);
+  }
+  if (error != cudaSuccess) check(error, what());
+}
+
+}  // namespace hsaid::cuda
+
+#endif

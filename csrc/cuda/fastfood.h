@@ -1,0 +1,64 @@
+// The CUDA backend without torch: what the ops call. Pointers to values are the device's, tables are the host's; work
+// is queued on `stream` of the current device and nobody waits for it. Errors of the runtime are thrown as
+// std::runtime_error with the kernel's name and shape.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "../core/half.h"
+#include "../core/plan.h"
+
+struct CUstream_st;
+typedef CUstream_st* cudaStream_t;  // as CUDA's own headers have it
+
+namespace hsaid::cuda {
+
+// A dense tensor; null data: missing.
+struct DeviceTensor {
+  const void* data;
+  Dtype dtype;
+};
+
+// Memory for the duration of a call, in the order of the stream.
+using Workspace = std::function<float*(int64_t floats)>;
+
+struct Forward {
+  Params params;
+  const float* theta;       // [dim]
+  const float* factors;     // [num_segments], the scales s_i inside
+  const Segment* segments;  // [num_segments]
+  int64_t num_segments;
+  const Segment* holes;  // [num_holes], elements of no segment: they become the base, or 0
+  int64_t num_holes;
+  const DeviceTensor* base;  // per tensor; null: zeros
+  void* out;
+  Dtype out_dtype;
+};
+
+// One launch for every kMaxPieces segments and holes. Takes memory only for theta of more than one chunk.
+void fastfood_forward(const Forward&, const Workspace&, cudaStream_t);
+
+struct Adjoint {
+  Params params;
+  const float* theta;
+  const float* factors;
+  const Segment* segments;
+  int64_t num_segments;
+  const DeviceTensor* grads;  // per tensor
+  int64_t group_blocks;       // blocks that are summed in one go
+};
+
+// dtheta [dim] and dfactors [num_segments]; the same bits on every device. Takes at most 40 MB, or what the sums of one
+// group need where that is more.
+void fastfood_adjoint(const Adjoint&, float* dtheta, float* dfactors, const Workspace&, cudaStream_t);
+
+// rows x dim values with a row stride of dim -> scale * H x, in float32, bfloat16 or float16. Takes memory for
+// dim > 32,768 unless it is a power of two and float32.
+void hadamard_transform(const void* x, void* out, Dtype, int64_t rows, int64_t dim, double scale, const Workspace&,
+                        cudaStream_t);
+
+// out [n = 2^q]: the values of one block of a stream.
+void stream_values(const Stream&, int q, bool rademacher, float* out, cudaStream_t);
+
+}  // namespace hsaid::cuda

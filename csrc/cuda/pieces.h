@@ -1,0 +1,108 @@
+// The plan as the kernels get it: their launch's rows of it, with the tensors' addresses, as kernel parameters. So
+// nothing is copied to the device and nothing outlives a launch.
+#pragma once
+
+#include "fastfood.h"
+#include "tile.h"
+
+namespace hsaid::cuda {
+
+// A piece of a tensor, whose element e is the row-major e-th.
+struct Piece {
+  const void* data;  // its first element; null: zeros
+  int64_t count;
+  int64_t cols, row_stride;  // cols 0: dense
+  Dtype dtype;
+};
+
+constexpr int kParameterBytes = 32764;  // of a kernel, at most
+constexpr int kMaxPieces = 400;         // in one launch
+
+// Element e as an offset.
+HSAID_INLINE int64_t element(const Piece& p, int64_t e) {
+  if (p.cols == 0) return e;
+  if ((e | p.cols) >> 32 == 0) {  // a 64-bit division costs five of these
+    const uint32_t row = (uint32_t)e / (uint32_t)p.cols;
+    return row * p.row_stride + (uint32_t)e % (uint32_t)p.cols;
+  }
+  return e / p.cols * p.row_stride + e % p.cols;
+}
+
+HSAID_INLINE int64_t item_size(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
+
+HSAID_INLINE const void* address(const void* data, Dtype dtype, int64_t element) {
+  return data ? (const char*)data + element * item_size(dtype) : nullptr;
+}
+
+inline Piece piece_of(const Segment& s, DeviceTensor tensor) {
+  return {address(tensor.data, tensor.dtype, s.offset), s.rows * s.cols, is_dense(s) ? 0 : s.cols, s.row_stride,
+          tensor.dtype};
+}
+
+// Vectors of four values, 16 or 8 bytes, lie on multiples of their size.
+HSAID_INLINE bool is_aligned(const void* p, Dtype dtype) { return (uintptr_t)p % (4 * item_size(dtype)) == 0; }
+HSAID_INLINE bool is_vectors(const Piece& p) { return p.data && p.cols == 0 && is_aligned(p.data, p.dtype); }
+
+HSAID_DEVICE float load_element(const Piece& p, int64_t offset) {
+  if (!p.data) return 0.0f;
+  switch (p.dtype) {
+    case Dtype::kFloat:
+      return ((const float*)p.data)[offset];
+    case Dtype::kBfloat16:
+      return widen(((const uint16_t*)p.data)[offset], bf16{});
+    default:
+      return widen(((const uint16_t*)p.data)[offset], fp16{});
+  }
+}
+
+HSAID_DEVICE void store_element(void* data, Dtype dtype, int64_t i, float value) {
+  switch (dtype) {
+    case Dtype::kFloat:
+      ((float*)data)[i] = value;
+      return;
+    case Dtype::kBfloat16:
+      ((uint16_t*)data)[i] = (uint16_t)narrow(value, 0.0f, bf16{});
+      return;
+    default:
+      ((uint16_t*)data)[i] = (uint16_t)narrow(value, 0.0f, fp16{});
+  }
+}
+
+// Four values in a row, in memory as T.
+template <class T>
+struct Quad {
+  using Bits = uint2;
+  HSAID_DEVICE float4 widened(uint2 v) {
+    return {widen((uint16_t)v.x, T{}), widen((uint16_t)(v.x >> 16), T{}), widen((uint16_t)v.y, T{}),
+            widen((uint16_t)(v.y >> 16), T{})};
+  }
+  HSAID_DEVICE uint2 narrowed(float4 v) { return {narrow(v.x, v.y, T{}), narrow(v.z, v.w, T{})}; }
+};
+template <>
+struct Quad<float> {
+  using Bits = float4;
+  HSAID_DEVICE float4 widened(float4 v) { return v; }
+  HSAID_DEVICE float4 narrowed(float4 v) { return v; }
+};
+
+// Where tile t of a dense piece begins, in 32-bit factors.
+template <class T>
+HSAID_DEVICE T* tile_address(T* data, int t) {
+  return (T*)((uintptr_t)data + (uint64_t)(uint32_t)t * (uint32_t)(kTile * sizeof(T)));
+}
+
+// Vector v of what `kept` has of a value for each position of a block: the thread's share of it.
+template <bool kGeneral>
+HSAID_DEVICE float4 kept_vector(int v, int q) {
+  const uint32_t mask = (1u << q) - 1;
+  if (kGeneral && q < kFastDrawBits) {
+    const uint32_t own = opaque(position_a(0));
+    float x[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[j] = kept().load(place_of((own | (uint32_t)a_register(v, j) << 2) & mask));
+    return {x[0], x[1], x[2], x[3]};
+  }
+  return kept().load<float4>(vector_place(v, place_of(position_a(0) & mask) / 4));
+}
+
+}  // namespace hsaid::cuda

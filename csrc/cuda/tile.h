@@ -1,0 +1,428 @@
+// A block of 256 threads holds a tile of 2^14 values in registers, 64 a thread: one transform of order 2^14, or
+// 2^(14-q) of order 2^q side by side. Bits e0 ... e13 of the position in the tile lie in three layouts:
+//
+//             register (from its lowest bit)    lane        warp
+//   A   x[i]  e2 e3 e4 e5 e6 e7                 e8 ... e12  e0 e1 e13      drawing; stages 2 ... 7
+//   B   x[i]  e7 e8 e9 e10 e11 e12              e2 ... e6   e0 e1 e13      stages 8 ... 12
+//   C   x[i]  e0 e1 e7 e8 e9 e13                e2 ... e6   e10 e11 e12    stages 13, 0, 1; 16-byte accesses to memory
+//
+// A and B exchange within a warp, B and C within the block, both in halves (e7 is a register in all three), so that
+// 34 KB of shared memory serve; every access is free of bank conflicts. docs/kernels.md counts what each costs.
+#pragma once
+
+#include <type_traits>
+
+#include "../core/permutation.h"
+#include "../core/plan.h"
+#include "device.h"
+
+namespace hsaid::cuda {
+
+constexpr int kThreads = 256, kTileBits = kMaxWidthBits, kTile = 1 << kTileBits, kPerThread = kTile / kThreads;
+constexpr int kRowFloats = 34;                          // of the exchange between A and B: 32 and padding
+constexpr int kExchangeFloats = kThreads * kRowFloats;  // a row a thread
+constexpr int kNormalFloats = 2 * 64 + 4;               // what normals are made with
+constexpr int kSharedFloats = kTile + kExchangeFloats + kNormalFloats;  // 2^14 values that a kernel keeps, and these
+constexpr int kSharedBytes = kSharedFloats * (int)sizeof(float);        // 98 KB, within the 99 of the smaller devices
+
+// The shared memory of a block of threads.
+HSAID_DEVICE Shared kept() { return shared_memory(); }
+HSAID_DEVICE Shared exchange() { return shared_memory() + kTile; }
+HSAID_DEVICE Shared normals() { return shared_memory() + (kTile + kExchangeFloats); }
+
+HSAID_DEVICE int lane() { return thread_index() & 31; }
+HSAID_DEVICE int warp() { return thread_index() >> 5 & (kThreads / 32 - 1); }  // the mask tells the compiler the range
+
+// Positions in the tile.
+HSAID_DEVICE uint32_t position_a(int i) { return (uint32_t)(i << 2 | lane() << 8 | (warp() & 3) | warp() >> 2 << 13); }
+HSAID_DEVICE uint32_t register_position_c(int i) { return (uint32_t)((i & 3) | (i >> 2 & 7) << 7 | i >> 5 << 13); }
+HSAID_DEVICE uint32_t position_c(int i) { return (uint32_t)(lane() << 2 | warp() << 10) | register_position_c(i); }
+
+// --- transform
+// ----------------------------------------------------------------------------------------------------------
+
+template <int bit>
+HSAID_DEVICE void butterflies(float (&x)[kPerThread]) {
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    if (i >> bit & 1) continue;
+    const float a = x[i], b = x[i | 1 << bit];
+    x[i] = a + b;
+    x[i | 1 << bit] = a - b;
+  }
+}
+
+// Stages at bits 2 ... 7 of the position, as far as there are so many; and so on.
+HSAID_DEVICE void stages_a(float (&x)[kPerThread], int q) {
+  butterflies<0>(x);
+  butterflies<1>(x);
+  butterflies<2>(x);
+  if (q > 5) butterflies<3>(x);
+  if (q > 6) butterflies<4>(x);
+  if (q > 7) butterflies<5>(x);
+}
+HSAID_DEVICE void stages_b(float (&x)[kPerThread], int q) {
+  if (q > 8) butterflies<1>(x);
+  if (q > 9) butterflies<2>(x);
+  if (q > 10) butterflies<3>(x);
+  if (q > 11) butterflies<4>(x);
+  if (q > 12) butterflies<5>(x);
+}
+HSAID_DEVICE void stages_c(float (&x)[kPerThread], int q) {
+  if (q > 13) butterflies<5>(x);
+  butterflies<0>(x);
+  butterflies<1>(x);
+}
+
+// The same, last stage first.
+HSAID_DEVICE void stages_a_reversed(float (&x)[kPerThread], int q) {
+  if (q > 7) butterflies<5>(x);
+  if (q > 6) butterflies<4>(x);
+  if (q > 5) butterflies<3>(x);
+  butterflies<2>(x);
+  butterflies<1>(x);
+  butterflies<0>(x);
+}
+HSAID_DEVICE void stages_b_reversed(float (&x)[kPerThread], int q) {
+  if (q > 12) butterflies<5>(x);
+  if (q > 11) butterflies<4>(x);
+  if (q > 10) butterflies<3>(x);
+  if (q > 9) butterflies<2>(x);
+  if (q > 8) butterflies<1>(x);
+}
+HSAID_DEVICE void stages_c_reversed(float (&x)[kPerThread], int q) {
+  butterflies<1>(x);
+  butterflies<0>(x);
+  if (q > 13) butterflies<5>(x);
+}
+
+// --- exchanges
+// ----------------------------------------------------------------------------------------------------------
+
+// A row of the exchange is what a lane holds in A, a column what it holds in B. Begins by waiting until nobody in the
+// block uses the exchange any more.
+HSAID_DEVICE void a_to_b(float (&x)[kPerThread]) {
+  const Shared rows = exchange() + warp() * 32 * kRowFloats, row = rows + lane() * kRowFloats, column = rows + lane();
+  float y[kPerThread];
+  sync_block();
+#pragma unroll
+  for (int e7 = 0; e7 < 2; ++e7) {
+    if (e7) sync_warp();
+#pragma unroll
+    for (int i = 0; i < 32; i += 2) row.store(i, float2{x[e7 << 5 | i], x[e7 << 5 | i | 1]});
+    sync_warp();
+#pragma unroll
+    for (int j = 0; j < 32; ++j) y[j << 1 | e7] = column.load(j * kRowFloats);
+  }
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) x[i] = y[i];
+}
+
+HSAID_DEVICE void b_to_a(float (&x)[kPerThread]) {
+  const Shared rows = exchange() + warp() * 32 * kRowFloats, row = rows + lane() * kRowFloats, column = rows + lane();
+  float y[kPerThread];
+  sync_block();
+#pragma unroll
+  for (int e7 = 0; e7 < 2; ++e7) {
+    if (e7) sync_warp();
+#pragma unroll
+    for (int j = 0; j < 32; ++j) column.store(j * kRowFloats, x[j << 1 | e7]);
+    sync_warp();
+#pragma unroll
+    for (int i = 0; i < 32; i += 2) {
+      const float2 pair = row.load<float2>(i);
+      y[e7 << 5 | i] = pair.x;
+      y[e7 << 5 | i | 1] = pair.y;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) x[i] = y[i];
+}
+
+// In the exchange [e13 e1 e0][e10 e11 e12][e2 ... e6][e8 e9]: vectors over e8 and e9, registers in both layouts.
+HSAID_DEVICE void b_to_c(float (&x)[kPerThread]) {
+  const Shared vectors = exchange() + lane() * 4, mine = vectors + warp() * 1024, theirs = vectors + warp() * 128;
+  float y[kPerThread];
+#pragma unroll
+  for (int e7 = 0; e7 < 2; ++e7) {
+    sync_block();
+#pragma unroll
+    for (int g = 0; g < 8; ++g) {
+      const int i = g << 3 | e7;
+      mine.store(g * 128, float4{x[i], x[i | 2], x[i | 4], x[i | 6]});
+    }
+    sync_block();
+#pragma unroll
+    for (int w = 0; w < 8; ++w) {
+      const int i = (w & 3) | e7 << 2 | w >> 2 << 5;
+      const float4 v = theirs.load<float4>(w * 1024);
+      y[i] = v.x;
+      y[i | 8] = v.y;
+      y[i | 16] = v.z;
+      y[i | 24] = v.w;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) x[i] = y[i];
+}
+
+HSAID_DEVICE void c_to_b(float (&x)[kPerThread]) {
+  const Shared vectors = exchange() + lane() * 4, mine = vectors + warp() * 1024, theirs = vectors + warp() * 128;
+  float y[kPerThread];
+#pragma unroll
+  for (int e7 = 0; e7 < 2; ++e7) {
+    sync_block();
+#pragma unroll
+    for (int w = 0; w < 8; ++w) {
+      const int i = (w & 3) | e7 << 2 | w >> 2 << 5;
+      theirs.store(w * 1024, float4{x[i], x[i | 8], x[i | 16], x[i | 24]});
+    }
+    sync_block();
+#pragma unroll
+    for (int g = 0; g < 8; ++g) {
+      const int i = g << 3 | e7;
+      const float4 v = mine.load<float4>(g * 128);
+      y[i] = v.x;
+      y[i | 2] = v.y;
+      y[i | 4] = v.z;
+      y[i | 6] = v.w;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) x[i] = y[i];
+}
+
+// H of every block of the tile, from A to C.
+HSAID_DEVICE void transform(float (&x)[kPerThread], int q) {
+  stages_a(x, q);
+  a_to_b(x);
+  stages_b(x, q);
+  b_to_c(x);
+  stages_c(x, q);
+}
+
+// H^T, from C to A.
+HSAID_DEVICE void transform_reversed(float (&x)[kPerThread], int q) {
+  stages_c_reversed(x, q);
+  c_to_b(x);
+  stages_b_reversed(x, q);
+  b_to_a(x);
+  stages_a_reversed(x, q);
+}
+
+// A value of every register of A, as 16 vectors over e4 and e5: vector v has e2 e3 e7 e6 for its bits, and component j
+// of it is register a_register(v, j). vector_place says where `kept` has it, `owner` being the thread.
+HSAID_DEVICE constexpr int a_register(int v, int j) { return (v & 3) | j << 2 | (v >> 3 & 1) << 4 | (v >> 2 & 1) << 5; }
+HSAID_DEVICE int vector_place(int v, int owner) { return (v * kThreads + owner) * 4; }
+
+// The place in `kept` of position k of a block.
+HSAID_DEVICE int place_of(uint32_t k) {
+  const int vector = (int)((k >> 2 & 3) | (k >> 7 & 1) << 2 | (k >> 6 & 1) << 3);
+  const int owner = (int)((k >> 8 & 31) | (k & 3) << 5 | (k >> 13 & 1) << 7);
+  return vector_place(vector, owner) + (int)(k >> 4 & 3);
+}
+
+// --- random streams
+// -----------------------------------------------------------------------------------------------------
+
+// What multiplies a value: a normal, or a sign in bit 31 (times +-1 is exact).
+struct Normal {
+  float g;
+  HSAID_MEMBER float times(float x) const { return g * x; }
+};
+struct Sign {
+  uint32_t sign;
+  HSAID_MEMBER float times(float x) const { return float_from_bits(bits_from_float(x) ^ (sign & 0x80000000u)); }
+};
+
+// Where the draws of a tile come from. Of its blocks each has the number `block` and the number within the tile,
+// times `block_step`.
+struct Draws {
+  Params params;
+  uint64_t stream;
+  Purpose purpose;
+  int64_t block, block_step;
+  int chunk;
+};
+
+HSAID_DEVICE Stream stream_at(const Draws& d, uint32_t position) {
+  return {d.params.seed, d.stream, d.purpose, d.block + (int64_t)(position >> d.params.q) * d.block_step, d.chunk};
+}
+
+// Of the windows `normals`, the first holds the 32 words of A and the second those of B, each in a bank of its own, so
+// that no look-ups of a warp collide. Then the top of kNormalMagic, which must come from memory: the compiler spends a
+// move a normal on a constant that it knows. Once, before the first draw, and before a barrier.
+HSAID_DEVICE void prepare_normals() {
+  const uint32_t i = thread_index(), s = kFirstLine + (i & 31);
+  if (i < 64) normals().store((int)((i & 32) << 1 | (s & 63)), normal_table((i & 32) | (s & 31)));
+  if (i == 64) normals().store(128, float_from_bits(kNormalMagic >> 16));
+}
+
+HSAID_DEVICE Normal draw_normal(uint32_t magic) {
+  return {normal_from_magic(
+      magic, [](uint32_t s) { return normals().look_up<0>(s); }, [](uint32_t s) { return normals().look_up<1>(s); })};
+}
+
+// use(v, d) for vectors v = 0 ... 15 of A with the draws d[4] of their components. n >= 256: one block a thread.
+template <class Use>
+HSAID_DEVICE void draw_normals(const Draws& d, Use&& use) {
+  const uint32_t magic = bits_from_float(normals().load(128));
+  const uint32_t own = position_a(0), k = own & ((1u << d.params.q) - 1);
+  const Stream s = stream_at(d, own);
+  PhiloxPrefix prefix = philox_prefix(s.seed, counter(s.purpose, s.block, s.chunk, s.id, 0));
+  prefix.word0 ^= (k & 15) | k >> 7 << 4 | (uint32_t)s.chunk << 16;
+#pragma unroll
+  for (int v = 0; v < 8; ++v) {
+    const PhiloxWords words = philox_from_prefix(prefix, s.seed, (uint32_t)((v & 3) << 2 | v >> 2 << 4));
+    Normal g[8];
+#pragma unroll
+    for (int word = 0; word < 4; ++word) {
+      const uint32_t odd = words.w[word] | 0x00010001u;
+      g[2 * word] = draw_normal(below(magic, odd, 0));
+      g[2 * word + 1] = draw_normal(below(magic, odd, 1));
+    }
+    use(v, *(const Normal(*)[4])g);
+    use(v | 8, *(const Normal(*)[4])(g + 4));
+  }
+}
+
+template <class Use>
+HSAID_DEVICE void draw_signs(const Draws& d, Use&& use) {
+  const uint32_t own = position_a(0), k = own & ((1u << d.params.q) - 1);
+  const Stream s = stream_at(d, own);
+  const PhiloxPrefix prefix = philox_prefix(s.seed, counter(s.purpose, s.block, s.chunk, s.id, 0));
+  const PhiloxWords words = philox_from_prefix(prefix, s.seed, (k & 3) | k >> 9 << 2 | (uint32_t)s.chunk << 16);
+  const bool e8 = k >> 8 & 1;
+  const uint32_t halves[2] = {e8 ? words.w[2] : words.w[0], e8 ? words.w[3] : words.w[1]};  // at e7 = 0 and 1
+#pragma unroll
+  for (int v = 0; v < 16; ++v) {
+    Sign signs[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int i = a_register(v, j);
+      signs[j].sign = halves[i >> 5] << (31 - (i & 31));
+    }
+    use(v, signs);
+  }
+}
+
+// Any width, one call a value: for blocks smaller than what a thread holds. Goes through the exchange.
+template <class Use>
+HSAID_DEVICE void draw_slowly(const Draws& d, Use&& use) {
+  const Shared own = exchange() + (int)thread_index();
+  const uint32_t mask = (1u << d.params.q) - 1;
+  const bool rademacher = d.params.rademacher || d.purpose != kDiagonal;
+  sync_block();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+    for (int i = 0; i < 32; ++i) {
+      const uint32_t e = position_a(a_register(half * 8 + i / 4, i % 4));
+      own.store(i * kThreads, stream_value(stream_at(d, e), d.params.q, rademacher, e & mask));
+    }
+#pragma unroll
+    for (int v = 0; v < 8; ++v) {
+      const Normal g[4] = {{own.load(v * 4 * kThreads)},
+                           {own.load((v * 4 + 1) * kThreads)},
+                           {own.load((v * 4 + 2) * kThreads)},
+                           {own.load((v * 4 + 3) * kThreads)}};
+      use(half * 8 + v, g);
+    }
+  }
+}
+
+constexpr int kFastDrawBits = 8;  // from here on a thread's values are all of one block
+
+// What a kernel is compiled for. kTile: n = 2^14; kWide: n >= 256; in both theta is one chunk. kGeneral: everything.
+enum class Kind { kTile, kWide, kGeneral };
+
+inline Kind kind_of(const Params& p) {
+  if (p.chunks > 1 || p.q < kFastDrawBits) return Kind::kGeneral;
+  return p.q == kTileBits ? Kind::kTile : Kind::kWide;
+}
+
+// The parameters, with what the kind fixes as constants.
+template <Kind kKind>
+HSAID_DEVICE Params specialised(Params p) {
+  if (kKind == Kind::kTile) p.q = kTileBits;
+  if (kKind != Kind::kGeneral) p.chunks = 1;
+  return p;
+}
+
+// kernel(rademacher, kind), both as integral constants, for these parameters.
+template <class P, class Kernel>
+auto choose(const Params& p, Kernel&& kernel) -> void (*)(P) {
+  const auto of_kind = [&](auto rademacher) -> void (*)(P) {
+    switch (kind_of(p)) {
+      case Kind::kTile:
+        return kernel(rademacher, std::integral_constant<Kind, Kind::kTile>{});
+      case Kind::kWide:
+        return kernel(rademacher, std::integral_constant<Kind, Kind::kWide>{});
+      default:
+        return kernel(rademacher, std::integral_constant<Kind, Kind::kGeneral>{});
+    }
+  };
+  return p.rademacher ? of_kind(std::true_type{}) : of_kind(std::false_type{});
+}
+
+template <bool kRademacher, bool kGeneral, class Use>
+HSAID_DEVICE void draw(const Draws& d, Use&& use) {
+  if (kGeneral && d.params.q < kFastDrawBits)
+    draw_slowly(d, use);
+  else if constexpr (kRademacher)
+    draw_signs(d, use);
+  else
+    draw_normals(d, use);
+}
+
+// --- z
+// ------------------------------------------------------------------------------------------------------------------
+
+// The signs B of a segment's chunk times x, in A. Every block of the tile gets them, as if it were the segment's first.
+template <bool kGeneral>
+HSAID_DEVICE void multiply_signs(const Params& p, uint64_t stream, int chunk, float (&x)[kPerThread]) {
+  draw<true, kGeneral>({p, stream, kSigns, 0, 0, chunk}, [&](int v, const auto(&d)[4]) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[a_register(v, j)] = d[j].times(x[a_register(v, j)]);
+  });
+}
+
+// z of a segment's chunk into `kept`, value k at place_of(k).
+template <bool kGeneral>
+HSAID_DEVICE void make_z(const Params& p, const float* theta, uint64_t stream, int chunk) {
+  const uint32_t mask = (1u << p.q) - 1;
+  const uint32_t dim = (uint32_t)p.dim - ((uint32_t)chunk << p.q), own_c = opaque(position_c(0));
+  theta += (int64_t)chunk << p.q;
+  float x[kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const uint32_t k = (own_c | register_position_c(i)) & mask;
+    x[i] = k < dim ? theta[k] : 0.0f;
+  }
+  c_to_b(x);
+  b_to_a(x);
+  multiply_signs<kGeneral>(p, stream, (int)opaque(chunk), x);
+  transform(x, p.q);
+
+  const Shared h = kept();
+  sync_block();  // nobody uses what was kept any more
+#pragma unroll
+  for (int i = 0; i < kPerThread; i += 4) {
+    const uint32_t k = own_c | register_position_c(i);
+    if (k <= mask) h.store((int)k, float4{x[i], x[i + 1], x[i + 2], x[i + 3]});
+  }
+  sync_block();
+  const PermutationKeys pi = permutation_keys(p.seed, stream, (int)opaque(chunk));
+  const uint32_t own = opaque(position_a(0));
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) x[i] = h.load((int)permute((own | i << 2) & mask, p.q, pi));
+  sync_block();
+#pragma unroll
+  for (int v = 0; v < 16; ++v)
+    if (position_a(a_register(v, 0)) <= mask)
+      h.store(vector_place(v, thread_index()),
+              float4{x[a_register(v, 0)], x[a_register(v, 1)], x[a_register(v, 2)], x[a_register(v, 3)]});
+  sync_block();
+}
+
+}  // namespace hsaid::cuda

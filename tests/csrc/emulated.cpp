@@ -1,0 +1,5 @@
+// The CUDA kernels' very sources, over the emulated device.
+#include "../../csrc/cuda/fastfood_adjoint.cu"
+#include "../../csrc/cuda/fastfood_forward.cu"
+#include "../../csrc/cuda/hadamard_transform.cu"
+#include "../../csrc/cuda/stream_values.cu"
