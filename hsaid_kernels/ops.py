@@ -19,7 +19,8 @@ NAMESPACE = "hsaid_kernels"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "cuda", "cpu", "reference")
 
-# `segments`, `holes`: Plan's tables, on the CPU for every backend; `factors` [S] has the scales s_i inside; `base`, `grads` have an entry per tensor.
+# `segments`, `holes`: Plan's tables, on the CPU for every backend; `factors` [S] has the scales s_i inside; `base` and
+# `grads` have an entry per tensor.
 _PLAN = "Tensor segments, int seed, int width, bool rademacher"
 torch.library.define(
     f"{NAMESPACE}::fastfood_forward",

@@ -159,17 +159,20 @@ class Model:
         return base + np.concatenate(values)[: len(base)]
 
     def adjoint(self, theta: np.ndarray, factors: dict, grads: dict) -> tuple:
-        """(dtheta, dfactors); for tensors that are one group of blocks."""
+        """(dtheta, dfactors), the blocks of a tensor added in groups of 24."""
         dtheta, dfactors = np.zeros((self.chunks, self.n), dtype=F), []
         for name, grad in grads.items():
-            assert len(grad) <= 2**19
             padded = np.zeros(-(-len(grad) // self.n) * self.n, dtype=F)
             padded[: len(grad)] = grad
-            u = np.zeros((self.chunks, self.n), dtype=F)
-            for block, g in enumerate(padded.reshape(-1, self.n)):
+            u, group = np.zeros((2, self.chunks, self.n), dtype=F)
+            blocks = padded.reshape(-1, self.n)
+            for block, g in enumerate(blocks):
                 hg = walsh_hadamard(g, transposed=True)
                 for chunk in range(self.chunks):
-                    u[chunk] += self.g(name, block, chunk) * hg
+                    group[chunk] += self.g(name, block, chunk) * hg
+                if block % 24 == 23 or block + 1 == len(blocks):
+                    u += group
+                    group[:] = 0
             dot = F(0)
             for chunk in range(self.chunks):
                 products = u[chunk] * self.z(name, chunk, theta)
