@@ -3,6 +3,10 @@
 #   make train    train the default model on the embedded data, then a few steps on the whole of mBERT
 #   make test     lint, C++ tests, Python tests
 #
+# On a machine with an NVIDIA GPU and nvcc, with the python3 that is there and has torch and pytest, installing nothing:
+#
+#   make gpu      build for this GPU, test and sanitize the kernels, measure, write benchmarks/results/<gpu>.json
+#
 # PYTHON chooses the interpreter (3.10 or newer), VENV the folder of the virtual environment.
 
 PYTHON ?= python3
@@ -12,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CMAKE := $(abspath $(BIN))/cmake
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint bench gpu clean
 
 train: $(VENV)/.installed
 	$(BIN)/hsaid train $(ARGS)
@@ -27,6 +31,17 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+gpu: export PYTHONPATH := .
+gpu:
+	cmake -S . -B build/gpu -G Ninja -DHSAID_CUDA=ON -DHSAID_CUDA_ARCHITECTURES=native -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
+	cmake --build build/gpu --target _cpu _cuda
+	cmake --install build/gpu --prefix "$(CURDIR)/hsaid_kernels"
+	$(PYTHON) -m pytest -m gpu tests/test_cuda.py $(ARGS)
+	for tool in memcheck racecheck synccheck initcheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 --print-limit 5 $(PYTHON) benchmarks/gpu.py --small || exit 1; \
+	done
+	$(PYTHON) benchmarks/gpu.py
 
 # The libraries go into hsaid_kernels/, where the editable installation finds them.
 $(VENV)/.installed: constraints.txt $(SOURCES)

@@ -9,30 +9,24 @@ import statistics
 import time
 
 import pytest
+import shapes
 import torch
-from transformers import BertConfig, BertForSequenceClassification
 
 from hsaid_kernels import Projection, ops
 
 ROUNDS = 9
 
 
-def mbert_shapes():
-    with torch.device("meta"):
-        model = BertForSequenceClassification(BertConfig(vocab_size=119547))
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-
 @pytest.fixture(scope="module")
 def gate():
     """No speed is reported of kernels that are wrong: their bits must be the reference's, forward and adjoint."""
-    shapes = {"a": (70, 128), "b": (768,), "c": (3, 7)}
+    small = {"a": (70, 128), "b": (768,), "c": (3, 7)}
     generator = torch.Generator().manual_seed(0)
     for diagonal in ("gaussian", "rademacher"):
-        cpu = Projection.from_shapes(shapes, dim=1000, seed=1, diagonal=diagonal)
-        ref = Projection.from_shapes(shapes, dim=1000, seed=1, diagonal=diagonal, backend="reference")
+        cpu = Projection.from_shapes(small, dim=1000, seed=1, diagonal=diagonal)
+        ref = Projection.from_shapes(small, dim=1000, seed=1, diagonal=diagonal, backend="reference")
         theta = torch.randn(1000, generator=generator)
-        tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        tensors = {name: torch.randn(shape, generator=generator) for name, shape in small.items()}
         for ours, theirs in zip(cpu.forward(theta, base=tensors).values(), ref.forward(theta, base=tensors).values()):
             assert torch.equal(ours, theirs)
         for ours, theirs in zip(cpu.adjoint(tensors, theta), ref.adjoint(tensors, theta), strict=True):
@@ -59,7 +53,7 @@ def isa(request, monkeypatch):
 @pytest.mark.parametrize("diagonal", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_mbert(gate, report, isa, dtype, diagonal, dim):
-    projection = Projection.from_shapes(mbert_shapes(), dim=dim, diagonal=diagonal, dtype=dtype)
+    projection = Projection.from_shapes(shapes.mbert(), dim=dim, diagonal=diagonal, dtype=dtype)
     plan = projection.plan
     flat = torch.randn(plan.numel).to(dtype)
     out = torch.empty_like(flat)

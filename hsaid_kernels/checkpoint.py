@@ -17,8 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -73,6 +71,8 @@ def save_pretrained(hsaid: HSAID, directory: str | os.PathLike) -> None:
     Raises:
         OSError: the directory cannot be written to (PermissionError, NotADirectoryError, no space left, ...).
     """
+    import safetensors.torch  # the kernels serve where it is not installed
+
     config = _packed(describe(hsaid))
     text = json.dumps(config, separators=(",", ":"))
     values = {name: getattr(hsaid, name).detach().cpu() for name in ("theta", "multipliers")}
@@ -181,6 +181,8 @@ def _w0_checks(hsaid: HSAID) -> str:
 
 def _read(directory: str | os.PathLike) -> tuple[Config, dict[str, Tensor]]:
     """(configuration, {"theta": ..., "multipliers": ...}), known to be what was written."""
+    import safetensors.torch
+
     path = Path(directory, VALUES_FILE)
     try:
         data = path.read_bytes()

@@ -111,7 +111,7 @@ HSAID_DEVICE void read_tile(const Piece& p, int64_t first, int q, int64_t group_
 
 // Asks for the thread's share of a tile.
 HSAID_DEVICE void prefetch_tile(const Piece& p, int64_t first, int q, int64_t group_elements) {
-  const int64_t e = first + element_of(thread_index() * kPerThread, q, group_elements);
+  const int64_t e = first + element_of((uint32_t)(warp() * 32 + lane()) * kPerThread, q, group_elements);
   if (e + kPerThread > p.count) return;
   const char* line = (const char*)p.data + e * (p.dtype == Dtype::kFloat ? 4 : 2);
   prefetch(line);
@@ -126,9 +126,9 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_groups_kernel(const __gri
   const AdjointPiece& piece = a.pieces[row_of(item, a.num_pieces, [&](int64_t i) { return a.pieces[i].first_item; })];
   const int group = (item - piece.first_item) << (kTileBits - p.q);  // of the piece, the first of the block of threads
   const int64_t group_elements = a.group_blocks << p.q;
-  const int64_t begin = (piece.first_group + group) * group_elements;
-  const int64_t blocks = (piece.grad.count - begin + ((int64_t)1 << p.q) - 1) >> p.q;
-  const int steps = (int)(blocks < a.group_blocks ? blocks : a.group_blocks);
+  const int first_block = (int)((piece.first_group + group) * a.group_blocks);
+  const int64_t blocks = (piece.grad.count + (1 << p.q) - 1) >> p.q;
+  const int last_block = (int)(blocks < first_block + a.group_blocks ? blocks : first_block + a.group_blocks);
 
   prepare_normals();
 #pragma unroll
@@ -136,18 +136,17 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_groups_kernel(const __gri
   sync_block();
   float x[kPerThread];
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    const int64_t first = begin + ((int64_t)step << p.q);
+  for (int block = first_block; block < last_block; ++block) {  // and those of the groups beside it
+    const int64_t first = (int64_t)block << p.q;
     if (!piece.vectors)
       read_elements(piece.grad, first, p.q, group_elements, x);
     else if (kKind == Kind::kTile && first + kTile <= piece.grad.count)
       read_tile<true>(piece.grad, first, p.q, group_elements, x);
     else
       read_tile<false>(piece.grad, first, p.q, group_elements, x);
-    if (piece.vectors && step + 1 < steps) prefetch_tile(piece.grad, first + (1 << p.q), p.q, group_elements);
+    if (piece.vectors && block + 1 < last_block) prefetch_tile(piece.grad, first + (1 << p.q), p.q, group_elements);
     transform_reversed(x, p.q);
-    const Draws draws = {
-        p, piece.stream, kDiagonal, (piece.first_group + group) * a.group_blocks + step, a.group_blocks, chunk};
+    const Draws draws = {p, piece.stream, kDiagonal, block, a.group_blocks, chunk};
     draw<kRademacher, kGeneral>(draws, [&](int v, const auto(&d)[4]) {
       const int place = vector_place(v, thread_index());
       const float4 u = kept().load<float4>(place);

@@ -29,6 +29,12 @@ void check_device(const Tensor& t, const Tensor& theta, const char* what) {
                   t.is_cuda() ? "another CUDA device" : "the CPU");
 }
 
+// Makes theta's device the current one.
+torch::stable::accelerator::DeviceGuard guard_for(const Tensor& theta, const char* what) {
+  STD_TORCH_CHECK(theta.is_cuda(), what, ": expected a tensor on a CUDA device, got one on the CPU");
+  return torch::stable::accelerator::DeviceGuard(theta.get_device_index());
+}
+
 const float* floats(const Tensor& t, const Tensor& theta, int64_t count, const char* what) {
   check_device(t, theta, what);
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.numel() == count, what,
@@ -53,7 +59,7 @@ cuda::Workspace workspace(const Tensor& like, std::vector<Tensor>& kept) {
 
 Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, Tensor segments, int64_t seed,
                         int64_t width, bool rademacher, Tensor holes, int64_t numel, ScalarType dtype) {
-  const torch::stable::accelerator::DeviceGuard guard(theta.get_device_index());
+  const auto guard = guard_for(theta, "theta");
   theta = torch::stable::contiguous(theta);
   factors = torch::stable::contiguous(factors);
   const CheckedPlan plan =
@@ -78,7 +84,7 @@ Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, 
 std::tuple<Tensor, Tensor> fastfood_adjoint(Tensor theta, Tensor factors, std::vector<std::optional<Tensor>> grads,
                                             Tensor segments, int64_t seed, int64_t width, bool rademacher,
                                             int64_t group_blocks) {
-  const torch::stable::accelerator::DeviceGuard guard(theta.get_device_index());
+  const auto guard = guard_for(theta, "theta");
   theta = torch::stable::contiguous(theta);
   factors = torch::stable::contiguous(factors);
   const CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, grads.size());
@@ -98,7 +104,7 @@ std::tuple<Tensor, Tensor> fastfood_adjoint(Tensor theta, Tensor factors, std::v
 }
 
 Tensor hadamard_transform(Tensor x, double scale) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const auto guard = guard_for(x, "x");
   x = torch::stable::contiguous(x);
   Tensor out = torch::stable::empty_like(x);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x: expected a last dimension of at least 1");
@@ -113,7 +119,7 @@ Tensor stream_values(Tensor like, int64_t seed, int64_t stream, int64_t purpose,
                      int64_t width, bool rademacher) {
   const hsaid::Stream s = checked_stream(seed, stream, purpose, block, chunk);
   const int q = checked_width_bits(width);
-  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  const auto guard = guard_for(like, "like");
   Tensor out = torch::stable::new_empty(like, {width}, ScalarType::Float);
   cuda::stream_values(s, q, rademacher, out.mutable_data_ptr<float>(), current_stream(like));
   return out;

@@ -1,0 +1,244 @@
+"""The projection of all of mBERT on a CUDA device, against the speed of its memory and against the published algorithm.
+
+    python benchmarks/gpu.py            measures, prints a table, writes benchmarks/results/<gpu>.json
+    python benchmarks/gpu.py --small    runs every kernel once on small shapes: for compute-sanitizer
+
+Floors, timed in the same rounds: torch.add(W0, 1.0, out=W), which reads W0 and writes W once; and reading the gradients
+once, which is torch.sum or half of the add, whichever is faster. Times are of CUDA events, medians over the rounds.
+"""
+
+import argparse
+import json
+import math
+import platform
+import re
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import shapes
+import torch
+
+import hsaid_kernels
+from hsaid_kernels import hadamard_transform, ops
+from hsaid_kernels.plan import Plan, Segment, whole
+
+HERE = Path(__file__).parent
+ROUNDS = 21
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def milliseconds(f: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    f()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def measure(parts: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Milliseconds of each part in each round, the parts one after the other."""
+    for part in parts.values():
+        for _ in range(3):
+            part()
+    torch.cuda.synchronize()
+    times = {name: [] for name in parts}
+    for _ in range(rounds):
+        for name, part in parts.items():
+            times[name].append(milliseconds(part))
+    return times
+
+
+def random_values(plan: Plan, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(plan.numel, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(dtype)
+
+
+def gate() -> None:
+    """No speed is reported of kernels that are wrong: their bits must be the CPU backend's."""
+    small = {"a": (70, 768), "b": (768,), "c": (3, 7)}
+    for diagonal in ("gaussian", "rademacher"):
+        for dim in (1000, 16384):
+            plan = Plan(small, dim, seed=1, diagonal=diagonal)
+            theta, flat = torch.randn(dim), torch.randn(plan.numel)
+            results = []
+            for device in ("cpu", "cuda"):
+                on, tensors = (theta.to(device), plan.scales.to(device)), plan.views(flat.to(device))
+                forward = ops.fastfood_forward(plan, *on, tensors, torch.float32, device)
+                results.append([t.cpu() for t in (forward, *ops.fastfood_adjoint(plan, *on, tensors, device))])
+            if not all(torch.equal(a, b) for a, b in zip(*results)):
+                raise SystemExit(f"gate: CUDA and CPU differ at d = {dim}, {diagonal}; no speed is reported")
+
+
+def projection_row(name: str, diagonal: str, dim: int) -> dict:
+    dtype = DTYPES[name]
+    plan = Plan(shapes.mbert(), dim, diagonal=diagonal)
+    flat = random_values(plan, dtype)
+    out, tensors = torch.empty_like(flat), plan.views(flat)
+    theta, factors = torch.randn(dim, device="cuda"), plan.scales.cuda()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    ops.fastfood_adjoint(plan, theta, factors, tensors, "cuda")
+    workspace = torch.cuda.max_memory_allocated() - before
+    times = measure(
+        {
+            "floor": lambda: torch.add(flat, 1.0, out=out),
+            "forward": lambda: ops.fastfood_forward(plan, theta, factors, tensors, dtype, "cuda"),
+            "sum": lambda: flat.sum(),
+            "adjoint": lambda: ops.fastfood_adjoint(plan, theta, factors, tensors, "cuda"),
+        }
+    )
+    times["read"] = [min(s, f / 2) for s, f in zip(times["sum"], times["floor"])]
+    bytes_moved = plan.numel * flat.element_size()
+    return {
+        "what": "projection",
+        "dtype": name,
+        "diagonal": diagonal,
+        "d": dim,
+        **{f"{part}_ms": statistics.median(values) for part, values in times.items()},
+        "forward/floor": ratio(times["forward"], times["floor"]),
+        "adjoint/read": ratio(times["adjoint"], times["read"]),
+        "forward_GB/s": 2 * bytes_moved / statistics.median(times["forward"]) / 1e6,
+        "adjoint_GB/s": bytes_moved / statistics.median(times["adjoint"]) / 1e6,
+        "workspace_MB": workspace / 1e6,
+        "all_ms": times,
+    }
+
+
+def ratio(a: list[float], b: list[float]) -> float:
+    return statistics.median(x / y for x, y in zip(a, b))
+
+
+# --- the published algorithm (Aghajanyan, Zettlemoyer, Gupta 2020), from its definition: per tensor padded to
+# LL = 2^ceil(log2 D), H G Pi H B over LL, cut to D, divided by sqrt(LL sum G^2) sqrt(D / LL)
+
+
+def butterflies_eager(x: torch.Tensor) -> torch.Tensor:
+    h = 1
+    while h < len(x):
+        x = x.view(-1, 2, h)
+        x = torch.cat((x[:, :1] + x[:, 1:], x[:, :1] - x[:, 1:]), 1)
+        h *= 2
+    return x.flatten()
+
+
+def butterflies_one_launch_a_stage(x: torch.Tensor) -> torch.Tensor:
+    matrix = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=x.device)
+    h = 1
+    while h < len(x):
+        x = torch.matmul(matrix, x.view(-1, 2, h))
+        h *= 2
+    return x.flatten()
+
+
+def published_row(butterflies: Callable[[torch.Tensor], torch.Tensor], dim: int = 1000) -> dict:
+    theta, random, base = torch.randn(dim, device="cuda"), [], []
+    for shape in shapes.mbert().values():
+        numel = math.prod(shape)
+        size = max(1 << (numel - 1).bit_length(), 1)
+        g = torch.randn(size, device="cuda")
+        scale = 1 / math.sqrt(size * float(g.square().sum())) / math.sqrt(numel / size)
+        b = torch.randint(0, 2, (size,), device="cuda") * 2.0 - 1
+        random.append((numel, size, b, torch.randperm(size, device="cuda"), g, scale))
+        base.append(torch.randn(numel, device="cuda"))
+
+    def forward():
+        for w, (numel, size, b, pi, g, scale) in zip(base, random):
+            x = torch.nn.functional.pad(theta[:size], (0, size - min(dim, size)))
+            w + butterflies(g * butterflies(b * x)[pi])[:numel] * scale
+
+    times = measure({"forward": forward}, rounds=3)["forward"]
+    return {"what": butterflies.__name__, "d": dim, "forward_ms": statistics.median(times), "all_ms": times}
+
+
+def hadamard_row(name: str, dim: int) -> dict:
+    x = torch.randn(2**27 // dim, dim, device="cuda").to(DTYPES[name])
+    out = torch.empty_like(x)
+    times = measure({"floor": lambda: torch.add(x, 1.0, out=out), "transform": lambda: hadamard_transform(x)})
+    return {
+        "what": "hadamard_transform",
+        "dtype": name,
+        "n": dim,
+        "transform_ms": statistics.median(times["transform"]),
+        "transform/floor": ratio(times["transform"], times["floor"]),
+    }
+
+
+def small() -> None:
+    """Every kernel: each kind of width, vectors and single elements, chunks, bands, both diagonals, all dtypes."""
+    tensors = {"a": (3, 12000), "b": (1003,), "w": (70, 96)}
+    bands = [whole("a", (3, 12000)), whole("b", (1003,)), Segment("w", 32, 70, 32, 96)]
+    for dim, width in ((30, 32), (1000, 1024), (16384, 16384), (40, 32), (20000, 16384)):
+        for diagonal in ("gaussian", "rademacher"):
+            plan = Plan(tensors, dim, width=width, diagonal=diagonal, segments=bands)
+            theta, factors = torch.randn(dim, device="cuda"), plan.scales.cuda()
+            for dtype in DTYPES.values():
+                values = plan.views(random_values(plan, dtype))
+                ops.fastfood_forward(plan, theta, factors, values, dtype, "cuda")
+                ops.fastfood_forward(plan, theta, factors, [], dtype, "cuda")
+                ops.fastfood_adjoint(plan, theta, factors, [None, *values[1:]], "cuda")
+                ops.fastfood_adjoint(plan, theta, factors, values, "cuda")
+    for dim in (5, 500, 4096, 30000, 65536):
+        for dtype in DTYPES.values():
+            hadamard_transform(torch.randn(3, dim, device="cuda").to(dtype))
+    torch.ops.hsaid_kernels.stream_values(theta, 1, 2, 0, 3, 0, 256, False)
+    torch.cuda.synchronize()
+
+
+def machine() -> dict:
+    def output(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_GB": properties.total_memory / 1e9,
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "hsaid_kernels": hsaid_kernels.__version__,
+        "commit": output("git", "rev-parse", "HEAD"),
+        "changed_since": bool(output("git", "status", "--porcelain")),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="run every kernel on small shapes and measure nothing")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
+    options = parser.parse_args()
+    ops.choose_backend("cuda", torch.device("cuda"))  # or a RuntimeError that says why not
+    if options.small:
+        small()
+        return
+    gate()
+    diagonals, dims = ("gaussian", "rademacher"), (1000, 16384)
+    rows = [projection_row(name, diagonal, dim) for name in DTYPES for diagonal in diagonals for dim in dims]
+    torch.cuda.empty_cache()
+    rows += [hadamard_row(name, dim) for dim in (1024, 16384, 32768, 65536) for name in DTYPES]
+    torch.cuda.empty_cache()
+    rows += [published_row(butterflies_eager), published_row(butterflies_one_launch_a_stage)]
+    ours = next(row["forward_ms"] for row in rows if row["what"] == "projection" and row["d"] == 1000)
+    for row in rows[-2:]:
+        row["published/ours"] = row["forward_ms"] / ours
+    about = machine()
+    name = re.sub(r"[^a-z0-9]+", "-", about["gpu"].lower()).strip("-")
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{name}.json"
+    path.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+    print(json.dumps(about, indent=1))
+    for row in rows:
+        cells = {key: round(v, 3) if isinstance(v, float) else v for key, v in row.items() if key != "all_ms"}
+        print("  ".join(f"{key} {value}" for key, value in cells.items()))
+    print(f"written to {path.name} in {options.out.name}/")
+
+
+if __name__ == "__main__":
+    main()
