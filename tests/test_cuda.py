@@ -120,9 +120,8 @@ def test_hadamard_transform(dim, dtype):
     x = torch.randn(3, dim).to(dtype)
     poison(3 * dim)
     assert_same_bits(hadamard_transform(x.cuda(), 0.3).cpu(), hadamard_transform(x, 0.3))
-    assert_same_bits(
-        hadamard_transform(x.cuda()[:, :-1], 0.3).cpu(), hadamard_transform(x[:, :-1], 0.3)
-    ) if dim > 1 else None
+    if dim > 1:  # rows that begin anywhere
+        assert_same_bits(hadamard_transform(x.cuda()[:, :-1], 0.3).cpu(), hadamard_transform(x[:, :-1], 0.3))
 
 
 def test_hadamard_transform_is_differentiable():

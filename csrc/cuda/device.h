@@ -25,8 +25,7 @@ HSAID_DEVICE unsigned grid_width() { return gridDim.x; }
 
 HSAID_DEVICE void sync_block() { __syncthreads(); }
 HSAID_DEVICE void sync_warp() { __syncwarp(); }
-// The value of the warp's lane `lane` mod 32.
-HSAID_DEVICE float shuffle(float value, uint32_t lane) { return __shfl_sync(0xffffffffu, value, (int)lane); }
+// The value of the warp's lane that differs in the bits of `mask`.
 HSAID_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 // The block's shared memory in floats; vectors lie on multiples of their size.
@@ -58,7 +57,7 @@ class Shared {
 };
 
 HSAID_DEVICE Shared shared_memory() {
-  extern __shared__ float4 hsaid_shared[];
+  extern __shared__ __align__(256) float4 hsaid_shared[];
   return Shared((float*)hsaid_shared);
 }
 
@@ -100,7 +99,6 @@ HSAID_DEVICE float widen(uint16_t half, fp16) {
 }
 
 // --- host
-// ---------------------------------------------------------------------------------------------------------------
 
 inline void check(cudaError_t error, const std::string& what) {
   if (error != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(error));

@@ -48,7 +48,6 @@ HSAID_DEVICE float* slot(const AdjointParams& a, int chunk, int number) {
 }
 
 // --- the groups
-// ---------------------------------------------------------------------------------------------------------
 
 // Position e of the tile is element first + e mod n + (e / n) * group_elements of the piece.
 HSAID_DEVICE int64_t element_of(uint32_t e, int q, int64_t group_elements) {
@@ -59,10 +58,11 @@ template <class T, bool kWhole>
 HSAID_DEVICE void read_vectors(const Piece& p, int64_t first, int q, int64_t group_elements, float (&x)[kPerThread]) {
   using Load = typename Quad<T>::Bits;
   const T* data = (const T*)p.data + first;
+  const uint32_t own = opaque(position_c(0));
   Load loaded[kPerThread / 4];
 #pragma unroll
   for (int v = 0; v < kPerThread / 4; ++v) {
-    const uint32_t e = position_c(4 * v);
+    const uint32_t e = own | register_position_c(4 * v);
     const int64_t at = kWhole ? (int64_t)e : element_of(e, q, group_elements);
     loaded[v] = Load{};
     if (kWhole || first + at < p.count) loaded[v] = load_once((const Load*)(data + at));
@@ -173,7 +173,6 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_groups_kernel(const __gri
 }
 
 // --- the sums of the groups of a segment, into the slot of its first group
-// -----------------------------------------------
 
 __global__ void __launch_bounds__(kThreads) adjoint_sums_kernel(const __grid_constant__ AdjointParams a) {
   const AdjointPiece& piece = a.pieces[block_index().y];
@@ -190,7 +189,6 @@ __global__ void __launch_bounds__(kThreads) adjoint_sums_kernel(const __grid_con
 }
 
 // --- from the sums to <u, z> and factor * B H^T Pi^T u, in their place
-// ----------------------------------------------------
 
 template <bool kGeneral>
 __global__ void __launch_bounds__(kThreads, 2) adjoint_segments_kernel(const __grid_constant__ AdjointParams a) {
@@ -245,7 +243,6 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_segments_kernel(const __g
 }
 
 // --- the sums over segments
-// ----------------------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kThreads) adjoint_gradients_kernel(const __grid_constant__ AdjointParams a) {
   const int at = (int)(block_index().x * kThreads + thread_index()), n = 1 << a.params.q;
@@ -265,7 +262,6 @@ __global__ void __launch_bounds__(kThreads) adjoint_gradients_kernel(const __gri
 }
 
 // --- host
-// ---------------------------------------------------------------------------------------------------------------
 
 // The groups of all segments that have a gradient, in waves that fit into `slots` places and the kernels' parameters.
 std::vector<std::vector<AdjointPiece>> waves_of(const Adjoint& f, int64_t slots) {

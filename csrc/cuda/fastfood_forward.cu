@@ -74,10 +74,11 @@ HSAID_DEVICE void write_elements(const ForwardPiece& piece, Dtype dtype, int t, 
                                  float factor) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    const uint32_t own = opaque(position_c(0));
     sync_block();
 #pragma unroll
     for (int i = half * 32; i < half * 32 + 32; i += 4)
-      exchange().store((int)position_c(i & 31), float4{x[i], x[i + 1], x[i + 2], x[i + 3]});
+      exchange().store((int)(own | register_position_c(i & 31)), float4{x[i], x[i + 1], x[i + 2], x[i + 3]});
     sync_block();
     const int64_t first = (int64_t)t * kTile + half * (kTile / 2);
 #pragma unroll 1

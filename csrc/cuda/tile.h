@@ -39,7 +39,6 @@ HSAID_DEVICE uint32_t register_position_c(int i) { return (uint32_t)((i & 3) | (
 HSAID_DEVICE uint32_t position_c(int i) { return (uint32_t)(lane() << 2 | warp() << 10) | register_position_c(i); }
 
 // --- transform
-// ----------------------------------------------------------------------------------------------------------
 
 template <int bit>
 HSAID_DEVICE void butterflies(float (&x)[kPerThread]) {
@@ -97,7 +96,6 @@ HSAID_DEVICE void stages_c_reversed(float (&x)[kPerThread], int q) {
 }
 
 // --- exchanges
-// ----------------------------------------------------------------------------------------------------------
 
 // A row of the exchange is what a lane holds in A, a column what it holds in B. Begins by waiting until nobody in the
 // block uses the exchange any more.
@@ -223,7 +221,6 @@ HSAID_DEVICE int place_of(uint32_t k) {
 }
 
 // --- random streams
-// -----------------------------------------------------------------------------------------------------
 
 // What multiplies a value: a normal, or a sign in bit 31 (times +-1 is exact).
 struct Normal {
@@ -376,7 +373,6 @@ HSAID_DEVICE void draw(const Draws& d, Use&& use) {
 }
 
 // --- z
-// ------------------------------------------------------------------------------------------------------------------
 
 // The signs B of a segment's chunk times x, in A. Every block of the tile gets them, as if it were the segment's first.
 template <bool kGeneral>

@@ -130,7 +130,6 @@ HSAID_DEVICE uint32_t below(uint32_t top, uint32_t word, int half) {
 HSAID_DEVICE uint32_t opaque(uint32_t value) { return value; }
 
 // --- host
-// ---------------------------------------------------------------------------------------------------------------
 
 inline void zero_async(void* p, size_t bytes, cudaStream_t) { std::memset(p, 0, bytes); }
 

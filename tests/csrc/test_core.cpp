@@ -14,7 +14,6 @@ using namespace hsaid;
 namespace {
 
 // --- the generator
-// -----------------------------------------------------------------------------------------------------
 
 void test_philox() {
   const struct {
@@ -120,7 +119,6 @@ void test_permutation() {
 }
 
 // --- 16-bit floats
-// -----------------------------------------------------------------------------------------------------
 
 // The value of 16 bits by the definition of their format; the largest exponent is taken as any other.
 template <class T>
@@ -164,7 +162,6 @@ void test_half(const char* name, uint32_t infinity) {
 }
 
 // --- the pool of buffers
-// -----------------------------------------------------------------------------------------------
 
 void test_buffer_pool() {
   constexpr int64_t kSize = 20 << 20, kPage = 2 << 20;

@@ -10,6 +10,7 @@
 #include "../../csrc/core/walsh_hadamard.h"
 #include "../../csrc/cuda/fastfood.h"
 #include "cases.h"
+#include "emulator.h"
 
 namespace {
 

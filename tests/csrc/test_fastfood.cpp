@@ -9,7 +9,6 @@
 namespace {
 
 // --- the projection, one position at a time
-// ----------------------------------------------------------------------------
 
 float diagonal_at(const Params& p, const Segment& s, int64_t block, int chunk, uint32_t k) {
   const Stream stream = stream_of(p, s, kDiagonal, block, chunk);
@@ -108,7 +107,6 @@ Gradients scalar_adjoint(const Case& c, int64_t group_blocks, int64_t missing, G
 }
 
 // --- kernels against scalars
-// -------------------------------------------------------------------------------------------
 
 // Weights of type Out on bases of type Base (void: none); output on a cache line or not, stored past the caches or not.
 template <class Out, class Base>
