@@ -74,7 +74,7 @@ def _load(library: str, key: str) -> bool | str:
     except OSError as error:
         return f"{path.name} does not load: {error}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::fastfood_forward", key):
-        return f"{path.name} has no kernels for the projection yet"
+        return f"{path.name} registers no kernels for the projection: build the package again"
     return True
 
 

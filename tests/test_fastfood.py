@@ -432,7 +432,7 @@ def test_waves_of_groups(isa):
 
 
 def test_a_segment_across_waves():
-    """Nine groups of one tensor in waves of eight: <P x, g> = <x, P^T g>."""
+    """Twelve groups of one tensor in waves of eight: <P x, g> = <x, P^T g>."""
     plan = Plan({"a": (9, 2**19 - 5)}, 2**19, diagonal="rademacher")
     theta, factors = torch.randn(plan.dim), plan.scales
     (g,) = plan.views(torch.randn(plan.numel))
