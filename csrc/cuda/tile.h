@@ -232,8 +232,7 @@ struct Sign {
   HSAID_MEMBER float times(float x) const { return float_from_bits(bits_from_float(x) ^ (sign & 0x80000000u)); }
 };
 
-// Where the draws of a tile come from. Of its blocks each has the number `block` and the number within the tile,
-// times `block_step`.
+// Where the draws of a tile come from: its j-th block is block + j * block_step of the segment.
 struct Draws {
   Params params;
   uint64_t stream;
