@@ -4,6 +4,7 @@ import math
 import re
 
 import pytest
+import shapes
 import torch
 from helpers import assert_same_bits
 
@@ -38,6 +39,13 @@ def test_table():
     assert column(plan, "cols") == column(plan, "row_stride") == [5120, 768, 21, 1]
     assert column(plan, "stream") == [stream_id(name) for name in SHAPES]
     assert column(plan, "first_block") == [0, 20, 23, 24]
+
+
+def test_sums_of_groups_fit_in_40_megabytes():
+    """Of mBERT at the largest width, which is what the groups' size was chosen for."""
+    plan = Plan(shapes.mbert(), 16384)
+    groups = sum(-(-plan.blocks(piece) // plan.group_blocks) for piece in plan.pieces)
+    assert groups * plan.width * 4 <= 40e6
 
 
 def test_segments():

@@ -7,6 +7,8 @@ namespace hsaid {
 
 enum class Dtype { kFloat, kBfloat16, kHalf };
 
+HSAID_INLINE int64_t item_size(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
+
 struct bf16 {
   uint16_t bits;
 };

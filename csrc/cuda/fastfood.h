@@ -36,7 +36,8 @@ struct Forward {
   Dtype out_dtype;
 };
 
-// One launch for every kMaxPieces segments and holes. Takes memory only for theta of more than one chunk.
+// One launch for every kMaxPieces segments and holes. Takes memory only for theta of more than one chunk: at most 40
+// MB, or 64 KB for each block of threads where that is more.
 void fastfood_forward(const Forward&, const Workspace&, cudaStream_t);
 
 struct Adjoint {

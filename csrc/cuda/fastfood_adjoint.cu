@@ -12,9 +12,6 @@ namespace hsaid::cuda {
 
 namespace {
 
-// Of sums of groups at a time; what needs more is done in several waves.
-constexpr int64_t kWorkspaceFloats = 10'000'000;
-
 struct AdjointPiece {
   Piece grad;
   uint64_t stream;
@@ -307,25 +304,21 @@ void fastfood_adjoint(const Adjoint& f, float* dtheta, float* dfactors, const Wo
     slots = std::max(slots, slots_of(wave));
     pieces = std::max(pieces, wave.size());
   }
-  float* carried = workspace((slots + (waves.size() > 1 ? 2 : 0)) * size + (int64_t)pieces * p.chunks) + slots * size;
-  float* carry = carried + (waves.size() > 1 ? size : 0);
-
-  AdjointParams a{p,
-                  f.theta,
-                  f.factors,
-                  f.group_blocks,
-                  carried - slots * size,
-                  carried,
-                  carry,
-                  nullptr,
-                  dtheta,
-                  dfactors,
-                  true,
-                  slots,
-                  0,
-                  0,
-                  {}};
-  a.dots = carry + (waves.size() > 1 ? size : 0);
+  const int64_t carry_size = waves.size() > 1 ? size : 0;
+  AdjointParams a{};
+  a.params = p;
+  a.theta = f.theta;
+  a.factors = f.factors;
+  a.group_blocks = f.group_blocks;
+  a.sums = workspace(slots * size + 2 * carry_size + (int64_t)pieces * p.chunks);
+  float* carried = a.sums + slots * size;
+  a.carried = carried;
+  a.carry = carried + carry_size;
+  a.dots = a.carry + carry_size;
+  a.dtheta = dtheta;
+  a.dfactors = dfactors;
+  a.first_wave = true;
+  a.slots = slots;
   const auto groups_kernel = choose<AdjointParams>(
       p, [](auto rademacher, auto kind) { return adjoint_groups_kernel<rademacher.value, kind.value>; });
   const auto segments_kernel =

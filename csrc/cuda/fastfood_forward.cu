@@ -12,9 +12,6 @@ namespace {
 
 // Tiles whose work is as much as making z.
 constexpr int64_t kZCost = 3;
-// Tiles of one segment between which z of a chunk of theta is shared, where there are several chunks.
-constexpr int kRunTiles = 4;
-
 struct ForwardPiece {
   Piece base;
   void* out;  // where its first element goes
@@ -29,7 +26,9 @@ struct ForwardParams {
   const float* theta;
   const float* factors;
   Dtype out_dtype;
-  float* sums;  // [grid, kRunTiles, 2^14] for several chunks
+  // Where theta has several chunks, run_tiles tiles of a segment share the z of each, and keep their sums meanwhile.
+  int run_tiles;
+  float* sums;  // [grid, run_tiles, 2^14]
   int num_tiles;
   int num_pieces;
   ForwardPiece pieces[kMaxPieces];
@@ -140,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 2) fastfood_forward_kernel(const __g
       continue;
     }
     while (t < t_end) {
-      const int run = t, run_end = p.chunks > 1 && t + kRunTiles < t_end ? t + kRunTiles : t_end;
+      const int run = t, run_end = p.chunks > 1 && t + a.run_tiles < t_end ? t + a.run_tiles : t_end;
       for (int chunk = 0; chunk < p.chunks; ++chunk) {
         make_z<kGeneral>(p, a.theta, piece.stream, chunk);
         for (t = run; t < run_end; ++t) {
@@ -154,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 2) fastfood_forward_kernel(const __g
             x[a_register(v, 3)] = d[3].times(z.w);
           });
           if (p.chunks > 1) {
-            float* sum = a.sums + ((int64_t)block_index().x * kRunTiles + t - run) * kTile + thread_index();
+            float* sum = a.sums + ((int64_t)block_index().x * a.run_tiles + t - run) * kTile + thread_index();
 #pragma unroll
             for (int j = 0; j < kPerThread; ++j) {
               if (chunk > 0) x[j] = sum[j * kThreads] + x[j];
@@ -190,8 +189,12 @@ void launch_forward(void (*kernel)(ForwardParams), const Forward& f, const Works
   const char* name = "fastfood_forward_kernel";
   const std::vector<ForwardPiece> pieces = pieces_of(f);
   const int resident = resident_blocks(kernel, name, kThreads, kSharedBytes);
-  ForwardParams a{f.params, f.theta, f.factors, f.out_dtype, nullptr, 0, 0, {}};
-  if (f.params.chunks > 1) a.sums = workspace((int64_t)resident * kRunTiles * kTile);
+  ForwardParams a{f.params, f.theta, f.factors, f.out_dtype, 0, nullptr, 0, 0, {}};
+  if (f.params.chunks > 1) {
+    const int64_t tiles = (int64_t)resident * kTile;  // one of each block of threads
+    a.run_tiles = (int)std::clamp<int64_t>(kWorkspaceFloats / tiles, 1, 16);
+    a.sums = workspace(tiles * a.run_tiles);
+  }
   for (size_t begin = 0; begin < pieces.size(); begin += kMaxPieces) {
     a.num_pieces = (int)std::min<size_t>(kMaxPieces, pieces.size() - begin);
     a.num_tiles = 0;

@@ -18,6 +18,8 @@ struct Piece {
 constexpr int kParameterBytes = 32764;  // of a kernel, at most
 constexpr int kMaxPieces = 400;         // in one launch
 
+constexpr int64_t kWorkspaceFloats = 10'000'000;  // that a call takes, unless it cannot do with so few
+
 // Element e as an offset.
 HSAID_INLINE int64_t element(const Piece& p, int64_t e) {
   if (p.cols == 0) return e;
@@ -27,8 +29,6 @@ HSAID_INLINE int64_t element(const Piece& p, int64_t e) {
   }
   return e / p.cols * p.row_stride + e % p.cols;
 }
-
-HSAID_INLINE int64_t item_size(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
 
 HSAID_INLINE const void* address(const void* data, Dtype dtype, int64_t element) {
   return data ? (const char*)data + element * item_size(dtype) : nullptr;

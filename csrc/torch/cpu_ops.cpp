@@ -57,7 +57,7 @@ Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, 
     check_base_dtype(views.back().dtype, out_dtype);
   }
   const hsaid::Segment* hole_rows = check_written(plan, base, holes, numel);
-  const int64_t item = out_dtype == hsaid::Dtype::kFloat ? 4 : 2;
+  const int64_t item = hsaid::item_size(out_dtype);
   const bool large = numel * item > kLargeBytes;
   Tensor out = large ? pooled(numel, item, dtype, theta) : torch::stable::empty({numel}, dtype);
   hsaid::fastfood_forward(

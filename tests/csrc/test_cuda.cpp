@@ -33,11 +33,13 @@ cuda::Workspace workspace() {
 // Under sanitizers, which are slow: fewer sizes and devices, every kernel and branch all the same.
 bool quick = false;
 
+int many_blocks = 7;
+
 // f() with one device after another: few and many multiprocessors, threads and blocks in either order.
 template <class F>
 void on_devices(F&& f) {
   for (int i = 0; i < (quick ? 1 : 2); ++i) {
-    device().resident_blocks = i == 0 ? 2 : 7;
+    device().resident_blocks = i == 0 ? 2 : many_blocks;
     device().last_thread_first = device().last_block_first = i == 1;
     f("device " + std::to_string(i));
   }
@@ -88,7 +90,8 @@ void check_forward(const Plan& c, const std::string& what, int64_t shift = 0) {
                            workspace(), {});
     check_same_bits(out.data(), expected.data(), out.size(), what + ", " + on);
     CHECK(device().launches.size() == 1, "%s: %zu launches", what.c_str(), device().launches.size());
-    CHECK(c.params.chunks > 1 || workspace_floats == 0, "%s: takes memory", what.c_str());
+    CHECK(workspace_floats * 4 <= (c.params.chunks > 1 ? 40'000'000 : 0), "%s: takes %lld floats", what.c_str(),
+          (long long)workspace_floats);
   });
 }
 
@@ -144,6 +147,9 @@ void test_chunks() {
       check_forward<float, float>(three, name_of(q, 3, rademacher));
       check_adjoint<float>(three, 2, -1, name_of(q, 3, rademacher));
     }
+  many_blocks = 264;  // an H200's: they share 40 MB
+  check_forward<float, float>(Plan(14, 2, true), "264 blocks of threads");
+  many_blocks = 7;
 }
 
 // Of every pair of types, in vectors and (shifted by an element) one at a time.
