@@ -1,0 +1,204 @@
+"""dtheta and dfactors from the gradients of all tensors, each of which is read once for every chunk of theta.
+
+A program takes an item (tables.py), a group of blocks of a segment or several groups side by side, and leaves the group's sum
+sum_b G_b H^T g_b.  Three small kernels then add the groups of each segment, transform the sums, and add the segments, all in
+the order of the plan, so that the bits depend on nothing else (docs/rng.md).
+"""
+
+import triton
+import triton.language as tl
+
+from hsaid_kernels._triton.memory import element, load_floats, tensor_at
+from hsaid_kernels._triton.streams import SIGNS, permutation, sign_bits, times_diagonal, with_signs
+from hsaid_kernels._triton.tables import (
+    COLS,
+    COLUMNS,
+    COUNT,
+    FIRST,
+    FROM,
+    LAST,
+    OFFSET,
+    ROW_STRIDE,
+    SEGMENT,
+    STREAM,
+    TENSOR,
+    TO,
+)
+from hsaid_kernels._triton.tile import a_to_natural, make_z, place_in_a, transform_reversed
+
+
+@triton.jit
+def read_tile(
+    grad,
+    code,
+    count,
+    cols,
+    row_stride,
+    first,
+    step,
+    scratch,
+    GRADS: tl.constexpr,
+    Q: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Blocks that begin at the piece's elements first, first + step, ..., in natural order; 0 beyond the piece."""
+    ROWS: tl.constexpr = 1 << (T - Q)
+    if (cols == 0) & (grad % 16 == 0) & (first + (ROWS - 1) * step + (1 << Q) <= count):
+        at = tl.arange(0, ROWS)[:, None] * step + tl.arange(0, 1 << Q)[None, :]
+        at = tl.max_contiguous(tl.multiple_of(at, [1, 4]), [1, 4])  # as in write_tile
+        x = tl.reshape(load_floats(grad, code, first, at, None, GRADS, True), (1 << T,))
+    else:
+        STEP: tl.constexpr = 1 << (T - 4)
+        tl.debug_barrier()
+        for i in range(0, 1 << T, STEP):
+            e = i + tl.arange(0, STEP)
+            at = first + (e >> Q) * step + (e & ((1 << Q) - 1))
+            offsets = element(at, cols, row_stride)
+            tl.store(scratch + e, load_floats(grad, code, 0, offsets, at < count, GRADS, False))
+        tl.debug_barrier()
+        x = tl.load(scratch + tl.arange(0, 1 << T))
+    return x
+
+
+@triton.jit(do_not_specialize=["seed", "chunk", "group_blocks"])
+def adjoint_groups_kernel(
+    grads,  # table_of the tensors
+    seed: tl.int64,
+    chunk: tl.int32,
+    items,  # [programs, COLUMNS]
+    sums,  # [programs, 2^T]
+    lines,
+    group_blocks: tl.int32,
+    GRADS: tl.constexpr,
+    RADEMACHER: tl.constexpr,
+    Q: tl.constexpr,
+    T: tl.constexpr,
+):
+    item = tl.program_id(0)
+    row = items + item * COLUMNS
+    seed = seed.to(tl.int64)
+    grad, code = tensor_at(grads, tl.load(row + TENSOR), tl.load(row + OFFSET))
+    if grad != 0:
+        count, cols, row_stride = tl.load(row + COUNT), tl.load(row + COLS), tl.load(row + ROW_STRIDE)
+        stream, first = tl.load(row + STREAM), tl.load(row + FIRST)
+        groups = (tl.load(row + LAST) - first).to(tl.int32)
+        first_block = (first * group_blocks).to(tl.int32)
+        blocks = ((count + (1 << Q) - 1) >> Q).to(tl.int32)
+        out = sums + (item.to(tl.int64) << T)
+        u = tl.zeros((64, 1 << (T - 6)), tl.float32)
+        for block in range(first_block, tl.minimum(first_block + group_blocks, blocks)):
+            at = tl.cast(block, tl.int64) << Q
+            x = read_tile(grad, code, count, cols, row_stride, at, group_blocks << Q, out, GRADS, Q, T)
+            x = transform_reversed(x, Q, T)
+            u += times_diagonal(x, seed, stream, block, group_blocks, chunk, lines, RADEMACHER, Q, T)
+        tl.debug_barrier()
+        e = tl.arange(0, 1 << T)
+        tl.store(out + e, a_to_natural(u, T), mask=e < groups << Q)
+
+
+@triton.jit
+def adjoint_sums_kernel(
+    grads,
+    parts,  # [programs, COLUMNS]
+    sums,
+    carry,  # [2, 2^Q]
+    Q: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """The groups of a part in order, into the place of the first one, or on to the next wave."""
+    row = parts + tl.program_id(0) * COLUMNS
+    grad, _ = tensor_at(grads, tl.load(row + TENSOR), 0)
+    at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    first, last = tl.load(row + FIRST), tl.load(row + LAST)
+    before, after = tl.load(row + FROM), tl.load(row + TO)
+    if grad != 0:
+        sum = tl.load(carry + (before << Q) + at, mask=at < tl.where(before < 0, 0, 1 << Q), other=0.0)
+        for i in tl.range(first, last, loop_unroll_factor=8):
+            sum += tl.load(sums + (i << Q) + at)
+        if after < 0:
+            tl.store(sums + (first << Q) + at, sum)
+        else:
+            tl.store(carry + (after << Q) + at, sum)
+
+
+@triton.jit
+def fold(x, Q: tl.constexpr, T: tl.constexpr):
+    """Sum of each of the 2^(T-Q) blocks, the upper half added to the lower until one value is left: [blocks, 1]."""
+    for i in tl.static_range(Q):
+        a, b = tl.split(tl.permute(tl.reshape(x, (1 << (T - Q), 2, 1 << (Q - 1 - i))), (0, 2, 1)))
+        x = a + b
+    return tl.reshape(x, (1 << (T - Q), 1))
+
+
+@triton.jit(do_not_specialize=["seed", "dim", "chunk"])
+def adjoint_segments_kernel(
+    theta,
+    dim: tl.int32,
+    factors,
+    grads,
+    seed: tl.int64,
+    chunk: tl.int32,
+    parts,  # [programs, COLUMNS], those that are the last of their segments
+    sums,
+    scratch,  # [programs, 2, 2^T]
+    dfactors,
+    Q: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Of a segment's sum U: <U, z> to its factor's gradient, and factor * B H^T Pi^T U in the place of U."""
+    program = tl.program_id(0)
+    row = parts + program * COLUMNS
+    seed = seed.to(tl.int64)
+    grad, _ = tensor_at(grads, tl.load(row + TENSOR), 0)
+    if grad != 0:
+        N: tl.constexpr = 1 << T
+        STEP: tl.constexpr = 1 << (T - 4)
+        stream, segment = tl.load(row + STREAM), tl.load(row + SEGMENT)
+        u = sums + (tl.load(row + FIRST) << Q)
+        scratch += program.to(tl.int64) << (T + 1)
+        z = scratch + N
+        make_z(theta, dim, seed, stream, chunk, scratch, z, Q, T)
+        for i in range(0, N, STEP):
+            e = i + tl.arange(0, STEP)
+            tl.store(scratch + e, tl.load(u + (e & ((1 << Q) - 1))) * tl.load(z + place_in_a(e, T)))
+        tl.debug_barrier()
+        dots = fold(tl.load(scratch + tl.arange(0, N)), Q, T)  # the same one for each block
+        block = tl.arange(0, 1 << (T - Q))[:, None]
+        dots += tl.load(dfactors + segment + block * 0, mask=block < tl.minimum(chunk, 1), other=0.0)
+        tl.debug_barrier()
+        tl.store(dfactors + segment + block * 0, dots, mask=block == 0)
+
+        for i in range(0, N, STEP):
+            e = i + tl.arange(0, STEP)
+            k = e & ((1 << Q) - 1)
+            to = (e - k) + permutation(seed, stream, chunk, k, Q).to(tl.int32)
+            tl.store(scratch + to, tl.load(u + k))
+        tl.debug_barrier()
+        x = transform_reversed(tl.load(scratch + tl.arange(0, N)), Q, T)
+        first = tl.full([], 0, tl.int32)
+        x = with_signs(x, sign_bits(seed, stream, SIGNS, first, 0, chunk, Q, T))
+        e = tl.arange(0, N)
+        tl.store(u + e, tl.load(factors + segment) * a_to_natural(x, T), mask=e < 1 << Q)
+
+
+@triton.jit(do_not_specialize=["count", "finished", "add"])
+def adjoint_gradients_kernel(
+    grads,
+    parts,
+    sums,
+    dtheta,  # of one chunk
+    count: tl.int32,  # values of it
+    finished: tl.int32,
+    add: tl.int32,  # to what is in dtheta already
+    Q: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """The segments in order."""
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    sum = tl.load(dtheta + at, mask=at < tl.where(add == 0, 0, count), other=0.0)
+    for i in tl.range(finished, loop_unroll_factor=8):
+        row = parts + i * COLUMNS
+        grad, _ = tensor_at(grads, tl.load(row + TENSOR), 0)
+        place = sums + (tl.load(row + FIRST) << Q)
+        sum += tl.load(place + at, mask=at < tl.where(grad == 0, 0, count), other=0.0)
+    tl.store(dtheta + at, sum, mask=at < count)

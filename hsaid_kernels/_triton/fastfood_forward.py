@@ -1,0 +1,134 @@
+"""W = W0 + factor * H(sum_c G_c z_c) for every tensor in one launch.
+
+Persistent programs: each takes its runs of tiles (tables.py), all programs an equal share, makes z when it comes to a run,
+keeps it in its own `scratch`, and needs nothing of the others.  With several chunks of theta a run's tiles share the z of
+each chunk and keep their sums in `sums` meanwhile.
+"""
+
+import triton
+import triton.language as tl
+
+from hsaid_kernels._triton.memory import element, load_floats, store_floats, tensor_at
+from hsaid_kernels._triton.streams import times_diagonal
+from hsaid_kernels._triton.tables import (
+    COLS,
+    COLUMNS,
+    COUNT,
+    FIRST,
+    LAST,
+    OFFSET,
+    OUT_OFFSET,
+    ROW_STRIDE,
+    SEGMENT,
+    STREAM,
+    TENSOR,
+)
+from hsaid_kernels._triton.tile import kept, make_z, transform
+
+
+@triton.jit
+def write_elements(
+    out, base, code, count, cols, row_stride, first, x, factor, OUT: tl.constexpr, BASES: tl.constexpr, T: tl.constexpr
+):
+    """base + factor * x, or the base where factor is None, into the piece's elements first ... first + 2^T - 1."""
+    STEP: tl.constexpr = 1 << (T - 4)  # four values a thread at a time: offsets take many registers
+    for i in range(0, 1 << T, STEP):
+        at = i + tl.arange(0, STEP)
+        mask = first + at < count
+        offsets = element(first + at, cols, row_stride)
+        w = load_floats(base, code, 0, offsets, first + at < tl.where(base == 0, 0, count), BASES, False)
+        if factor is not None:
+            w += factor * tl.load(x + at)
+        store_floats(out, 0, offsets, w, mask, OUT, False)
+
+
+@triton.jit
+def write_tile(
+    out,
+    base,
+    code,
+    count,
+    cols,
+    row_stride,
+    t,
+    x,
+    factor,
+    scratch,
+    OUT: tl.constexpr,
+    BASES: tl.constexpr,
+    T: tl.constexpr,
+):
+    """base + factor * x into tile t of the piece that begins at the addresses `out` and `base` (0: zeros)."""
+    # Four values a thread are vectors of 16 or 8 bytes; eight of 16 bits would be another order.
+    at = tl.max_contiguous(tl.multiple_of(tl.arange(0, 1 << T), 4), 4)
+    first = tl.cast(t, tl.int64) << T
+    if (base != 0) & (cols == 0) & (first + (1 << T) <= count) & ((base | out) % 16 == 0):
+        w = load_floats(base, code, first, at, None, BASES, True)
+        store_floats(out, first, at, w + factor * x, None, OUT, True)
+    else:
+        tl.debug_barrier()
+        tl.store(scratch + at, x)
+        tl.debug_barrier()
+        write_elements(out, base, code, count, cols, row_stride, first, scratch, factor, OUT, BASES, T)
+
+
+@triton.jit(do_not_specialize=["seed", "dim"], do_not_specialize_on_alignment=["chunks"])
+def fastfood_forward_kernel(
+    theta,
+    dim,
+    chunks,
+    factors,
+    seed: tl.int64,
+    runs,  # [runs, COLUMNS]
+    first_runs,  # [programs + 1]
+    bases,  # table_of the tensors
+    out,
+    lines,
+    scratch,  # [programs, 2, 2^T]
+    sums,  # [programs, tiles of a run, 2^T] where there are several chunks
+    run_tiles,
+    OUT: tl.constexpr,
+    BASES: tl.constexpr,
+    RADEMACHER: tl.constexpr,
+    Q: tl.constexpr,
+    T: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    seed = seed.to(tl.int64)
+    own = kept(T)
+    scratch += program << (T + 1)
+    z = scratch + (1 << T)
+    sums += (program * run_tiles << T) + own
+    for i in range(tl.load(first_runs + program), tl.load(first_runs + program + 1)):
+        row = runs + i * COLUMNS
+        base, code = tensor_at(bases, tl.load(row + TENSOR), tl.load(row + OFFSET))
+        to = out.to(tl.int64) + tl.load(row + OUT_OFFSET) * (4 if OUT == 0 else 2)
+        count, cols, row_stride = tl.load(row + COUNT), tl.load(row + COLS), tl.load(row + ROW_STRIDE)
+        stream, segment = tl.load(row + STREAM), tl.load(row + SEGMENT)
+        first, last = tl.load(row + FIRST).to(tl.int32), tl.load(row + LAST).to(tl.int32)
+        if segment < 0:
+            for t in range(first, last):
+                at = tl.cast(t, tl.int64) << T
+                write_elements(to, base, code, count, cols, row_stride, at, None, None, OUT, BASES, T)
+        else:
+            factor = tl.load(factors + segment)
+            for chunk in range(chunks):
+                make_z(theta, dim, seed, stream, chunk, scratch, z, Q, T)
+                for t in range(first, last):
+                    x = times_diagonal(tl.load(z + own), seed, stream, t << (T - Q), 1, chunk, lines, RADEMACHER, Q, T)
+                    if chunks == 1:
+                        x = transform(x, Q, T)
+                        write_tile(
+                            to, base, code, count, cols, row_stride, t, x, factor, scratch, OUT, BASES, T
+                        )
+                    else:
+                        sum = sums + (t - first << T)
+                        if chunk > 0:
+                            x = tl.load(sum) + x
+                        if chunk + 1 < chunks:
+                            tl.store(sum, x)
+                        else:
+                            x = transform(x, Q, T)
+                            write_tile(
+                                to, base, code, count, cols, row_stride, t, x, factor, scratch, OUT, BASES, T
+                            )

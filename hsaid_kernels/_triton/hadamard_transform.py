@@ -1,0 +1,99 @@
+"""scale * H x for rows of any length n = 2^q, in float32, the stages at bits 2, 3, ..., q-1, 0, 1.
+
+Up to n = 2^14 a program has one row, or several short ones, reads each value once and writes it once.  Longer rows take such a
+pass for the bits 2 ... 13 and one for every six bits that follow, the last of which has bits 0 and 1 too; in between they are
+in float32 in memory.
+"""
+
+import triton
+import triton.language as tl
+
+from hsaid_kernels._triton.memory import narrowed, widened
+from hsaid_kernels._triton.streams import DIAGONAL, PERMUTATION, gaussian, permutation, sign_bits
+from hsaid_kernels._triton.tile import a_to_natural, natural_to_a, stages, transform
+
+COLUMN_BITS = 6  # stages of a later pass, at most
+
+
+@triton.jit
+def hadamard_rows_kernel(
+    x,  # [rows, dim], the rest of a row of 2^Q * row_tiles values being 0
+    out,  # [rows, out_dim]
+    rows,
+    dim,
+    out_dim,
+    row_tiles,  # of which each is transformed by itself
+    scale,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    FINISH: tl.constexpr,  # the stages 0 and 1, and the scale
+    Q: tl.constexpr,
+    T: tl.constexpr,
+):
+    ROWS: tl.constexpr = 1 << (T - Q)
+    tile = tl.program_id(0).to(tl.int64)
+    row, first = tile // row_tiles * ROWS, tile % row_tiles << Q
+    r, k = tl.arange(0, ROWS)[:, None], tl.arange(0, 1 << Q)[None, :]
+    if Q >= 2:
+        k = tl.max_contiguous(tl.multiple_of(k, [1, 4]), [1, 4])  # as in write_tile
+    inside = r < rows - row
+    at = r * dim.to(tl.int32) + k
+    v = tl.load(x + row * dim + first + at, mask=inside & (k < dim - first), other=0)
+    v = transform(natural_to_a(widened(v, IN), T), Q, T, FINISH)
+    if FINISH:
+        v *= scale
+    at = r * out_dim.to(tl.int32) + k
+    v = tl.reshape(narrowed(v, OUT), (ROWS, 1 << Q))
+    tl.store(out + row * out_dim + first + at, v, mask=inside & (k < out_dim - first))
+
+
+@triton.jit
+def hadamard_columns_kernel(
+    x,  # [rows, n]
+    out,  # [rows, out_dim]
+    n,
+    out_dim,
+    scale,
+    OUT: tl.constexpr,
+    FINISH: tl.constexpr,
+    BIT: tl.constexpr,
+    M: tl.constexpr,  # stages BIT ... BIT + M - 1
+    T: tl.constexpr,
+):
+    C: tl.constexpr = T - M
+    tile = tl.program_id(0).to(tl.int64)
+    row, tile = tile // (n >> T), tile % (n >> T)
+    low, high = tile & ((1 << (BIT - C)) - 1), tile >> (BIT - C)
+    line, column = tl.arange(0, 1 << M)[:, None].to(tl.int64), tl.arange(0, 1 << C)[None, :]
+    at = (high << (BIT + M)) + (line << BIT) + (low << C) + column
+    v = stages(tl.load(x + row * n + at), 0, M, C, False, T)
+    if FINISH:
+        v = stages(v, 0, 2, 0, False, T) * scale
+    v = tl.reshape(narrowed(v, OUT), (1 << M, 1 << C))
+    tl.store(out + row * out_dim + at, v, mask=at < out_dim)
+
+
+@triton.jit(do_not_specialize=["seed", "stream", "block", "chunk"])
+def stream_values_kernel(
+    out,
+    seed: tl.int64,
+    stream: tl.int64,
+    block: tl.int32,
+    chunk: tl.int32,
+    lines,
+    PURPOSE: tl.constexpr,
+    RADEMACHER: tl.constexpr,
+    Q: tl.constexpr,
+    T: tl.constexpr,
+):
+    """One block of a stream as numbers."""
+    seed, stream, block, chunk = seed.to(tl.int64), stream.to(tl.int64), block.to(tl.int32), chunk.to(tl.int32)
+    e = tl.arange(0, 1 << T)
+    if PURPOSE == PERMUTATION:
+        v = permutation(seed, stream, chunk, e & ((1 << Q) - 1), Q).to(tl.float32)
+    elif RADEMACHER or PURPOSE != DIAGONAL:
+        signs = sign_bits(seed, stream, PURPOSE, block, 0, chunk, Q, T)
+        v = a_to_natural(tl.where(signs >> 31 == 1, -1.0, 1.0), T)
+    else:
+        v = a_to_natural(gaussian(seed, stream, block, 0, chunk, lines, Q, T), T)
+    tl.store(out + e, v, mask=e < 1 << Q)

@@ -1,0 +1,137 @@
+"""Values of tensors by their addresses: what a kernel that writes all tensors at once has in place of arguments.
+
+A launch has a table with a word for each tensor: 2^62 | address << 3 | dtype << 1 | 1, or `MISSING`.  Words are odd and above 2^32, so
+that Triton compiles one kernel for all of them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their codes
+WORDS = 256  # that a launch of write_words takes
+MISSING = 1 << 62 | 1
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def word_of(tensor: Tensor | None) -> int:
+    return MISSING if tensor is None else MISSING | tensor.data_ptr() << 3 | DTYPES.index(tensor.dtype) << 1
+
+
+def dtypes_of(tensors: Sequence[Tensor | None]) -> int:
+    """A bit for the code of each dtype among the tensors; float32's if there are none."""
+    return sum({1 << DTYPES.index(t.dtype) for t in tensors if t is not None}) or 1
+
+
+@triton.jit
+def write_words(table, words):
+    for i in tl.static_range(256):
+        tl.store(table + i, words[i])
+
+
+def table_of(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """The table of the tensors' words on the device. They travel as kernel parameters: without a copy that the host
+    would have to wait for, and as a CUDA graph can capture it."""
+    words = [word_of(t) for t in tensors]
+    words += [MISSING] * (-len(words) % WORDS)
+    table = torch.empty(len(words) + WORDS * (not words), dtype=torch.int64, device=device)
+    for i in range(0, len(words), WORDS):
+        write_words[(1,)](table[i:], tuple(words[i : i + WORDS]), num_warps=1)
+    return table
+
+
+@triton.jit
+def tensor_at(table, number, offset):
+    """(address of element `offset`, dtype's code) of a tensor; address 0 if it is missing or its number is -1."""
+    word = tl.load(table + number, mask=number >= 0, other=1)
+    code = (word >> 1).to(tl.int32) & 3
+    address = (word & ((1 << 62) - 1)) >> 3
+    size = tl.where(code == 0, 4, 2)
+    return tl.where(address == 0, address, address + offset * size), code
+
+
+@triton.jit
+def widened(x, CODE: tl.constexpr):
+    """float32 of values as they are in memory, those of bfloat16 being taken for 16-bit integers."""
+    if CODE == 1:
+        return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def narrowed(x, CODE: tl.constexpr):
+    """The other way, rounded to nearest even."""
+    if CODE == 0:
+        return x
+    elif CODE == 2:
+        return x.to(tl.float16)
+    elif INTERPRETED:  # whose own cast cuts off
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = tl.where(x == x, bits + 0x7FFF + (bits >> 16 & 1), 0x7FC00000)
+        return (rounded >> 16).to(tl.int16)
+    else:
+        return x.to(tl.bfloat16).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def pointer(address, first, CODE: tl.constexpr):
+    """To element `first` of a tensor of the dtype with this code."""
+    SIZE: tl.constexpr = 4 if CODE == 0 else 2
+    TYPE: tl.constexpr = tl.float32 if CODE == 0 else tl.int16 if CODE == 1 else tl.float16
+    return (address + first * SIZE).to(tl.pointer_type(TYPE))
+
+
+@triton.jit
+def load_as(address, first, offsets, mask, CODE: tl.constexpr, ALIGNED: tl.constexpr):
+    p = pointer(address, first, CODE)
+    if ALIGNED:
+        x = tl.load(tl.multiple_of(p, 16) + offsets, eviction_policy="evict_first")
+    else:
+        x = tl.load(p + offsets, mask=mask, other=0, eviction_policy="evict_first")
+    return widened(x, CODE)
+
+
+@triton.jit
+def load_floats(address, code, first, offsets, mask, CODES: tl.constexpr, ALIGNED: tl.constexpr):
+    """Elements first + offsets as float32; where `mask` is not set 0. ALIGNED: all of them, from a multiple of 16 bytes.
+
+    CODES has a bit for each dtype that `code` may be; a code that is none of them is taken for the highest.
+    """
+    if CODES == 1:
+        x = load_as(address, first, offsets, mask, 0, ALIGNED)
+    elif CODES == 2:
+        x = load_as(address, first, offsets, mask, 1, ALIGNED)
+    elif CODES == 4:
+        x = load_as(address, first, offsets, mask, 2, ALIGNED)
+    else:
+        if code == 0:
+            x = load_as(address, first, offsets, mask, 0, ALIGNED)
+        elif code == 1:
+            x = load_as(address, first, offsets, mask, 1, ALIGNED)
+        else:
+            x = load_as(address, first, offsets, mask, 2, ALIGNED)
+    return x
+
+
+@triton.jit
+def store_floats(address, first, offsets, x, mask, CODE: tl.constexpr, ALIGNED: tl.constexpr):
+    p = pointer(address, first, CODE)
+    if ALIGNED:
+        tl.store(tl.multiple_of(p, 16) + offsets, narrowed(x, CODE), cache_modifier=".cs")
+    else:
+        tl.store(p + offsets, narrowed(x, CODE), mask=mask)
+
+
+@triton.jit
+def element(e, cols, row_stride):
+    """Offset of a piece's row-major e-th element, int64; cols 0: of a dense piece, others have less than 2^32 elements."""
+    if cols == 0:
+        offset = e
+    else:  # a 64-bit division would be a call
+        row = e.to(tl.uint32) // cols.to(tl.uint32)
+        offset = row.to(tl.int64) * row_stride + (e - row.to(tl.int64) * cols)
+    return offset

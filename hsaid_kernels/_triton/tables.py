@@ -1,0 +1,182 @@
+"""A plan's work as tables on the device, made once: which program does what.
+
+Every row is self-contained: it begins with what a kernel needs of a segment or a hole.  Work is measured in tiles of 2^T
+values (tile.py).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from hsaid_kernels import plan
+
+# Columns. COLS is 0 for a dense piece; SEGMENT is -1 for a hole. FIRST, LAST are the tiles of a run, the groups of an item or
+# the groups' places of a part; FROM, TO are where a part's sum goes on, -1 where it does not.
+COLUMNS = tl.constexpr(12)
+TENSOR, OFFSET, OUT_OFFSET, COUNT, COLS, ROW_STRIDE, STREAM, SEGMENT, FIRST, LAST, FROM, TO = (
+    tl.constexpr(i) for i in range(COLUMNS.value)
+)
+
+Z_COST = 3  # tiles whose work is as much as making z
+RUN_TILES = 2  # that share the z of every chunk where theta has several
+SUMS_FLOATS = 10_000_000  # of the groups' sums, at most, unless one item's take more
+
+
+class Runs(NamedTuple):
+    """The forward: program p does runs first[p] ... first[p + 1] - 1."""
+
+    rows: Tensor  # int64 [runs, COLUMNS]
+    first: Tensor  # int64 [programs + 1]
+
+
+class Wave(NamedTuple):
+    """As much of the adjoint as has place for its sums: items of one tile's width, and the segments' parts they make up."""
+
+    items: Tensor  # int64 [items, COLUMNS]
+    parts: Tensor  # int64 [parts, COLUMNS]
+    finished: int  # parts that are the last of their segments; all but the last part are
+
+
+def _column(table: np.ndarray, name: str) -> np.ndarray:
+    return table[:, plan.COLUMNS.index(name)]
+
+
+def _rows(table: Tensor, what: str, at_least: int) -> np.ndarray:
+    good = table.device.type == "cpu" and table.dtype == torch.int64 and table.dim() == 2 and table.is_contiguous()
+    if not good or table.shape[1] != len(plan.COLUMNS) or len(table) < at_least:
+        raise RuntimeError(f"{what}: expected a contiguous int64 table [rows, {len(plan.COLUMNS)}] on the CPU")
+    return table.numpy()
+
+
+def _ends(table: np.ndarray, offset: str) -> np.ndarray:
+    rows, cols, stride = (_column(table, name) for name in ("rows", "cols", "row_stride"))
+    return _column(table, offset) + (rows - 1) * stride + cols
+
+
+def _are_pieces(table: np.ndarray) -> np.ndarray:
+    rows, cols, stride = (_column(table, name) for name in ("rows", "cols", "row_stride"))
+    offset, out_offset = _column(table, "offset"), _column(table, "out_offset")
+    end = np.maximum(offset, out_offset) + rows.astype(float) * stride + cols  # a float cannot overflow
+    return (rows >= 1) & (cols >= 1) & (stride >= cols) & (offset >= 0) & (out_offset >= 0) & (end < 2.0**62)
+
+
+def _needed(table: np.ndarray) -> list[int]:
+    """Elements that the pieces need of each tensor."""
+    owner = _column(table, "tensor")
+    needed = np.zeros(owner.max(initial=-1) + 1, dtype=np.int64)
+    np.maximum.at(needed, owner[owner >= 0], _ends(table, "offset")[owner >= 0])
+    return needed.tolist()
+
+
+def check_segments(segments: Tensor, width: int, num_tensors: int | None) -> tuple[np.ndarray, list[int]]:
+    """(table, elements that it needs of each tensor); RuntimeError if a kernel could leave a tensor by it."""
+    table = _rows(segments, "segments", 1)
+    blocks = -(-_column(table, "rows") * _column(table, "cols") // width)
+    before = np.concatenate([[0], np.cumsum(blocks)[:-1]])
+    owner = _column(table, "tensor")
+    good = _are_pieces(table) & (owner >= 0) & (_column(table, "first_block") == before) & (blocks <= plan.MAX_BLOCKS)
+    if num_tensors is not None:
+        good &= owner < num_tensors
+    if not good.all():
+        raise RuntimeError(f"segments: row {int(np.argmin(good))} is no segment of this plan")
+    return table, _needed(table)
+
+
+def check_holes(
+    holes: Tensor, segments: np.ndarray, num_tensors: int | None, numel: int
+) -> tuple[np.ndarray, list[int]]:
+    """(table of holes, elements that it and the segments need of each tensor)."""
+    table = _rows(holes, "holes", 0)
+    owner = _column(table, "tensor")
+    good = _are_pieces(table) & (owner >= -1)
+    if num_tensors is not None:
+        good &= owner < num_tensors
+    if not good.all():
+        raise RuntimeError(f"holes: row {int(np.argmin(good))} is no hole of this plan")
+    both = np.concatenate([segments, table])
+    end = int(_ends(both, "out_offset").max())
+    if end > numel:
+        raise RuntimeError(f"numel: expected at least {end}, got {numel}")
+    return table, _needed(both)
+
+
+def _on(device: torch.device, *tables: np.ndarray) -> list[Tensor]:
+    return [torch.from_numpy(table).to(device) for table in tables]
+
+
+def pieces_of(segments: np.ndarray, holes: np.ndarray | None = None) -> np.ndarray:
+    """int64 [pieces, COLUMNS] of the plan's tables, the last four columns still empty."""
+    table = segments if holes is None else np.concatenate([segments, holes])
+    rows, cols, stride = (_column(table, name) for name in ("rows", "cols", "row_stride"))
+    dense = (rows == 1) | (cols == stride)
+    pieces = np.full((len(table), COLUMNS.value), -1, dtype=np.int64)
+    for to, source in ((TENSOR, "tensor"), (OFFSET, "offset"), (OUT_OFFSET, "out_offset"), (STREAM, "stream")):
+        pieces[:, to.value] = _column(table, source)
+    pieces[:, COUNT.value] = rows * cols
+    pieces[:, COLS.value] = np.where(dense, 0, cols)
+    pieces[:, ROW_STRIDE.value] = stride
+    pieces[: len(segments), SEGMENT.value] = np.arange(len(segments))
+    if (large := ~dense & (rows * cols >= 2**32)).any():
+        got = (rows * cols)[large][0]
+        raise RuntimeError(f"segments: Triton expects strided pieces of less than 2**32 elements, got one of {got}")
+    return pieces
+
+
+def runs_of(pieces: np.ndarray, t: int, programs: int, most: int | None, device: torch.device) -> Runs:
+    """Equal shares for the programs, cut where pieces end and every `most` tiles."""
+    tiles = -(-pieces[:, COUNT.value] // (1 << t))
+    first_tile = np.concatenate([[0], np.cumsum(tiles)])
+    cost = first_tile + Z_COST * np.arange(len(pieces) + 1)
+    programs = min(programs, int(first_tile[-1]))
+    at = cost[-1] * np.arange(programs + 1) // programs
+    row = np.searchsorted(cost[1:-1], at, side="right")
+    shares = first_tile[row] + np.clip(at - cost[row] - Z_COST, 0, tiles[row])
+    shares[-1] = first_tile[-1]
+    cuts = np.unique(np.concatenate([first_tile, shares]))
+    if most is not None:
+        cuts = np.concatenate([np.arange(a, b, most) for a, b in zip(cuts[:-1], cuts[1:])] + [cuts[-1:]])
+    begin, end = cuts[:-1], cuts[1:]
+    piece = np.searchsorted(first_tile, begin, side="right") - 1
+    rows = pieces[piece].copy()
+    rows[:, FIRST.value] = begin - first_tile[piece]
+    rows[:, LAST.value] = end - first_tile[piece]
+    return Runs(*_on(device, rows, np.searchsorted(begin, shares)))
+
+
+def waves_of(pieces: np.ndarray, q: int, t: int, group_blocks: int, device: torch.device) -> list[Wave]:
+    """An item takes 2^(t-q) groups side by side, and has a tile of place for their sums."""
+    side_by_side, most = 1 << (t - q), max(1, SUMS_FLOATS >> t)
+    waves: list[tuple[list, list]] = []
+    free, carries = 0, 0
+    for piece in pieces:
+        blocks = -(-int(piece[COUNT.value]) // (1 << q))
+        groups, group = -(-blocks // group_blocks), 0
+        while group < groups:
+            if free == 0:
+                waves.append(([], []))
+                free = most
+            items, parts = waves[-1]
+            taken = min(groups - group, free * side_by_side)
+            part = piece.copy()
+            part[FIRST.value] = len(items) * side_by_side
+            part[LAST.value] = part[FIRST.value] + taken
+            part[FROM.value] = carries % 2 if group else -1  # two places, as a wave may read one and write one
+            for first in range(group, group + taken, side_by_side):
+                item = piece.copy()
+                item[FIRST.value], item[LAST.value] = first, min(first + side_by_side, group + taken)
+                items.append(item)
+                free -= 1
+            group += taken
+            if group < groups:
+                carries += 1
+                part[TO.value] = carries % 2
+            parts.append(part)
+    return [
+        Wave(*_on(device, np.stack(items), np.stack(parts)), sum(int(part[TO.value] < 0) for part in parts))
+        for items, parts in waves
+    ]

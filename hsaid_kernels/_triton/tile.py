@@ -1,0 +1,148 @@
+"""A tile of 2^T values: the Walsh-Hadamard transform of its blocks of 2^Q values, and z.
+
+T is 12, or Q where blocks are larger, and a tile has T - 11 ... 8 warps, 64 values a thread.  Bits of a position e are
+numbered from 0.  The stages are those at bits 2, 3, ..., Q-1, 0, 1 (docs/rng.md), and a stage costs no exchange where
+its bit is a register, so a tile is in one order after the other, written from the highest bit to the lowest:
+
+    order A    2 ... 7 | T-1 ... 8, 1, 0              as [64, 2^(T-6)]; draws, stages 2 ... 7
+    order B    12 ... 7 | T-1 ... 13, 1, 0, 6 ... 2   where Q > 12; stages 8 ... 12
+    order C    T-1 ... T-4, 1, 0 | T-5 ... 2          stages that are left, 0 and 1
+    natural    T-1 ... 0                              in memory
+
+The six bits before the bar are the registers of a thread: Triton gives the highest bits to registers by default.
+C and natural differ in the numbers of registers only, so each tile crosses threads once (T = 12) or twice.
+"""
+
+import triton
+import triton.language as tl
+
+from hsaid_kernels._triton.streams import SIGNS, permutation, position, sign_bits, with_signs
+
+
+def tile_bits(q: int) -> int:
+    """T for blocks of 2^q values."""
+    return max(q, 12)
+
+
+def num_warps(q: int) -> int:
+    return 1 << (tile_bits(q) - 11)
+
+
+@triton.jit
+def butterflies(x, BIT: tl.constexpr, T: tl.constexpr):
+    """(a, b) -> (a + b, a - b) over bit BIT of the index of x, which is [2^T] in any order and shape."""
+    pairs = tl.permute(tl.reshape(x, (1 << (T - 1 - BIT), 2, 1 << BIT)), (0, 2, 1))
+    a, b = tl.split(pairs)
+    return tl.permute(tl.join(a + b, a - b), (0, 2, 1))
+
+
+@triton.jit
+def stages(x, FIRST: tl.constexpr, LAST: tl.constexpr, AT: tl.constexpr, REVERSED: tl.constexpr, T: tl.constexpr):
+    """Stages FIRST ... LAST - 1, of which the first is at bit AT of the index."""
+    for i in tl.static_range(LAST - FIRST):
+        if REVERSED:
+            x = butterflies(x, AT + LAST - FIRST - 1 - i, T)
+        else:
+            x = butterflies(x, AT + i, T)
+    return x
+
+
+@triton.jit
+def a_to_natural(x, T: tl.constexpr):
+    x = tl.permute(tl.reshape(x, (64, 1 << (T - 8), 4)), (1, 0, 2))
+    return tl.reshape(x, (1 << T,))
+
+
+@triton.jit
+def natural_to_a(x, T: tl.constexpr):
+    x = tl.permute(tl.reshape(x, (1 << (T - 8), 64, 4)), (1, 0, 2))
+    return tl.reshape(x, (64, 1 << (T - 6)))
+
+
+@triton.jit
+def a_to_c(x, Q: tl.constexpr, T: tl.constexpr):
+    """From order A to C, with the stages of order B on the way."""
+    if Q > 12:
+        x = tl.permute(tl.reshape(x, (2, 32, 1 << (T - 13), 32, 4)), (3, 0, 2, 4, 1))
+        x = stages(x, 8, 13, T - 5, False, T)
+        x = tl.reshape(x, (1 << (17 - T), 1 << (T - 12), 2, 1 << (T - 13), 4, 32))
+        return tl.permute(x, (3, 0, 4, 1, 2, 5))
+    else:
+        return tl.permute(tl.reshape(x, (64, 16, 4)), (1, 2, 0))
+
+
+@triton.jit
+def c_to_a(x, Q: tl.constexpr, T: tl.constexpr):
+    if Q > 12:
+        x = tl.reshape(x, (1 << (T - 13), 1 << (17 - T), 4, 1 << (T - 12), 2, 32))
+        x = stages(tl.permute(x, (1, 3, 4, 0, 2, 5)), 8, 13, T - 5, True, T)
+        return tl.permute(tl.reshape(x, (32, 2, 1 << (T - 13), 4, 32)), (1, 4, 2, 0, 3))
+    else:
+        return tl.permute(tl.reshape(x, (16, 4, 64)), (2, 0, 1))
+
+
+@triton.jit
+def transform(x, Q: tl.constexpr, T: tl.constexpr, FINISH: tl.constexpr = True):
+    """H of every block of the tile, from order A to natural order, [2^T]; without FINISH, but for the stages 0 and 1."""
+    x = stages(x, 2, max(2, min(8, Q)), T - 6, False, T)
+    x = a_to_c(x, Q, T)
+    DONE: tl.constexpr = 13 if Q > 12 else 8
+    x = stages(x, DONE, max(DONE, Q), DONE, False, T)
+    if FINISH:
+        x = stages(x, 0, min(2, Q), T - 6, False, T)
+    return tl.reshape(tl.permute(tl.reshape(x, (16, 4, 1 << (T - 6))), (0, 2, 1)), (1 << T,))
+
+
+@triton.jit
+def transform_reversed(x, Q: tl.constexpr, T: tl.constexpr):
+    """H^T, the stages in reverse, from natural order to A, [64, 2^(T-6)]."""
+    x = tl.permute(tl.reshape(x, (16, 1 << (T - 6), 4)), (0, 2, 1))
+    x = stages(x, 0, min(2, Q), T - 6, True, T)
+    DONE: tl.constexpr = 13 if Q > 12 else 8
+    x = stages(x, DONE, max(DONE, Q), DONE, True, T)
+    x = c_to_a(x, Q, T)
+    x = stages(x, 2, max(2, min(8, Q)), T - 6, True, T)
+    return tl.reshape(x, (64, 1 << (T - 6)))
+
+
+@triton.jit
+def index_a(T: tl.constexpr):
+    """The positions of a tile in order A: int32 [64, 2^(T-6)]."""
+    return position(tl.arange(0, 64)[:, None], tl.arange(0, 1 << (T - 6))[None, :])
+
+
+@triton.jit
+def place_in_a(e, T: tl.constexpr):
+    """The index in order A of position e."""
+    return (e >> 2 & 63) << (T - 6) | e >> 8 << 2 | (e & 3)
+
+
+@triton.jit
+def kept(T: tl.constexpr):
+    """Where a program keeps values of order A in memory: int32 [64, 2^(T-6)]."""
+    r, t = tl.arange(0, 64)[:, None], tl.arange(0, 1 << (T - 6))[None, :]
+    # Triton must not see that lanes are side by side: it would give each four values, and exchange them all.
+    return tl.max_contiguous(r << (T - 6) | t, [1, 1])
+
+
+@triton.jit
+def make_z(theta, dim, seed, stream, chunk, scratch, z, Q: tl.constexpr, T: tl.constexpr):
+    """z of a segment's chunk for every block of the tile into z [2^T], in order A. Uses scratch [2^T]."""
+    STEP: tl.constexpr = 1 << (T - 4)  # four positions a thread at a time, where each takes several registers
+    tl.debug_barrier()  # nobody needs any more what is there
+    for i in range(0, 1 << T, STEP):
+        e = i + tl.arange(0, STEP)
+        k = (chunk << Q) + (e & ((1 << Q) - 1))
+        tl.store(scratch + e, tl.load(theta + k, mask=k < dim, other=0.0))
+    tl.debug_barrier()
+    first = tl.full([], 0, tl.int32)
+    signs = sign_bits(seed, stream, SIGNS, first, 0, chunk, Q, T)
+    x = transform(with_signs(tl.load(scratch + index_a(T)), signs), Q, T)
+    tl.debug_barrier()
+    tl.store(scratch + tl.arange(0, 1 << T), x)
+    tl.debug_barrier()
+    for i in range(0, 1 << T, STEP):
+        a = i + tl.arange(0, STEP)
+        k = position(a >> (T - 6), a & ((1 << (T - 6)) - 1)) & ((1 << Q) - 1)
+        tl.store(z + a, tl.load(scratch + permutation(seed, stream, chunk, k, Q)))
+    tl.debug_barrier()
