@@ -294,9 +294,9 @@ def _classifier(arguments: argparse.Namespace, labels: Sequence[str]) -> tuple[s
 def _wrap(model: nn.Module, arguments: argparse.Namespace) -> HSAID:
     """On the GPU where there is one that the kernels can use."""
     from hsaid_kernels.module import HSAID
-    from hsaid_kernels.ops import available_backends, choose_backend
+    from hsaid_kernels.ops import choose_backend, choose_device
 
-    device = torch.device("cuda" if available_backends()["cuda"] is True else "cpu")
+    device = choose_device()
     choose_backend("auto", device)
     return HSAID(
         model.to(device),

@@ -1,11 +1,15 @@
 """The two ops of the projection and some small ones: schemas, fake kernels, finding and choosing backends.
 
 The one place that knows which backends exist.  A compiled library registers its kernels with torch's dispatcher when it
-is loaded; nothing else links it to Python.
+is loaded; nothing else links it to Python.  Triton serves devices that others serve too, so its kernels stand in a
+namespace of their own, with the same schemas.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,53 +19,76 @@ from torch import Tensor
 from hsaid_kernels import reference
 from hsaid_kernels.plan import Plan, check_choice
 
-NAMESPACE = "hsaid_kernels"
+NAMESPACE, TRITON_NAMESPACE = "hsaid_kernels", "hsaid_kernels_triton"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("auto", "cuda", "cpu", "reference")
+BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 # `segments`, `holes`: Plan's tables, on the CPU for every backend; `factors` [S] has the scales s_i inside; `base` and
-# `grads` have an entry per tensor.
+# `grads` have an entry per tensor. stream_values: one block [width] of a random stream (docs/rng.md) as a backend makes
+# it; purposes as in reference.py. For tests.
 _PLAN = "Tensor segments, int seed, int width, bool rademacher"
-torch.library.define(
-    f"{NAMESPACE}::fastfood_forward",
-    f"(Tensor theta, Tensor factors, Tensor[] base, {_PLAN}, Tensor holes, int numel, ScalarType dtype) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    f"{NAMESPACE}::fastfood_adjoint",
-    f"(Tensor theta, Tensor factors, Tensor?[] grads, {_PLAN}, int group_blocks) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    f"{NAMESPACE}::hadamard_transform", "(Tensor x, float scale) -> Tensor", tags=torch.Tag.pt2_compliant_tag
-)
+_SCHEMAS = {
+    "fastfood_forward": f"(Tensor theta, Tensor factors, Tensor[] base, {_PLAN}, Tensor holes, int numel, "
+    "ScalarType dtype) -> Tensor",
+    "fastfood_adjoint": f"(Tensor theta, Tensor factors, Tensor?[] grads, {_PLAN}, int group_blocks) "
+    "-> (Tensor, Tensor)",
+    "hadamard_transform": "(Tensor x, float scale) -> Tensor",
+    "stream_values": "(Tensor like, int seed, int stream, int purpose, int block, int chunk, int width, "
+    "bool rademacher) -> Tensor",
+}
 torch.library.define(f"{NAMESPACE}::empty_cache", "() -> int")
-# One block [width] of a random stream (docs/rng.md) as a backend makes it; purposes as in reference.py. For tests.
-torch.library.define(
-    f"{NAMESPACE}::stream_values",
-    "(Tensor like, int seed, int stream, int purpose, int block, int chunk, int width, bool rademacher) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::stream_values")
-def _(like, seed, stream, purpose, block, chunk, width, rademacher):
-    return like.new_empty(width, dtype=torch.float32)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::fastfood_forward")
-def _(theta, factors, base, segments, seed, width, rademacher, holes, numel, dtype):
+def _fake_forward(theta, factors, base, segments, seed, width, rademacher, holes, numel, dtype):
     return theta.new_empty(numel, dtype=dtype)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::fastfood_adjoint")
-def _(theta, factors, grads, segments, seed, width, rademacher, group_blocks):
+def _fake_adjoint(theta, factors, grads, segments, seed, width, rademacher, group_blocks):
     return torch.empty_like(theta), torch.empty_like(factors)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::hadamard_transform")
-def _(x, scale):
+def _fake_hadamard(x, scale):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake_stream(like, seed, stream, purpose, block, chunk, width, rademacher):
+    return like.new_empty(width, dtype=torch.float32)
+
+
+def _define(namespace: str) -> None:
+    fakes = (_fake_forward, _fake_adjoint, _fake_hadamard, _fake_stream)
+    for (name, schema), fake in zip(_SCHEMAS.items(), fakes, strict=True):
+        torch.library.define(f"{namespace}::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+
+    op = getattr(torch.ops, namespace).hadamard_transform
+
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return op(grad, ctx.scale), None
+
+    def setup(ctx, inputs, output) -> None:
+        ctx.scale = inputs[1]
+
+    # The leading block of the symmetric H is symmetric, so the transform is its own adjoint.
+    torch.library.register_autograd(f"{namespace}::hadamard_transform", backward, setup_context=setup)
+
+
+def _in_triton(name: str) -> None:
+    def run(*arguments):  # Triton takes a second to import
+        return getattr(importlib.import_module("hsaid_kernels._triton.ops"), name)(*arguments)
+
+    torch.library.impl(f"{TRITON_NAMESPACE}::{name}", "CompositeExplicitAutograd")(run)
+
+
+_define(NAMESPACE)
+_define(TRITON_NAMESPACE)
+for _name in _SCHEMAS:
+    _in_triton(_name)
+
+
+def _kernels(backend: str):
+    """The namespace of torch.ops with a backend's kernels."""
+    return getattr(torch.ops, TRITON_NAMESPACE if backend == "triton" else NAMESPACE)
 
 
 def _load(library: str, key: str) -> bool | str:
@@ -81,12 +108,33 @@ def _load(library: str, key: str) -> bool | str:
 def _load_cuda() -> bool | str:
     if not torch.backends.cuda.is_built():
         return "this torch is built without CUDA"
+    if torch.version.hip:
+        return "this torch is built for ROCm"
     if not torch.cuda.is_available():
         return "no CUDA device"
     return _load("_cuda", "CUDA")
 
 
-_AVAILABLE: dict[str, bool | str] = {"cpu": _load("_cpu", "CPU"), "cuda": _load_cuda(), "reference": True}
+def _find_triton() -> bool | str:
+    """Without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if not (_interpreting() or torch.cuda.is_available() or torch.xpu.is_available()):
+        return "no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+    return True
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+_AVAILABLE: dict[str, bool | str] = {
+    "cpu": _load("_cpu", "CPU"),
+    "cuda": _load_cuda(),
+    "triton": _find_triton(),
+    "reference": True,
+}
+_AUTO = {"cuda": ("cuda", "triton"), "xpu": ("triton",), "cpu": ("cpu",)}  # by device type, the first one first
 
 
 def available_backends() -> dict[str, bool | str]:
@@ -94,21 +142,37 @@ def available_backends() -> dict[str, bool | str]:
     return dict(_AVAILABLE)
 
 
+def _serves(backend: str, device: torch.device) -> bool:
+    if backend == "triton":
+        return (device.type == "cpu") == _interpreting()
+    return device.type == ("cuda" if backend == "cuda" else "cpu")
+
+
 def choose_backend(backend: str, device: torch.device) -> str:
     """The backend that serves tensors on `device`; RuntimeError that says what to do where there is none.
 
-    "auto" is the compiled backend of the device's type; "reference" (slow, any float dtype) is taken only by name.
+    "auto" is the compiled backend of the device's type, on a GPU without one Triton; "reference" (slow, any float
+    dtype) is taken only by name.
     """
     check_choice("backend", backend, BACKENDS)
-    if backend == "auto":
-        backend = device.type
-    reason = _AVAILABLE.get(backend, f"no backend for device type {device.type!r}")
-    if reason is not True:
-        raise RuntimeError(f"backend: {backend!r} cannot be used: {reason}")
-    if device.type != ("cuda" if backend == "cuda" else "cpu"):
-        own = "a CUDA device" if backend == "cuda" else "the CPU"
-        raise RuntimeError(f"backend: {backend!r} expects tensors on {own}, got tensors on {device}")
-    return backend
+    wanted = _AUTO.get(device.type, ()) if backend == "auto" else (backend,)
+    for name in wanted:
+        if _AVAILABLE[name] is not True:
+            continue
+        if not _serves(name, device):
+            own = {"cuda": "a CUDA device", "triton": "the CPU" if _interpreting() else "a GPU"}.get(name, "the CPU")
+            raise RuntimeError(f"backend: {name!r} expects tensors on {own}, got tensors on {device}")
+        return name
+    reasons = "; ".join(f"{name!r} cannot be used: {_AVAILABLE[name]}" for name in wanted)
+    raise RuntimeError(f"backend: {reasons or f'nothing serves tensors on device type {device.type!r}'}")
+
+
+def choose_device() -> torch.device:
+    """A GPU where there is one that a backend serves, else the CPU."""
+    for name, there in (("cuda", torch.cuda.is_available()), ("xpu", torch.xpu.is_available())):
+        if there and any(_AVAILABLE[backend] is True for backend in _AUTO[name]):
+            return torch.device(name)
+    return torch.device("cpu")
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -132,7 +196,7 @@ def fastfood_forward(
     if backend == "reference":
         return reference.forward(plan, theta, factors, base, dtype)
     width, signs, seed = plan.width, plan.rademacher, _signed(plan.seed)
-    return torch.ops.hsaid_kernels.fastfood_forward(
+    return _kernels(backend).fastfood_forward(
         theta, factors, list(base), plan.segments, seed, width, signs, plan.holes, plan.numel, dtype
     )
 
@@ -147,21 +211,9 @@ def fastfood_adjoint(
     if backend == "reference":
         return reference.adjoint(plan, theta, factors, grads)
     tensors = [None if grad is None else _plain(grad) for grad in grads]
-    return torch.ops.hsaid_kernels.fastfood_adjoint(
+    return _kernels(backend).fastfood_adjoint(
         theta, factors, tensors, plan.segments, _signed(plan.seed), plan.width, plan.rademacher, plan.group_blocks
     )
-
-
-def _hadamard_backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-    return torch.ops.hsaid_kernels.hadamard_transform(grad, ctx.scale), None
-
-
-def _hadamard_setup(ctx, inputs, output) -> None:
-    ctx.scale = inputs[1]
-
-
-# The leading block of the symmetric H is symmetric, so the transform is its own adjoint.
-torch.library.register_autograd(f"{NAMESPACE}::hadamard_transform", _hadamard_backward, setup_context=_hadamard_setup)
 
 
 def empty_cache() -> int:
@@ -169,20 +221,21 @@ def empty_cache() -> int:
     return torch.ops.hsaid_kernels.empty_cache() if _AVAILABLE["cpu"] is True else 0
 
 
-def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
+def hadamard_transform(x: Tensor, scale: float = 1.0, backend: str = "auto") -> Tensor:
     """Walsh-Hadamard transform of the last dimension, times `scale`.
 
     Args:
         x: [..., dim] in float32, float64, bfloat16 or float16, any strides. A dim that is no power of two is padded
             with zeros to n, the next one, and the result is cut back to dim.
         scale: a factor; 1 / sqrt(n) makes the transform orthonormal.
+        backend: "auto", or one of `available_backends()`.
 
     Equivalent to `torch.nn.functional.linear(pad(x), hadamard_matrix(n))[..., :dim] * scale`, in n log2 n additions;
     16-bit inputs are added in float32 and rounded once. Differentiable, also twice.
 
     Raises:
         TypeError: x is not a tensor of one of the four dtypes.  ValueError: x has no last dimension or an empty one.
-        RuntimeError: no backend for x's device.
+        RuntimeError: the backend cannot be used, or not for x's device.
     """
     if not isinstance(x, Tensor) or x.dtype not in (*WEIGHT_DTYPES, torch.float64):
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -193,7 +246,9 @@ def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
         raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected a last dimension of at least 1, got shape {tuple(x.shape)}")
-    choose_backend("auto", x.device)
-    if x.is_cuda and x.dtype == torch.float64:  # for gradient checks; the kernels have the dtypes that models have
-        return reference.hadamard_transform(x, float(scale))
-    return torch.ops.hsaid_kernels.hadamard_transform(x, float(scale))
+    backend = choose_backend(backend, x.device)
+    # GPU kernels have the dtypes that models have; float64 is for gradient checks.
+    if backend == "reference" or (backend != "cpu" and x.dtype == torch.float64):
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        return reference.hadamard_transform(wide, float(scale)).to(x.dtype)
+    return _kernels(backend).hadamard_transform(x, float(scale))

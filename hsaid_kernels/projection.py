@@ -114,7 +114,7 @@ class Projection:
     Args:
         plan: what goes where.
         dtype: of the weights: float32, bfloat16 or float16 (any floating dtype with backend="reference").
-        backend: "auto" (the compiled backend of theta's device), or one of `available_backends()`.
+        backend: "auto" (what serves theta's device best), or one of `available_backends()`.
     """
 
     def __init__(self, plan: Plan, *, dtype: torch.dtype = torch.float32, backend: str = "auto"):

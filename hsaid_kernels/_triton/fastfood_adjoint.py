@@ -1,15 +1,15 @@
 """dtheta and dfactors from the gradients of all tensors, each of which is read once for every chunk of theta.
 
-A program takes an item (tables.py), a group of blocks of a segment or several groups side by side, and leaves the group's sum
-sum_b G_b H^T g_b.  Three small kernels then add the groups of each segment, transform the sums, and add the segments, all in
-the order of the plan, so that the bits depend on nothing else (docs/rng.md).
+A program takes an item (tables.py), a group of blocks of a segment or several groups side by side, and leaves the
+group's sum sum_b G_b H^T g_b.  Three small kernels then add the groups of each segment, transform the sums, and add the
+segments, all in the order of the plan, so that the bits depend on nothing else (docs/rng.md).
 """
 
 import triton
 import triton.language as tl
 
 from hsaid_kernels._triton.memory import element, load_floats, tensor_at
-from hsaid_kernels._triton.streams import SIGNS, permutation, sign_bits, times_diagonal, with_signs
+from hsaid_kernels._triton.streams import SIGNS, permutation_keys, permute, sign_bits, times_diagonal, with_signs
 from hsaid_kernels._triton.tables import (
     COLS,
     COLUMNS,
@@ -168,10 +168,11 @@ def adjoint_segments_kernel(
         tl.debug_barrier()
         tl.store(dfactors + segment + block * 0, dots, mask=block == 0)
 
+        keys = permutation_keys(seed, stream, chunk)
         for i in range(0, N, STEP):
             e = i + tl.arange(0, STEP)
             k = e & ((1 << Q) - 1)
-            to = (e - k) + permutation(seed, stream, chunk, k, Q).to(tl.int32)
+            to = (e - k) + permute(k, keys, Q).to(tl.int32)
             tl.store(scratch + to, tl.load(u + k))
         tl.debug_barrier()
         x = transform_reversed(tl.load(scratch + tl.arange(0, N)), Q, T)

@@ -1,8 +1,8 @@
 """W = W0 + factor * H(sum_c G_c z_c) for every tensor in one launch.
 
-Persistent programs: each takes its runs of tiles (tables.py), all programs an equal share, makes z when it comes to a run,
-keeps it in its own `scratch`, and needs nothing of the others.  With several chunks of theta a run's tiles share the z of
-each chunk and keep their sums in `sums` meanwhile.
+Persistent programs: each takes its runs of tiles (tables.py), all programs an equal share, makes z when it comes to a
+run, keeps it in its own `scratch`, and needs nothing of the others.  With several chunks of theta a run's tiles share
+the z of each chunk and keep their sums in `sums` meanwhile.
 """
 
 import triton
@@ -118,9 +118,7 @@ def fastfood_forward_kernel(
                     x = times_diagonal(tl.load(z + own), seed, stream, t << (T - Q), 1, chunk, lines, RADEMACHER, Q, T)
                     if chunks == 1:
                         x = transform(x, Q, T)
-                        write_tile(
-                            to, base, code, count, cols, row_stride, t, x, factor, scratch, OUT, BASES, T
-                        )
+                        write_tile(to, base, code, count, cols, row_stride, t, x, factor, scratch, OUT, BASES, T)
                     else:
                         sum = sums + (t - first << T)
                         if chunk > 0:
@@ -129,6 +127,4 @@ def fastfood_forward_kernel(
                             tl.store(sum, x)
                         else:
                             x = transform(x, Q, T)
-                            write_tile(
-                                to, base, code, count, cols, row_stride, t, x, factor, scratch, OUT, BASES, T
-                            )
+                            write_tile(to, base, code, count, cols, row_stride, t, x, factor, scratch, OUT, BASES, T)

@@ -1,15 +1,15 @@
 """scale * H x for rows of any length n = 2^q, in float32, the stages at bits 2, 3, ..., q-1, 0, 1.
 
-Up to n = 2^14 a program has one row, or several short ones, reads each value once and writes it once.  Longer rows take such a
-pass for the bits 2 ... 13 and one for every six bits that follow, the last of which has bits 0 and 1 too; in between they are
-in float32 in memory.
+Up to n = 2^14 a program has one row, or several short ones, reads each value once and writes it once.  Longer rows
+take such a pass for the bits 2 ... 13 and one for every six bits that follow, the last of which has bits 0 and 1 too; in
+between they are in float32 in memory.
 """
 
 import triton
 import triton.language as tl
 
 from hsaid_kernels._triton.memory import narrowed, widened
-from hsaid_kernels._triton.streams import DIAGONAL, PERMUTATION, gaussian, permutation, sign_bits
+from hsaid_kernels._triton.streams import DIAGONAL, PERMUTATION, gaussian, permutation_keys, permute, sign_bits
 from hsaid_kernels._triton.tile import a_to_natural, natural_to_a, stages, transform
 
 COLUMN_BITS = 6  # stages of a later pass, at most
@@ -90,7 +90,7 @@ def stream_values_kernel(
     seed, stream, block, chunk = seed.to(tl.int64), stream.to(tl.int64), block.to(tl.int32), chunk.to(tl.int32)
     e = tl.arange(0, 1 << T)
     if PURPOSE == PERMUTATION:
-        v = permutation(seed, stream, chunk, e & ((1 << Q) - 1), Q).to(tl.float32)
+        v = permute(e & ((1 << Q) - 1), permutation_keys(seed, stream, chunk), Q).to(tl.float32)
     elif RADEMACHER or PURPOSE != DIAGONAL:
         signs = sign_bits(seed, stream, PURPOSE, block, 0, chunk, Q, T)
         v = a_to_natural(tl.where(signs >> 31 == 1, -1.0, 1.0), T)

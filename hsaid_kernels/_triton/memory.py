@@ -1,7 +1,7 @@
 """Values of tensors by their addresses: what a kernel that writes all tensors at once has in place of arguments.
 
-A launch has a table with a word for each tensor: 2^62 | address << 3 | dtype << 1 | 1, or `MISSING`.  Words are odd and above 2^32, so
-that Triton compiles one kernel for all of them.
+A launch has a table with a word for each tensor: 2^62 | address << 3 | dtype << 1 | 1, or `MISSING`.  Words are odd and
+above 2^32, so that Triton, which looks at the values of arguments, compiles one kernel for all of them.
 """
 
 from collections.abc import Sequence
@@ -97,7 +97,7 @@ def load_as(address, first, offsets, mask, CODE: tl.constexpr, ALIGNED: tl.const
 
 @triton.jit
 def load_floats(address, code, first, offsets, mask, CODES: tl.constexpr, ALIGNED: tl.constexpr):
-    """Elements first + offsets as float32; where `mask` is not set 0. ALIGNED: all of them, from a multiple of 16 bytes.
+    """Elements first + offsets as float32, 0 where `mask` is not set. ALIGNED: all, from a multiple of 16 bytes.
 
     CODES has a bit for each dtype that `code` may be; a code that is none of them is taken for the highest.
     """
@@ -128,7 +128,7 @@ def store_floats(address, first, offsets, x, mask, CODE: tl.constexpr, ALIGNED: 
 
 @triton.jit
 def element(e, cols, row_stride):
-    """Offset of a piece's row-major e-th element, int64; cols 0: of a dense piece, others have less than 2^32 elements."""
+    """Offset of a piece's row-major e-th element. cols 0: of a dense piece; others have less than 2^32 elements."""
     if cols == 0:
         offset = e
     else:  # a 64-bit division would be a call

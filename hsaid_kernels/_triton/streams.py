@@ -16,15 +16,9 @@ PERMUTATION = tl.constexpr(reference.PERMUTATION)
 
 
 def normal_lines(device: torch.device) -> torch.Tensor:
-    """int64 table of (B << 32 | A) by the upper 11 bits of v: entry i of A and B at every i that is theirs modulo 32."""
+    """int64 table of B << 32 | A by the upper 11 bits of v, which need no mask then: the 32 lines over and over."""
     a, b = (t.view(torch.int32).to(torch.int64) & 0xFFFFFFFF for t in (reference.TABLE_A, reference.TABLE_B))
     return (b << 32 | a).repeat(18).to(device)  # v < 2^16, so its upper bits are below 576
-
-
-@triton.jit
-def multiply_wide(a, b: tl.constexpr):
-    product = a.to(tl.uint64) * b
-    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
 
 @triton.jit
@@ -32,9 +26,10 @@ def philox(seed, c0, c1, c2, c3):
     """Philox4x32-10: four words for counters of four words, as uint32; seed int64."""
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
-        a_high, a_low = multiply_wide(c0, 0xD2511F53)
-        b_high, b_low = multiply_wide(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = b_high ^ c1 ^ k0, b_low, a_high ^ c3 ^ k1, a_low
+        a = c0.to(tl.uint64) * 0xD2511F53
+        b = c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (b >> 32).to(tl.uint32) ^ c1 ^ k0, b.to(tl.uint32)
+        c2, c3 = (a >> 32).to(tl.uint32) ^ c3 ^ k1, a.to(tl.uint32)
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
     return c0, c1, c2, c3
@@ -124,26 +119,24 @@ def with_signs(x, bits):
 
 
 @triton.jit
-def mix(x, key):
-    x = (x ^ key) * 0x9E3779B1
-    return (x ^ x >> 15) * 0x85EBCA77
-
-
-@triton.jit
-def permutation(seed, stream, chunk, k, Q: tl.constexpr):
-    """pi(k), uint32: a six-round Feistel network on the Q bits of k."""
-    LOW: tl.constexpr = Q // 2
+def permutation_keys(seed, stream, chunk):
     zero = tl.full([], 0, tl.uint32)
     k0, k1, k2, k3 = words(seed, stream, PERMUTATION, zero, chunk, zero)
     k4, k5, _, _ = words(seed, stream, PERMUTATION, zero, chunk, zero + 1)
+    return k0, k1, k2, k3, k4, k5
+
+
+@triton.jit
+def permute(k, keys, Q: tl.constexpr):
+    """pi(k), uint32: a six-round Feistel network on the Q bits of k."""
+    LOW: tl.constexpr = Q // 2
     low = k.to(tl.uint32) & ((1 << LOW) - 1)
     high = k.to(tl.uint32) >> LOW
-    high ^= mix(low, k0) >> (32 - (Q - LOW))
-    low ^= mix(high, k1) >> (32 - LOW)
-    high ^= mix(low, k2) >> (32 - (Q - LOW))
-    low ^= mix(high, k3) >> (32 - LOW)
-    high ^= mix(low, k4) >> (32 - (Q - LOW))
-    low ^= mix(high, k5) >> (32 - LOW)
+    for i in tl.static_range(0, 6, 2):
+        x = (low ^ keys[i]) * 0x9E3779B1
+        high ^= (x ^ x >> 15) * 0x85EBCA77 >> (32 - (Q - LOW))
+        x = (high ^ keys[i + 1]) * 0x9E3779B1
+        low ^= (x ^ x >> 15) * 0x85EBCA77 >> (32 - LOW)
     return high << LOW | low
 
 

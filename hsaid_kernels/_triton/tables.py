@@ -1,7 +1,7 @@
 """A plan's work as tables on the device, made once: which program does what.
 
-Every row is self-contained: it begins with what a kernel needs of a segment or a hole.  Work is measured in tiles of 2^T
-values (tile.py).
+Every row is self-contained: it begins with what a kernel needs of a segment or a hole.  Work is measured in tiles of
+2^T values (tile.py).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hsaid_kernels import plan
 
-# Columns. COLS is 0 for a dense piece; SEGMENT is -1 for a hole. FIRST, LAST are the tiles of a run, the groups of an item or
-# the groups' places of a part; FROM, TO are where a part's sum goes on, -1 where it does not.
+# Columns. COLS is 0 for a dense piece; SEGMENT is -1 for a hole. FIRST, LAST are the tiles of a run, the groups of an
+# item or the places of a part's groups; FROM, TO are where a part's sum comes from and goes on, -1 where it does not.
 COLUMNS = tl.constexpr(12)
 TENSOR, OFFSET, OUT_OFFSET, COUNT, COLS, ROW_STRIDE, STREAM, SEGMENT, FIRST, LAST, FROM, TO = (
     tl.constexpr(i) for i in range(COLUMNS.value)
@@ -35,7 +35,7 @@ class Runs(NamedTuple):
 
 
 class Wave(NamedTuple):
-    """As much of the adjoint as has place for its sums: items of one tile's width, and the segments' parts they make up."""
+    """As much of the adjoint as has place for its sums: items, a tile wide, and the parts of segments they make up."""
 
     items: Tensor  # int64 [items, COLUMNS]
     parts: Tensor  # int64 [parts, COLUMNS]

@@ -16,7 +16,7 @@ C and natural differ in the numbers of registers only, so each tile crosses thre
 import triton
 import triton.language as tl
 
-from hsaid_kernels._triton.streams import SIGNS, permutation, position, sign_bits, with_signs
+from hsaid_kernels._triton.streams import SIGNS, permutation_keys, permute, position, sign_bits, with_signs
 
 
 def tile_bits(q: int) -> int:
@@ -83,7 +83,7 @@ def c_to_a(x, Q: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def transform(x, Q: tl.constexpr, T: tl.constexpr, FINISH: tl.constexpr = True):
-    """H of every block of the tile, from order A to natural order, [2^T]; without FINISH, but for the stages 0 and 1."""
+    """H of every block of the tile, from order A to natural, [2^T]; without FINISH, all but the stages 0 and 1."""
     x = stages(x, 2, max(2, min(8, Q)), T - 6, False, T)
     x = a_to_c(x, Q, T)
     DONE: tl.constexpr = 13 if Q > 12 else 8
@@ -141,8 +141,9 @@ def make_z(theta, dim, seed, stream, chunk, scratch, z, Q: tl.constexpr, T: tl.c
     tl.debug_barrier()
     tl.store(scratch + tl.arange(0, 1 << T), x)
     tl.debug_barrier()
+    keys = permutation_keys(seed, stream, chunk)
     for i in range(0, 1 << T, STEP):
         a = i + tl.arange(0, STEP)
         k = position(a >> (T - 6), a & ((1 << (T - 6)) - 1)) & ((1 << Q) - 1)
-        tl.store(z + a, tl.load(scratch + permutation(seed, stream, chunk, k, Q)))
+        tl.store(z + a, tl.load(scratch + permute(k, keys, Q)))
     tl.debug_barrier()

@@ -1,0 +1,347 @@
+"""The Triton backend's ops: checks, tables, launches. Schemas and their meaning stand in hsaid_kernels/ops.py.
+
+Any GPU that Triton knows.  Every op is opaque to torch.compile: what the host does, tables by plan and addresses of
+tensors, has no meaning for tensors without memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from hsaid_kernels import plan
+from hsaid_kernels._triton import fastfood_adjoint as adjoint_kernels
+from hsaid_kernels._triton import hadamard_transform as hadamard_kernels
+from hsaid_kernels._triton import memory, streams, tables, tile
+from hsaid_kernels._triton.fastfood_forward import fastfood_forward_kernel
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+SIZE = 256  # values of a program in the kernels that add sums up
+
+Made = TypeVar("Made")
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # a plan's table -> what was made from it
+_lines: dict[torch.device, Tensor] = {}
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+def _once(table: Tensor, key: tuple, make: Callable[[], Made]) -> Made:
+    """What `make` makes from a plan's table, for as long as the table lives."""
+    made = _made.setdefault(table, {})
+    key = (*key, table._version)
+    if key not in made:
+        made[key] = make()
+    return made[key]
+
+
+def _normal_lines(device: torch.device) -> Tensor:
+    if device not in _lines:
+        _lines[device] = streams.normal_lines(device)
+    return _lines[device]
+
+
+def _on_nvidia() -> bool:
+    return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+
+
+def _options(q: int, registers: int | None = None) -> dict:
+    """How to compile for blocks of 2^q values. No multiplication is fused with an addition (docs/rng.md)."""
+    options = dict(num_warps=tile.num_warps(q), enable_fp_fusion=False)
+    return options | dict(maxnreg=registers) if registers and _on_nvidia() else options
+
+
+def _programs(device: torch.device, q: int) -> int:
+    """Programs that a device has room for: 512 threads a multiprocessor, at 128 registers each."""
+    if INTERPRETED:
+        return 3
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return properties["multiprocessor_count"] * (16 // tile.num_warps(q))
+
+
+def _on(device: torch.device):
+    """Makes it the current device, of which Triton takes the current stream."""
+    return contextlib.nullcontext() if INTERPRETED else torch.get_device_module(device).device(device)
+
+
+def _check_device(tensor: Tensor, theta: Tensor, what: str) -> None:
+    _check(
+        tensor.device == theta.device,
+        f"{what}: expected a tensor on {theta.device}, where theta is, got one on {tensor.device}",
+    )
+
+
+def _floats(tensor: Tensor, theta: Tensor, count: int, what: str) -> Tensor:
+    _check_device(tensor, theta, what)
+    good = tensor.dtype == torch.float32 and tensor.dim() == 1 and tensor.numel() == count
+    _check(good, f"{what}: expected a float32 tensor of {count} values")
+    return tensor.contiguous()
+
+
+def _theta(theta: Tensor) -> Tensor:
+    expected = "the CPU, where the interpreter runs" if INTERPRETED else "a GPU"
+    _check((theta.device.type == "cpu") == INTERPRETED, f"theta: expected a tensor on {expected}, got {theta.device}")
+    dim = theta.numel()
+    _check(1 <= dim <= plan.MAX_DIM, f"theta: expected 1 to {plan.MAX_DIM} values, got {dim}")
+    return _floats(theta, theta, dim, "theta")
+
+
+def _bits(width: int) -> int:
+    good = plan.MIN_WIDTH <= width <= plan.MAX_WIDTH and width & (width - 1) == 0
+    _check(good, f"width: expected a power of two from {plan.MIN_WIDTH} to {plan.MAX_WIDTH}, got {width}")
+    return width.bit_length() - 1
+
+
+def _dense(tensors: Sequence[Tensor | None], needed: list[int], theta: Tensor, what: str) -> list[Tensor | None]:
+    """The tensors, those with other strides as row-major copies, all checked to have what the plan needs."""
+    for number, (tensor, count) in enumerate(zip(tensors, needed)):
+        if tensor is None:
+            continue
+        _check_device(tensor, theta, what)
+        _check(tensor.dtype in memory.DTYPES, f"{what}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+        _check(
+            tensor.numel() >= count,
+            f"{what}: tensor {number} has {tensor.numel()} elements, the plan needs {count}",
+        )
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors[: len(needed)]]
+
+
+class _Forward(NamedTuple):
+    needed: list[int]
+    runs: tables.Runs
+
+
+def _make_forward(
+    device: torch.device, segments: Tensor, holes: Tensor, q: int, chunks: int, num_base: int | None, numel: int
+) -> _Forward:
+    rows, _ = tables.check_segments(segments, 1 << q, num_base)
+    hole_rows, needed = tables.check_holes(holes, rows, num_base, numel)
+    most = tables.RUN_TILES if chunks > 1 else None
+    pieces = tables.pieces_of(rows, hole_rows)
+    return _Forward(needed, tables.runs_of(pieces, tile.tile_bits(q), _programs(device, q), most, device))
+
+
+def fastfood_forward(
+    theta: Tensor,
+    factors: Tensor,
+    base: Sequence[Tensor],
+    segments: Tensor,
+    seed: int,
+    width: int,
+    rademacher: bool,
+    holes: Tensor,
+    numel: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    theta, q, t = _theta(theta), _bits(width), tile.tile_bits(_bits(width))
+    device, chunks = theta.device, -(-theta.numel() // width)
+    _check(dtype in memory.DTYPES, f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    key = (device, q, chunks > 1, len(base), numel, holes.shape, holes.numpy().tobytes())
+    made = _once(segments, key, lambda: _make_forward(device, segments, holes, q, chunks, len(base) or None, numel))
+    factors = _floats(factors, theta, len(segments), "factors")
+    tensors = _dense(base, made.needed, theta, "base") if base else [None] * len(made.needed)
+    allowed = all(x is None or x.dtype in (dtype, torch.float32) for x in tensors)
+    _check(allowed, "base: expected tensors in float32 or in the dtype of the weights")
+
+    out = torch.empty(numel, dtype=dtype, device=device)
+    programs = len(made.runs.first) - 1
+    run_tiles = tables.RUN_TILES if chunks > 1 else 1
+    sums = torch.empty(programs * run_tiles << t if chunks > 1 else 1, device=device)
+    scratch = torch.empty(programs << (t + 1), device=device)
+    with _on(device):
+        fastfood_forward_kernel[(programs,)](
+            theta,
+            theta.numel(),
+            chunks,
+            factors,
+            seed,
+            made.runs.rows,
+            made.runs.first,
+            memory.table_of(tensors, device),
+            out,
+            _normal_lines(device),
+            scratch,
+            sums,
+            run_tiles,
+            OUT=memory.DTYPES.index(dtype),
+            BASES=memory.dtypes_of(tensors),
+            RADEMACHER=rademacher,
+            Q=q,
+            T=t,
+            **_options(q, 128),
+        )
+    return out
+
+
+class _Adjoint(NamedTuple):
+    needed: list[int]
+    waves: list[tables.Wave]
+
+
+def _make_adjoint(device: torch.device, segments: Tensor, q: int, num_grads: int, group_blocks: int) -> _Adjoint:
+    rows, needed = tables.check_segments(segments, 1 << q, num_grads)
+    return _Adjoint(needed, tables.waves_of(tables.pieces_of(rows), q, tile.tile_bits(q), group_blocks, device))
+
+
+def fastfood_adjoint(
+    theta: Tensor,
+    factors: Tensor,
+    grads: Sequence[Tensor | None],
+    segments: Tensor,
+    seed: int,
+    width: int,
+    rademacher: bool,
+    group_blocks: int,
+) -> tuple[Tensor, Tensor]:
+    theta, q, t = _theta(theta), _bits(width), tile.tile_bits(_bits(width))
+    device, dim = theta.device, theta.numel()
+    good = 1 <= group_blocks <= plan.MAX_BLOCKS
+    _check(good, f"group_blocks: expected 1 to {plan.MAX_BLOCKS}, got {group_blocks}")
+    key = (device, q, len(grads), group_blocks)
+    made = _once(segments, key, lambda: _make_adjoint(device, segments, q, len(grads), group_blocks))
+    factors = _floats(factors, theta, len(segments), "factors")
+    tensors = _dense(grads, made.needed, theta, "grads")
+
+    dtheta, dfactors = torch.zeros_like(theta), torch.zeros_like(factors)
+    if all(tensor is None for tensor in tensors):
+        return dtheta, dfactors
+    sums = torch.empty(max(len(wave.items) for wave in made.waves) << t, device=device)
+    carry = torch.empty(2 << q if len(made.waves) > 1 else 1, device=device)
+    scratch = torch.empty(max(wave.finished for wave in made.waves) << (t + 1), device=device)
+    lines, small = _normal_lines(device), dict(num_warps=4, enable_fp_fusion=False)
+    size = min(SIZE, width)
+    with _on(device):
+        table = memory.table_of(tensors, device)
+        for chunk in range(-(-dim // width)):
+            part_of_dtheta = dtheta[chunk * width : (chunk + 1) * width]
+            count = len(part_of_dtheta)
+            for number, (items, parts, finished) in enumerate(made.waves):
+                adjoint_kernels.adjoint_groups_kernel[(len(items),)](
+                    table,
+                    seed,
+                    chunk,
+                    items,
+                    sums,
+                    lines,
+                    group_blocks,
+                    GRADS=memory.dtypes_of(tensors),
+                    RADEMACHER=rademacher,
+                    Q=q,
+                    T=t,
+                    **_options(q),
+                )
+                adjoint_kernels.adjoint_sums_kernel[(len(parts), width // size)](
+                    table, parts, sums, carry, Q=q, SIZE=size, **small
+                )
+                if finished == 0:
+                    continue
+                adjoint_kernels.adjoint_segments_kernel[(finished,)](
+                    theta,
+                    dim,
+                    factors,
+                    table,
+                    seed,
+                    chunk,
+                    parts,
+                    sums,
+                    scratch,
+                    dfactors,
+                    Q=q,
+                    T=t,
+                    **_options(q, 128),
+                )
+                adjoint_kernels.adjoint_gradients_kernel[(-(-count // size),)](
+                    table, parts, sums, part_of_dtheta, count, finished, number, Q=q, SIZE=size, **small
+                )
+    return dtheta, dfactors
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    """As kernels take it: bfloat16 as 16-bit integers."""
+    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
+
+
+def hadamard_transform(x: Tensor, scale: float) -> Tensor:
+    _check(x.dtype in memory.DTYPES, f"x: expected float32, bfloat16 or float16, got {x.dtype}")
+    _check(x.dim() >= 1 and x.shape[-1] >= 1, "x: expected a last dimension of at least 1")
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel() == 0:
+        return out
+    dim = x.shape[-1]
+    rows, q, code = x.numel() // dim, (dim - 1).bit_length(), memory.DTYPES.index(x.dtype)
+    source, target = _in_memory(x.contiguous()), _in_memory(out)
+    with _on(x.device):
+        if q <= plan.MAX_WIDTH.bit_length() - 1:
+            t = tile.tile_bits(q)
+            programs = -(-rows // (1 << (t - q)))
+            hadamard_kernels.hadamard_rows_kernel[(programs,)](
+                source, target, rows, dim, dim, 1, scale, IN=code, OUT=code, FINISH=True, Q=q, T=t, **_options(q)
+            )
+            return out
+        first = plan.MAX_WIDTH.bit_length() - 1
+        between = torch.empty(rows << q, device=x.device)
+        hadamard_kernels.hadamard_rows_kernel[(rows << (q - first),)](
+            source,
+            between,
+            rows,
+            dim,
+            1 << q,
+            1 << (q - first),
+            scale,
+            IN=code,
+            OUT=0,
+            FINISH=False,
+            Q=first,
+            T=first,
+            **_options(first),
+        )
+        for bit in range(first, q, hadamard_kernels.COLUMN_BITS):
+            stages = min(hadamard_kernels.COLUMN_BITS, q - bit)
+            last = bit + stages == q
+            hadamard_kernels.hadamard_columns_kernel[(rows << (q - 12),)](
+                between,
+                target if last else between,
+                1 << q,
+                dim if last else 1 << q,
+                scale,
+                OUT=code if last else 0,
+                FINISH=last,
+                BIT=bit,
+                M=stages,
+                T=12,
+                **_options(12),
+            )
+    return out
+
+
+def stream_values(
+    like: Tensor, seed: int, stream: int, purpose: int, block: int, chunk: int, width: int, rademacher: bool
+) -> Tensor:
+    _check(0 <= purpose <= 2, f"purpose: expected 0, 1 or 2, got {purpose}")
+    _check(0 <= block < 1 << 28, f"block: expected 0 to 2**28 - 1, got {block}")
+    _check(0 <= chunk < 1 << 16, f"chunk: expected 0 to 65535, got {chunk}")
+    q = _bits(width)
+    out = torch.empty(width, device=like.device)
+    with _on(like.device):
+        hadamard_kernels.stream_values_kernel[(1,)](
+            out,
+            seed,
+            stream,
+            block,
+            chunk,
+            _normal_lines(like.device),
+            PURPOSE=purpose,
+            RADEMACHER=rademacher,
+            Q=q,
+            T=tile.tile_bits(q),
+            **_options(q),
+        )
+    return out
