@@ -1,10 +1,11 @@
-"""What the compiler made of the CUDA kernels: registers, stack, and instructions per value of the main loops' bodies.
+"""What the compilers made of the kernels: registers, stack, and instructions per value of the main loops' bodies.
 
-    python benchmarks/sass.py [hsaid_kernels/_cuda.so] [--arch sm_90]
+    python benchmarks/sass.py [hsaid_kernels/_cuda.so] [--arch sm_90]     the CUDA kernels
+    python benchmarks/sass.py --triton [--arch sm_90]                     the Triton kernels, compiled for this
 
-Needs no GPU, only `cuobjdump`: of the CUDA toolkit, or `pip install nvidia-cuda-cuobjdump`. Prints docs/kernels.md's
-table. A body is the shortest way round the loop that reads and writes a whole tile in vectors of the given type, at
-n = 2^14; on it every instruction is counted but NOP.
+Needs no GPU, only `cuobjdump`: of the CUDA toolkit, of Triton, or `pip install nvidia-cuda-cuobjdump`. Prints
+docs/kernels.md's tables. A body is the shortest way round the loop that reads and writes a whole tile in vectors of the
+given type; on it every instruction is counted but NOP.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -33,27 +35,28 @@ class Instruction(NamedTuple):
 def cuobjdump() -> str:
     if found := shutil.which("cuobjdump"):
         return found
-    if spec := importlib.util.find_spec("nvidia"):
-        for folder in spec.submodule_search_locations or ():
-            if tools := sorted(Path(folder).glob("*/bin/cuobjdump")):
-                return str(tools[-1])
-    raise SystemExit("cuobjdump: expected on the PATH or from `pip install nvidia-cuda-cuobjdump`, found neither")
+    for package, pattern in (("nvidia", "*/bin/cuobjdump"), ("triton", "backends/nvidia/bin/cuobjdump")):
+        if spec := importlib.util.find_spec(package):
+            for folder in spec.submodule_search_locations or ():
+                if tools := sorted(Path(folder).glob(pattern)):
+                    return str(tools[-1])
+    raise SystemExit("cuobjdump: expected on the PATH, from `pip install nvidia-cuda-cuobjdump` or triton, found none")
 
 
 def run(*arguments: object) -> str:
     return subprocess.run([cuobjdump(), *map(str, arguments)], check=True, capture_output=True, text=True).stdout
 
 
-def resources(library: Path, arch: str) -> dict[str, tuple[int, int]]:
-    """Mangled name -> (registers, bytes of stack)."""
-    text = run("--dump-resource-usage", "--gpu-architecture", arch, library)
+def resources(*library: object) -> dict[str, tuple[int, int]]:
+    """Mangled name -> (registers, bytes of stack), of cuobjdump's arguments for a library."""
+    text = run("--dump-resource-usage", *library)
     found = re.findall(r"Function (\S+):\s*\n?\s*REG:(\d+) STACK:(\d+)", text)
     return {name: (int(registers), int(stack)) for name, registers, stack in found}
 
 
-def functions(library: Path, arch: str) -> dict[str, list[Instruction]]:
+def functions(*library: object) -> dict[str, list[Instruction]]:
     found, current = {}, None
-    for line in run("--dump-sass", "--gpu-architecture", arch, library).splitlines():
+    for line in run("--dump-sass", *library).splitlines():
         if match := re.search(r"Function : (\S+)", line):
             current = found.setdefault(match[1], [])
         elif current is not None and (
@@ -147,19 +150,28 @@ def keep(ways: dict[tuple, Counter], have: tuple, ops: Counter) -> None:
         ways[have] = ops
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("library", nargs="?", type=Path, default=ROOT / "hsaid_kernels/_cuda.so")
-    parser.add_argument("--arch", default="sm_90")
-    options = parser.parse_args()
-    if not options.library.exists():
-        parser.error(f"library: expected a built CUDA library, found no {options.library}")
-    used = resources(options.library, options.arch)
-    code = functions(options.library, options.arch)
-    if not code:
-        parser.error(f"arch: {options.library.name} has no code for {options.arch}")
+def spills(code: list[Instruction]) -> int:
+    return sum(i.op.split(".")[0] in ("STL", "LDL") for i in code)
 
-    print(f"| kernel, {options.arch} | widths | registers | stack, bytes | spill instructions |")
+
+def body_cells(ops: Counter | None) -> str:
+    if ops is None:
+        return "no such loop | | |"
+    per_value = [ops.total(), count(ops, "FADD") + count(ops, "FMUL"), count(ops, "LDS") + count(ops, "STS")]
+    return " | ".join(f"{n / VALUES:.2f}" for n in per_value) + " |"
+
+
+COLUMNS = "values in memory | instructions per value | FADD, FMUL | shared memory"
+VECTORS = {"float32": ".128.", "bfloat16": ".64."}
+
+
+def cuda_tables(library: Path, arch: str) -> None:
+    used = resources("--gpu-architecture", arch, library)
+    code = functions("--gpu-architecture", arch, library)
+    if not code:
+        raise SystemExit(f"arch: {library.name} has no code for {arch}")
+
+    print(f"| kernel, {arch} | widths | registers | stack, bytes | spill instructions |")
     print("|---|---|---|---|---|")
     main_kernels = {}
     for name, instructions in sorted(code.items()):
@@ -168,25 +180,57 @@ def main() -> None:
         if kind is None and diagonal is not None:
             kind = "2" if diagonal == "1" else "1"
         widths = KINDS[int(kind)] if kind is not None else ""
-        spills = sum(i.op.split(".")[0] in ("STL", "LDL") for i in instructions)
-        print(f"| {title} | {widths} | {used[name][0]} | {used[name][1]} | {spills} |")
+        print(f"| {title} | {widths} | {used[name][0]} | {used[name][1]} | {spills(instructions)} |")
         if kind == "0":
             main_kernels[kernel, diagonal] = instructions
 
-    columns = "values in memory | instructions per value | FADD, FMUL | shared memory"
-    print(f"\n| loop body, n = 2^14, {options.arch} | {columns} |")
+    print(f"\n| loop body, n = 2^14, {arch} | {COLUMNS} |")
     print("|---|---|---|---|---|")
     for (kernel, diagonal), instructions in main_kernels.items():
-        normals = 3 if diagonal == "0" else 0
-        for memory, vector in (("float32", ".128."), ("bfloat16", ".64.")):
-            adds = VALUES * (BUTTERFLIES + normals + 1)
+        for memory, vector in VECTORS.items():
+            adds = VALUES * (BUTTERFLIES + (3 if diagonal == "0" else 0) + 1)
             ops = body(instructions, adds, vector, None if "groups" in kernel else vector)
-            title = f"{kernel}, {('gaussian', 'rademacher')[int(diagonal)]}"
-            if ops is None:
-                print(f"| {title} | {memory} | no such loop | | |")
-                continue
-            per_value = [ops.total(), count(ops, "FADD") + count(ops, "FMUL"), count(ops, "LDS") + count(ops, "STS")]
-            print(f"| {title} | {memory} | " + " | ".join(f"{n / VALUES:.2f}" for n in per_value) + " |")
+            print(f"| {kernel}, {('gaussian', 'rademacher')[int(diagonal)]} | {memory} | {body_cells(ops)}")
+
+
+def triton_tables(arch: str) -> None:
+    import triton
+    import triton_offline
+
+    rows, bodies = [], []
+    for kernel in triton_offline.kernels():
+        built = triton_offline.compiled(kernel, arch=int(arch.removeprefix("sm_")))
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(built.asm["cubin"])
+            file.flush()
+            ((registers, stack),) = resources(file.name).values()
+            (code,) = functions(file.name).values()
+        cells = [kernel.title, f"2^{kernel.q}", kernel.num_warps, registers, stack, spills(code), built.metadata.shared]
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+        diagonal = kernel.constants.get("RADEMACHER")
+        if diagonal is not None:
+            title, _, memory = kernel.title.rpartition(", ")
+            adds = VALUES * (kernel.q + (0 if diagonal else 3) + 1)
+            ops = body(code, adds, VECTORS[memory], None if "groups" in title else VECTORS[memory])
+            bodies.append(f"| {title} | 2^{kernel.q} | {memory} | {body_cells(ops)}")
+    print(f"| kernel, Triton {triton.__version__}, {arch} | n | warps | registers | stack | spills | shared memory |")
+    print("|---|---|---|---|---|---|---|", *rows, sep="\n")
+    print(f"\n| loop body, {arch} | n | {COLUMNS} |")
+    print("|---|---|---|---|---|---|", *bodies, sep="\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", nargs="?", type=Path, default=ROOT / "hsaid_kernels/_cuda.so")
+    parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--triton", action="store_true", help="the Triton kernels, not a library's")
+    options = parser.parse_args()
+    if options.triton:
+        triton_tables(options.arch)
+        return
+    if not options.library.exists():
+        parser.error(f"library: expected a built CUDA library, found no {options.library}")
+    cuda_tables(options.library, options.arch)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""The Triton kernels compiled for a GPU that need not be there: what tests look at and benchmarks/sass.py counts."""
+
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import hsaid_kernels._triton.fastfood_adjoint as adjoint
+import hsaid_kernels._triton.fastfood_forward as forward
+import hsaid_kernels._triton.hadamard_transform as hadamard
+from hsaid_kernels._triton import memory, tile
+
+FLOATS = "theta factors scratch sums carry dfactors dtheta x".split()
+TABLES = "runs first_runs bases grads items parts lines table".split()
+TYPES = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(TABLES, "*i64") | {"seed": "i64", "scale": "fp32"}
+OUT_TYPES = ("*fp32", "*bf16", "*fp16")
+
+
+class Kernel(NamedTuple):
+    """A kernel as hsaid_kernels/_triton/ops.py launches it."""
+
+    title: str
+    function: triton.JITFunction
+    constants: dict
+    num_warps: int
+    registers: int | None = None  # at most, on NVIDIA
+
+    @property
+    def q(self) -> int:
+        return self.constants["Q"]
+
+
+def kernels(qs: tuple[int, ...] = (14, 10), codes: tuple[int, ...] = (0, 1)) -> list[Kernel]:
+    """For blocks of 2^q values, and weights or gradients in the dtypes with these codes."""
+    found = []
+    for q in qs:
+        shape = dict(Q=q, T=tile.tile_bits(q))
+        warps, small = tile.num_warps(q), dict(Q=q, SIZE=256)
+        for rademacher in (False, True):
+            diagonal = ("gaussian", "rademacher")[rademacher]
+            for code in codes:
+                what = dict(RADEMACHER=rademacher, **shape)
+                dtype = str(memory.DTYPES[code]).removeprefix("torch.")
+                constants = dict(OUT=code, BASES=1 << code, chunks=1, run_tiles=1, **what)
+                title = f"fastfood_forward_kernel, {diagonal}, {dtype}"
+                found.append(Kernel(title, forward.fastfood_forward_kernel, constants, warps, 128))
+                title = f"adjoint_groups_kernel, {diagonal}, {dtype}"
+                found.append(Kernel(title, adjoint.adjoint_groups_kernel, dict(GRADS=1 << code, **what), warps))
+        found.append(Kernel("adjoint_sums_kernel", adjoint.adjoint_sums_kernel, small, 4))
+        found.append(Kernel("adjoint_segments_kernel", adjoint.adjoint_segments_kernel, shape, warps, 128))
+        found.append(Kernel("adjoint_gradients_kernel", adjoint.adjoint_gradients_kernel, small, 4))
+        rows = dict(row_tiles=1, IN=0, OUT=0, FINISH=True, **shape)
+        found.append(Kernel("hadamard_rows_kernel, float32", hadamard.hadamard_rows_kernel, rows, warps))
+    return found
+
+
+def compiled(kernel: Kernel, backend: str = "cuda", arch: int | str = 90, warp_size: int = 32):
+    names, constants = kernel.function.arg_names, kernel.constants
+    types = {name: TYPES.get(name, "i32") for name in names} | {"out": OUT_TYPES[constants.get("OUT", 0)]}
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    given = {(names.index(name),): value for name, value in constants.items()}
+    options = dict(num_warps=kernel.num_warps, enable_fp_fusion=False)
+    if kernel.registers and backend == "cuda":
+        options["maxnreg"] = kernel.registers
+    source = ASTSource(kernel.function, signature, given, aligned)
+    return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)

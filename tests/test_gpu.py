@@ -1,0 +1,420 @@
+"""The GPU backends, CUDA and Triton: the CPU backend's bits, determinism, graphs, streams, devices, bad input.
+
+    pytest -m gpu                                on a machine with a GPU
+    TRITON_INTERPRET=1 pytest tests/test_gpu.py  the Triton kernels on the CPU, by Triton's interpreter, at small sizes
+
+What of the CUDA kernels needs no device, every width and kind of segment under sanitizers, is tests/csrc/test_cuda.cpp.
+"""
+
+import os
+
+import pytest
+import shapes
+import torch
+from helpers import assert_same_bits, poison
+from torch import nn
+
+from hsaid_kernels import HSAID, Projection, available_backends, hadamard_transform, ops
+from hsaid_kernels.plan import Plan, Segment, whole
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+on_a_device = pytest.mark.skipif(
+    INTERPRETED, reason="for a device: too large for the interpreter, or not to be had there"
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SMALL = {"a": (3, 2000 if INTERPRETED else 12000), "b": (1003,), "c": (7,), "w": (70, 96)}
+BANDS = [
+    whole("a", SMALL["a"]),
+    whole("b", SMALL["b"]),
+    Segment("w", 32, 70, 32, 96, "head 1"),
+    Segment("w", 0, 70, 32, 96),
+]
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["cuda", "triton"])
+def backend(request):
+    reason = available_backends()[request.param]
+    if reason is not True:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+def kernels(backend: str):
+    return torch.ops.hsaid_kernels_triton if backend == "triton" else torch.ops.hsaid_kernels
+
+
+def values(plan: Plan, dtype: torch.dtype) -> torch.Tensor:
+    """[plan.numel]: the tensors of a plan, all with full mantissas."""
+    return torch.randn(plan.numel, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def both(plan: Plan, dtype: torch.dtype, backend: str, missing: tuple[int, ...] = ()):
+    """(forward, dtheta, dfactors) of the CPU backend and of another."""
+    theta = torch.randn(plan.dim, generator=torch.Generator().manual_seed(2))
+    factors = plan.scales * torch.linspace(0.5, 1.5, len(plan.scales))
+    flat = values(plan, dtype)
+    for name, device in (("cpu", "cpu"), (backend, DEVICE)):
+        tensors = plan.views(flat.to(device))
+        grads = [None if i in missing else t for i, t in enumerate(tensors)]
+        on = theta.to(device), factors.to(device)
+        yield (
+            ops.fastfood_forward(plan, *on, tensors, dtype, name).cpu(),
+            *(x.cpu() for x in ops.fastfood_adjoint(plan, *on, grads, name)),
+        )
+
+
+def assert_same_everywhere(plan: Plan, dtype: torch.dtype, backend: str, missing: tuple[int, ...] = ()) -> None:
+    cpu, gpu = both(plan, dtype, backend, missing)
+    for what, got, expected in zip(("forward", "dtheta", "dfactors"), gpu, cpu, strict=True):
+        assert_same_bits(got, expected, what)
+
+
+@on_a_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("diagonal", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("dim", [1000, 16384])
+def test_all_of_mbert(dim, diagonal, dtype, backend):
+    assert_same_everywhere(Plan(shapes.mbert(), dim, seed=5, diagonal=diagonal), dtype, backend)
+
+
+@pytest.mark.parametrize("dim, diagonal", [(1000, "gaussian"), (16384, "rademacher")])
+def test_a_tensor_of_mbert(dim, diagonal, backend):
+    names = ["bert.pooler.dense.weight", "bert.pooler.dense.bias"]
+    plan = Plan({name: shapes.mbert()[name] for name in names}, dim, seed=5, diagonal=diagonal)
+    assert_same_everywhere(plan, torch.float32, backend)
+
+
+@pytest.mark.parametrize("segments", [None, BANDS], ids=["whole", "bands"])
+@pytest.mark.parametrize("diagonal", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("q", range(5, 15))
+def test_every_width(q, diagonal, segments, backend):
+    width, tensors = 2**q, SMALL
+    cases = [(dim, dtype) for dim in (width - 3, 2 * width + 5) for dtype in DTYPES]
+    if INTERPRETED:  # one of the six, another one each time
+        if segments is None or (diagonal == "gaussian") != (q % 2 == 0):
+            pytest.skip("for a device: the interpreter takes seconds for each")
+        cases = [cases[q % 6]]
+        tensors = SMALL | {"a": (3, 2 * max(width, 4096) // 3)}
+        segments = [whole("a", tensors["a"]), *BANDS[1:]]
+    for dim, dtype in cases:
+        plan = Plan(tensors, dim, seed=2**64 - 5, width=width, diagonal=diagonal, segments=segments)
+        assert_same_everywhere(plan, dtype, backend)
+
+
+def test_missing_gradients(backend):
+    plan = Plan(SMALL, 1000)
+    assert_same_everywhere(plan, torch.float32, backend, missing=(0, 2))
+    assert_same_everywhere(plan, torch.float32, backend, missing=(0, 1, 2, 3))
+
+
+def test_no_base(backend):
+    plan = Plan(SMALL, 500, segments=BANDS)
+    theta, factors = torch.randn(500), plan.scales
+    for dtype in DTYPES:
+        poison(plan.numel, dtype)
+        got = ops.fastfood_forward(plan, theta.to(DEVICE), factors.to(DEVICE), [], dtype, backend)
+        assert_same_bits(got.cpu(), ops.fastfood_forward(plan, theta, factors, [], dtype, "cpu"))
+
+
+def test_mixed_dtypes(backend):
+    """Each base in float32 or as the weights are, each gradient in any dtype."""
+    plan = Plan(SMALL, 500, segments=BANDS)
+    theta, factors, tensors = torch.randn(500), plan.scales, plan.views(values(plan, torch.float32))
+    on = theta.to(DEVICE), factors.to(DEVICE)
+    for half in DTYPES[1:]:
+        base = [t.to(d) for t, d in zip(tensors, (half, torch.float32, half, torch.float32))]
+        got = ops.fastfood_forward(plan, *on, [t.to(DEVICE) for t in base], half, backend)
+        assert_same_bits(got.cpu(), ops.fastfood_forward(plan, theta, factors, base, half, "cpu"))
+    grads = [t.to(d) for t, d in zip(tensors, (DTYPES[2], DTYPES[0], DTYPES[1], DTYPES[1]))]
+    got = ops.fastfood_adjoint(plan, *on, [t.to(DEVICE) for t in grads], backend)
+    for a, b in zip(got, ops.fastfood_adjoint(plan, theta, factors, grads, "cpu"), strict=True):
+        assert_same_bits(a.cpu(), b)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0, 1e-42, 3e38])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+def test_odd_values(value, backend):
+    """Whatever the CPU makes of NaN, infinity, zeros with a sign, subnormal numbers and overflows."""
+    plan = Plan({"a": (5000,), "b": (30,)}, 100)
+    theta, factors, tensors = torch.randn(100), plan.scales.clone(), plan.views(torch.randn(plan.numel))
+    for t in tensors:
+        t[::3] = value
+    on = theta.to(DEVICE), factors.to(DEVICE)
+    for dtype in [torch.bfloat16] if INTERPRETED else DTYPES:
+        of_dtype = [t.to(dtype) for t in tensors]
+        moved = [t.to(DEVICE) for t in of_dtype]
+        got = ops.fastfood_forward(plan, *on, moved, dtype, backend), *ops.fastfood_adjoint(plan, *on, moved, backend)
+        cpu = ops.fastfood_forward(plan, theta, factors, of_dtype, dtype, "cpu")
+        for a, b in zip(got, (cpu, *ops.fastfood_adjoint(plan, theta, factors, of_dtype, "cpu")), strict=True):
+            assert_same_bits(a.cpu(), b, str(dtype))
+
+
+def test_strided_and_misaligned(backend):
+    plan = Plan({"a": (300, 20), "b": (14000,)}, 500, seed=1)
+    theta, factors = torch.randn(500), plan.scales
+    x, y = torch.randn(20, 300).T, torch.randn(14000 + 1)[1:]
+    cpu = ops.fastfood_forward(plan, theta, factors, [x, y], torch.float32, "cpu")
+    cpu_grads = ops.fastfood_adjoint(plan, theta, factors, [x, y], "cpu")
+    x, y = x.to(DEVICE), torch.cat([y[:1], y]).to(DEVICE)[1:]
+    assert not x.is_contiguous() and y.data_ptr() % 16
+    theta, factors = theta.to(DEVICE), factors.to(DEVICE)
+    gpu = ops.fastfood_forward(plan, theta, factors, [x, y], torch.float32, backend)
+    assert_same_bits(gpu.cpu(), cpu)
+    for got, expected in zip(ops.fastfood_adjoint(plan, theta, factors, [x, y], backend), cpu_grads):
+        assert_same_bits(got.cpu(), expected)
+
+
+@on_a_device
+def test_theta_of_many_chunks_in_little_memory(backend):
+    plan = Plan({"a": (20, 16384)}, 2**20)
+    assert_same_everywhere(plan, torch.float32, backend)
+    theta, factors = torch.randn(plan.dim, device="cuda"), plan.scales.cuda()
+    tensors = plan.views(values(plan, torch.float32).cuda())
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ops.fastfood_adjoint(plan, theta, factors, tensors, backend)
+    assert torch.cuda.max_memory_allocated() - before <= 45e6
+
+
+@on_a_device
+def test_twenty_runs(backend):
+    plan = Plan(shapes.mbert(), 16384)
+    theta, factors = torch.randn(plan.dim, device="cuda"), plan.scales.cuda()
+    tensors = plan.views(values(plan, torch.float32).cuda())
+    runs = []
+    for _ in range(20):
+        weights = ops.fastfood_forward(plan, theta, factors, tensors, torch.float32, backend)
+        runs.append((weights.view(torch.int32).sum(), *ops.fastfood_adjoint(plan, theta, factors, tensors, backend)))
+        del weights
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 31, 64, 500, 1024, 3000, 16384, 32768, 40000, 2**17, 2**20, 2**21])
+def test_hadamard_transform(dim, dtype, backend):
+    if INTERPRETED and dim > 2**17:
+        pytest.skip("too long for the interpreter")
+    x = torch.randn(3, dim).to(dtype)
+    poison(3 * dim)
+    on = x.to(DEVICE)
+    assert_same_bits(hadamard_transform(on, 0.3, backend).cpu(), hadamard_transform(x, 0.3))
+    if dim > 1:  # rows that begin anywhere
+        assert_same_bits(hadamard_transform(on[:, :-1], 0.3, backend).cpu(), hadamard_transform(x[:, :-1], 0.3))
+
+
+def test_hadamard_transform_is_differentiable(backend):
+    x = torch.randn(2, 12, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: hadamard_transform(x, 0.7, backend), (x,))
+    assert hadamard_transform(torch.randn(0, 5, device=DEVICE), backend=backend).shape == (0, 5)
+    x = torch.randn(2, 12, device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(hadamard_transform(x, 0.7, backend).sum(), x)
+    assert_same_bits(grad, hadamard_transform(torch.ones_like(x), 0.7, backend))
+
+
+@pytest.mark.parametrize("width", [32, 64, 128, 256, 512, 4096, 8192, 16384])
+def test_stream_values(width, backend):
+    for purpose in (0, 1, 2):
+        for rademacher in (False, True):
+            arguments = (2**63 - 3, -77, purpose, 5 * (purpose == 0), 3, width, rademacher)
+            cpu = torch.ops.hsaid_kernels.stream_values(torch.ones(1), *arguments)
+            assert_same_bits(kernels(backend).stream_values(torch.ones(1, device=DEVICE), *arguments).cpu(), cpu)
+
+
+# --- as PyTorch expects of an operation on a GPU
+
+
+def model() -> nn.Module:
+    torch.manual_seed(3)
+    hidden = [] if INTERPRETED else [nn.Linear(300, 300), nn.ReLU()]
+    return nn.Sequential(nn.Linear(40, 300), nn.ReLU(), *hidden, nn.Linear(300, 4))
+
+
+def test_training_ends_where_it_does_on_the_cpu_within_rounding(backend):
+    x, y = torch.randn(64, 40), torch.randint(4, (64,))
+    losses = {}
+    for name, device in (("cpu", torch.device("cpu")), (backend, DEVICE)):
+        hsaid = HSAID(model().to(device), intrinsic_dim=300, partition="said", backend=name)
+        optimizer = torch.optim.SGD(hsaid.parameters(), lr=0.5)
+        for _ in range(2 if INTERPRETED else 5):
+            loss = nn.functional.cross_entropy(hsaid(x.to(device)), y.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[name] = loss.item()
+        assert hsaid.theta.device.type == device.type
+    assert losses[backend] == pytest.approx(losses["cpu"], rel=0 if INTERPRETED else 1e-4)
+
+
+@on_a_device
+def test_a_training_step_as_a_cuda_graph(backend):
+    plan = Projection.from_shapes(SMALL, dim=1000, seed=4, backend=backend)
+    base = plan.plan.views(values(plan.plan, torch.float32).cuda())
+    target = {name: torch.randn(shape, device="cuda") for name, shape in SMALL.items()}
+    base = dict(zip(SMALL, base))
+
+    def step(theta):
+        weights = plan.forward(theta, base=base)
+        sum(((weights[name] - target[name]) ** 2).sum() for name in SMALL).backward()
+        with torch.no_grad():
+            theta -= 1e-3 * theta.grad
+            theta.grad.zero_()
+
+    eager, static = (torch.zeros(1000, device="cuda", requires_grad=True) for _ in range(2))
+    for _ in range(6):
+        step(eager)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step(static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(static)
+    for _ in range(4):
+        graph.replay()
+    assert_same_bits(static.detach().cpu(), eager.detach().cpu())
+
+
+@on_a_device
+def test_two_streams(backend):
+    plan = Plan(shapes.mbert(), 1000)
+    factors, tensors = plan.scales.cuda(), plan.views(values(plan, torch.float32).cuda())
+    thetas = [torch.randn(1000, device="cuda") for _ in range(2)]
+    expected = [ops.fastfood_adjoint(plan, theta, factors, tensors, backend) for theta in thetas]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in thetas]
+    for _ in range(3):
+        got = []
+        for stream, theta in zip(streams, thetas):
+            with torch.cuda.stream(stream):
+                ops.fastfood_forward(plan, theta, factors, tensors, torch.float32, backend)
+                got.append(ops.fastfood_adjoint(plan, theta, factors, tensors, backend))
+        torch.cuda.synchronize()
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+@on_a_device
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
+def test_a_second_device(backend):
+    plan = Plan(SMALL, 1000)
+    theta, factors, flat = torch.randn(1000), plan.scales, values(plan, torch.float32)
+    first, second = (
+        ops.fastfood_forward(plan, theta.to(d), factors.to(d), plan.views(flat.to(d)), torch.float32, backend)
+        for d in ("cuda:0", "cuda:1")
+    )
+    assert second.device.index == 1 and torch.cuda.current_device() == 0
+    assert_same_bits(second.cpu(), first.cpu())
+
+
+def test_opcheck(backend):
+    plan = Plan({"a": (300,), "b": (7,)}, 100)
+    theta, factors = torch.randn(100, device=DEVICE), plan.scales.to(DEVICE)
+    tensors = [torch.randn(300, device=DEVICE), torch.randn(7, device=DEVICE)]
+    table = (plan.segments, 3, plan.width, False)
+    op = kernels(backend)
+    torch.library.opcheck(
+        op.fastfood_forward.default, (theta, factors, tensors, *table, plan.holes, plan.numel, torch.float32)
+    )
+    torch.library.opcheck(op.fastfood_adjoint.default, (theta, factors, [tensors[0], None], *table, plan.group_blocks))
+    torch.library.opcheck(op.hadamard_transform.default, (torch.randn(2, 5, device=DEVICE, requires_grad=True), 0.5))
+    torch.library.opcheck(op.stream_values.default, (theta, 7, -5, 0, 3, 1, 64, False))
+
+
+def test_compiles_without_a_graph_break(backend):
+    plan = Plan({"a": (300,), "b": (7,)}, 100)
+    theta, factors = torch.randn(100, device=DEVICE), plan.scales.to(DEVICE)
+
+    def f(theta):
+        return ops.fastfood_forward(plan, theta * 2, factors, [], torch.float32, backend) + 1
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(theta), f(theta))
+
+
+# --- bad input
+
+
+def arguments(**changes):
+    plan = Plan(SMALL, 200)
+    theta, tensors = torch.ones(200, device=DEVICE), plan.views(torch.ones(plan.numel, device=DEVICE))
+    given = dict(theta=theta, factors=plan.scales.to(DEVICE), base=tensors, segments=plan.segments, seed=0, width=256)
+    return given | dict(rademacher=False, holes=plan.holes, numel=plan.numel, dtype=torch.float32) | changes
+
+
+def changed(table, row, column, value):
+    table = table.clone()
+    table[row, column] = value
+    return table
+
+
+@on_a_device
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (lambda a: {"theta": a["theta"].cpu()}, "theta: expected a tensor on a (CUDA device|GPU), got .*(CPU|cpu)"),
+        (lambda a: {"factors": a["factors"].cpu()}, "factors: expected a tensor on .*0, where theta is, got one on"),
+        (lambda a: {"base": [*a["base"][:3], a["base"][3].cpu()]}, "base: expected a tensor on .*0, where theta is"),
+        (lambda a: {"segments": a["segments"].cuda()}, "segments: expected a contiguous int64 table .* on the CPU"),
+    ],
+)
+def test_arguments_elsewhere(changes, message, backend):
+    given = arguments()
+    with pytest.raises(RuntimeError, match=message):
+        kernels(backend).fastfood_forward(**(given | changes(given)))
+    torch.cuda.synchronize()  # and nothing has been launched that fails later
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (lambda a: {"base": [t.double() for t in a["base"]]}, "base: expected float32, bfloat16 or float16"),
+        (lambda a: {"base": [t.half() for t in a["base"]]}, "base: expected tensors in float32 or in the dtype of the"),
+        (lambda a: {"base": a["base"][:3]}, "segments: row 3 is no segment of this plan"),
+        (lambda a: {"base": [*a["base"][:3], a["base"][3][:69]]}, "base: tensor 3 has 6624 elements.* needs 6720"),
+        (lambda a: {"theta": a["theta"].double()}, "theta: expected a float32 tensor of 200 values"),
+        (lambda a: {"factors": a["factors"][:2]}, "factors: expected a float32 tensor of 4 values"),
+        (lambda a: {"segments": a["segments"][:, :7]}, "segments: expected a contiguous int64 table"),
+        (lambda a: {"segments": changed(a["segments"], 1, 0, -1)}, "segments: row 1 is no segment of this plan"),
+        (lambda a: {"segments": changed(a["segments"], 2, 3, 2**62)}, "segments: row 2 is no segment of this plan"),
+        (lambda a: {"holes": changed(a["holes"], 0, 4, 0)}, "holes: row 0 is no hole of this plan"),
+        (lambda a: {"width": 128}, "segments: row 1 is no segment of this plan"),
+        (lambda a: {"width": 100}, "width: expected a power of two from 32 to 16384, got 100"),
+        (lambda a: {"numel": 64}, "numel: expected at least [0-9]+, got 64"),
+        (lambda a: {"dtype": torch.float64}, "dtype: expected float32, bfloat16 or float16"),
+    ],
+)
+def test_bad_arguments(changes, message, backend):
+    given = arguments()
+    with pytest.raises(RuntimeError, match=message):
+        kernels(backend).fastfood_forward(**(given | changes(given)))
+    if not INTERPRETED:
+        torch.cuda.synchronize()
+
+
+def test_bad_arguments_of_the_others(backend):
+    plan, op = Plan(SMALL, 200), kernels(backend)
+    theta, factors, grads = torch.ones(200, device=DEVICE), plan.scales.to(DEVICE), [None] * 4
+    with pytest.raises(RuntimeError, match="group_blocks: expected .*1.*, got 0"):
+        op.fastfood_adjoint(theta, factors, grads, plan.segments, 0, 256, False, 0)
+    with pytest.raises(RuntimeError, match="grads: tensor 1 has 1002 elements, the plan needs 1003"):
+        short = [None, torch.ones(1002, device=DEVICE), None, None]
+        op.fastfood_adjoint(theta, factors, short, plan.segments, 0, 256, False, 24)
+    with pytest.raises(RuntimeError, match="purpose: expected 0, 1 or 2, got 3"):
+        op.stream_values(theta, 0, 0, 3, 0, 0, 64, False)
+
+
+@on_a_device
+def test_bad_arguments_of_a_projection(backend):
+    projection = Projection.from_shapes(SMALL, dim=200, backend=backend)
+    with pytest.raises((RuntimeError, ValueError), match="expected"):
+        projection.forward(torch.ones(200, device="cuda"), base={n: torch.ones(s) for n, s in SMALL.items()})
+    with pytest.raises(RuntimeError, match="backend: 'cpu' expects tensors on the CPU, got tensors on cuda:0"):
+        Projection.from_shapes(SMALL, dim=200, backend="cpu").forward(torch.ones(200, device="cuda"))
+    with pytest.raises(RuntimeError, match=f"backend: '{backend}' expects tensors on a .*, got tensors on cpu"):
+        projection.forward(torch.ones(200))
