@@ -156,12 +156,13 @@ def spills(code: list[Instruction]) -> int:
 
 def body_cells(ops: Counter | None) -> str:
     if ops is None:
-        return "no such loop | | |"
-    per_value = [ops.total(), count(ops, "FADD") + count(ops, "FMUL"), count(ops, "LDS") + count(ops, "STS")]
+        return "no such loop | | | |"
+    shared = count(ops, "LDS") + count(ops, "STS")
+    per_value = [ops.total(), count(ops, "FADD") + count(ops, "FMUL"), shared, count(ops, "LDG.")]
     return " | ".join(f"{n / VALUES:.2f}" for n in per_value) + " |"
 
 
-COLUMNS = "values in memory | instructions per value | FADD, FMUL | shared memory"
+COLUMNS = "values in memory | instructions per value | FADD, FMUL | shared memory | loads"
 VECTORS = {"float32": ".128.", "bfloat16": ".64."}
 
 
@@ -185,7 +186,7 @@ def cuda_tables(library: Path, arch: str) -> None:
             main_kernels[kernel, diagonal] = instructions
 
     print(f"\n| loop body, n = 2^14, {arch} | {COLUMNS} |")
-    print("|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|")
     for (kernel, diagonal), instructions in main_kernels.items():
         for memory, vector in VECTORS.items():
             adds = VALUES * (BUTTERFLIES + (3 if diagonal == "0" else 0) + 1)
@@ -205,7 +206,7 @@ def triton_tables(arch: str) -> None:
             file.flush()
             ((registers, stack),) = resources(file.name).values()
             (code,) = functions(file.name).values()
-        cells = [kernel.title, f"2^{kernel.q}", kernel.num_warps, registers, stack, spills(code), built.metadata.shared]
+        cells = [kernel.title, f"2^{kernel.q}", kernel.threads, registers, stack, spills(code), built.metadata.shared]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
         diagonal = kernel.constants.get("RADEMACHER")
         if diagonal is not None:
@@ -213,10 +214,10 @@ def triton_tables(arch: str) -> None:
             adds = VALUES * (kernel.q + (0 if diagonal else 3) + 1)
             ops = body(code, adds, VECTORS[memory], None if "groups" in title else VECTORS[memory])
             bodies.append(f"| {title} | 2^{kernel.q} | {memory} | {body_cells(ops)}")
-    print(f"| kernel, Triton {triton.__version__}, {arch} | n | warps | registers | stack | spills | shared memory |")
+    print(f"| kernel, Triton {triton.__version__}, {arch} | n | threads | registers | stack | spills | shared memory |")
     print("|---|---|---|---|---|---|---|", *rows, sep="\n")
     print(f"\n| loop body, {arch} | n | {COLUMNS} |")
-    print("|---|---|---|---|---|---|", *bodies, sep="\n")
+    print("|---|---|---|---|---|---|---|", *bodies, sep="\n")
 
 
 def main() -> None:

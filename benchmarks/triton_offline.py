@@ -23,7 +23,7 @@ class Kernel(NamedTuple):
     title: str
     function: triton.JITFunction
     constants: dict
-    num_warps: int
+    threads: int
     registers: int | None = None  # at most, on NVIDIA
 
     @property
@@ -36,7 +36,7 @@ def kernels(qs: tuple[int, ...] = (14, 10), codes: tuple[int, ...] = (0, 1)) -> 
     found = []
     for q in qs:
         shape = dict(Q=q, T=tile.tile_bits(q))
-        warps, small = tile.num_warps(q), dict(Q=q, SIZE=256)
+        threads, small = tile.threads(q), dict(Q=q, SIZE=256)
         for rademacher in (False, True):
             diagonal = ("gaussian", "rademacher")[rademacher]
             for code in codes:
@@ -44,14 +44,14 @@ def kernels(qs: tuple[int, ...] = (14, 10), codes: tuple[int, ...] = (0, 1)) -> 
                 dtype = str(memory.DTYPES[code]).removeprefix("torch.")
                 constants = dict(OUT=code, BASES=1 << code, chunks=1, run_tiles=1, **what)
                 title = f"fastfood_forward_kernel, {diagonal}, {dtype}"
-                found.append(Kernel(title, forward.fastfood_forward_kernel, constants, warps, 128))
+                found.append(Kernel(title, forward.fastfood_forward_kernel, constants, threads, 128))
                 title = f"adjoint_groups_kernel, {diagonal}, {dtype}"
-                found.append(Kernel(title, adjoint.adjoint_groups_kernel, dict(GRADS=1 << code, **what), warps))
-        found.append(Kernel("adjoint_sums_kernel", adjoint.adjoint_sums_kernel, small, 4))
-        found.append(Kernel("adjoint_segments_kernel", adjoint.adjoint_segments_kernel, shape, warps, 128))
-        found.append(Kernel("adjoint_gradients_kernel", adjoint.adjoint_gradients_kernel, small, 4))
+                found.append(Kernel(title, adjoint.adjoint_groups_kernel, dict(GRADS=1 << code, **what), threads))
+        found.append(Kernel("adjoint_sums_kernel", adjoint.adjoint_sums_kernel, small, 128))
+        found.append(Kernel("adjoint_segments_kernel", adjoint.adjoint_segments_kernel, shape, threads, 128))
+        found.append(Kernel("adjoint_gradients_kernel", adjoint.adjoint_gradients_kernel, small, 128))
         rows = dict(row_tiles=1, IN=0, OUT=0, FINISH=True, **shape)
-        found.append(Kernel("hadamard_rows_kernel, float32", hadamard.hadamard_rows_kernel, rows, warps))
+        found.append(Kernel("hadamard_rows_kernel, float32", hadamard.hadamard_rows_kernel, rows, threads))
     return found
 
 
@@ -61,7 +61,7 @@ def compiled(kernel: Kernel, backend: str = "cuda", arch: int | str = 90, warp_s
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     given = {(names.index(name),): value for name, value in constants.items()}
-    options = dict(num_warps=kernel.num_warps, enable_fp_fusion=False)
+    options = dict(num_warps=max(1, kernel.threads // warp_size), enable_fp_fusion=False)
     if kernel.registers and backend == "cuda":
         options["maxnreg"] = kernel.registers
     source = ASTSource(kernel.function, signature, given, aligned)

@@ -8,7 +8,7 @@ segments, all in the order of the plan, so that the bits depend on nothing else 
 import triton
 import triton.language as tl
 
-from hsaid_kernels._triton.memory import element, load_floats, tensor_at
+from hsaid_kernels._triton.memory import element, load_floats, range_of_fours, tensor_at
 from hsaid_kernels._triton.streams import SIGNS, permutation_keys, permute, sign_bits, times_diagonal, with_signs
 from hsaid_kernels._triton.tables import (
     COLS,
@@ -44,8 +44,7 @@ def read_tile(
     """Blocks that begin at the piece's elements first, first + step, ..., in natural order; 0 beyond the piece."""
     ROWS: tl.constexpr = 1 << (T - Q)
     if (cols == 0) & (grad % 16 == 0) & (first + (ROWS - 1) * step + (1 << Q) <= count):
-        at = tl.arange(0, ROWS)[:, None] * step + tl.arange(0, 1 << Q)[None, :]
-        at = tl.max_contiguous(tl.multiple_of(at, [1, 4]), [1, 4])  # as in write_tile
+        at = tl.arange(0, ROWS)[:, None] * step + range_of_fours(1 << Q)[None, :]
         x = tl.reshape(load_floats(grad, code, first, at, None, GRADS, True), (1 << T,))
     else:
         STEP: tl.constexpr = 1 << (T - 4)
@@ -122,12 +121,17 @@ def adjoint_sums_kernel(
 
 
 @triton.jit
-def fold(x, Q: tl.constexpr, T: tl.constexpr):
-    """Sum of each of the 2^(T-Q) blocks, the upper half added to the lower until one value is left: [blocks, 1]."""
-    for i in tl.static_range(Q):
-        a, b = tl.split(tl.permute(tl.reshape(x, (1 << (T - Q), 2, 1 << (Q - 1 - i))), (0, 2, 1)))
-        x = a + b
-    return tl.reshape(x, (1 << (T - Q), 1))
+def fold(values, Q: tl.constexpr, STEP: tl.constexpr):
+    """Sum of 2^Q values in memory, the upper half added to the lower until one is left. Nothing else stays there."""
+    half = 1 << (Q - 1)
+    for _ in range(Q):
+        for i in range(0, half, STEP):
+            at = i + tl.arange(0, STEP)
+            lower = tl.load(values + at, mask=at < half, other=0.0)
+            tl.store(values + at, lower + tl.load(values + half + at, mask=at < half, other=0.0), mask=at < half)
+        tl.debug_barrier()
+        half //= 2
+    return tl.load(values)
 
 
 @triton.jit(do_not_specialize=["seed", "dim", "chunk"])
@@ -158,15 +162,17 @@ def adjoint_segments_kernel(
         scratch += program.to(tl.int64) << (T + 1)
         z = scratch + N
         make_z(theta, dim, seed, stream, chunk, scratch, z, Q, T)
-        for i in range(0, N, STEP):
+        for i in range(0, 1 << Q, STEP):
             e = i + tl.arange(0, STEP)
-            tl.store(scratch + e, tl.load(u + (e & ((1 << Q) - 1))) * tl.load(z + place_in_a(e, T)))
+            inside = e < 1 << Q
+            product = tl.load(u + e, mask=inside) * tl.load(z + place_in_a(e, T), mask=inside)
+            tl.store(scratch + e, product, mask=inside)
         tl.debug_barrier()
-        dots = fold(tl.load(scratch + tl.arange(0, N)), Q, T)  # the same one for each block
-        block = tl.arange(0, 1 << (T - Q))[:, None]
-        dots += tl.load(dfactors + segment + block * 0, mask=block < tl.minimum(chunk, 1), other=0.0)
+        dot = fold(scratch, Q, STEP)
+        # A factor's gradient is a sum over the chunks, which come one after the other.
+        before = tl.load(dfactors + segment, mask=chunk > 0, other=0.0)
         tl.debug_barrier()
-        tl.store(dfactors + segment + block * 0, dots, mask=block == 0)
+        tl.store(dfactors + segment, before + dot)
 
         keys = permutation_keys(seed, stream, chunk)
         for i in range(0, N, STEP):

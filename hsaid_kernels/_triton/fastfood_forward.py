@@ -8,7 +8,7 @@ the z of each chunk and keep their sums in `sums` meanwhile.
 import triton
 import triton.language as tl
 
-from hsaid_kernels._triton.memory import element, load_floats, store_floats, tensor_at
+from hsaid_kernels._triton.memory import element, load_floats, range_of_fours, store_floats, tensor_at
 from hsaid_kernels._triton.streams import times_diagonal
 from hsaid_kernels._triton.tables import (
     COLS,
@@ -59,8 +59,7 @@ def write_tile(
     T: tl.constexpr,
 ):
     """base + factor * x into tile t of the piece that begins at the addresses `out` and `base` (0: zeros)."""
-    # Four values a thread are vectors of 16 or 8 bytes; eight of 16 bits would be another order.
-    at = tl.max_contiguous(tl.multiple_of(tl.arange(0, 1 << T), 4), 4)
+    at = range_of_fours(1 << T)
     first = tl.cast(t, tl.int64) << T
     if (base != 0) & (cols == 0) & (first + (1 << T) <= count) & ((base | out) % 16 == 0):
         w = load_floats(base, code, first, at, None, BASES, True)

@@ -54,6 +54,15 @@ def tensor_at(table, number, offset):
 
 
 @triton.jit
+def range_of_fours(SIZE: tl.constexpr):
+    """tl.arange of which Triton sees that four follow each other, and no more.
+
+    Four values are a vector of 16 or 8 bytes. Vectors of eight would be another order of the tile, and an exchange.
+    """
+    return tl.max_contiguous(tl.multiple_of(tl.arange(0, SIZE), 4), 4)
+
+
+@triton.jit
 def widened(x, CODE: tl.constexpr):
     """float32 of values as they are in memory, those of bfloat16 being taken for 16-bit integers."""
     if CODE == 1:

@@ -49,14 +49,13 @@ def _normal_lines(device: torch.device) -> Tensor:
     return _lines[device]
 
 
-def _on_nvidia() -> bool:
-    return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
-
-
-def _options(q: int, registers: int | None = None) -> dict:
-    """How to compile for blocks of 2^q values. No multiplication is fused with an addition (docs/rng.md)."""
-    options = dict(num_warps=tile.num_warps(q), enable_fp_fusion=False)
-    return options | dict(maxnreg=registers) if registers and _on_nvidia() else options
+def _options(threads: int, registers: int | None = None) -> dict:
+    """How to compile a kernel. No multiplication is fused with an addition (docs/rng.md)."""
+    if INTERPRETED:
+        return {}
+    target = triton.runtime.driver.active.get_current_target()
+    options = dict(num_warps=max(1, threads // target.warp_size), enable_fp_fusion=False)
+    return options | dict(maxnreg=registers) if registers and target.backend == "cuda" else options
 
 
 def _programs(device: torch.device, q: int) -> int:
@@ -64,7 +63,7 @@ def _programs(device: torch.device, q: int) -> int:
     if INTERPRETED:
         return 3
     properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return properties["multiprocessor_count"] * (16 // tile.num_warps(q))
+    return properties["multiprocessor_count"] * (512 // tile.threads(q))
 
 
 def _on(device: torch.device):
@@ -176,7 +175,7 @@ def fastfood_forward(
             RADEMACHER=rademacher,
             Q=q,
             T=t,
-            **_options(q, 128),
+            **_options(tile.threads(q), 128),
         )
     return out
 
@@ -216,7 +215,7 @@ def fastfood_adjoint(
     sums = torch.empty(max(len(wave.items) for wave in made.waves) << t, device=device)
     carry = torch.empty(2 << q if len(made.waves) > 1 else 1, device=device)
     scratch = torch.empty(max(wave.finished for wave in made.waves) << (t + 1), device=device)
-    lines, small = _normal_lines(device), dict(num_warps=4, enable_fp_fusion=False)
+    lines, small = _normal_lines(device), _options(128)
     size = min(SIZE, width)
     with _on(device):
         table = memory.table_of(tensors, device)
@@ -236,7 +235,7 @@ def fastfood_adjoint(
                     RADEMACHER=rademacher,
                     Q=q,
                     T=t,
-                    **_options(q),
+                    **_options(tile.threads(q)),
                 )
                 adjoint_kernels.adjoint_sums_kernel[(len(parts), width // size)](
                     table, parts, sums, carry, Q=q, SIZE=size, **small
@@ -256,7 +255,7 @@ def fastfood_adjoint(
                     dfactors,
                     Q=q,
                     T=t,
-                    **_options(q, 128),
+                    **_options(tile.threads(q), 128),
                 )
                 adjoint_kernels.adjoint_gradients_kernel[(-(-count // size),)](
                     table, parts, sums, part_of_dtheta, count, finished, number, Q=q, SIZE=size, **small
@@ -283,7 +282,19 @@ def hadamard_transform(x: Tensor, scale: float) -> Tensor:
             t = tile.tile_bits(q)
             programs = -(-rows // (1 << (t - q)))
             hadamard_kernels.hadamard_rows_kernel[(programs,)](
-                source, target, rows, dim, dim, 1, scale, IN=code, OUT=code, FINISH=True, Q=q, T=t, **_options(q)
+                source,
+                target,
+                rows,
+                dim,
+                dim,
+                1,
+                scale,
+                IN=code,
+                OUT=code,
+                FINISH=True,
+                Q=q,
+                T=t,
+                **_options(tile.threads(q)),
             )
             return out
         first = plan.MAX_WIDTH.bit_length() - 1
@@ -301,7 +312,7 @@ def hadamard_transform(x: Tensor, scale: float) -> Tensor:
             FINISH=False,
             Q=first,
             T=first,
-            **_options(first),
+            **_options(tile.threads(first)),
         )
         for bit in range(first, q, hadamard_kernels.COLUMN_BITS):
             stages = min(hadamard_kernels.COLUMN_BITS, q - bit)
@@ -317,7 +328,7 @@ def hadamard_transform(x: Tensor, scale: float) -> Tensor:
                 BIT=bit,
                 M=stages,
                 T=12,
-                **_options(12),
+                **_options(tile.threads(12)),
             )
     return out
 
@@ -342,6 +353,6 @@ def stream_values(
             RADEMACHER=rademacher,
             Q=q,
             T=tile.tile_bits(q),
-            **_options(q),
+            **_options(tile.threads(q)),
         )
     return out

@@ -24,8 +24,9 @@ def tile_bits(q: int) -> int:
     return max(q, 12)
 
 
-def num_warps(q: int) -> int:
-    return 1 << (tile_bits(q) - 11)
+def threads(q: int) -> int:
+    """Of a program, each of which holds 64 values."""
+    return 1 << (tile_bits(q) - 6)
 
 
 @triton.jit
