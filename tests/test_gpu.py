@@ -357,7 +357,7 @@ def changed(table, row, column, value):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (lambda a: {"theta": a["theta"].cpu()}, "theta: expected a tensor on a (CUDA device|GPU), got .*(CPU|cpu)"),
+        (lambda a: {"theta": a["theta"].cpu()}, "theta: expected a tensor on a (CUDA device|GPU), got one on"),
         (lambda a: {"factors": a["factors"].cpu()}, "factors: expected a tensor on .*0, where theta is, got one on"),
         (lambda a: {"base": [*a["base"][:3], a["base"][3].cpu()]}, "base: expected a tensor on .*0, where theta is"),
         (lambda a: {"segments": a["segments"].cuda()}, "segments: expected a contiguous int64 table .* on the CPU"),

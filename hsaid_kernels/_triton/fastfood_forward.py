@@ -115,15 +115,11 @@ def fastfood_forward_kernel(
                 make_z(theta, dim, seed, stream, chunk, scratch, z, Q, T)
                 for t in range(first, last):
                     x = times_diagonal(tl.load(z + own), seed, stream, t << (T - Q), 1, chunk, lines, RADEMACHER, Q, T)
-                    if chunks == 1:
-                        x = transform(x, Q, T)
-                        write_tile(to, base, code, count, cols, row_stride, t, x, factor, scratch, OUT, BASES, T)
+                    sum = sums + (t - first << T)
+                    if chunk > 0:
+                        x = tl.load(sum) + x
+                    if chunk + 1 < chunks:
+                        tl.store(sum, x)
                     else:
-                        sum = sums + (t - first << T)
-                        if chunk > 0:
-                            x = tl.load(sum) + x
-                        if chunk + 1 < chunks:
-                            tl.store(sum, x)
-                        else:
-                            x = transform(x, Q, T)
-                            write_tile(to, base, code, count, cols, row_stride, t, x, factor, scratch, OUT, BASES, T)
+                        w = transform(x, Q, T)
+                        write_tile(to, base, code, count, cols, row_stride, t, w, factor, scratch, OUT, BASES, T)

@@ -35,12 +35,12 @@ def hadamard_rows_kernel(
     row, first = tile // row_tiles * ROWS, tile % row_tiles << Q
     r, k = tl.arange(0, ROWS)[:, None], (range_of_fours(1 << Q) if Q >= 2 else tl.arange(0, 1 << Q))[None, :]
     inside = r < rows - row
-    at = r * dim.to(tl.int32) + k
+    at = r * tl.cast(dim, tl.int32) + k
     v = tl.load(x + row * dim + first + at, mask=inside & (k < dim - first), other=0)
     v = transform(natural_to_a(widened(v, IN), T), Q, T, FINISH)
     if FINISH:
         v *= scale
-    at = r * out_dim.to(tl.int32) + k
+    at = r * tl.cast(out_dim, tl.int32) + k
     v = tl.reshape(narrowed(v, OUT), (ROWS, 1 << Q))
     tl.store(out + row * out_dim + first + at, v, mask=inside & (k < out_dim - first))
 

@@ -39,7 +39,7 @@ def table_of(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
     words += [MISSING] * (-len(words) % WORDS)
     table = torch.empty(len(words) + WORDS * (not words), dtype=torch.int64, device=device)
     for i in range(0, len(words), WORDS):
-        write_words[(1,)](table[i:], tuple(words[i : i + WORDS]), num_warps=1)
+        write_words[(1,)](table[i:], tuple(words[i : i + WORDS]), num_warps=1, enable_fp_fusion=False)
     return table
 
 

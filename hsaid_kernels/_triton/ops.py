@@ -85,9 +85,14 @@ def _floats(tensor: Tensor, theta: Tensor, count: int, what: str) -> Tensor:
     return tensor.contiguous()
 
 
-def _theta(theta: Tensor) -> Tensor:
+def _check_place(theta: Tensor) -> None:
     expected = "the CPU, where the interpreter runs" if INTERPRETED else "a GPU"
-    _check((theta.device.type == "cpu") == INTERPRETED, f"theta: expected a tensor on {expected}, got {theta.device}")
+    good = (theta.device.type == "cpu") == INTERPRETED
+    _check(good, f"theta: expected a tensor on {expected}, got one on {theta.device}")
+
+
+def _theta(theta: Tensor) -> Tensor:
+    _check_place(theta)
     dim = theta.numel()
     _check(1 <= dim <= plan.MAX_DIM, f"theta: expected 1 to {plan.MAX_DIM} values, got {dim}")
     return _floats(theta, theta, dim, "theta")

@@ -1,0 +1,242 @@
+"""The Triton backend's host side, without a GPU: tables, what is launched and how it is compiled, for which targets.
+
+What the kernels compute is in test_gpu.py, which also runs by Triton's interpreter.
+"""
+
+import math
+import os
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import shapes
+import torch
+
+from hsaid_kernels.plan import COLUMNS, Plan, Segment, whole
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import triton
+import triton_offline
+from triton.backends.compiler import GPUTarget
+
+from hsaid_kernels._triton import memory, ops, tables, tile
+
+CPU = torch.device("cpu")
+MBERT = Plan(shapes.mbert(), 1000)
+
+
+def column(rows: torch.Tensor, which) -> np.ndarray:
+    return rows[:, which.value].numpy()
+
+
+# --- tables
+
+
+@pytest.mark.parametrize("most", [None, 2])
+@pytest.mark.parametrize("programs", [1, 7, 264, 10**6])
+@pytest.mark.parametrize("t", [12, 14])
+def test_runs_have_every_tile_once(t, programs, most):
+    bands = [Segment("w", 32 * h, 700, 32, 96, f"head {h}") for h in (0, 2)]
+    plan = Plan({"a": (3, 50000), "b": (7,), "w": (700, 96)}, 100, segments=[whole("a", (3, 50000)), *bands])
+    for p in (plan, MBERT):
+        pieces = tables.pieces_of(p.segments.numpy(), p.holes.numpy())
+        rows, first = tables.runs_of(pieces, t, programs, most, CPU)
+        tiles = Counter()
+        for row in rows.tolist():
+            key = tuple(row[: tables.FIRST.value])
+            tiles.update((key, i) for i in range(row[tables.FIRST.value], row[tables.LAST.value]))
+        expected = {(tuple(r[: tables.FIRST.value]), i) for r in pieces.tolist() for i in range(-(-r[3] // 2**t))}
+        assert tables.COUNT.value == 3 and tiles == Counter(expected)
+        assert first[0] == 0 and first[-1] == len(rows) and (first.diff() >= 0).all()
+        lengths = column(rows, tables.LAST) - column(rows, tables.FIRST)
+        assert lengths.min() >= 1 and (most is None or lengths.max() <= most)
+        if most is None:  # nobody has more than a share, and z once more where a piece is cut
+            cost = [lengths[a:b].sum() + tables.Z_COST * (b - a) for a, b in zip(first[:-1], first[1:])]
+            share = (len(tiles) + tables.Z_COST * len(pieces)) / (len(first) - 1)
+            assert max(cost) <= share + 2 * tables.Z_COST + 1
+
+
+def test_pieces_are_the_plans():
+    plan = Plan({"v": (3,), "w": (24, 96)}, 100, segments=[Segment("w", 32, 24, 32, 96, "head 1"), whole("v", (3,))])
+    rows = tables.pieces_of(plan.segments.numpy(), plan.holes.numpy())
+    got = [[row[c.value] for c in (tables.TENSOR, tables.OFFSET, tables.OUT_OFFSET, tables.COUNT)] for row in rows]
+    assert got[:2] == [[1, 32, 64 + 32, 24 * 32], [0, 0, 0, 3]]
+    assert [row[tables.COLS.value] for row in rows[:2]] == [32, 0] and rows[0, tables.ROW_STRIDE.value] == 96
+    assert [row[tables.SEGMENT.value] for row in rows] == [0, 1] + [-1] * len(plan.holes)
+    assert rows[0, tables.STREAM.value] == plan.segments[0, COLUMNS.index("stream")]
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 10**6])
+@pytest.mark.parametrize("q", [5, 10, 14])
+def test_waves_have_every_group_once(q, most, monkeypatch):
+    t = tile.tile_bits(q)
+    monkeypatch.setattr(tables, "SUMS_FLOATS", most << t)
+    counts = [30 * 24 * 2**q + 5, 7, 2**q, 24 * 2**q + 1, 100 * 24 * 2**q]
+    plan = Plan({f"t{i}": (n,) for i, n in enumerate(counts)}, 100, width=2**q)
+    pieces = tables.pieces_of(plan.segments.numpy())
+    waves = tables.waves_of(pieces, q, t, 24, CPU)
+    places = 1 << (t - q)
+    parts, carried = [[] for _ in counts], None
+    for wave in waves:
+        assert len(wave.items) <= most
+        where = {}  # place of the sum of a group of a tensor
+        for number, item in enumerate(wave.items.tolist()):
+            groups = range(item[tables.FIRST.value], item[tables.LAST.value])
+            assert 1 <= len(groups) <= places
+            where |= {number * places + j: (item[tables.TENSOR.value], g) for j, g in enumerate(groups)}
+        for number, part in enumerate(wave.parts.tolist()):
+            tensor, before, after = (part[c.value] for c in (tables.TENSOR, tables.FROM, tables.TO))
+            assert before == (-1 if carried is None else carried), "a part goes on where the wave before left it"
+            carried = None if after < 0 else after
+            assert (after < 0) == (number < wave.finished)
+            got = [where.pop(place) for place in range(part[tables.FIRST.value], part[tables.LAST.value])]
+            assert {t for t, _ in got} == {tensor}
+            parts[tensor] += [g for _, g in got]
+        assert not where
+    assert carried is None
+    assert parts == [list(range(math.ceil(n / 2**q / 24))) for n in counts]
+
+
+def test_words_tell_addresses_and_dtypes():
+    for code, dtype in enumerate(memory.DTYPES):
+        tensor = torch.ones(3, dtype=dtype)
+        word = memory.word_of(tensor)
+        assert word & 1 and word > 2**32 and (word & (2**62 - 1)) >> 3 == tensor.data_ptr() and word >> 1 & 3 == code
+    assert memory.MISSING == memory.word_of(None) and (memory.MISSING & (2**62 - 1)) >> 3 == 0
+    assert memory.dtypes_of([torch.ones(1), None, torch.ones(1).half()]) == 0b101
+    assert memory.dtypes_of([]) == memory.dtypes_of([None]) == 1
+
+
+def test_a_strided_piece_of_too_many_elements_is_refused():
+    plan = Plan({"w": (2, 8192)}, 100, segments=[Segment("w", 0, 2, 4096, 8192)])
+    plan.segments[0, COLUMNS.index("rows")] = 2**20
+    with pytest.raises(RuntimeError, match=r"segments: .* less than 2\*\*32 elements, got one of 4294967296"):
+        tables.pieces_of(plan.segments.numpy())
+
+
+# --- launches
+
+
+class FakeDevice:
+    """Takes the place of Triton's driver for an H200: kernels are compiled, and launches written down."""
+
+    def __init__(self):
+        self.launches: list[tuple[str, tuple, int]] = []  # name, grid, number of the binary
+        self.binaries: list[bytes] = []
+        self.utils = self
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
+
+    def load_binary(self, name, binary, shared, device):
+        self.binaries.append(binary)
+        return self, (name, len(self.binaries) - 1), 0, 0, 1024
+
+    def launcher_cls(self, source, metadata):
+        def launch(x, y, z, stream, function, *arguments):
+            self.launches.append((function[0], (x, y, z), function[1]))
+
+        return launch
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A fake device to which tensors on the CPU belong."""
+    fake = FakeDevice()
+    monkeypatch.setattr(ops, "_check_place", lambda theta: None)
+    monkeypatch.setattr(ops, "_on", lambda device: torch.no_grad())
+    triton.runtime.driver.set_active(fake)
+    yield fake
+    triton.runtime.driver.set_active(None)
+
+
+def call(plan: Plan, dtype=torch.float32, gradients: bool = True):
+    theta, factors = torch.ones(plan.dim), plan.scales
+    tensors = plan.views(torch.zeros(plan.numel, dtype=dtype))
+    table = (plan.segments, plan.seed - 2**64 if plan.seed >= 2**63 else plan.seed, plan.width, plan.rademacher)
+    ops.fastfood_forward(theta, factors, tensors, *table, plan.holes, plan.numel, dtype)
+    if gradients:
+        ops.fastfood_adjoint(theta, factors, tensors, *table, plan.group_blocks)
+
+
+def test_all_tensors_in_one_launch(device):
+    """And one before it, which leaves their addresses in memory."""
+    call(MBERT, gradients=False)
+    assert [name for name, _, _ in device.launches] == ["write_words", "fastfood_forward_kernel"]
+    assert device.launches[1][1] == (132 * 8, 1, 1)
+    device.launches.clear()
+    call(MBERT)
+    names = ["write_words", "adjoint_groups_kernel", "adjoint_sums_kernel"]
+    names += ["adjoint_segments_kernel", "adjoint_gradients_kernel"]
+    assert [name for name, _, _ in device.launches[2:]] == names
+    assert device.launches[5][1] == (201, 1, 1)
+
+
+def test_nothing_is_compiled_twice(device):
+    """Not for another seed, length of theta, number or address of tensors."""
+    call(Plan({"a": (5000,), "b": (7,)}, 1000))
+    compiled = len(device.binaries)
+    assert compiled == len({name for name, _, _ in device.launches})
+    for dim, seed in ((1001, 16), (1008, 1), (600, 2**32), (1024, 2**64 - 16), (513, 2**63)):
+        call(Plan({f"t{i}": (6000, 16) for i in range(5 if dim % 2 else 300)} | {"b": (16,)}, dim, seed))
+        assert len(device.binaries) == compiled, (dim, seed)
+    call(Plan({"a": (5000,)}, 3000, width=1024))
+    several_chunks = len(device.binaries)
+    assert several_chunks <= compiled + 1
+    call(Plan({"a": (5000,)}, 16 * 1024, width=1024))
+    assert len(device.binaries) == several_chunks
+
+
+@pytest.mark.parametrize(
+    "width, chunks, rademacher", [(32, 1, 0), (64, 3, 1), (128, 1, 1), (8192, 3, 0), (16384, 1, 0)]
+)
+def test_everything_compiles(width, chunks, rademacher, device):
+    """Also for dtypes that are mixed, of which each kernel then takes any."""
+    diagonal = ("gaussian", "rademacher")[rademacher]
+    plan = Plan({"a": (70, 96), "b": (7,)}, chunks * width, width=width, diagonal=diagonal)
+    theta, factors, table = torch.ones(plan.dim), plan.scales, (plan.segments, 3, width, bool(rademacher))
+    a, b = (torch.ones(shape) for shape in plan.shapes.values())
+    ops.fastfood_forward(theta, factors, [a.half(), b], *table, plan.holes, plan.numel, torch.float16)
+    ops.fastfood_adjoint(theta, factors, [a.bfloat16(), b.half()], *table, plan.group_blocks)
+    for purpose in range(3):
+        ops.stream_values(theta, -5, 2**63 - 1, purpose, 0, 1, width, bool(rademacher))
+    ops.hadamard_transform(torch.ones(3, width - 1).bfloat16(), 0.5)
+
+
+def test_hadamard_transform_of_any_length_compiles(device):
+    for dim in (1, 2, 5, 2**15, 2**22 - 1):
+        ops.hadamard_transform(torch.ones(1, dim), 0.5)
+    names = [name for name, _, _ in device.launches]
+    assert names == ["hadamard_rows_kernel"] * 4 + ["hadamard_columns_kernel"] + [
+        "hadamard_rows_kernel",
+        "hadamard_columns_kernel",
+        "hadamard_columns_kernel",
+    ]
+
+
+# --- compiled
+
+
+@pytest.mark.parametrize("backend, arch, warp_size", [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)])
+def test_compiles_for(backend, arch, warp_size):
+    """Without fused multiplications, within the shared memory and registers that are counted on."""
+    for kernel in triton_offline.kernels(qs=(14,), codes=(1,)):
+        built = triton_offline.compiled(kernel, backend, arch, warp_size)
+        assert built.metadata.shared <= 65536, kernel.title
+        code = built.asm["ptx" if backend == "cuda" else "amdgcn"]
+        fused = re.findall(r"\bfma\.|\bmad\.(?:rn\.)?f|v_(?:pk_)?fmac?_", code)
+        assert not fused, (kernel.title, fused[:3])
+        assert not re.search(r"\.ftz", code), kernel.title
