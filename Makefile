@@ -16,13 +16,24 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CMAKE := $(abspath $(BIN))/cmake
 
-.PHONY: train test lint bench gpu clean
+.PHONY: train test triton-versions lint bench gpu clean
 
 train: $(VENV)/.installed
 	$(BIN)/hsaid train $(ARGS)
 
 test: $(VENV)/.installed-test lint build/cmake/test_core
 	$(BIN)/python -m pytest $(ARGS)
+	@echo "The Triton kernels, by Triton's interpreter:"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_gpu.py
+
+# With the oldest and the newest Triton that are known to work, which pip does not install beside this torch.
+triton-versions: $(VENV)/.installed-test
+	for version in 3.6.0 3.9.0; do \
+	  folder=build/triton-$$version; \
+	  $(PIP) --no-deps --upgrade --target $$folder --constraint /dev/null triton==$$version 'numpy<2.4' || exit 1; \
+	  PYTHONPATH=$$folder $(BIN)/python -m pytest -q tests/test_triton.py || exit 1; \
+	  PYTHONPATH=$$folder TRITON_INTERPRET=1 $(BIN)/python -W ignore -m pytest -q tests/test_gpu.py || exit 1; \
+	done
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -37,7 +48,7 @@ gpu:
 	cmake -S . -B build/gpu -G Ninja -DHSAID_CUDA=ON -DHSAID_CUDA_ARCHITECTURES=native -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
 	cmake --build build/gpu --target _cpu _cuda
 	cmake --install build/gpu --prefix "$(CURDIR)/hsaid_kernels"
-	$(PYTHON) -m pytest -m gpu tests/test_cuda.py $(ARGS)
+	$(PYTHON) -m pytest -m gpu tests/test_gpu.py $(ARGS)
 	for tool in memcheck racecheck synccheck initcheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 --print-limit 5 $(PYTHON) benchmarks/gpu.py --small || exit 1; \
 	done
@@ -53,7 +64,7 @@ $(VENV)/.installed: constraints.txt $(SOURCES)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(PIP) pytest scipy ruff clang-format
+	@$(PIP) pytest scipy ruff clang-format triton
 	@touch $@
 
 build/cmake/test_core: $(VENV)/.installed $(wildcard tests/csrc/*)

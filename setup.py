@@ -1,6 +1,7 @@
 """A thin front that calls CMake (CMakeLists.txt is the build definition); everything else stands in pyproject.toml.
 
-HSAID_CUDA=0 or 1 decides whether the CUDA library is built; without it, it is built where nvcc is.
+HSAID_CUDA=0 or 1 decides whether the CUDA library is built; without it, it is built where nvcc is. HSAID_CPU=0 leaves
+the CPU library out. With both 0 no compiler is needed: what is left is the Triton backend, for machines with a GPU.
 """
 
 import os
@@ -16,11 +17,15 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 
 
-def wants_cuda() -> bool:
-    choice = os.environ.get("HSAID_CUDA", "")
-    if choice not in ("", "0", "1"):
-        raise SystemExit(f"HSAID_CUDA: expected 0, 1 or nothing, got {choice!r}")
-    return shutil.which("nvcc") is not None if choice == "" else choice == "1"
+def wanted() -> list[str]:
+    """The libraries to build."""
+    choices = {name: os.environ.get(name, "") for name in ("HSAID_CPU", "HSAID_CUDA")}
+    for name, choice in choices.items():
+        if choice not in ("", "0", "1"):
+            raise SystemExit(f"{name}: expected 0, 1 or nothing, got {choice!r}")
+    nvcc = "1" if shutil.which("nvcc") else "0"
+    wants = {"_cpu": choices["HSAID_CPU"] or "1", "_cuda": choices["HSAID_CUDA"] or nvcc}
+    return [library for library, choice in wants.items() if choice == "1"]
 
 
 class CMakeBuild(build_ext):
@@ -29,22 +34,24 @@ class CMakeBuild(build_ext):
     def run(self):
         build = ROOT / "build" / "cmake"
         package = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "hsaid_kernels"
-        cuda = wants_cuda()
+        libraries = wanted()
+        for library in {"_cpu", "_cuda"} - set(libraries):
+            (package / f"{library}.so").unlink(missing_ok=True)  # of an earlier build
+        if not libraries:
+            return
         options = [
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # again every time: pip's build folders come and go
-            f"-DHSAID_CUDA={'ON' if cuda else 'OFF'}",
+            f"-DHSAID_CPU={'ON' if '_cpu' in libraries else 'OFF'}",
+            f"-DHSAID_CUDA={'ON' if '_cuda' in libraries else 'OFF'}",
         ]
         subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
-        targets = ["_cpu", "_cuda"] if cuda else ["_cpu"]
-        subprocess.run(["cmake", "--build", build, "--target", *targets], check=True)
-        if not cuda:
-            (package / "_cuda.so").unlink(missing_ok=True)  # of an earlier build
+        subprocess.run(["cmake", "--build", build, "--target", *libraries], check=True)
         subprocess.run(["cmake", "--install", build, "--prefix", package], check=True)
 
     def get_outputs(self):
         package = Path(self.build_lib) / "hsaid_kernels"
-        return [str(package / f"{name}.so") for name in (["_cpu", "_cuda"] if wants_cuda() else ["_cpu"])]
+        return [str(package / f"{library}.so") for library in wanted()]
 
     def get_output_mapping(self):
         return {}

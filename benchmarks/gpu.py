@@ -3,17 +3,23 @@
     python benchmarks/gpu.py            measures, prints a table, writes benchmarks/results/<gpu>.json
     python benchmarks/gpu.py --small    runs every kernel once on small shapes: for compute-sanitizer
 
-Floors, timed in the same rounds: torch.add(W0, 1.0, out=W), which reads W0 and writes W once; and reading the gradients
-once, which is torch.sum or half of the add, whichever is faster. Times are of CUDA events, medians over the rounds.
+Both GPU backends where they are there, one after the other in the same rounds. Floors, timed in these too:
+torch.add(W0, 1.0, out=W), which reads W0 and writes W once; and reading the gradients once, which is torch.sum or half
+of the add, whichever is faster. Times are of CUDA events, medians over the rounds, launches on the host included.
 """
 
 import argparse
+import importlib.metadata
+import itertools
 import json
 import math
+import os
 import platform
 import re
 import statistics
 import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +33,7 @@ from hsaid_kernels.plan import Plan, Segment, whole
 HERE = Path(__file__).parent
 ROUNDS = 21
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BACKENDS = [name for name in ("cuda", "triton") if hsaid_kernels.available_backends()[name] is True]
 
 
 def milliseconds(f: Callable[[], object]) -> float:
@@ -63,48 +70,88 @@ def gate() -> None:
             plan = Plan(small, dim, seed=1, diagonal=diagonal)
             theta, flat = torch.randn(dim), torch.randn(plan.numel)
             results = []
-            for device in ("cpu", "cuda"):
+            for backend in ("cpu", *BACKENDS):
+                device = "cpu" if backend == "cpu" else "cuda"
                 on, tensors = (theta.to(device), plan.scales.to(device)), plan.views(flat.to(device))
-                forward = ops.fastfood_forward(plan, *on, tensors, torch.float32, device)
-                results.append([t.cpu() for t in (forward, *ops.fastfood_adjoint(plan, *on, tensors, device))])
-            if not all(torch.equal(a, b) for a, b in zip(*results)):
-                raise SystemExit(f"gate: CUDA and CPU differ at d = {dim}, {diagonal}; no speed is reported")
+                forward = ops.fastfood_forward(plan, *on, tensors, torch.float32, backend)
+                results.append([t.cpu() for t in (forward, *ops.fastfood_adjoint(plan, *on, tensors, backend))])
+                if not all(torch.equal(a, b) for a, b in zip(results[0], results[-1])):
+                    raise SystemExit(f"gate: {backend} and CPU differ at d = {dim}, {diagonal}; no speed is reported")
 
 
-def projection_row(name: str, diagonal: str, dim: int) -> dict:
+def projection_rows(name: str, diagonal: str, dim: int) -> list[dict]:
     dtype = DTYPES[name]
     plan = Plan(shapes.mbert(), dim, diagonal=diagonal)
     flat = random_values(plan, dtype)
     out, tensors = torch.empty_like(flat), plan.views(flat)
     theta, factors = torch.randn(dim, device="cuda"), plan.scales.cuda()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    ops.fastfood_adjoint(plan, theta, factors, tensors, "cuda")
-    workspace = torch.cuda.max_memory_allocated() - before
-    times = measure(
-        {
-            "floor": lambda: torch.add(flat, 1.0, out=out),
-            "forward": lambda: ops.fastfood_forward(plan, theta, factors, tensors, dtype, "cuda"),
-            "sum": lambda: flat.sum(),
-            "adjoint": lambda: ops.fastfood_adjoint(plan, theta, factors, tensors, "cuda"),
-        }
-    )
-    times["read"] = [min(s, f / 2) for s, f in zip(times["sum"], times["floor"])]
+    parts = {"floor": lambda: torch.add(flat, 1.0, out=out), "sum": lambda: flat.sum()}
+    workspace = {}
+    for backend in BACKENDS:
+        arguments = plan, theta, factors, tensors
+        parts[f"forward {backend}"] = lambda b=backend, a=arguments: ops.fastfood_forward(*a, dtype, b)
+        parts[f"adjoint {backend}"] = lambda b=backend, a=arguments: ops.fastfood_adjoint(*a, b)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        parts[f"adjoint {backend}"]()
+        workspace[backend] = torch.cuda.max_memory_allocated() - before
+    times = measure(parts)
+    floor, read = times["floor"], [min(s, f / 2) for s, f in zip(times["sum"], times["floor"])]
     bytes_moved = plan.numel * flat.element_size()
-    return {
-        "what": "projection",
-        "dtype": name,
-        "diagonal": diagonal,
-        "d": dim,
-        **{f"{part}_ms": statistics.median(values) for part, values in times.items()},
-        "forward/floor": ratio(times["forward"], times["floor"]),
-        "adjoint/read": ratio(times["adjoint"], times["read"]),
-        "forward_GB/s": 2 * bytes_moved / statistics.median(times["forward"]) / 1e6,
-        "adjoint_GB/s": bytes_moved / statistics.median(times["adjoint"]) / 1e6,
-        "workspace_MB": workspace / 1e6,
-        "all_ms": times,
-    }
+    rows = []
+    for backend in BACKENDS:
+        forward, adjoint = times[f"forward {backend}"], times[f"adjoint {backend}"]
+        row = {
+            "what": "projection",
+            "backend": backend,
+            "dtype": name,
+            "diagonal": diagonal,
+            "d": dim,
+            "floor_ms": statistics.median(floor),
+            "forward_ms": statistics.median(forward),
+            "read_ms": statistics.median(read),
+            "adjoint_ms": statistics.median(adjoint),
+            "forward/floor": ratio(forward, floor),
+            "adjoint/read": ratio(adjoint, read),
+            "forward_GB/s": 2 * bytes_moved / statistics.median(forward) / 1e6,
+            "adjoint_GB/s": bytes_moved / statistics.median(adjoint) / 1e6,
+            "workspace_MB": workspace[backend] / 1e6,
+        }
+        if backend != BACKENDS[0]:  # asked of Triton: 1.6 and 2.0
+            row[f"forward/{BACKENDS[0]}"] = ratio(forward, times[f"forward {BACKENDS[0]}"])
+            row[f"adjoint/{BACKENDS[0]}"] = ratio(adjoint, times[f"adjoint {BACKENDS[0]}"])
+        rows.append(row | {"all_ms": {"floor": floor, "read": read, "forward": forward, "adjoint": adjoint}})
+    return rows
+
+
+FIRST_CALL = """
+import time, torch, shapes
+from hsaid_kernels import ops
+from hsaid_kernels.plan import Plan
+plan = Plan(shapes.mbert(), {dim})
+tensors = plan.views(torch.zeros(plan.numel, device="cuda"))
+theta, factors = torch.ones({dim}, device="cuda"), plan.scales.cuda()
+torch.cuda.synchronize()
+start = time.perf_counter()
+ops.fastfood_forward(plan, theta, factors, tensors, torch.float32, "{backend}")
+ops.fastfood_adjoint(plan, theta, factors, tensors, "{backend}")
+torch.cuda.synchronize()
+print(time.perf_counter() - start)
+"""
+
+
+def first_call_rows(dim: int) -> list[dict]:
+    """Seconds of a process's first forward and adjoint: for Triton with nothing compiled, then from its cache."""
+    rows = []
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(HERE.parent)}
+        for what, backend in [("cold", "triton"), ("cached", "triton"), ("loaded", "cuda")]:
+            if backend in BACKENDS:
+                command = [sys.executable, "-c", FIRST_CALL.format(dim=dim, backend=backend)]
+                run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE, env=environment)
+                rows.append({"what": "first call", "backend": backend, "d": dim, what: float(run.stdout)})
+    return rows
 
 
 def ratio(a: list[float], b: list[float]) -> float:
@@ -153,12 +200,15 @@ def published_row(butterflies: Callable[[torch.Tensor], torch.Tensor], dim: int 
     return {"what": butterflies.__name__, "d": dim, "forward_ms": statistics.median(times), "all_ms": times}
 
 
-def hadamard_row(name: str, dim: int) -> dict:
+def hadamard_row(name: str, dim: int, backend: str) -> dict:
     x = torch.randn(2**27 // dim, dim, device="cuda").to(DTYPES[name])
     out = torch.empty_like(x)
-    times = measure({"floor": lambda: torch.add(x, 1.0, out=out), "transform": lambda: hadamard_transform(x)})
+    times = measure(
+        {"floor": lambda: torch.add(x, 1.0, out=out), "transform": lambda: hadamard_transform(x, 1.0, backend)}
+    )
     return {
         "what": "hadamard_transform",
+        "backend": backend,
         "dtype": name,
         "n": dim,
         "transform_ms": statistics.median(times["transform"]),
@@ -166,24 +216,29 @@ def hadamard_row(name: str, dim: int) -> dict:
     }
 
 
-def small() -> None:
-    """Every kernel: each kind of width, vectors and single elements, chunks, bands, both diagonals, all dtypes."""
+def small(backend: str) -> None:
+    """Every kernel: each kind of width, vectors and single elements, chunks, bands, both diagonals, all dtypes.
+
+    Fewer of Triton's, whose compilation takes longer than the rest.
+    """
+    dtypes = list(DTYPES.values())[: 2 if backend == "triton" else 3]
     tensors = {"a": (3, 12000), "b": (1003,), "w": (70, 96)}
     bands = [whole("a", (3, 12000)), whole("b", (1003,)), Segment("w", 32, 70, 32, 96)]
-    for dim, width in ((30, 32), (1000, 1024), (16384, 16384), (40, 32), (20000, 16384)):
+    for dim, width in ((30, 32), (1000, 1024), (16384, 16384), (40, 32), (20000, 16384))[backend == "triton" :]:
         for diagonal in ("gaussian", "rademacher"):
             plan = Plan(tensors, dim, width=width, diagonal=diagonal, segments=bands)
             theta, factors = torch.randn(dim, device="cuda"), plan.scales.cuda()
-            for dtype in DTYPES.values():
+            for dtype in dtypes:
                 values = plan.views(random_values(plan, dtype))
-                ops.fastfood_forward(plan, theta, factors, values, dtype, "cuda")
-                ops.fastfood_forward(plan, theta, factors, [], dtype, "cuda")
-                ops.fastfood_adjoint(plan, theta, factors, [None, *values[1:]], "cuda")
-                ops.fastfood_adjoint(plan, theta, factors, values, "cuda")
+                ops.fastfood_forward(plan, theta, factors, values, dtype, backend)
+                ops.fastfood_forward(plan, theta, factors, [], dtype, backend)
+                ops.fastfood_adjoint(plan, theta, factors, [None, *values[1:]], backend)
+                ops.fastfood_adjoint(plan, theta, factors, values, backend)
     for dim in (5, 500, 4096, 30000, 65536):
-        for dtype in DTYPES.values():
-            hadamard_transform(torch.randn(3, dim, device="cuda").to(dtype))
-    torch.ops.hsaid_kernels.stream_values(theta, 1, 2, 0, 3, 0, 256, False)
+        for dtype in dtypes:
+            hadamard_transform(torch.randn(3, dim, device="cuda").to(dtype), 1.0, backend)
+    namespace = torch.ops.hsaid_kernels_triton if backend == "triton" else torch.ops.hsaid_kernels
+    namespace.stream_values(theta, 1, 2, 0, 3, 0, 256, False)
     torch.cuda.synchronize()
 
 
@@ -202,6 +257,7 @@ def machine() -> dict:
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton") if "triton" in BACKENDS else None,
         "python": platform.python_version(),
         "hsaid_kernels": hsaid_kernels.__version__,
         "commit": output("git", "rev-parse", "HEAD"),
@@ -214,16 +270,18 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="run every kernel on small shapes and measure nothing")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     options = parser.parse_args()
-    ops.choose_backend("cuda", torch.device("cuda"))  # or a RuntimeError that says why not
+    ops.choose_backend("auto", torch.device("cuda"))  # or a RuntimeError that says why not
     if options.small:
-        small()
+        for backend in BACKENDS:
+            small(backend)
         return
     gate()
     diagonals, dims = ("gaussian", "rademacher"), (1000, 16384)
-    rows = [projection_row(name, diagonal, dim) for name in DTYPES for diagonal in diagonals for dim in dims]
+    rows = [row for args in itertools.product(DTYPES, diagonals, dims) for row in projection_rows(*args)]
     torch.cuda.empty_cache()
-    rows += [hadamard_row(name, dim) for dim in (1024, 16384, 32768, 65536) for name in DTYPES]
+    rows += [hadamard_row(*args) for args in itertools.product(DTYPES, (1024, 16384, 32768, 65536), BACKENDS)]
     torch.cuda.empty_cache()
+    rows += [row for dim in dims for row in first_call_rows(dim)]
     rows += [published_row(butterflies_eager), published_row(butterflies_one_launch_a_stage)]
     ours = next(row["forward_ms"] for row in rows if row["what"] == "projection" and row["d"] == 1000)
     for row in rows[-2:]:

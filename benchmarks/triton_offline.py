@@ -34,6 +34,7 @@ class Kernel(NamedTuple):
 def kernels(qs: tuple[int, ...] = (14, 10), codes: tuple[int, ...] = (0, 1)) -> list[Kernel]:
     """For blocks of 2^q values, and weights or gradients in the dtypes with these codes."""
     found = []
+    names = {code: str(dtype).removeprefix("torch.") for dtype, code in memory.CODES.items()}
     for q in qs:
         shape = dict(Q=q, T=tile.tile_bits(q))
         threads, small = tile.threads(q), dict(Q=q, SIZE=256)
@@ -41,11 +42,10 @@ def kernels(qs: tuple[int, ...] = (14, 10), codes: tuple[int, ...] = (0, 1)) -> 
             diagonal = ("gaussian", "rademacher")[rademacher]
             for code in codes:
                 what = dict(RADEMACHER=rademacher, **shape)
-                dtype = str(memory.DTYPES[code]).removeprefix("torch.")
                 constants = dict(OUT=code, BASES=1 << code, chunks=1, run_tiles=1, **what)
-                title = f"fastfood_forward_kernel, {diagonal}, {dtype}"
+                title = f"fastfood_forward_kernel, {diagonal}, {names[code]}"
                 found.append(Kernel(title, forward.fastfood_forward_kernel, constants, threads, 128))
-                title = f"adjoint_groups_kernel, {diagonal}, {dtype}"
+                title = f"adjoint_groups_kernel, {diagonal}, {names[code]}"
                 found.append(Kernel(title, adjoint.adjoint_groups_kernel, dict(GRADS=1 << code, **what), threads))
         found.append(Kernel("adjoint_sums_kernel", adjoint.adjoint_sums_kernel, small, 128))
         found.append(Kernel("adjoint_segments_kernel", adjoint.adjoint_segments_kernel, shape, threads, 128))

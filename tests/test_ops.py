@@ -213,7 +213,7 @@ def test_hadamard_transform_compiles_whole():
         (
             torch.ones(4, device="meta"),
             RuntimeError,
-            "backend: 'meta' cannot be used: no backend for device type 'meta'",
+            "backend: nothing serves tensors on device type 'meta'",
         ),
     ],
 )
@@ -228,7 +228,7 @@ def test_hadamard_transform_refuses(x, error, message):
 def test_available_backends():
     """True, or a reason in words; a copy, which nobody can spoil."""
     found = available_backends()
-    assert set(found) == {"cpu", "cuda", "reference"} and found["reference"] is True
+    assert set(found) == {"cpu", "cuda", "triton", "reference"} and found["reference"] is True
     for reason in found.values():
         assert reason is True or (isinstance(reason, str) and len(reason) > 10)
     found["reference"] = "gone"
@@ -236,19 +236,42 @@ def test_available_backends():
 
 
 def test_choose_backend(monkeypatch):
-    monkeypatch.setattr(ops, "_AVAILABLE", {"cpu": True, "cuda": True, "reference": True})
-    cpu, cuda = torch.device("cpu"), torch.device("cuda", 1)
+    everything = dict.fromkeys(("cpu", "cuda", "triton", "reference"), True)
+    monkeypatch.setattr(ops, "_AVAILABLE", everything)
+    cpu, cuda, xpu = torch.device("cpu"), torch.device("cuda", 1), torch.device("xpu")
     assert ops.choose_backend("auto", cpu) == ops.choose_backend("cpu", cpu) == "cpu"
     assert ops.choose_backend("auto", cuda) == ops.choose_backend("cuda", cuda) == "cuda"
+    assert ops.choose_backend("auto", xpu) == ops.choose_backend("triton", cuda) == "triton"
     assert ops.choose_backend("reference", cpu) == "reference"
-    for backend, device in [("cpu", cuda), ("cuda", cpu), ("reference", cuda)]:
+    monkeypatch.setattr(ops, "_AVAILABLE", everything | {"cuda": "not built"})
+    assert ops.choose_backend("auto", cuda) == "triton"
+    monkeypatch.setattr(ops, "_AVAILABLE", everything | {"cuda": "not built", "triton": "not installed"})
+    message = "^backend: 'cuda' cannot be used: not built; 'triton' cannot be used: not installed$"
+    with pytest.raises(RuntimeError, match=message):
+        ops.choose_backend("auto", cuda)
+    monkeypatch.setattr(ops, "_AVAILABLE", everything)
+    for backend, device in [("cpu", cuda), ("cuda", cpu), ("triton", cpu), ("reference", cuda)]:
         message = f"backend: '{backend}' expects tensors on .*, got tensors on {device}"
         with pytest.raises(RuntimeError, match=message):
             ops.choose_backend(backend, device)
-    with pytest.raises(RuntimeError, match="'xpu' cannot be used: no backend for device type 'xpu'"):
-        ops.choose_backend("auto", torch.device("xpu"))
-    with pytest.raises(ValueError, match="backend: expected one of 'auto', 'cuda', 'cpu', 'reference', got 'gpu'"):
+    with pytest.raises(RuntimeError, match="backend: nothing serves tensors on device type 'mps'"):
+        ops.choose_backend("auto", torch.device("mps"))
+    expected = "backend: expected one of 'auto', 'cuda', 'triton', 'cpu', 'reference', got 'gpu'"
+    with pytest.raises(ValueError, match=expected):
         ops.choose_backend("gpu", cpu)
+
+
+def test_choose_device(monkeypatch):
+    everything = dict.fromkeys(("cpu", "cuda", "triton", "reference"), True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for there, device in (({}, "cuda"), ({"cuda": "no"}, "cuda"), ({"cuda": "no", "triton": "no"}, "cpu")):
+        monkeypatch.setattr(ops, "_AVAILABLE", everything | there)
+        assert ops.choose_device() == torch.device(device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    for there, device in (({"cuda": "no"}, "xpu"), ({"triton": "no"}, "cpu")):
+        monkeypatch.setattr(ops, "_AVAILABLE", everything | there)
+        assert ops.choose_device() == torch.device(device)
 
 
 def test_missing_library(monkeypatch, tmp_path):
@@ -256,7 +279,8 @@ def test_missing_library(monkeypatch, tmp_path):
     monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
     reason = ops._load("_cpu", "CPU")
     assert reason == "_cpu is not built: install the package with a C++ compiler (and nvcc for CUDA) at hand"
-    monkeypatch.setattr(ops, "_AVAILABLE", {"cpu": reason, "cuda": "no CUDA device", "reference": True})
+    there = {"cpu": reason, "cuda": "no CUDA device", "triton": "no GPU", "reference": True}
+    monkeypatch.setattr(ops, "_AVAILABLE", there)
     sentence = f"^{re.escape(f'''backend: 'cpu' cannot be used: {reason}''')}$"
     with pytest.raises(RuntimeError, match=sentence):
         hadamard_transform(torch.ones(4))

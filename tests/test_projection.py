@@ -362,7 +362,11 @@ def test_from_model_takes_what_is_left_out_as_it_is():
             TypeError,
             "dtype: expected a floating-point dtype for backend 'r",
         ),
-        ({"backend": "gpu"}, ValueError, "backend: expected one of 'auto', 'cuda', 'cpu', 'reference', got 'gpu'"),
+        (
+            {"backend": "gpu"},
+            ValueError,
+            "backend: expected one of 'auto', 'cuda', 'triton', 'cpu', 'reference', got 'gpu'",
+        ),
         (
             {"seed": 2**64},
             ValueError,

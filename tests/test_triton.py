@@ -6,7 +6,11 @@ What the kernels compute is in test_gpu.py, which also runs by Triton's interpre
 import math
 import os
 import re
-from collections import Counter
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,14 +105,22 @@ def test_waves_have_every_group_once(q, most, monkeypatch):
     assert parts == [list(range(math.ceil(n / 2**q / 24))) for n in counts]
 
 
-def test_words_tell_addresses_and_dtypes():
-    for code, dtype in enumerate(memory.DTYPES):
-        tensor = torch.ones(3, dtype=dtype)
-        word = memory.word_of(tensor)
-        assert word & 1 and word > 2**32 and (word & (2**62 - 1)) >> 3 == tensor.data_ptr() and word >> 1 & 3 == code
-    assert memory.MISSING == memory.word_of(None) and (memory.MISSING & (2**62 - 1)) >> 3 == 0
-    assert memory.dtypes_of([torch.ones(1), None, torch.ones(1).half()]) == 0b101
-    assert memory.dtypes_of([]) == memory.dtypes_of([None]) == 1
+def test_words_tell_addresses_and_dtypes(monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        memory, "write_words", defaultdict(lambda: lambda table, words, **options: written.append(words))
+    )
+    tensors = [torch.ones(3), None, torch.ones(3).bfloat16(), torch.ones(6).half()[::2]]
+    table = memory.table_of(tensors, [3, 9, 2, 0], CPU, "grads")
+    (words,) = written
+    assert len(words) == len(table.words) == 256 and set(words[4:]) == {words[1]} == {memory.MISSING}
+    assert all(word & 1 and word > 2**32 for word in words)
+    (copy,) = table.kept
+    expected = [(tensors[0].data_ptr(), 0), (0, 0), (tensors[2].data_ptr(), 1), (copy.data_ptr(), 2)]
+    assert [((word & (2**62 - 1)) >> 3, word >> 1 & 3) for word in words[:4]] == expected
+    assert table.codes == 0b111
+    assert memory.table_of([None] * 257, [1] * 257, CPU, "grads").codes == 1 and len(written) == 3
+    assert len(memory.table_of([], [], CPU, "base").words) == 256
 
 
 def test_a_strided_piece_of_too_many_elements_is_refused():
@@ -116,6 +128,30 @@ def test_a_strided_piece_of_too_many_elements_is_refused():
     plan.segments[0, COLUMNS.index("rows")] = 2**20
     with pytest.raises(RuntimeError, match=r"segments: .* less than 2\*\*32 elements, got one of 4294967296"):
         tables.pieces_of(plan.segments.numpy())
+
+
+# --- an installation without compiled libraries
+
+PROGRAM = """
+import torch
+from hsaid_kernels import Projection, available_backends
+assert "not built" in available_backends()["cpu"] and available_backends()["cuda"] is not True
+theta, shapes = torch.linspace(-1, 1, 40), {"a": (300, 20)}
+expected = Projection.from_shapes(shapes, dim=40, backend="reference").forward(theta)["a"]
+assert torch.equal(Projection.from_shapes(shapes, dim=40, backend="triton").forward(theta)["a"], expected)
+Projection.from_shapes(shapes, dim=40).forward(theta)
+"""
+
+
+def test_without_compiled_libraries(tmp_path):
+    """On a GPU, which the interpreter stands in for, all works; on a CPU a sentence says what to do."""
+    package = Path(ops.__file__).parent.parent
+    shutil.copytree(package, tmp_path / "hsaid_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", PROGRAM]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    reason = "_cpu is not built: install the package with a C++ compiler (and nvcc for CUDA) at hand"
+    assert run.stderr.strip().splitlines()[-1] == f"RuntimeError: backend: 'cpu' cannot be used: {reason}"
 
 
 # --- launches

@@ -5,25 +5,23 @@ above 2^32, so that Triton, which looks at the values of arguments, compiles one
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their codes
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WORDS = 256  # that a launch of write_words takes
 MISSING = 1 << 62 | 1
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def word_of(tensor: Tensor | None) -> int:
-    return MISSING if tensor is None else MISSING | tensor.data_ptr() << 3 | DTYPES.index(tensor.dtype) << 1
-
-
-def dtypes_of(tensors: Sequence[Tensor | None]) -> int:
-    """A bit for the code of each dtype among the tensors; float32's if there are none."""
-    return sum({1 << DTYPES.index(t.dtype) for t in tensors if t is not None}) or 1
+class Table(NamedTuple):
+    words: Tensor  # int64 on the device
+    codes: int  # a bit for the code of each dtype among the tensors; float32's if there are none
+    kept: list[Tensor]  # what must live until the launches are queued
 
 
 @triton.jit
@@ -32,15 +30,40 @@ def write_words(table, words):
         tl.store(table + i, words[i])
 
 
-def table_of(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """The table of the tensors' words on the device. They travel as kernel parameters: without a copy that the host
-    would have to wait for, and as a CUDA graph can capture it."""
-    words = [word_of(t) for t in tensors]
-    words += [MISSING] * (-len(words) % WORDS)
-    table = torch.empty(len(words) + WORDS * (not words), dtype=torch.int64, device=device)
+def table_of(tensors: Sequence[Tensor | None], needed: Sequence[int], device: torch.device, what: str) -> Table:
+    """The table of tensors that need so many elements; of those that are not dense, of row-major copies.
+
+    The words travel as kernel parameters: without a copy that the host would have to wait for, and as a CUDA graph can
+    capture it. This runs for every tensor of a model in every step, so it asks each as little as it can.
+
+    Raises:
+        RuntimeError: a tensor on another device, of another dtype than the three, or with too few elements.
+    """
+    index = -1 if device.type == "cpu" else device.index
+    words, codes, kept = [], 0, []
+    for number, (tensor, count) in enumerate(zip(tensors, needed)):
+        if tensor is None:
+            words.append(MISSING)
+            continue
+        if tensor.get_device() != index:
+            got = tensor.device
+            raise RuntimeError(f"{what}: expected a tensor on {device}, where theta is, got one on {got}")
+        code = CODES.get(tensor.dtype)
+        if code is None:
+            raise RuntimeError(f"{what}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+        if tensor.numel() < count:
+            has = f"tensor {number} has {tensor.numel()} elements"
+            raise RuntimeError(f"{what}: {has}, the plan needs {count}")
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+            kept.append(tensor)
+        codes |= 1 << code
+        words.append(MISSING | tensor.data_ptr() << 3 | code << 1)
+    words += [MISSING] * (-len(words) % WORDS or WORDS * (not words))
+    table = torch.empty(len(words), dtype=torch.int64, device=device)
     for i in range(0, len(words), WORDS):
         write_words[(1,)](table[i:], tuple(words[i : i + WORDS]), num_warps=1, enable_fp_fusion=False)
-    return table
+    return Table(table, codes or 1, kept)
 
 
 @triton.jit

@@ -104,20 +104,6 @@ def _bits(width: int) -> int:
     return width.bit_length() - 1
 
 
-def _dense(tensors: Sequence[Tensor | None], needed: list[int], theta: Tensor, what: str) -> list[Tensor | None]:
-    """The tensors, those with other strides as row-major copies, all checked to have what the plan needs."""
-    for number, (tensor, count) in enumerate(zip(tensors, needed)):
-        if tensor is None:
-            continue
-        _check_device(tensor, theta, what)
-        _check(tensor.dtype in memory.DTYPES, f"{what}: expected float32, bfloat16 or float16, got {tensor.dtype}")
-        _check(
-            tensor.numel() >= count,
-            f"{what}: tensor {number} has {tensor.numel()} elements, the plan needs {count}",
-        )
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors[: len(needed)]]
-
-
 class _Forward(NamedTuple):
     needed: list[int]
     runs: tables.Runs
@@ -147,13 +133,10 @@ def fastfood_forward(
 ) -> Tensor:
     theta, q, t = _theta(theta), _bits(width), tile.tile_bits(_bits(width))
     device, chunks = theta.device, -(-theta.numel() // width)
-    _check(dtype in memory.DTYPES, f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    _check(dtype in memory.CODES, f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     key = (device, q, chunks > 1, len(base), numel, holes.shape, holes.numpy().tobytes())
     made = _once(segments, key, lambda: _make_forward(device, segments, holes, q, chunks, len(base) or None, numel))
     factors = _floats(factors, theta, len(segments), "factors")
-    tensors = _dense(base, made.needed, theta, "base") if base else [None] * len(made.needed)
-    allowed = all(x is None or x.dtype in (dtype, torch.float32) for x in tensors)
-    _check(allowed, "base: expected tensors in float32 or in the dtype of the weights")
 
     out = torch.empty(numel, dtype=dtype, device=device)
     programs = len(made.runs.first) - 1
@@ -161,6 +144,9 @@ def fastfood_forward(
     sums = torch.empty(programs * run_tiles << t if chunks > 1 else 1, device=device)
     scratch = torch.empty(programs << (t + 1), device=device)
     with _on(device):
+        bases = memory.table_of(base or [None] * len(made.needed), made.needed, device, "base")
+        allowed = 1 | 1 << memory.CODES[dtype]
+        _check(bases.codes & ~allowed == 0, "base: expected tensors in float32 or in the dtype of the weights")
         fastfood_forward_kernel[(programs,)](
             theta,
             theta.numel(),
@@ -169,14 +155,14 @@ def fastfood_forward(
             seed,
             made.runs.rows,
             made.runs.first,
-            memory.table_of(tensors, device),
+            bases.words,
             out,
             _normal_lines(device),
             scratch,
             sums,
             run_tiles,
-            OUT=memory.DTYPES.index(dtype),
-            BASES=memory.dtypes_of(tensors),
+            OUT=memory.CODES[dtype],
+            BASES=bases.codes,
             RADEMACHER=rademacher,
             Q=q,
             T=t,
@@ -212,10 +198,9 @@ def fastfood_adjoint(
     key = (device, q, len(grads), group_blocks)
     made = _once(segments, key, lambda: _make_adjoint(device, segments, q, len(grads), group_blocks))
     factors = _floats(factors, theta, len(segments), "factors")
-    tensors = _dense(grads, made.needed, theta, "grads")
 
     dtheta, dfactors = torch.zeros_like(theta), torch.zeros_like(factors)
-    if all(tensor is None for tensor in tensors):
+    if all(tensor is None for tensor in grads):
         return dtheta, dfactors
     sums = torch.empty(max(len(wave.items) for wave in made.waves) << t, device=device)
     carry = torch.empty(2 << q if len(made.waves) > 1 else 1, device=device)
@@ -223,27 +208,27 @@ def fastfood_adjoint(
     lines, small = _normal_lines(device), _options(128)
     size = min(SIZE, width)
     with _on(device):
-        table = memory.table_of(tensors, device)
+        table = memory.table_of(grads, made.needed, device, "grads")
         for chunk in range(-(-dim // width)):
             part_of_dtheta = dtheta[chunk * width : (chunk + 1) * width]
             count = len(part_of_dtheta)
             for number, (items, parts, finished) in enumerate(made.waves):
                 adjoint_kernels.adjoint_groups_kernel[(len(items),)](
-                    table,
+                    table.words,
                     seed,
                     chunk,
                     items,
                     sums,
                     lines,
                     group_blocks,
-                    GRADS=memory.dtypes_of(tensors),
+                    GRADS=table.codes,
                     RADEMACHER=rademacher,
                     Q=q,
                     T=t,
                     **_options(tile.threads(q)),
                 )
                 adjoint_kernels.adjoint_sums_kernel[(len(parts), width // size)](
-                    table, parts, sums, carry, Q=q, SIZE=size, **small
+                    table.words, parts, sums, carry, Q=q, SIZE=size, **small
                 )
                 if finished == 0:
                     continue
@@ -251,7 +236,7 @@ def fastfood_adjoint(
                     theta,
                     dim,
                     factors,
-                    table,
+                    table.words,
                     seed,
                     chunk,
                     parts,
@@ -263,7 +248,7 @@ def fastfood_adjoint(
                     **_options(tile.threads(q), 128),
                 )
                 adjoint_kernels.adjoint_gradients_kernel[(-(-count // size),)](
-                    table, parts, sums, part_of_dtheta, count, finished, number, Q=q, SIZE=size, **small
+                    table.words, parts, sums, part_of_dtheta, count, finished, number, Q=q, SIZE=size, **small
                 )
     return dtheta, dfactors
 
@@ -274,13 +259,13 @@ def _in_memory(x: Tensor) -> Tensor:
 
 
 def hadamard_transform(x: Tensor, scale: float) -> Tensor:
-    _check(x.dtype in memory.DTYPES, f"x: expected float32, bfloat16 or float16, got {x.dtype}")
+    _check(x.dtype in memory.CODES, f"x: expected float32, bfloat16 or float16, got {x.dtype}")
     _check(x.dim() >= 1 and x.shape[-1] >= 1, "x: expected a last dimension of at least 1")
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return out
     dim = x.shape[-1]
-    rows, q, code = x.numel() // dim, (dim - 1).bit_length(), memory.DTYPES.index(x.dtype)
+    rows, q, code = x.numel() // dim, (dim - 1).bit_length(), memory.CODES[x.dtype]
     source, target = _in_memory(x.contiguous()), _in_memory(out)
     with _on(x.device):
         if q <= plan.MAX_WIDTH.bit_length() - 1:
