@@ -111,6 +111,19 @@ def test_missing_gradients(backend):
     assert_same_everywhere(plan, torch.float32, backend, missing=(0, 1, 2, 3))
 
 
+def test_sums_that_do_not_fit_come_in_waves(monkeypatch):
+    """Segments that end in the same wave, go on in the next and in one after that."""
+    if available_backends()["triton"] is not True:
+        pytest.skip(f"triton: {available_backends()['triton']}")
+    from hsaid_kernels._triton import tables
+
+    for most in (1, 2, 5):
+        monkeypatch.setattr(tables, "SUMS_FLOATS", most << 12)
+        plan = Plan({"a": (9 * 4096 + 5,), "b": (7,), "c": (3 * 4096,)}, 3000, seed=5, width=4096)
+        plan.group_blocks = 2
+        assert_same_everywhere(plan, torch.float32, "triton", missing=() if most == 2 else (1,))
+
+
 def test_no_base(backend):
     plan = Plan(SMALL, 500, segments=BANDS)
     theta, factors = torch.randn(500), plan.scales

@@ -8,7 +8,7 @@ segments, all in the order of the plan, so that the bits depend on nothing else 
 import triton
 import triton.language as tl
 
-from hsaid_kernels._triton.memory import element, load_floats, range_of_fours, tensor_at
+from hsaid_kernels._triton.memory import element, load_floats, tensor_at
 from hsaid_kernels._triton.streams import SIGNS, permutation_keys, permute, sign_bits, times_diagonal, with_signs
 from hsaid_kernels._triton.tables import (
     COLS,
@@ -44,8 +44,8 @@ def read_tile(
     """Blocks that begin at the piece's elements first, first + step, ..., in natural order; 0 beyond the piece."""
     ROWS: tl.constexpr = 1 << (T - Q)
     if (cols == 0) & (grad % 16 == 0) & (first + (ROWS - 1) * step + (1 << Q) <= count):
-        at = tl.arange(0, ROWS)[:, None] * step + range_of_fours(1 << Q)[None, :]
-        x = tl.reshape(load_floats(grad, code, first, at, None, GRADS, True), (1 << T,))
+        at = tl.arange(0, ROWS)[:, None] * step + tl.arange(0, 1 << Q)[None, :]
+        x = tl.reshape(load_floats(grad, code, first, at, None, GRADS, 2), (1 << T,))
     else:
         STEP: tl.constexpr = 1 << (T - 4)
         tl.debug_barrier()
@@ -53,7 +53,7 @@ def read_tile(
             e = i + tl.arange(0, STEP)
             at = first + (e >> Q) * step + (e & ((1 << Q) - 1))
             offsets = element(at, cols, row_stride)
-            tl.store(scratch + e, load_floats(grad, code, 0, offsets, at < count, GRADS, False))
+            tl.store(scratch + e, load_floats(grad, code, 0, offsets, at < count, GRADS, 0))
         tl.debug_barrier()
         x = tl.load(scratch + tl.arange(0, 1 << T))
     return x

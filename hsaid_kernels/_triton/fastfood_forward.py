@@ -8,7 +8,7 @@ the z of each chunk and keep their sums in `sums` meanwhile.
 import triton
 import triton.language as tl
 
-from hsaid_kernels._triton.memory import element, load_floats, range_of_fours, store_floats, tensor_at
+from hsaid_kernels._triton.memory import element, load_floats, store_floats, tensor_at
 from hsaid_kernels._triton.streams import times_diagonal
 from hsaid_kernels._triton.tables import (
     COLS,
@@ -36,10 +36,10 @@ def write_elements(
         at = i + tl.arange(0, STEP)
         mask = first + at < count
         offsets = element(first + at, cols, row_stride)
-        w = load_floats(base, code, 0, offsets, first + at < tl.where(base == 0, 0, count), BASES, False)
+        w = load_floats(base, code, 0, offsets, first + at < tl.where(base == 0, 0, count), BASES, 0)
         if factor is not None:
             w += factor * tl.load(x + at)
-        store_floats(out, 0, offsets, w, mask, OUT, False)
+        store_floats(out, 0, offsets, w, mask, OUT, 0)
 
 
 @triton.jit
@@ -59,11 +59,11 @@ def write_tile(
     T: tl.constexpr,
 ):
     """base + factor * x into tile t of the piece that begins at the addresses `out` and `base` (0: zeros)."""
-    at = range_of_fours(1 << T)
+    at = tl.arange(0, 1 << T)
     first = tl.cast(t, tl.int64) << T
     if (base != 0) & (cols == 0) & (first + (1 << T) <= count) & ((base | out) % 16 == 0):
-        w = load_floats(base, code, first, at, None, BASES, True)
-        store_floats(out, first, at, w + factor * x, None, OUT, True)
+        w = load_floats(base, code, first, at, None, BASES, 1)
+        store_floats(out, first, at, w + factor * x, None, OUT, 1)
     else:
         tl.debug_barrier()
         tl.store(scratch + at, x)

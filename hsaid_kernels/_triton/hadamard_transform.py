@@ -8,7 +8,7 @@ in between they are in float32 in memory.
 import triton
 import triton.language as tl
 
-from hsaid_kernels._triton.memory import narrowed, range_of_fours, widened
+from hsaid_kernels._triton.memory import narrowed, widened
 from hsaid_kernels._triton.streams import DIAGONAL, PERMUTATION, gaussian, permutation_keys, permute, sign_bits
 from hsaid_kernels._triton.tile import a_to_natural, natural_to_a, stages, transform
 
@@ -33,7 +33,9 @@ def hadamard_rows_kernel(
     ROWS: tl.constexpr = 1 << (T - Q)
     tile = tl.program_id(0).to(tl.int64)
     row, first = tile // row_tiles * ROWS, tile % row_tiles << Q
-    r, k = tl.arange(0, ROWS)[:, None], (range_of_fours(1 << Q) if Q >= 2 else tl.arange(0, 1 << Q))[None, :]
+    r, k = tl.arange(0, ROWS)[:, None], tl.arange(0, 1 << Q)[None, :]
+    if Q >= 2:
+        k = tl.max_contiguous(k, [1, 4])  # as `fours`
     inside = r < rows - row
     at = r * tl.cast(dim, tl.int32) + k
     v = tl.load(x + row * dim + first + at, mask=inside & (k < dim - first), other=0)

@@ -77,15 +77,6 @@ def tensor_at(table, number, offset):
 
 
 @triton.jit
-def range_of_fours(SIZE: tl.constexpr):
-    """tl.arange of which Triton sees that four follow each other, and no more.
-
-    Four values are a vector of 16 or 8 bytes. Vectors of eight would be another order of the tile, and an exchange.
-    """
-    return tl.max_contiguous(tl.multiple_of(tl.arange(0, SIZE), 4), 4)
-
-
-@triton.jit
 def widened(x, CODE: tl.constexpr):
     """float32 of values as they are in memory, those of bfloat16 being taken for 16-bit integers."""
     if CODE == 1:
@@ -118,44 +109,49 @@ def pointer(address, first, CODE: tl.constexpr):
 
 
 @triton.jit
-def load_as(address, first, offsets, mask, CODE: tl.constexpr, ALIGNED: tl.constexpr):
-    p = pointer(address, first, CODE)
-    if ALIGNED:
-        x = tl.load(tl.multiple_of(p, 16) + offsets, eviction_policy="evict_first")
+def load_as(address, first, offsets, mask, CODE: tl.constexpr, FOURS: tl.constexpr):
+    FOUR: tl.constexpr = 16 if CODE == 0 else 8  # bytes
+    p = pointer(address, first, CODE) + offsets
+    if FOURS == 1:
+        x = tl.load(tl.max_contiguous(tl.multiple_of(p, FOUR), 4), eviction_policy="evict_first")
+    elif FOURS == 2:
+        x = tl.load(tl.max_contiguous(tl.multiple_of(p, [FOUR, FOUR]), [1, 4]), eviction_policy="evict_first")
     else:
-        x = tl.load(p + offsets, mask=mask, other=0, eviction_policy="evict_first")
+        x = tl.load(p, mask=mask, other=0, eviction_policy="evict_first")
     return widened(x, CODE)
 
 
 @triton.jit
-def load_floats(address, code, first, offsets, mask, CODES: tl.constexpr, ALIGNED: tl.constexpr):
-    """Elements first + offsets as float32, 0 where `mask` is not set. ALIGNED: all, from a multiple of 16 bytes.
+def load_floats(address, code, first, offsets, mask, CODES: tl.constexpr, FOURS: tl.constexpr):
+    """Elements first + offsets as float32, 0 where `mask` is not set.
 
+    FOURS is 0, or the rank of offsets that are all inside and follow each other in fours from multiples of 16 bytes.
     CODES has a bit for each dtype that `code` may be; a code that is none of them is taken for the highest.
     """
     if CODES == 1:
-        x = load_as(address, first, offsets, mask, 0, ALIGNED)
+        x = load_as(address, first, offsets, mask, 0, FOURS)
     elif CODES == 2:
-        x = load_as(address, first, offsets, mask, 1, ALIGNED)
+        x = load_as(address, first, offsets, mask, 1, FOURS)
     elif CODES == 4:
-        x = load_as(address, first, offsets, mask, 2, ALIGNED)
+        x = load_as(address, first, offsets, mask, 2, FOURS)
     else:
         if code == 0:
-            x = load_as(address, first, offsets, mask, 0, ALIGNED)
+            x = load_as(address, first, offsets, mask, 0, FOURS)
         elif code == 1:
-            x = load_as(address, first, offsets, mask, 1, ALIGNED)
+            x = load_as(address, first, offsets, mask, 1, FOURS)
         else:
-            x = load_as(address, first, offsets, mask, 2, ALIGNED)
+            x = load_as(address, first, offsets, mask, 2, FOURS)
     return x
 
 
 @triton.jit
-def store_floats(address, first, offsets, x, mask, CODE: tl.constexpr, ALIGNED: tl.constexpr):
-    p = pointer(address, first, CODE)
-    if ALIGNED:
-        tl.store(tl.multiple_of(p, 16) + offsets, narrowed(x, CODE), cache_modifier=".cs")
+def store_floats(address, first, offsets, x, mask, CODE: tl.constexpr, FOURS: tl.constexpr):
+    FOUR: tl.constexpr = 16 if CODE == 0 else 8  # bytes
+    p = pointer(address, first, CODE) + offsets
+    if FOURS == 1:
+        tl.store(tl.max_contiguous(tl.multiple_of(p, FOUR), 4), narrowed(x, CODE), cache_modifier=".cs")
     else:
-        tl.store(p + offsets, narrowed(x, CODE), mask=mask)
+        tl.store(p, narrowed(x, CODE), mask=mask)
 
 
 @triton.jit

@@ -1,10 +1,10 @@
 """A tile of 2^T values: the Walsh-Hadamard transform of its blocks of 2^Q values, and z.
 
-T is 12, or Q where blocks are larger, and a tile has T - 11 ... 8 warps, 64 values a thread.  Bits of a position e are
-numbered from 0.  The stages are those at bits 2, 3, ..., Q-1, 0, 1 (docs/rng.md), and a stage costs no exchange where
-its bit is a register, so a tile is in one order after the other, written from the highest bit to the lowest:
+T is 12, or Q where blocks are larger, and a program has 2^(T-6) threads with 64 values each.  The stages are those at
+bits 2, 3, ..., Q-1, 0, 1 of a position (docs/rng.md), and a stage costs no exchange where its bit is a register, so a
+tile is in one order after the other, written from the highest bit of the index to the lowest:
 
-    order A    2 ... 7 | T-1 ... 8, 1, 0              as [64, 2^(T-6)]; draws, stages 2 ... 7
+    order A    7 ... 2 | T-1 ... 8, 1, 0              as [64, 2^(T-6)]; draws, stages 2 ... 7
     order B    12 ... 7 | T-1 ... 13, 1, 0, 6 ... 2   where Q > 12; stages 8 ... 12
     order C    T-1 ... T-4, 1, 0 | T-5 ... 2          stages that are left, 0 and 1
     natural    T-1 ... 0                              in memory
