@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -119,13 +120,17 @@ def _find_triton() -> bool | str:
     """Without importing it."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
-    if not (_interpreting() or torch.cuda.is_available() or torch.xpu.is_available()):
+    if _interpreting():
+        return True
+    if not (torch.cuda.is_available() or torch.xpu.is_available()):
         return "no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler to launch kernels: install gcc or clang, or name one in CC"
     return True
 
 
 def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
 
 
 _AVAILABLE: dict[str, bool | str] = {

@@ -124,9 +124,18 @@ def test_sums_that_do_not_fit_come_in_waves(monkeypatch):
         assert_same_everywhere(plan, torch.float32, "triton", missing=() if most == 2 else (1,))
 
 
-def test_no_base(backend):
-    plan = Plan(SMALL, 500, segments=BANDS)
-    theta, factors = torch.randn(500), plan.scales
+@pytest.fixture
+def bfloat16_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_no_base(backend, bfloat16_by_default):
+    """Of a plan made in inference mode, whatever the default dtype."""
+    with torch.inference_mode():
+        plan = Plan(SMALL, 500, segments=BANDS)
+    theta, factors = torch.randn(500, dtype=torch.float32), plan.scales.clone()
     for dtype in DTYPES:
         poison(plan.numel, dtype)
         got = ops.fastfood_forward(plan, theta.to(DEVICE), factors.to(DEVICE), [], dtype, backend)
@@ -205,6 +214,28 @@ def test_twenty_runs(backend):
         del weights
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@on_a_device
+@pytest.mark.parametrize("width", [128, 1024, 16384])
+def test_twenty_runs_of_all_that_goes_through_memory(width, backend):
+    """Bands, misaligned tensors and several chunks: where a missing barrier would show, now and then."""
+    plan = Plan(SMALL, 2 * width + 5, width=width, segments=BANDS)
+    flat = values(plan, torch.float32)
+    theta, factors, tensors = torch.randn(plan.dim), plan.scales, plan.views(flat)
+    expected = (
+        ops.fastfood_forward(plan, theta, factors, tensors, torch.float32, "cpu"),
+        *ops.fastfood_adjoint(plan, theta, factors, tensors, "cpu"),
+    )
+    off = plan.views(torch.cat([flat[:1], flat]).to(DEVICE)[1:])
+    on = theta.to(DEVICE), factors.to(DEVICE)
+    for _ in range(20):
+        got = (
+            ops.fastfood_forward(plan, *on, off, torch.float32, backend),
+            *ops.fastfood_adjoint(plan, *on, off, backend),
+        )
+        for a, b in zip(got, expected, strict=True):
+            assert_same_bits(a.cpu(), b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -416,6 +447,9 @@ def test_bad_arguments_of_the_others(backend):
     theta, factors, grads = torch.ones(200, device=DEVICE), plan.scales.to(DEVICE), [None] * 4
     with pytest.raises(RuntimeError, match="group_blocks: expected .*1.*, got 0"):
         op.fastfood_adjoint(theta, factors, grads, plan.segments, 0, 256, False, 0)
+    if backend == "triton":
+        with pytest.raises(RuntimeError, match="group_blocks: Triton expects at most 524287, got 67108864"):
+            op.fastfood_adjoint(theta, factors, grads, plan.segments, 0, 256, False, 2**26)
     with pytest.raises(RuntimeError, match="grads: tensor 1 has 1002 elements, the plan needs 1003"):
         short = [None, torch.ones(1002, device=DEVICE), None, None]
         op.fastfood_adjoint(theta, factors, short, plan.segments, 0, 256, False, 24)

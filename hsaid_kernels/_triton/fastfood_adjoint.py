@@ -122,7 +122,7 @@ def adjoint_sums_kernel(
 
 @triton.jit
 def fold(values, Q: tl.constexpr, STEP: tl.constexpr):
-    """Sum of 2^Q values in memory, the upper half added to the lower until one is left. Nothing else stays there."""
+    """Sum of 2^Q values in memory, which it destroys: the upper half is added to the lower until one value is left."""
     half = 1 << (Q - 1)
     for _ in range(Q):
         for i in range(0, half, STEP):
@@ -134,7 +134,7 @@ def fold(values, Q: tl.constexpr, STEP: tl.constexpr):
     return tl.load(values)
 
 
-@triton.jit(do_not_specialize=["seed", "dim", "chunk"])
+@triton.jit(do_not_specialize=["seed", "dim", "chunk", "finished"])
 def adjoint_segments_kernel(
     theta,
     dim: tl.int32,
@@ -142,7 +142,8 @@ def adjoint_segments_kernel(
     grads,
     seed: tl.int64,
     chunk: tl.int32,
-    parts,  # [programs, COLUMNS], those that are the last of their segments
+    parts,  # [parts, COLUMNS]
+    finished: tl.int32,  # parts that are the last of their segments
     sums,
     scratch,  # [programs, 2, 2^T]
     dfactors,
@@ -150,62 +151,63 @@ def adjoint_segments_kernel(
     T: tl.constexpr,
 ):
     """Of a segment's sum U: <U, z> to its factor's gradient, and factor * B H^T Pi^T U in the place of U."""
+    N: tl.constexpr = 1 << T
+    STEP: tl.constexpr = 1 << (T - 4)
     program = tl.program_id(0)
-    row = parts + program * COLUMNS
     seed = seed.to(tl.int64)
-    grad, _ = tensor_at(grads, tl.load(row + TENSOR), 0)
-    if grad != 0:
-        N: tl.constexpr = 1 << T
-        STEP: tl.constexpr = 1 << (T - 4)
-        stream, segment = tl.load(row + STREAM), tl.load(row + SEGMENT)
+    scratch += program.to(tl.int64) << (T + 1)
+    z = scratch + N
+    for i in range(program, finished, tl.num_programs(0)):
+        row = parts + i * COLUMNS
+        grad, _ = tensor_at(grads, tl.load(row + TENSOR), 0)
         u = sums + (tl.load(row + FIRST) << Q)
-        scratch += program.to(tl.int64) << (T + 1)
-        z = scratch + N
-        make_z(theta, dim, seed, stream, chunk, scratch, z, Q, T)
-        for i in range(0, 1 << Q, STEP):
-            e = i + tl.arange(0, STEP)
-            inside = e < 1 << Q
-            product = tl.load(u + e, mask=inside) * tl.load(z + place_in_a(e, T), mask=inside)
-            tl.store(scratch + e, product, mask=inside)
-        tl.debug_barrier()
-        dot = fold(scratch, Q, STEP)
-        # A factor's gradient is a sum over the chunks, which come one after the other.
-        before = tl.load(dfactors + segment, mask=chunk > 0, other=0.0)
-        tl.debug_barrier()
-        tl.store(dfactors + segment, before + dot)
+        if grad == 0:
+            for first in range(0, 1 << Q, STEP):
+                e = first + tl.arange(0, STEP)
+                tl.store(u + e, tl.zeros((STEP,), tl.float32), mask=e < 1 << Q)
+        else:
+            stream, segment = tl.load(row + STREAM), tl.load(row + SEGMENT)
+            make_z(theta, dim, seed, stream, chunk, scratch, z, Q, T)
+            for first in range(0, 1 << Q, STEP):
+                e = first + tl.arange(0, STEP)
+                inside = e < 1 << Q
+                product = tl.load(u + e, mask=inside) * tl.load(z + place_in_a(e, T), mask=inside)
+                tl.store(scratch + e, product, mask=inside)
+            tl.debug_barrier()
+            dot = fold(scratch, Q, STEP)
+            # A factor's gradient is a sum over the chunks, which come one after the other.
+            before = tl.load(dfactors + segment)
+            tl.debug_barrier()
+            tl.store(dfactors + segment, before + dot)
 
-        keys = permutation_keys(seed, stream, chunk)
-        for i in range(0, N, STEP):
-            e = i + tl.arange(0, STEP)
-            k = e & ((1 << Q) - 1)
-            to = (e - k) + permute(k, keys, Q).to(tl.int32)
-            tl.store(scratch + to, tl.load(u + k))
-        tl.debug_barrier()
-        x = transform_reversed(tl.load(scratch + tl.arange(0, N)), Q, T)
-        first = tl.full([], 0, tl.int32)
-        x = with_signs(x, sign_bits(seed, stream, SIGNS, first, 0, chunk, Q, T))
-        e = tl.arange(0, N)
-        tl.store(u + e, tl.load(factors + segment) * a_to_natural(x, T), mask=e < 1 << Q)
+            keys = permutation_keys(seed, stream, chunk)
+            for first in range(0, N, STEP):
+                e = first + tl.arange(0, STEP)
+                k = e & ((1 << Q) - 1)
+                to = (e - k) + permute(k, keys, Q).to(tl.int32)
+                tl.store(scratch + to, tl.load(u + k))
+            tl.debug_barrier()
+            x = transform_reversed(tl.load(scratch + tl.arange(0, N)), Q, T)
+            block = tl.full([], 0, tl.int32)
+            x = with_signs(x, sign_bits(seed, stream, SIGNS, block, 0, chunk, Q, T))
+            e = tl.arange(0, N)
+            tl.store(u + e, tl.load(factors + segment) * a_to_natural(x, T), mask=e < 1 << Q)
 
 
-@triton.jit(do_not_specialize=["count", "finished", "add"])
+@triton.jit(do_not_specialize=["count", "finished"])
 def adjoint_gradients_kernel(
-    grads,
     parts,
     sums,
     dtheta,  # of one chunk
     count: tl.int32,  # values of it
     finished: tl.int32,
-    add: tl.int32,  # to what is in dtheta already
     Q: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """The segments in order."""
+    """The segments in order, added to what there is."""
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    sum = tl.load(dtheta + at, mask=at < tl.where(add == 0, 0, count), other=0.0)
+    inside = at < count
+    sum = tl.load(dtheta + at, mask=inside, other=0.0)
     for i in tl.range(finished, loop_unroll_factor=8):
-        row = parts + i * COLUMNS
-        grad, _ = tensor_at(grads, tl.load(row + TENSOR), 0)
-        place = sums + (tl.load(row + FIRST) << Q)
-        sum += tl.load(place + at, mask=at < tl.where(grad == 0, 0, count), other=0.0)
-    tl.store(dtheta + at, sum, mask=at < count)
+        sum += tl.load(sums + (tl.load(parts + i * COLUMNS + FIRST) << Q) + at, mask=inside, other=0.0)
+    tl.store(dtheta + at, sum, mask=inside)

@@ -36,7 +36,10 @@ def write_elements(
         at = i + tl.arange(0, STEP)
         mask = first + at < count
         offsets = element(first + at, cols, row_stride)
-        w = load_floats(base, code, 0, offsets, first + at < tl.where(base == 0, 0, count), BASES, 0)
+        if BASES == 0:
+            w = tl.zeros((STEP,), tl.float32)
+        else:
+            w = load_floats(base, code, 0, offsets, first + at < tl.where(base == 0, 0, count), BASES, 0)
         if factor is not None:
             w += factor * tl.load(x + at)
         store_floats(out, 0, offsets, w, mask, OUT, 0)
@@ -58,11 +61,15 @@ def write_tile(
     BASES: tl.constexpr,
     T: tl.constexpr,
 ):
-    """base + factor * x into tile t of the piece that begins at the addresses `out` and `base` (0: zeros)."""
+    """base + factor * x into tile t of the piece that begins at the addresses `out` and `base` (0: zeros).
+
+    BASES 0: no piece has a base.
+    """
     at = tl.arange(0, 1 << T)
     first = tl.cast(t, tl.int64) << T
-    if (base != 0) & (cols == 0) & (first + (1 << T) <= count) & ((base | out) % 16 == 0):
-        w = load_floats(base, code, first, at, None, BASES, 1)
+    whole = (cols == 0) & (first + (1 << T) <= count) & ((base | out) % 16 == 0)
+    if whole & ((base != 0) | (BASES == 0)):
+        w = 0.0 if BASES == 0 else load_floats(base, code, first, at, None, BASES, 1)
         store_floats(out, first, at, w + factor * x, None, OUT, 1)
     else:
         tl.debug_barrier()

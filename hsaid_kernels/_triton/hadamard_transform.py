@@ -15,7 +15,7 @@ from hsaid_kernels._triton.tile import a_to_natural, natural_to_a, stages, trans
 COLUMN_BITS = 6  # stages of a later pass, at most
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def hadamard_rows_kernel(
     x,  # [rows, dim], the rest of a row of 2^Q * row_tiles values being 0
     out,  # [rows, out_dim]
@@ -35,7 +35,7 @@ def hadamard_rows_kernel(
     row, first = tile // row_tiles * ROWS, tile % row_tiles << Q
     r, k = tl.arange(0, ROWS)[:, None], tl.arange(0, 1 << Q)[None, :]
     if Q >= 2:
-        k = tl.max_contiguous(k, [1, 4])  # as `fours`
+        k = tl.max_contiguous(tl.multiple_of(k, [1, 4]), [1, 4])  # in fours, as load_floats does it
     inside = r < rows - row
     at = r * tl.cast(dim, tl.int32) + k
     v = tl.load(x + row * dim + first + at, mask=inside & (k < dim - first), other=0)
@@ -87,6 +87,7 @@ def stream_values_kernel(
     T: tl.constexpr,
 ):
     """One block of a stream as numbers."""
+    # As they are typed, for the interpreter.
     seed, stream, block, chunk = seed.to(tl.int64), stream.to(tl.int64), block.to(tl.int32), chunk.to(tl.int32)
     e = tl.arange(0, 1 << T)
     if PURPOSE == PERMUTATION:

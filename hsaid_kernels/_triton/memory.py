@@ -1,7 +1,7 @@
 """Values of tensors by their addresses: what a kernel that writes all tensors at once has in place of arguments.
 
-A launch has a table with a word for each tensor: 2^62 | address << 3 | dtype << 1 | 1, or `MISSING`.  Words are odd and
-above 2^32, so that Triton, which looks at the values of arguments, compiles one kernel for all of them.
+A launch has a table with a word for each tensor: address << 3 | dtype << 1 | 1, or `MISSING`.  Words are odd and of
+more than 32 bits, so that Triton, which looks at the values of arguments, compiles one kernel for all of them.
 """
 
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from torch import Tensor
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WORDS = 256  # that a launch of write_words takes
-MISSING = 1 << 62 | 1
+MISSING = 1 << 62 | 1  # an address that nothing has
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Table(NamedTuple):
     words: Tensor  # int64 on the device
-    codes: int  # a bit for the code of each dtype among the tensors; float32's if there are none
+    codes: int  # a bit for the code of each dtype among the tensors
     kept: list[Tensor]  # what must live until the launches are queued
 
 
 @triton.jit
 def write_words(table, words):
-    for i in tl.static_range(256):
+    for i in tl.static_range(len(words)):
         tl.store(table + i, words[i])
 
 
@@ -58,22 +58,24 @@ def table_of(tensors: Sequence[Tensor | None], needed: Sequence[int], device: to
             tensor = tensor.contiguous()
             kept.append(tensor)
         codes |= 1 << code
-        words.append(MISSING | tensor.data_ptr() << 3 | code << 1)
+        address = tensor.data_ptr()
+        if address >= 1 << 63:  # as a signed number
+            address -= 1 << 64
+        words.append(address << 3 | code << 1 | 1)
     words += [MISSING] * (-len(words) % WORDS or WORDS * (not words))
     table = torch.empty(len(words), dtype=torch.int64, device=device)
     for i in range(0, len(words), WORDS):
         write_words[(1,)](table[i:], tuple(words[i : i + WORDS]), num_warps=1, enable_fp_fusion=False)
-    return Table(table, codes or 1, kept)
+    return Table(table, codes, kept)
 
 
 @triton.jit
 def tensor_at(table, number, offset):
     """(address of element `offset`, dtype's code) of a tensor; address 0 if it is missing or its number is -1."""
-    word = tl.load(table + number, mask=number >= 0, other=1)
+    word = tl.load(table + number, mask=number >= 0, other=(1 << 62) + 1)
     code = (word >> 1).to(tl.int32) & 3
-    address = (word & ((1 << 62) - 1)) >> 3
     size = tl.where(code == 0, 4, 2)
-    return tl.where(address == 0, address, address + offset * size), code
+    return tl.where(word == (1 << 62) + 1, 0, (word >> 3) + offset * size), code
 
 
 @triton.jit
@@ -115,7 +117,7 @@ def load_as(address, first, offsets, mask, CODE: tl.constexpr, FOURS: tl.constex
     if FOURS == 1:
         x = tl.load(tl.max_contiguous(tl.multiple_of(p, FOUR), 4), eviction_policy="evict_first")
     elif FOURS == 2:
-        x = tl.load(tl.max_contiguous(tl.multiple_of(p, [FOUR, FOUR]), [1, 4]), eviction_policy="evict_first")
+        x = tl.load(tl.max_contiguous(tl.multiple_of(p, [FOUR // 4, FOUR]), [1, 4]), eviction_policy="evict_first")
     else:
         x = tl.load(p, mask=mask, other=0, eviction_policy="evict_first")
     return widened(x, CODE)
@@ -125,7 +127,8 @@ def load_as(address, first, offsets, mask, CODE: tl.constexpr, FOURS: tl.constex
 def load_floats(address, code, first, offsets, mask, CODES: tl.constexpr, FOURS: tl.constexpr):
     """Elements first + offsets as float32, 0 where `mask` is not set.
 
-    FOURS is 0, or the rank of offsets that are all inside and follow each other in fours from multiples of 16 bytes.
+    FOURS is 0, or the rank of offsets that are all inside and of which the last dimension's follow each other, from an
+    address that is a multiple of 16 bytes.
     CODES has a bit for each dtype that `code` may be; a code that is none of them is taken for the highest.
     """
     if CODES == 1:
@@ -146,6 +149,7 @@ def load_floats(address, code, first, offsets, mask, CODES: tl.constexpr, FOURS:
 
 @triton.jit
 def store_floats(address, first, offsets, x, mask, CODE: tl.constexpr, FOURS: tl.constexpr):
+    """x to elements first + offsets where `mask` is set. FOURS is 0 or 1, as in load_floats."""
     FOUR: tl.constexpr = 16 if CODE == 0 else 8  # bytes
     p = pointer(address, first, CODE) + offsets
     if FOURS == 1:

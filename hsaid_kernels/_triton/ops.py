@@ -23,6 +23,7 @@ from hsaid_kernels._triton.fastfood_forward import fastfood_forward_kernel
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 SIZE = 256  # values of a program in the kernels that add sums up
+SEGMENT_PROGRAMS = 128  # that transform sums, at most: each has a scratch of two tiles
 
 Made = TypeVar("Made")
 _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # a plan's table -> what was made from it
@@ -35,9 +36,13 @@ def _check(condition: bool, message: str) -> None:
 
 
 def _once(table: Tensor, key: tuple, make: Callable[[], Made]) -> Made:
-    """What `make` makes from a plan's table, for as long as the table lives."""
+    """What `make` makes from a plan's table, for as long as the table lives.
+
+    The host waits for what it copies to the device, which cannot be captured: a step that becomes a CUDA graph runs
+    once before, as PyTorch asks anyway, and its plan must live as long as the graph.
+    """
     made = _made.setdefault(table, {})
-    key = (*key, table._version)
+    key = (*key, None if table.is_inference() else table._version)
     if key not in made:
         made[key] = make()
     return made[key]
@@ -85,14 +90,18 @@ def _floats(tensor: Tensor, theta: Tensor, count: int, what: str) -> Tensor:
     return tensor.contiguous()
 
 
-def _check_place(theta: Tensor) -> None:
+def _check_place(tensor: Tensor, what: str) -> None:
     expected = "the CPU, where the interpreter runs" if INTERPRETED else "a GPU"
-    good = (theta.device.type == "cpu") == INTERPRETED
-    _check(good, f"theta: expected a tensor on {expected}, got one on {theta.device}")
+    good = (tensor.device.type == "cpu") == INTERPRETED
+    _check(good, f"{what}: expected a tensor on {expected}, got one on {tensor.device}")
+
+
+def _workspace(floats: int, device: torch.device) -> Tensor:
+    return torch.empty(floats, dtype=torch.float32, device=device)
 
 
 def _theta(theta: Tensor) -> Tensor:
-    _check_place(theta)
+    _check_place(theta, "theta")
     dim = theta.numel()
     _check(1 <= dim <= plan.MAX_DIM, f"theta: expected 1 to {plan.MAX_DIM} values, got {dim}")
     return _floats(theta, theta, dim, "theta")
@@ -141,8 +150,8 @@ def fastfood_forward(
     out = torch.empty(numel, dtype=dtype, device=device)
     programs = len(made.runs.first) - 1
     run_tiles = tables.RUN_TILES if chunks > 1 else 1
-    sums = torch.empty(programs * run_tiles << t if chunks > 1 else 1, device=device)
-    scratch = torch.empty(programs << (t + 1), device=device)
+    sums = _workspace(programs * run_tiles << t if chunks > 1 else 1, device)
+    scratch = _workspace(programs << (t + 1), device)
     with _on(device):
         bases = memory.table_of(base or [None] * len(made.needed), made.needed, device, "base")
         allowed = 1 | 1 << memory.CODES[dtype]
@@ -195,6 +204,8 @@ def fastfood_adjoint(
     device, dim = theta.device, theta.numel()
     good = 1 <= group_blocks <= plan.MAX_BLOCKS
     _check(good, f"group_blocks: expected 1 to {plan.MAX_BLOCKS}, got {group_blocks}")
+    # Kernels count the values of a tile's groups in 32 bits.
+    _check(group_blocks << t < 2**31, f"group_blocks: Triton expects at most {(2**31 - 1) >> t}, got {group_blocks}")
     key = (device, q, len(grads), group_blocks)
     made = _once(segments, key, lambda: _make_adjoint(device, segments, q, len(grads), group_blocks))
     factors = _floats(factors, theta, len(segments), "factors")
@@ -202,9 +213,9 @@ def fastfood_adjoint(
     dtheta, dfactors = torch.zeros_like(theta), torch.zeros_like(factors)
     if all(tensor is None for tensor in grads):
         return dtheta, dfactors
-    sums = torch.empty(max(len(wave.items) for wave in made.waves) << t, device=device)
-    carry = torch.empty(2 << q if len(made.waves) > 1 else 1, device=device)
-    scratch = torch.empty(max(wave.finished for wave in made.waves) << (t + 1), device=device)
+    sums = _workspace(max(len(wave.items) for wave in made.waves) << t, device)
+    carry = _workspace(2 << q if len(made.waves) > 1 else 1, device)
+    scratch = _workspace(min(SEGMENT_PROGRAMS, max(wave.finished for wave in made.waves)) << (t + 1), device)
     lines, small = _normal_lines(device), _options(128)
     size = min(SIZE, width)
     with _on(device):
@@ -212,7 +223,7 @@ def fastfood_adjoint(
         for chunk in range(-(-dim // width)):
             part_of_dtheta = dtheta[chunk * width : (chunk + 1) * width]
             count = len(part_of_dtheta)
-            for number, (items, parts, finished) in enumerate(made.waves):
+            for items, parts, finished in made.waves:
                 adjoint_kernels.adjoint_groups_kernel[(len(items),)](
                     table.words,
                     seed,
@@ -232,7 +243,7 @@ def fastfood_adjoint(
                 )
                 if finished == 0:
                     continue
-                adjoint_kernels.adjoint_segments_kernel[(finished,)](
+                adjoint_kernels.adjoint_segments_kernel[(min(SEGMENT_PROGRAMS, finished),)](
                     theta,
                     dim,
                     factors,
@@ -240,6 +251,7 @@ def fastfood_adjoint(
                     seed,
                     chunk,
                     parts,
+                    finished,
                     sums,
                     scratch,
                     dfactors,
@@ -248,7 +260,7 @@ def fastfood_adjoint(
                     **_options(tile.threads(q), 128),
                 )
                 adjoint_kernels.adjoint_gradients_kernel[(-(-count // size),)](
-                    table.words, parts, sums, part_of_dtheta, count, finished, number, Q=q, SIZE=size, **small
+                    parts, sums, part_of_dtheta, count, finished, Q=q, SIZE=size, **small
                 )
     return dtheta, dfactors
 
@@ -261,6 +273,7 @@ def _in_memory(x: Tensor) -> Tensor:
 def hadamard_transform(x: Tensor, scale: float) -> Tensor:
     _check(x.dtype in memory.CODES, f"x: expected float32, bfloat16 or float16, got {x.dtype}")
     _check(x.dim() >= 1 and x.shape[-1] >= 1, "x: expected a last dimension of at least 1")
+    _check_place(x, "x")
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return out
@@ -288,7 +301,7 @@ def hadamard_transform(x: Tensor, scale: float) -> Tensor:
             )
             return out
         first = plan.MAX_WIDTH.bit_length() - 1
-        between = torch.empty(rows << q, device=x.device)
+        between = _workspace(rows << q, x.device)
         hadamard_kernels.hadamard_rows_kernel[(rows << (q - first),)](
             source,
             between,
@@ -330,7 +343,8 @@ def stream_values(
     _check(0 <= block < 1 << 28, f"block: expected 0 to 2**28 - 1, got {block}")
     _check(0 <= chunk < 1 << 16, f"chunk: expected 0 to 65535, got {chunk}")
     q = _bits(width)
-    out = torch.empty(width, device=like.device)
+    _check_place(like, "like")
+    out = _workspace(width, like.device)
     with _on(like.device):
         hadamard_kernels.stream_values_kernel[(1,)](
             out,
