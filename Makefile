@@ -30,7 +30,7 @@ test: $(VENV)/.installed-test lint build/cmake/test_core
 triton-versions: $(VENV)/.installed-test
 	for version in 3.6.0 3.9.0; do \
 	  folder=build/triton-$$version; \
-	  $(PIP) --no-deps --upgrade --target $$folder --constraint /dev/null triton==$$version 'numpy<2.4' || exit 1; \
+	  $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $$folder triton==$$version 'numpy<2.4' || exit 1; \
 	  PYTHONPATH=$$folder $(BIN)/python -m pytest -q tests/test_triton.py || exit 1; \
 	  PYTHONPATH=$$folder TRITON_INTERPRET=1 $(BIN)/python -W ignore -m pytest -q tests/test_gpu.py || exit 1; \
 	done
