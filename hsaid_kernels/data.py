@@ -240,6 +240,7 @@ def _names(language: str) -> dict[str, list[str]]:
     by_label = {
         # Two letters: countries, not the world's numbered regions. XA, XB and ZZ, like scripts in Z, are not real ones.
         "country": {c: n for c, n in locale.territories.items() if len(c) == 2 and c not in ("XA", "XB", "ZZ")},
+        # XTS is for tests, XXX for no currency.
         "currency": {c: n for c, n in locale.currencies.items() if c not in ("XTS", "XXX")},
         # "en_GB" and the like name a country too; mul, und and zxx name no language.
         "language": {c: n for c, n in locale.languages.items() if "_" not in c and c not in ("mul", "und", "zxx")},

@@ -11,13 +11,12 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from models import BACKENDS
 from torch import nn
 
-from hsaid_kernels import available_backends, checkpoint
+from hsaid_kernels import checkpoint
 from hsaid_kernels.checkpoint import CONFIG_FILE, VALUES_FILE, differences, read_config
 from hsaid_kernels.module import HSAID
-
-BACKENDS = [name for name, there in available_backends().items() if there is True and name != "cuda"]
 
 
 @pytest.fixture(autouse=True)

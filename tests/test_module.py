@@ -1,73 +1,24 @@
-"""HSAID behaves as the plain model does, trains theta and the multipliers alone, and leaves W0 as it is."""
+"""HSAID trains theta and the multipliers alone, and leaves W0 as it is."""
 
 import copy
-import inspect
 import io
 import pickle
-import threading
-import time
 
 import pytest
 import torch
 import transformers
+from models import BACKENDS, IDS, bert, mlp, moved, same, snapshot, tied_models
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hsaid_kernels import available_backends, ops
+from hsaid_kernels import ops
 from hsaid_kernels.module import HSAID
 from hsaid_kernels.projection import Projection
-
-BACKENDS = [name for name, there in available_backends().items() if there is True and name != "cuda"]
-SIZES = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-IDS = torch.tensor([[3, 14, 15, 9], [2, 6, 5, 35]])
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def bert(**changes) -> nn.Module:
-    config = transformers.BertConfig(**SIZES, max_position_embeddings=16, **changes)
-    return transformers.BertForSequenceClassification(config)
-
-
-def tied_models() -> dict:
-    t5 = dict(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    gpt2 = dict(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
-    albert = dict(SIZES, num_hidden_layers=2, embedding_size=8, max_position_embeddings=16)
-    masked = transformers.BertConfig(**SIZES, max_position_embeddings=16)
-    return {
-        "bert": lambda: transformers.BertForMaskedLM(masked),
-        "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**gpt2)),
-        "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**t5)),
-        "albert": lambda: transformers.AlbertForMaskedLM(transformers.AlbertConfig(**albert)),
-    }
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-
-
-def moved(hsaid: HSAID) -> HSAID:
-    """Away from the start, so that weights are not W0."""
-    with torch.no_grad():
-        hsaid.theta.normal_()
-        hsaid.multipliers.uniform_(0.5, 1.5)
-    return hsaid
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def snapshot(model: nn.Module) -> dict:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 @pytest.fixture
@@ -233,187 +184,6 @@ def test_gradient_checkpointing_recomputes_on_the_projected_weights(enable_on, r
     assert torch.allclose(gradient(), expected, rtol=1e-5, atol=0)
     assert len(runs) == 2
     assert model.bert.encoder.layer[0]._gradient_checkpointing_func is function
-
-
-# --- the model's behaviour
-
-
-@pytest.mark.parametrize("kind", tied_models())
-def test_tied_and_shared_weights_stay_so(kind, backend):
-    model = tied_models()[kind]().eval()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    hsaid = moved(HSAID(model, 80, backend=backend))
-    ties = {}  # parameter -> all the names it has
-    for name, parameter in parameters.items():
-        ties.setdefault(parameter, []).append(name)
-    seen = {}
-    model.register_forward_hook(lambda module, *_: seen.update(module.named_parameters(remove_duplicate=False)))
-    batch = dict(input_ids=IDS, labels=IDS)
-    loss = hsaid(**batch).loss
-    assert any(len(names) > 1 for names in ties.values()) and seen.keys() == parameters.keys()
-    for names in ties.values():
-        assert len({id(seen[name]) for name in names}) == 1
-        assert not torch.equal(seen[names[0]], parameters[names[0]])
-    assert torch.equal(loss, hsaid.merge()(**batch).loss)
-    loss.backward()
-    assert hsaid.theta.grad.any()
-    assert all(p is parameters[n] for n, p in model.named_parameters(remove_duplicate=False))
-
-
-def test_arguments_and_outputs_are_the_models(backend):
-    model = bert().eval()
-    hsaid = HSAID(model, 60, backend=backend)
-    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
-    expected = model(IDS, mask)
-    assert torch.equal(hsaid(IDS, mask).logits, expected.logits)
-    out = hsaid(input_ids=IDS, attention_mask=mask, output_hidden_states=True)
-    assert type(out) is type(expected) and torch.equal(out["logits"], expected["logits"])
-    assert len(out.hidden_states) == 2
-    out = hsaid(IDS, attention_mask=mask, return_dict=False)
-    assert type(out) is tuple and torch.equal(out[0], expected.logits)
-    with pytest.raises(TypeError, match="unexpected keyword"):
-        HSAID(mlp(), 20, backend=backend)(nonsense=1)
-
-
-def test_train_and_eval_reach_dropout(backend):
-    model = bert(hidden_dropout_prob=0.5).eval()
-    hsaid = HSAID(model, 60, backend=backend)
-    assert not hsaid.training
-    assert torch.equal(hsaid(IDS).logits, hsaid(IDS).logits)
-    assert hsaid.train() is hsaid and hsaid.training and all(module.training for module in model.modules())
-    assert not torch.equal(hsaid(IDS).logits, hsaid(IDS).logits)
-    assert hsaid.eval() is hsaid and not any(module.training for module in model.modules())
-
-
-def test_buffers_are_the_models_own(backend):
-    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten())
-    plain, hsaid = copy.deepcopy(model), HSAID(model, 24, backend=backend)
-    x = torch.randn(4, 2, 5, 5)
-    assert torch.equal(hsaid(x), plain(x))
-    assert same(model.state_dict(), plain.state_dict()) and model[1].num_batches_tracked == 1
-
-
-def test_rnn_runs_on_the_projected_weights_and_lets_them_go(backend):
-    class Tagger(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn = nn.LSTM(4, 5)
-
-        def forward(self, x):
-            return self.rnn(x)[0]
-
-    model, x = Tagger(), torch.randn(3, 2, 4)
-    hsaid = moved(HSAID(model, 24, backend=backend))
-    out = hsaid(x)
-    assert torch.equal(out, hsaid.merge()(x)) and not torch.equal(out, model(x))
-    out.sum().backward()
-    hsaid(x)
-    assert all(a is b for a, b in zip(model.rnn._flat_weights, model.rnn.parameters(), strict=True))
-
-
-def test_channels_last_and_non_contiguous_weights(backend):
-    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(27, 2))
-    model[2].weight = nn.Parameter(torch.randn(27, 2).t())
-    expected = moved(HSAID(copy.deepcopy(model), 24, backend=backend))
-    hsaid = HSAID(model.to(memory_format=torch.channels_last), 24, backend=backend)
-    hsaid.load_state_dict(expected.state_dict())
-    x = torch.randn(4, 2, 5, 5)
-    assert same(hsaid.weights(), expected.weights()) and torch.allclose(hsaid(x), expected(x))
-    hsaid(x).sum().backward()
-    assert hsaid.theta.grad.any()
-
-
-def test_an_error_in_the_model_puts_w0_back():
-    model = mlp()
-    hsaid = moved(HSAID(model, 24, backend="reference"))
-    before = dict(model.named_parameters())
-    with pytest.raises(RuntimeError, match="shapes"):
-        hsaid(torch.randn(5, 7))
-    assert all(p is before[name] for name, p in model.named_parameters())
-    assert not torch.equal(hsaid(torch.ones(1, 4)), model(torch.ones(1, 4)))
-
-
-def test_other_attributes_are_the_models():
-    class Encoder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.note = nn.Linear(4, 2), "kept"
-
-        def encode(self, x):
-            """Encodes."""
-            return self.layer(x)
-
-        def forward(self, x):
-            return self.encode(x)
-
-        def __len__(self):
-            return 7
-
-    model, x = Encoder(), torch.randn(3, 4)
-    hsaid = moved(HSAID(model, 20, backend="reference"))
-    assert hsaid.note == "kept" and hsaid.layer is model.layer and hsaid.model is model
-    assert torch.equal(hsaid.encode(x), hsaid(x)) and not torch.equal(model.encode(x), hsaid(x))
-    assert hsaid.encode.__doc__ == "Encodes." and inspect.signature(hsaid.encode) == inspect.signature(model.encode)
-    assert not hasattr(hsaid, "__len__")
-    with pytest.raises(AttributeError, match="'Encoder' object has no attribute 'nothing'"):
-        _ = hsaid.nothing
-
-
-def test_transformers_interface():
-    model = bert()
-    hsaid = HSAID(model, 60, backend="reference")
-    assert hsaid.config is model.config and hsaid.device == model.device and hsaid.dtype == torch.float32
-    assert hsaid.get_input_embeddings() is model.bert.embeddings.word_embeddings
-    assert hsaid.num_parameters() == sum(p.numel() for p in model.parameters())
-
-
-def test_generate_uses_the_projected_weights(backend):
-    hsaid = moved(HSAID(tied_models()["gpt2"]().eval(), 80, backend=backend))
-    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
-    made = hsaid.generate(IDS, **options)
-    assert torch.equal(made, hsaid.merge().generate(IDS, **options))
-    assert not torch.equal(made, hsaid.model.generate(IDS, **options))
-
-
-def test_calling_back_from_within_the_model(backend):
-    class Outer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def twice(self, call, x):
-            return call(call(x))
-
-        def forward(self, x):
-            return self.layer(x)
-
-    hsaid = moved(HSAID(Outer(), 20, backend=backend))
-    x = torch.randn(2, 4)
-    assert torch.equal(hsaid.twice(hsaid, x), hsaid(hsaid(x)))
-
-
-def test_threads_do_not_meet():
-    model = mlp()
-    hsaid = moved(HSAID(model, 24, backend="reference"))
-    before, x = snapshot(model), torch.randn(64, 4)
-    with torch.no_grad():
-        expected = hsaid(x)
-    wrong = []
-
-    def run(seed: int) -> None:
-        with torch.no_grad():
-            for i in range(4):
-                hsaid.train(bool((i + seed) % 2))  # drops the cache
-                wrong.extend([] if torch.equal(hsaid(x), expected) else [i])
-
-    model[0].register_forward_pre_hook(lambda *_: time.sleep(0.005))  # in which the others could come in
-
-    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong and same(model.state_dict(), before)
 
 
 # --- dtype and device

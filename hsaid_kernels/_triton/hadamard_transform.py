@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 
 from hsaid_kernels._triton.memory import narrowed, widened
-from hsaid_kernels._triton.streams import DIAGONAL, PERMUTATION, gaussian, permutation_keys, permute, sign_bits
-from hsaid_kernels._triton.tile import a_to_natural, natural_to_a, stages, transform
+from hsaid_kernels._triton.tile import natural_to_a, stages, transform
 
 COLUMN_BITS = 6  # stages of a later pass, at most
 
@@ -71,30 +70,3 @@ def hadamard_columns_kernel(
         v = stages(v, 0, 2, 0, False, T) * scale
     v = tl.reshape(narrowed(v, OUT), (1 << M, 1 << C))
     tl.store(out + row * out_dim + at, v, mask=at < out_dim)
-
-
-@triton.jit(do_not_specialize=["seed", "stream", "block", "chunk"])
-def stream_values_kernel(
-    out,
-    seed: tl.int64,
-    stream: tl.int64,
-    block: tl.int32,
-    chunk: tl.int32,
-    lines,
-    PURPOSE: tl.constexpr,
-    RADEMACHER: tl.constexpr,
-    Q: tl.constexpr,
-    T: tl.constexpr,
-):
-    """One block of a stream as numbers."""
-    # As they are typed, for the interpreter.
-    seed, stream, block, chunk = seed.to(tl.int64), stream.to(tl.int64), block.to(tl.int32), chunk.to(tl.int32)
-    e = tl.arange(0, 1 << T)
-    if PURPOSE == PERMUTATION:
-        v = permute(e & ((1 << Q) - 1), permutation_keys(seed, stream, chunk), Q).to(tl.float32)
-    elif RADEMACHER or PURPOSE != DIAGONAL:
-        signs = sign_bits(seed, stream, PURPOSE, block, 0, chunk, Q, T)
-        v = a_to_natural(tl.where(signs >> 31 == 1, -1.0, 1.0), T)
-    else:
-        v = a_to_natural(gaussian(seed, stream, block, 0, chunk, lines, Q, T), T)
-    tl.store(out + e, v, mask=e < 1 << Q)

@@ -20,6 +20,7 @@ from hsaid_kernels._triton import fastfood_adjoint as adjoint_kernels
 from hsaid_kernels._triton import hadamard_transform as hadamard_kernels
 from hsaid_kernels._triton import memory, streams, tables, tile
 from hsaid_kernels._triton.fastfood_forward import fastfood_forward_kernel
+from hsaid_kernels._triton.stream_values import stream_values_kernel
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 SIZE = 256  # values of a program in the kernels that add sums up
@@ -346,7 +347,7 @@ def stream_values(
     _check_place(like, "like")
     out = _workspace(width, like.device)
     with _on(like.device):
-        hadamard_kernels.stream_values_kernel[(1,)](
+        stream_values_kernel[(1,)](
             out,
             seed,
             stream,
