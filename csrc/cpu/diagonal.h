@@ -30,44 +30,71 @@ HSAID_INLINE PhiloxKeys philox_keys(uint64_t seed) {
 #define HSAID_GENERATOR HSAID_NOINLINE
 #endif
 
-// kCalls times kLanes calls that differ in word 1 of the counter: w[call][word]. Several side by side, because one
-// alone is a long chain of dependent multiplications.
+// kCalls times kLanes calls that differ in word 1 of the counter: w[call][word]. The even and the odd calls go apart, a
+// word for each 64-bit lane; only the last round puts them together.
 template <int kCalls>
 HSAID_GENERATOR void philox_vectors(const PhiloxPrefix& prefix, const PhiloxKeys& keys, const vu (&word1)[kCalls],
                                     vu (&w)[kCalls][4]) {
-  const vu m0 = broadcast(kPhiloxM0), m1 = broadcast(kPhiloxM1);
-  vu hi0[kCalls], lo0[kCalls], hi1[kCalls], lo1[kCalls];
-  unroll<kCalls>([&](auto i) HSAID_LAMBDA {
-    mul_wide(broadcast(prefix.word0) ^ word1[i], m0, &hi0[i], &lo0[i]);
-    mul_wide(hi0[i] ^ broadcast(prefix.round2), m1, &hi1[i], &lo1[i]);
-    w[i][0] = hi1[i] ^ broadcast(prefix.round3_hi);
-    w[i][1] = lo1[i];
-    w[i][2] = lo0[i] ^ broadcast(prefix.round3_lo);
-    mul_wide(w[i][0], m0, &hi0[i], &lo0[i]);
-    mul_wide(w[i][2], m1, &hi1[i], &lo1[i]);
-    w[i][0] = xor3(hi1[i], w[i][1], broadcast(keys.key[3][0]));
-    w[i][1] = lo1[i];
-    w[i][2] = hi0[i] ^ broadcast(prefix.round4);
-    w[i][3] = lo0[i];
+  constexpr int halves = 2 * kCalls, last = kPhiloxRounds - 1;
+  const vw m0 = wide(kPhiloxM0), m1 = wide(kPhiloxM1);
+  vw c[halves][4];
+  unroll<halves>([&](auto i) HSAID_LAMBDA {
+    const vw x = (vw)word1[i / 2] ^ wide(prefix.word0);
+    const vw first = multiply(i % 2 ? high_half(x) : x, m0);
+    const vw second = multiply(high_half(first) ^ wide(prefix.round2), m1);
+    const vw a = multiply(high_half(second) ^ wide(prefix.round3_hi), m0);
+    const vw b = multiply(first ^ wide(prefix.round3_lo), m1);
+    c[i][0] = xor3(high_half(b), second, wide(keys.key[3][0]));
+    c[i][1] = b;
+    c[i][2] = high_half(a) ^ wide(prefix.round4);
+    c[i][3] = a;
   });
-  unroll<kPhiloxRounds - 4>([&](auto r) HSAID_LAMBDA {
-    unroll<kCalls>([&](auto i) HSAID_LAMBDA {
-      mul_wide(w[i][0], m0, &hi0[i], &lo0[i]);
-      mul_wide(w[i][2], m1, &hi1[i], &lo1[i]);
-      w[i][0] = xor3(hi1[i], w[i][1], broadcast(keys.key[r + 4][0]));
-      w[i][1] = lo1[i];
-      w[i][2] = xor3(hi0[i], w[i][3], broadcast(keys.key[r + 4][1]));
-      w[i][3] = lo0[i];
+  unroll<last - 4>([&](auto r) HSAID_LAMBDA {
+    unroll<halves>([&](auto i) HSAID_LAMBDA {
+      const vw a = multiply(c[i][0], m0), b = multiply(c[i][2], m1);
+      c[i][0] = xor3(high_half(b), c[i][1], wide(keys.key[r + 4][0]));
+      c[i][2] = xor3(high_half(a), c[i][3], wide(keys.key[r + 4][1]));
+      c[i][1] = b;
+      c[i][3] = a;
     });
+  });
+  const auto lows = [](vw even, vw odd) HSAID_LAMBDA { return blend_halves(even, odd << 32); };
+  const auto highs = [](vw even, vw odd) HSAID_LAMBDA { return blend_halves(high_half(even), odd); };
+  unroll<kCalls>([&](auto i) HSAID_LAMBDA {
+    const auto &even = c[2 * i], &odd = c[2 * i + 1];
+    const vw a[2] = {multiply(even[0], m0), multiply(odd[0], m0)}, b[2] = {multiply(even[2], m1), multiply(odd[2], m1)};
+    w[i][0] = highs(b[0], b[1]) ^ lows(even[1], odd[1]) ^ broadcast(keys.key[last][0]);
+    w[i][1] = lows(b[0], b[1]);
+    w[i][2] = highs(a[0], a[1]) ^ lows(even[3], odd[3]) ^ broadcast(keys.key[last][1]);
+    w[i][3] = lows(a[0], a[1]);
   });
 }
 
+// The table of core/normal.h.
+struct NormalTable {
+  Table a, b;
+};
+HSAID_INLINE void fill(NormalTable& table) {
+  for (uint32_t line = kFirstLine; line < kFirstLine + 32; ++line) {
+    set_line(table.a, line, normal_table(line & 31));
+    set_line(table.b, line, normal_table(32 + (line & 31)));
+  }
+}
+
 // core/normal.h in lanes: `magic` is kNormalMagic | half.
-HSAID_GENERATOR vf normal_vector(vu magic, const float* table) {
-  const vf y = (vf)magic - kNormalOffset;
-  const vf v = kNormalTop - (vf)((vu)y & 0x7fffffffu);
-  const vu s = (vu)v >> 21;
-  return y * (lookup32(table, s) + lookup32(table + 32, s) * v);
+HSAID_GENERATOR void normal_vectors(const vu (&magic)[kGroup], const NormalTable& table, vf (&g)[kGroup]) {
+  vf y[kGroup], v[kGroup], a[kGroup], b[kGroup];
+  vu line[kGroup];
+  unroll<kGroup>([&](auto i) HSAID_LAMBDA {
+    y[i] = (vf)magic[i] - kNormalOffset;
+    v[i] = kNormalTop - (vf)((vu)y[i] & 0x7fffffffu);
+    line[i] = (vu)v[i] >> 21;
+  });
+  const Lines lines = pack_lines(line);
+  look_up(table.b, lines, b);
+  unroll<kGroup>([&](auto i) HSAID_LAMBDA { b[i] = b[i] * v[i]; });
+  look_up(table.a, lines, a);
+  unroll<kGroup>([&](auto i) HSAID_LAMBDA { g[i] = y[i] * (a[i] + b[i]); });
 }
 
 // A line of the diagonal: what multiplies a vector.
@@ -121,7 +148,7 @@ HSAID_INLINE void sign_tile(const uint32_t* words, int64_t k, Use&& use) {
 struct Diagonal {
   Params params;
   PhiloxKeys keys;
-  alignas(64) float table[64];
+  NormalTable table;
   PhiloxPrefix* prefix;  // [chunks], gaussian
   uint32_t* sign_words;  // [chunks, num_sign_words], rademacher
   Segment segment;
@@ -129,7 +156,7 @@ struct Diagonal {
 
   Diagonal(const Params& p, PhiloxPrefix* prefix_, uint32_t* words)
       : params(p), keys(philox_keys(p.seed)), prefix(prefix_), sign_words(words), segment{}, block(0) {
-    for (int i = 0; i < 64; ++i) table[i] = normal_table(i);
+    fill(table);
   }
 
   void start(const Segment& s, int64_t b) {
@@ -152,35 +179,63 @@ HSAID_NOINLINE vf small_gaussian(const Diagonal& d, int chunk, uint32_t k) {
   return g;
 }
 
-// use(i, d) for the vectors i of the 2^t values at k.
-template <int t, bool kRademacher, class Use>
-HSAID_INLINE void diagonal_tile(const Diagonal& d, int chunk, int64_t k, Use&& use) {
-  if constexpr (kRademacher) {
-    sign_tile<t>(d.sign_words + chunk * num_sign_words(d.params.q), k, use);
-  } else if constexpr (t < 7) {
-    unroll<(1 << t) / kLanes>(
-        [&](auto i) HSAID_LAMBDA { use(i, GaussianVector{small_gaussian(d, chunk, (uint32_t)k + i * kLanes)}); });
-  } else {
-    constexpr int parts = 16 / kLanes;  // vectors of calls that cover the 16 lowest positions
-    constexpr int calls = (1 << t) / 128 * parts, side = calls < 2 ? calls : 2;
-    unroll<calls / side>([&](auto pair) HSAID_LAMBDA {
-      vu word1[side], w[side][4];
-      unroll<side>([&](auto i) HSAID_LAMBDA {
-        constexpr int call = pair * side + i;
-        const uint32_t first = (uint32_t)((k >> 7) + call / parts) << 4 | call % parts * kLanes | (uint32_t)chunk << 16;
-        word1[i] = lane_index() + first;
+// Positions that are drawn at a time: random words and what becomes of them stay in the first-level cache.
+constexpr int kDrawBits = 10;
+HSAID_INLINE int64_t num_draws(int q) { return q > kDrawBits ? (int64_t)1 << (q - kDrawBits) : 1; }
+
+// use(k, g) for the vectors of G at the positions of a draw, n >= 128. First all words, then all normals: two short
+// loops, each with its constants in registers.
+template <class Use>
+HSAID_INLINE void draw_gaussian(const Diagonal& d, int chunk, int64_t begin, int64_t end, Use&& use) {
+  constexpr int parts = 16 / kLanes;          // vectors of calls that cover the 16 lowest positions
+  constexpr int side = kLanes == 16 ? 2 : 1;  // calls in flight: as many as the registers hold
+  alignas(64) uint32_t words[1 << (kDrawBits - 1)];
+  const int64_t calls = (end - begin) / 128 * parts;
+  const PhiloxPrefix prefix = d.prefix[chunk];
+  for (int64_t call = 0; call < calls; call += side) {
+    vu word1[side], w[side][4];
+    unroll<side>([&](auto i) HSAID_LAMBDA {
+      const uint32_t at = (uint32_t)(call + i);
+      word1[i] =
+          lane_index() + (((uint32_t)(begin >> 7) + at / parts) << 4 | at % parts * kLanes | (uint32_t)chunk << 16);
+    });
+    philox_vectors<side>(prefix, d.keys, word1, w);
+    unroll<side>([&](auto i) HSAID_LAMBDA {
+      unroll<4>([&](auto j) HSAID_LAMBDA { store(words + ((call + i) * 4 + j) * kLanes, w[i][j]); });
+    });
+  }
+  for (int64_t call = 0; call < calls; ++call)
+    unroll<8 / kGroup>([&](auto group) HSAID_LAMBDA {
+      vu magic[kGroup];
+      vf g[kGroup];
+      unroll<kGroup>([&](auto j) HSAID_LAMBDA {
+        constexpr int slot = group * kGroup + j;
+        const vu word = *(const vu*)(words + (call * 4 + slot / 2) * kLanes);
+        magic[j] = slot % 2 ? word >> 16 | kNormalMagic : (word & 0xffffu) | kNormalMagic;
       });
-      philox_vectors<side>(d.prefix[chunk], d.keys, word1, w);
-      unroll<side>([&](auto i) HSAID_LAMBDA {
-        constexpr int call = pair * side + i;
-        unroll<8>([&](auto slot) HSAID_LAMBDA {
-          const vu word = w[i][slot / 2];
-          const vu magic = slot % 2 ? word >> 16 | kNormalMagic : (word & 0xffffu) | kNormalMagic;
-          constexpr int vector = (call / parts * 128 + slot * 16 + call % parts * kLanes) / kLanes;
-          use(std::integral_constant<int, vector>{}, GaussianVector{normal_vector(magic, d.table)});
-        });
+      normal_vectors(magic, d.table, g);
+      unroll<kGroup>([&](auto j) HSAID_LAMBDA {
+        constexpr int slot = group * kGroup + j;
+        use(begin + call / parts * 128 + call % parts * kLanes + slot * 16, GaussianVector{g[j]});
       });
     });
+}
+
+// use(k, d) for the vectors of the diagonal at the 2^min(q, kDrawBits) positions of a draw.
+template <bool kRademacher, class Use>
+HSAID_INLINE void draw_diagonal(const Diagonal& d, int chunk, int64_t draw, Use&& use) {
+  const int q = d.params.q;
+  const int64_t begin = draw << kDrawBits, end = q > kDrawBits ? begin + (1 << kDrawBits) : width(d.params);
+  if (kRademacher) {
+    const uint32_t* words = d.sign_words + chunk * num_sign_words(q);
+    with_tile_bits(tile_bits(q), [&](auto t) HSAID_LAMBDA {
+      for (int64_t k = begin; k < end; k += 1 << t)
+        sign_tile<t>(words, k, [&](int i, SignVector s) HSAID_LAMBDA { use(k + i * kLanes, s); });
+    });
+  } else if (q >= 7) {
+    draw_gaussian(d, chunk, begin, end, use);
+  } else {
+    for (int64_t k = begin; k < end; k += kLanes) use(k, GaussianVector{small_gaussian(d, chunk, (uint32_t)k)});
   }
 }
 

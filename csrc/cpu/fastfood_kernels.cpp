@@ -24,6 +24,8 @@ namespace {
 
 template <class T>
 constexpr int kLineVectors = kLineBytes / (int)sizeof(T) / kLanes;
+template <class T>
+constexpr bool kSplit = std::is_same_v<T, bf16>;
 
 // One allocation, cut into pieces that begin on cache lines.
 struct Arena {
@@ -54,11 +56,12 @@ void walsh_hadamard_block(float* x, int q) {
     unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { v[i] = load(x + k + i * kLanes); });
   });
   middle_passes<false>(x, q);
-  last_pass<1>(x, q, 0, num_lines<1>(q), [&](int64_t k, const vf(&y)[1]) HSAID_LAMBDA { store(x + k, y[0]); });
+  last_pass<1, false>(x, q, 0, num_lines<1>(q), [&](int64_t k, const vf(&y)[1]) HSAID_LAMBDA { store(x + k, y[0]); });
 }
 
 void walsh_hadamard_transposed(float* x, int q) {
-  last_pass_transposed<1>(x, q, 0, num_lines<1>(q), [&](int64_t k, vf(&y)[1]) HSAID_LAMBDA { y[0] = load(x + k); });
+  last_pass_transposed<1, false>(x, q, 0, num_lines<1>(q),
+                                 [&](int64_t k, vf(&y)[1]) HSAID_LAMBDA { y[0] = load(x + k); });
   middle_passes<true>(x, q);
   first_pass_transposed(x, q, 0, num_strips(q), [&](auto t, int64_t k, vf* v) HSAID_LAMBDA {
     unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { store(x + k + i * kLanes, v[i]); });
@@ -165,22 +168,26 @@ HSAID_NOINLINE void emit_lines(const Forward& a, const Emission& e, const Base* 
   if constexpr (!std::is_void_v<Base>) base += e.segment->offset + first;
   const bool stream = a.stream && (uintptr_t)out % kLineBytes == 0;
   const vf factor = broadcast(e.factor);
-  last_pass<kLineVectors<T>>(e.buffer, a.params.q, begin, end,
-                             [&](int64_t k, const vf(&y)[kLineVectors<T>]) HSAID_LAMBDA {
-                               vf w[kLineVectors<T>];
-                               unroll<kLineVectors<T>>([&](auto i) HSAID_LAMBDA {
-                                 const vf step = factor * y[i];
-                                 if constexpr (std::is_void_v<Base>)
-                                   w[i] = vf{} + step;
-                                 else
-                                   w[i] = load_as_float(base + k + i * kLanes) + step;
-                               });
-                               // The same place of the next block: it is wanted a block's work later.
-                               if constexpr (!std::is_void_v<Base>)
-                                 for (int i = 0; i < (int)(kLineVectors<T> * kLanes * sizeof(Base)); i += kLineBytes)
-                                   __builtin_prefetch((const char*)(base + k + n) + i, 0, 2);
-                               store_line(out + k, w, stream);
-                             });
+  constexpr int vectors = kLineVectors<T>;
+  last_pass<vectors, kSplit<T>>(e.buffer, a.params.q, begin, end, [&](int64_t k, const vf(&y)[vectors]) HSAID_LAMBDA {
+    vf w[vectors];
+    if constexpr (std::is_void_v<Base>)
+      unroll<vectors>([&](auto i) HSAID_LAMBDA { w[i] = vf{}; });
+    else if constexpr (kSplit<T>)
+      unroll<vectors / 2>([&](auto i)
+                              HSAID_LAMBDA { load_split(base + k + 2 * i * kLanes, &w[2 * i], &w[2 * i + 1]); });
+    else
+      unroll<vectors>([&](auto i) HSAID_LAMBDA { w[i] = load_as_float(base + k + i * kLanes); });
+    unroll<vectors>([&](auto i) HSAID_LAMBDA {
+      const vf step = factor * y[i];
+      w[i] = w[i] + step;
+    });
+    // The same place of the next block: it is wanted a block's work later.
+    if constexpr (!std::is_void_v<Base>)
+      for (int i = 0; i < (int)(vectors * kLanes * sizeof(Base)); i += kLineBytes)
+        __builtin_prefetch((const char*)(base + k + n) + i, 0, 2);
+    store_line(out + k, w, stream);
+  });
 }
 
 // A block that is ragged, or whose segment or base is not dense.
@@ -189,8 +196,8 @@ HSAID_NOINLINE void emit_slowly(const Forward& a, const Emission& e, float* valu
   const int64_t n = width(a.params), first = e.block * n;
   const Segment& s = *e.segment;
   const int64_t left = s.rows * s.cols - first, count = left < n ? left : n;
-  last_pass<1>(e.buffer, a.params.q, 0, num_lines<1>(a.params.q),
-               [&](int64_t k, const vf(&y)[1]) HSAID_LAMBDA { store(values + k, y[0]); });
+  last_pass<1, false>(e.buffer, a.params.q, 0, num_lines<1>(a.params.q),
+                      [&](int64_t k, const vf(&y)[1]) HSAID_LAMBDA { store(values + k, y[0]); });
   if (a.base)
     gather_any(a.base[s.tensor], s, first, count, base_values);
   else
@@ -229,18 +236,22 @@ void emit(const Forward& a, const Emission& e, int64_t step, int64_t steps, floa
   return emit_typed<fp16>(a, e, step, steps, scratch);
 }
 
-// First pass over strips [begin, end) of sum_c G_c . z_c.
+// A draw of sum_c G_c . z_c, and the first pass over it.
 template <bool kRademacher>
-HSAID_NOINLINE void generate(const Diagonal& diagonal, const float* z, float* buffer, int64_t begin, int64_t end) {
+HSAID_NOINLINE void generate(const Diagonal& diagonal, const float* z, float* buffer, int64_t draw) {
   const Params& p = diagonal.params;
-  first_pass(buffer, p.q, begin, end, [&](auto t, int64_t k, vf* x) HSAID_LAMBDA {
-    diagonal_tile<t, kRademacher>(diagonal, 0, k,
-                                  [&](int i, auto d) HSAID_LAMBDA { x[i] = d.times(d, load(z + k + i * kLanes)); });
-    for (int chunk = 1; chunk < p.chunks; ++chunk)
-      diagonal_tile<t, kRademacher>(diagonal, chunk, k, [&](int i, auto d) HSAID_LAMBDA {
-        const vf product = d.times(d, load(z + chunk * width(p) + k + i * kLanes));
-        x[i] = x[i] + product;
-      });
+  draw_diagonal<kRademacher>(diagonal, 0, draw,
+                             [&](int64_t k, auto d) HSAID_LAMBDA { store(buffer + k, d.times(d, load(z + k))); });
+  for (int chunk = 1; chunk < p.chunks; ++chunk) {
+    z += width(p);
+    draw_diagonal<kRademacher>(diagonal, chunk, draw, [&](int64_t k, auto d) HSAID_LAMBDA {
+      const vf product = d.times(d, load(z + k));
+      store(buffer + k, load(buffer + k) + product);
+    });
+  }
+  const int64_t strips = num_strips(p.q) / num_draws(p.q);
+  first_pass(buffer, p.q, draw * strips, (draw + 1) * strips, [&](auto t, int64_t k, vf* x) HSAID_LAMBDA {
+    unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { x[i] = load(buffer + k + i * kLanes); });
   });
 }
 
@@ -248,7 +259,7 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
   if (begin >= end) return;
   const KeepSubnormals keep;
   const Params& p = a.params;
-  const int64_t n = width(p), strips = num_strips(p.q);
+  const int64_t n = width(p), draws = num_draws(p.q);
   Arena arena((p.chunks + 4) * n * (int64_t)sizeof(float) + ZScratch::bytes(p) + diagonal_bytes(p));
   float* z = arena.take<float>(p.chunks * n);
   float* buffers[2] = {arena.take<float>(n), arena.take<float>(n)};
@@ -256,7 +267,7 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
   const ZScratch z_scratch(arena, p);
   PhiloxPrefix* prefix = arena.take<PhiloxPrefix>(p.chunks);
   Diagonal diagonal(p, prefix, arena.take<uint32_t>(p.chunks * num_sign_words(p.q)));
-  const auto generate_strip = p.rademacher ? generate<true> : generate<false>;
+  const auto generate_draw = p.rademacher ? generate<true> : generate<false>;
 
   Emission waiting{};  // the block before
   int64_t index = 0;
@@ -269,14 +280,14 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
         make_z(p, s, chunk, a.theta, diagonal.keys, z_scratch, z + chunk * n);
     diagonal.start(s, block);
     float* buffer = buffers[i & 1];
-    for (int64_t strip = 0; strip < strips; ++strip) {
-      generate_strip(diagonal, z, buffer, strip, strip + 1);
-      if (waiting.buffer) emit(a, waiting, strip, strips, scratch);
+    for (int64_t draw = 0; draw < draws; ++draw) {
+      generate_draw(diagonal, z, buffer, draw);
+      if (waiting.buffer) emit(a, waiting, draw, draws, scratch);
     }
     middle_passes<false>(buffer, p.q);
     waiting = {buffer, &s, block, a.factors[index]};
   }
-  for (int64_t strip = 0; strip < strips; ++strip) emit(a, waiting, strip, strips, scratch);
+  for (int64_t draw = 0; draw < draws; ++draw) emit(a, waiting, draw, draws, scratch);
   if (a.stream) finish_streaming();
 }
 
@@ -291,8 +302,12 @@ HSAID_NOINLINE void read_typed(const Adjoint& a, const Segment& s, int64_t block
   const int64_t n = width(a.params), first = block * n, left = s.rows * s.cols - first;
   if (left >= n && is_dense(s) && grad.dense) {
     const T* data = (const T*)grad.data + s.offset + first;
-    last_pass_transposed<vectors>(buffer, q, from, to, [&](int64_t k, vf(&y)[vectors]) HSAID_LAMBDA {
-      unroll<vectors>([&](auto i) HSAID_LAMBDA { y[i] = load_as_float(data + k + i * kLanes); });
+    last_pass_transposed<vectors, kSplit<T>>(buffer, q, from, to, [&](int64_t k, vf(&y)[vectors]) HSAID_LAMBDA {
+      if constexpr (kSplit<T>)
+        unroll<vectors / 2>([&](auto i)
+                                HSAID_LAMBDA { load_split(data + k + 2 * i * kLanes, &y[2 * i], &y[2 * i + 1]); });
+      else
+        unroll<vectors>([&](auto i) HSAID_LAMBDA { y[i] = load_as_float(data + k + i * kLanes); });
       __builtin_prefetch(data + k + n, 0, 2);
     });
     return;
@@ -302,29 +317,30 @@ HSAID_NOINLINE void read_typed(const Adjoint& a, const Segment& s, int64_t block
     gather<T>(grad, s, first, count, scratch);
     std::memset(scratch + count, 0, (n - count) * sizeof(float));
   }
-  last_pass_transposed<vectors>(buffer, q, from, to, [&](int64_t k, vf(&y)[vectors]) HSAID_LAMBDA {
+  last_pass_transposed<vectors, false>(buffer, q, from, to, [&](int64_t k, vf(&y)[vectors]) HSAID_LAMBDA {
     unroll<vectors>([&](auto i) HSAID_LAMBDA { y[i] = load(scratch + k + i * kLanes); });
   });
 }
 
-// u_c += G_c . x over strips [begin, end), x the rest of the transform.
+// The rest of the transform over a draw, which is x then, and u_c += G_c . x.
 template <bool kRademacher>
-HSAID_NOINLINE void accumulate(const Diagonal& diagonal, float* buffer, float* u, int64_t begin, int64_t end) {
+HSAID_NOINLINE void accumulate(const Diagonal& diagonal, float* x, float* u, int64_t draw) {
   const Params& p = diagonal.params;
-  first_pass_transposed(buffer, p.q, begin, end, [&](auto t, int64_t k, const vf* x) HSAID_LAMBDA {
-    for (int chunk = 0; chunk < p.chunks; ++chunk)
-      diagonal_tile<t, kRademacher>(diagonal, chunk, k, [&](int i, auto d) HSAID_LAMBDA {
-        float* sum = u + chunk * width(p) + k + i * kLanes;
-        const vf product = d.times(d, x[i]);
-        store(sum, load(sum) + product);
-      });
+  const int64_t strips = num_strips(p.q) / num_draws(p.q);
+  first_pass_transposed(x, p.q, draw * strips, (draw + 1) * strips, [&](auto t, int64_t k, const vf* y) HSAID_LAMBDA {
+    unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { store(x + k + i * kLanes, y[i]); });
   });
+  for (int chunk = 0; chunk < p.chunks; ++chunk, u += width(p))
+    draw_diagonal<kRademacher>(diagonal, chunk, draw, [&](int64_t k, auto d) HSAID_LAMBDA {
+      const vf product = d.times(d, load(x + k));
+      store(u + k, load(u + k) + product);
+    });
 }
 
 void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) {
   const KeepSubnormals keep;
   const Params& p = a.params;
-  const int64_t n = width(p), strips = num_strips(p.q), blocks = num_blocks(p, s);
+  const int64_t n = width(p), draws = num_draws(p.q), blocks = num_blocks(p, s);
   const int64_t begin = group * a.group_blocks, end = begin + a.group_blocks < blocks ? begin + a.group_blocks : blocks;
   Arena arena(3 * n * (int64_t)sizeof(float) + diagonal_bytes(p));
   float* buffers[2] = {arena.take<float>(n), arena.take<float>(n)};
@@ -335,15 +351,15 @@ void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) 
   const auto read = dtype == Dtype::kFloat  ? read_typed<float>
                     : dtype == Dtype::kHalf ? read_typed<fp16>
                                             : read_typed<bf16>;
-  const auto accumulate_strip = p.rademacher ? accumulate<true> : accumulate<false>;
+  const auto accumulate_draw = p.rademacher ? accumulate<true> : accumulate<false>;
   std::memset(u, 0, p.chunks * n * sizeof(float));
 
   // Block i is read while block i - 1 is accumulated.
   for (int64_t i = begin; i <= end; ++i) {
     if (i > begin) diagonal.start(s, i - 1);
-    for (int64_t strip = 0; strip < strips; ++strip) {
-      if (i < end) read(a, s, i, strip, strips, scratch, buffers[i & 1]);
-      if (i > begin) accumulate_strip(diagonal, buffers[(i - 1) & 1], u, strip, strip + 1);
+    for (int64_t draw = 0; draw < draws; ++draw) {
+      if (i < end) read(a, s, i, draw, draws, scratch, buffers[i & 1]);
+      if (i > begin) accumulate_draw(diagonal, buffers[(i - 1) & 1], u, draw);
     }
     if (i < end) middle_passes<true>(buffers[i & 1], p.q);
   }

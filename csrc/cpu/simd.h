@@ -59,63 +59,106 @@ HSAID_INLINE vu lane_index() {
   return lanes;
 }
 
-// a ^ b ^ c
-HSAID_INLINE vu xor3(vu a, vu b, vu c) {
-#if defined(__AVX512F__)
-  return (vu)_mm512_ternarylogic_epi32((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
-#else
-  return a ^ b ^ c;
-#endif
-}
+// Words in the low halves of 64-bit lanes, where multiplications want them and leave the low halves of products.
+typedef uint64_t vw __attribute__((vector_size(4 * kLanes), may_alias));
 
-// The 64-bit products m * a, as their high and low halves.
-HSAID_INLINE void mul_wide(vu a, vu m, vu* high, vu* low) {
+HSAID_INLINE vw wide(uint32_t x) { return (vw)broadcast(x); }
+HSAID_INLINE vw high_half(vw x) { return x >> 32; }
+// The 64-bit products of the low halves.
+HSAID_INLINE vw multiply(vw a, vw b) {
 #if defined(__AVX512F__)
-  const __m512i even = _mm512_mul_epu32((__m512i)a, (__m512i)m);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), (__m512i)m);
-  *high = (vu)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
-  *low = (vu)_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
+  return (vw)_mm512_mul_epu32((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
-  const __m256i even = _mm256_mul_epu32((__m256i)a, (__m256i)m);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), (__m256i)m);
-  *high = (vu)_mm256_blend_epi32(_mm256_shuffle_epi32(even, 0xF5), odd, 0xAA);
-  *low = (vu)_mm256_blend_epi32(even, _mm256_shuffle_epi32(odd, 0xA0), 0xAA);
+  return (vw)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (vw)_mm_mul_epu32((__m128i)a, (__m128i)b);
 #else
-  for (int i = 0; i < kLanes; ++i) {
-    const uint64_t product = (uint64_t)a[i] * m[i];
-    (*high)[i] = (uint32_t)(product >> 32);
-    (*low)[i] = (uint32_t)product;
-  }
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+// Low halves from one vector, high halves from the other.
+HSAID_INLINE vu blend_halves(vw low, vw high) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_mask_blend_epi32(0xAAAA, (__m512i)low, (__m512i)high);
+#elif defined(__AVX2__)
+  return (vu)_mm256_blend_epi32((__m256i)low, (__m256i)high, 0xAA);
+#else
+  return (vu)((low & 0xffffffffu) | (high >> 32 << 32));
+#endif
+}
+// late ^ early ^ key: `late` waits for nothing but itself, wherever the compiler would rather have it.
+HSAID_INLINE vw xor3(vw late, vw early, vw key) {
+#if defined(__AVX512F__)
+  return (vw)_mm512_ternarylogic_epi32((__m512i)late, (__m512i)early, (__m512i)key, 0x96);
+#else
+  vw masked = early ^ key;
+#if defined(__SSE2__)
+  asm("" : "+x"(masked));
+#endif
+  return late ^ masked;
 #endif
 }
 
+// 32 floats, those of the lines kFirstLine, kFirstLine + 1, ..., looked up for kGroup vectors at a time.
+// AVX2 has no such look-up.  There the lines of four vectors become the 32 bytes of one, which byte shuffles take
+// through the table's bytes, a plane for each byte of a float, before they are woven into floats again.
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// b where bit 31 of `choice` is set, else a.  GCC puts a comparison with zero before the intrinsic, which needs none.
-HSAID_INLINE __m256 select_by_sign(__m256 a, __m256 b, __m256i choice) {
-  __m256 selected;
-  asm("vblendvps %3, %2, %1, %0" : "=x"(selected) : "x"(a), "x"(b), "x"(choice));
-  return selected;
-}
-#endif
+constexpr int kGroup = 4;
 
-// table[s & 31] of 32 floats
-HSAID_INLINE vf lookup32(const float* table, vu s) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_permutex2var_ps((__m512)load(table), (__m512i)s, (__m512)load(table + 16));
-#elif defined(__AVX2__)
-  const __m256i i = (__m256i)s;
-  const __m256i bit3 = _mm256_slli_epi32(i, 28), bit4 = _mm256_slli_epi32(i, 27);
-  const __m256 q0 = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), i);
-  const __m256 q1 = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), i);
-  const __m256 q2 = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 16), i);
-  const __m256 q3 = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 24), i);
-  return (vf)select_by_sign(select_by_sign(q0, q1, bit3), select_by_sign(q2, q3, bit3), bit4);
+struct Table {
+  alignas(32) uint8_t bytes[4][2][16];  // [byte of a float][half of the table]
+};
+HSAID_INLINE void set_line(Table& table, uint32_t line, float x) {
+  const uint32_t i = line - kFirstLine;
+  for (int byte = 0; byte < 4; ++byte) table.bytes[byte][i / 16][i % 16] = bits_from_float(x) >> 8 * byte & 0xff;
+}
+
+// A byte shuffle gives 0 where bit 7 of the index is set: each half of the table has such indices for the other.
+struct Lines {
+  __m256i low, high;
+};
+HSAID_INLINE Lines pack_lines(const vu (&line)[kGroup]) {
+  const __m256i offset = _mm256_set1_epi16((short)(0x70 - (int)kFirstLine));
+  const __m256i s01 = _mm256_packus_epi32((__m256i)line[0], (__m256i)line[1]);
+  const __m256i s23 = _mm256_packus_epi32((__m256i)line[2], (__m256i)line[3]);
+  const __m256i low = _mm256_packus_epi16(_mm256_add_epi16(s01, offset), _mm256_add_epi16(s23, offset));
+  return {low, _mm256_xor_si256(low, _mm256_set1_epi8((char)0x80))};
+}
+HSAID_INLINE void look_up(const Table& table, const Lines& lines, vf (&x)[kGroup]) {
+  __m256i plane[4];
+  unroll<4>([&](auto byte) HSAID_LAMBDA {
+    const auto half = [&](int i) HSAID_LAMBDA {
+      return _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table.bytes[byte][i]));
+    };
+    plane[byte] = _mm256_or_si256(_mm256_shuffle_epi8(half(0), lines.low), _mm256_shuffle_epi8(half(1), lines.high));
+  });
+  const __m256i low01 = _mm256_unpacklo_epi8(plane[0], plane[1]), low23 = _mm256_unpacklo_epi8(plane[2], plane[3]);
+  const __m256i high01 = _mm256_unpackhi_epi8(plane[0], plane[1]), high23 = _mm256_unpackhi_epi8(plane[2], plane[3]);
+  x[0] = (vf)_mm256_unpacklo_epi16(low01, low23);
+  x[1] = (vf)_mm256_unpackhi_epi16(low01, low23);
+  x[2] = (vf)_mm256_unpacklo_epi16(high01, high23);
+  x[3] = (vf)_mm256_unpackhi_epi16(high01, high23);
+}
 #else
-  vf x;
-  for (int i = 0; i < kLanes; ++i) x[i] = table[s[i] & 31];
-  return x;
+constexpr int kGroup = 1;
+
+struct Table {
+  alignas(64) float values[32];
+};
+HSAID_INLINE void set_line(Table& table, uint32_t line, float x) { table.values[line & 31] = x; }
+
+struct Lines {
+  vu line;
+};
+HSAID_INLINE Lines pack_lines(const vu (&line)[kGroup]) { return {line[0]}; }
+HSAID_INLINE void look_up(const Table& table, const Lines& lines, vf (&x)[kGroup]) {
+#if defined(__AVX512F__)
+  x[0] = (vf)_mm512_permutex2var_ps((__m512)load(table.values), (__m512i)lines.line, (__m512)load(table.values + 16));
+#else
+  for (int i = 0; i < kLanes; ++i) x[0][i] = table.values[lines.line[i] & 31];
 #endif
 }
+#endif
 
 // Stage `bit` < kLaneBits inside a vector: (a, b) -> (a + b, a - b) between lanes whose index differs in that bit.
 template <int kBit>
@@ -164,9 +207,8 @@ struct KeepSubnormals {
 #endif
 };
 
-// Widening and narrowing of one vector, as to_float and from_float of core/half.h.
+// Widening and narrowing of one vector, as to_float and from_float of core/half.h; bfloat16 goes in pairs, below.
 HSAID_INLINE vf load_as_float(const float* p) { return load(p); }
-HSAID_INLINE vf load_as_float(const bf16* p) { return (vf)(__builtin_convertvector(*(const vh_any*)p, vu) << 16); }
 HSAID_INLINE vf load_as_float(const fp16* p) {
 #if defined(__AVX512F__)
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -179,12 +221,6 @@ HSAID_INLINE vf load_as_float(const fp16* p) {
 #endif
 }
 
-HSAID_INLINE vh narrow(vf x, bf16) {
-  const vu bits = (vu)x;
-  const vu rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-  const vu nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
-  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), vh);
-}
 HSAID_INLINE vh narrow(vf x, fp16) {
 #if defined(__AVX512F__)
   return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -201,42 +237,126 @@ HSAID_INLINE vh narrow(vf x, fp16) {
 #endif
 }
 
-// Writes one cache line of T, kLineBytes / sizeof(T) values. `stream`: past the caches; p is then a multiple of 64
-// bytes.
-template <int kVectors>
-HSAID_INLINE void store_line(float* p, const vf (&x)[kVectors], [[maybe_unused]] bool stream) {
-  static_assert(kVectors * kLanes * sizeof(float) == kLineBytes);
-#if defined(__AVX512F__) || defined(__AVX2__)
-  if (stream) {
+// Two consecutive vectors as the values at even and at odd places: a 32-bit word of memory holds a bfloat16 of each,
+// and the stage at bit 0 is between them. Shuffles within 128 bits leave the words out of order; to_split_order has it.
+HSAID_INLINE void split(vf a, vf b, vf* even, vf* odd) {
 #if defined(__AVX512F__)
-    unroll<kVectors>([&](auto i) HSAID_LAMBDA { _mm512_stream_ps(p + i * kLanes, (__m512)x[i]); });
-#else
-    unroll<kVectors>([&](auto i) HSAID_LAMBDA { _mm256_stream_ps(p + i * kLanes, (__m256)x[i]); });
-#endif
-    return;
-  }
-#endif
-  unroll<kVectors>([&](auto i) HSAID_LAMBDA { store(p + i * kLanes, x[i]); });
-}
-template <class Half, int kVectors>
-HSAID_INLINE void store_line(Half* p, const vf (&x)[kVectors], [[maybe_unused]] bool stream) {
-  static_assert(kVectors * kLanes * sizeof(Half) == kLineBytes);
-#if defined(__AVX512F__)
-  if (stream) {
-    const __m512i low = _mm512_castsi256_si512((__m256i)narrow(x[0], Half{}));
-    _mm512_stream_si512((__m512i*)p, _mm512_inserti64x4(low, (__m256i)narrow(x[1], Half{}), 1));
-    return;
-  }
+  *even = (vf)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88);
+  *odd = (vf)_mm512_shuffle_ps((__m512)a, (__m512)b, 0xDD);
 #elif defined(__AVX2__)
-  if (stream) {
-    unroll<kVectors / 2>([&](auto i) HSAID_LAMBDA {
-      const __m256i low = _mm256_castsi128_si256((__m128i)narrow(x[2 * i], Half{}));
-      _mm256_stream_si256((__m256i*)p + i, _mm256_inserti128_si256(low, (__m128i)narrow(x[2 * i + 1], Half{}), 1));
-    });
-    return;
-  }
+  *even = (vf)_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
+  *odd = (vf)_mm256_shuffle_ps((__m256)a, (__m256)b, 0xDD);
+#elif defined(__clang__)
+  *even = __builtin_shufflevector(a, b, 0, 2, 4, 6);
+  *odd = __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#else
+  *even = __builtin_shuffle(a, b, (vi){0, 2, 4, 6});
+  *odd = __builtin_shuffle(a, b, (vi){1, 3, 5, 7});
 #endif
-  unroll<kVectors>([&](auto i) HSAID_LAMBDA { *(vh_any*)(p + i * kLanes) = narrow(x[i], Half{}); });
+}
+HSAID_INLINE void join(vf even, vf odd, vf* a, vf* b) {
+#if defined(__AVX512F__)
+  *a = (vf)_mm512_unpacklo_ps((__m512)even, (__m512)odd);
+  *b = (vf)_mm512_unpackhi_ps((__m512)even, (__m512)odd);
+#elif defined(__AVX2__)
+  *a = (vf)_mm256_unpacklo_ps((__m256)even, (__m256)odd);
+  *b = (vf)_mm256_unpackhi_ps((__m256)even, (__m256)odd);
+#elif defined(__clang__)
+  *a = __builtin_shufflevector(even, odd, 0, 4, 1, 5);
+  *b = __builtin_shufflevector(even, odd, 2, 6, 3, 7);
+#else
+  *a = __builtin_shuffle(even, odd, (vi){0, 4, 1, 5});
+  *b = __builtin_shuffle(even, odd, (vi){2, 6, 3, 7});
+#endif
+}
+// Words of memory in the order of split's lanes, and back.
+HSAID_INLINE vu to_split_order(vu words) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), (__m512i)words);
+#elif defined(__AVX2__)
+  return (vu)_mm256_permute4x64_epi64((__m256i)words, 0xD8);
+#else
+  return words;
+#endif
+}
+HSAID_INLINE vu from_split_order(vu words) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), (__m512i)words);
+#else
+  return to_split_order(words);
+#endif
+}
+HSAID_INLINE void load_split(const float* p, vf* even, vf* odd) { split(load(p), load(p + kLanes), even, odd); }
+HSAID_INLINE void load_split(const bf16* p, vf* even, vf* odd) {
+  const vu words = to_split_order(*(const vu_any*)p);
+  *even = (vf)(words << 16);
+  *odd = (vf)(words & 0xffff0000u);
+}
+
+HSAID_INLINE bool any_nan(vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q));
+#else
+  int nans = 0;
+  for (int i = 0; i < kLanes; ++i) nans |= a[i] != a[i] || b[i] != b[i];
+  return nans;
+#endif
+}
+// Rounded to nearest even in the upper half; the lower half is left over.
+HSAID_INLINE vu round_to_bf16(vf x) { return (vu)x + 0x7fffu + ((vu)x >> 16 & 1); }
+HSAID_NOINLINE vu round_nans_to_bf16(vf x) {
+  vu bits;
+  for (int i = 0; i < kLanes; ++i) {
+    bf16 half;
+    from_float(x[i], &half);
+    bits[i] = (uint32_t)half.bits << 16;
+  }
+  return bits;
+}
+// 2 * kLanes bfloat16 as they lie in memory.
+HSAID_INLINE vu narrow_split(vf even, vf odd) {
+  vu low = round_to_bf16(even), high = round_to_bf16(odd);
+  if (__builtin_expect(any_nan(even, odd), false)) {
+    low = round_nans_to_bf16(even);
+    high = round_nans_to_bf16(odd);
+  }
+  return from_split_order(low >> 16 | (high & 0xffff0000u));
+}
+
+// One cache line of words. `stream`: past the caches; p is then a multiple of 64 bytes.
+template <int kVectors>
+HSAID_INLINE void store_words(void* p, const vu (&x)[kVectors], [[maybe_unused]] bool stream) {
+  static_assert(kVectors * sizeof(vu) == kLineBytes);
+#if defined(__AVX512F__)
+  if (stream) return _mm512_stream_si512((__m512i*)p, (__m512i)x[0]);
+#elif defined(__AVX2__)
+  if (stream) return unroll<2>([&](auto i) HSAID_LAMBDA { _mm256_stream_si256((__m256i*)p + i, (__m256i)x[i]); });
+#endif
+  unroll<kVectors>([&](auto i) HSAID_LAMBDA { store((uint32_t*)p + i * kLanes, x[i]); });
+}
+
+// Writes one cache line of T, kLineBytes / sizeof(T) values; bfloat16 from split vectors.
+template <int kVectors>
+HSAID_INLINE void store_line(float* p, const vf (&x)[kVectors], bool stream) {
+  vu words[kVectors];
+  unroll<kVectors>([&](auto i) HSAID_LAMBDA { words[i] = (vu)x[i]; });
+  store_words(p, words, stream);
+}
+template <int kVectors>
+HSAID_INLINE void store_line(bf16* p, const vf (&x)[kVectors], bool stream) {
+  vu words[kVectors / 2];
+  unroll<kVectors / 2>([&](auto i) HSAID_LAMBDA { words[i] = narrow_split(x[2 * i], x[2 * i + 1]); });
+  store_words(p, words, stream);
+}
+template <int kVectors>
+HSAID_INLINE void store_line(fp16* p, const vf (&x)[kVectors], bool stream) {
+  alignas(kLineBytes) vh halves[kVectors];
+  unroll<kVectors>([&](auto i) HSAID_LAMBDA { halves[i] = narrow(x[i], fp16{}); });
+  vu words[kVectors / 2];
+  unroll<kVectors / 2>([&](auto i) HSAID_LAMBDA { words[i] = *(const vu*)(halves + 2 * i); });
+  store_words(p, words, stream);
 }
 
 }  // namespace

@@ -149,9 +149,34 @@ HSAID_INLINE void first_pass_transposed(float* buffer, int q, int64_t begin, int
   });
 }
 
+// Stages 0 and 1 of a line, those of the last pass that are within a vector; kSplit: of natural vectors, which they
+// leave in split order (or of split ones, transposed), whose values at even and odd places are a vector each.
+template <bool kSplit, int kVectors>
+HSAID_INLINE void line_stages(vf (&y)[kVectors]) {
+  if constexpr (kSplit)
+    unroll<kVectors / 2>([&](auto i) HSAID_LAMBDA {
+      vf even, odd;
+      split(y[2 * i], y[2 * i + 1], &even, &odd);
+      y[2 * i] = lane_stage<0>(even + odd);
+      y[2 * i + 1] = lane_stage<0>(even - odd);
+    });
+  else
+    unroll<kVectors>([&](auto v) HSAID_LAMBDA { y[v] = lane_stage<1>(lane_stage<0>(y[v])); });
+}
+template <bool kSplit, int kVectors>
+HSAID_INLINE void line_stages_transposed(vf (&y)[kVectors]) {
+  if constexpr (kSplit)
+    unroll<kVectors / 2>([&](auto i) HSAID_LAMBDA {
+      const vf even = lane_stage<0>(y[2 * i]), odd = lane_stage<0>(y[2 * i + 1]);
+      join(even + odd, even - odd, &y[2 * i], &y[2 * i + 1]);
+    });
+  else
+    unroll<kVectors>([&](auto v) HSAID_LAMBDA { y[v] = lane_stage<0>(lane_stage<1>(y[v])); });
+}
+
 // Last pass over lines [begin, end) of the lowest of 2^r parts of the block, a line being kVectors vectors:
 // drain(k, x) takes the line at k.
-template <int kVectors, class Drain>
+template <int kVectors, bool kSplit, class Drain>
 HSAID_INLINE void last_pass(const float* buffer, int q, int64_t begin, int64_t end, Drain&& drain) {
   constexpr int line = kVectors * kLanes;
   with_last_bits(last_bits(q), [&](auto r) HSAID_LAMBDA {
@@ -164,7 +189,8 @@ HSAID_INLINE void last_pass(const float* buffer, int q, int64_t begin, int64_t e
       });
       unroll<1 << r>([&](auto p) HSAID_LAMBDA {
         vf y[kVectors];
-        unroll<kVectors>([&](auto v) HSAID_LAMBDA { y[v] = lane_stage<1>(lane_stage<0>(x[v][p])); });
+        unroll<kVectors>([&](auto v) HSAID_LAMBDA { y[v] = x[v][p]; });
+        line_stages<kSplit>(y);
         drain(k + p * part, y);
       });
     }
@@ -172,7 +198,7 @@ HSAID_INLINE void last_pass(const float* buffer, int q, int64_t begin, int64_t e
 }
 
 // Its transpose: fill(k, x) sets the line at k.
-template <int kVectors, class Fill>
+template <int kVectors, bool kSplit, class Fill>
 HSAID_INLINE void last_pass_transposed(float* buffer, int q, int64_t begin, int64_t end, Fill&& fill) {
   constexpr int line = kVectors * kLanes;
   with_last_bits(last_bits(q), [&](auto r) HSAID_LAMBDA {
@@ -182,7 +208,8 @@ HSAID_INLINE void last_pass_transposed(float* buffer, int q, int64_t begin, int6
       unroll<1 << r>([&](auto p) HSAID_LAMBDA {
         vf y[kVectors];
         fill(k + p * part, y);
-        unroll<kVectors>([&](auto v) HSAID_LAMBDA { x[v][p] = lane_stage<0>(lane_stage<1>(y[v])); });
+        line_stages_transposed<kSplit>(y);
+        unroll<kVectors>([&](auto v) HSAID_LAMBDA { x[v][p] = y[v]; });
       });
       unroll<kVectors>([&](auto v) HSAID_LAMBDA {
         register_stages<r, true>(x[v]);

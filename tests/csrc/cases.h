@@ -27,7 +27,8 @@ struct Case {
   std::vector<std::vector<int64_t>> sizes;  // of the tensors
   std::vector<float> theta, factors;
   std::vector<Segment> segments;
-  int64_t numel = 0;  // of the output, with a gap of 64 elements or more before each tensor and at the end
+  bool special = false;  // some values of tensors are NaN or infinite
+  int64_t numel = 0;     // of the output, with a gap of 64 elements or more before each tensor and at the end
 
   Case(const Params& p, const std::vector<std::vector<int64_t>>& sizes_) : params(p), sizes(sizes_) {
     for (int64_t k = 0; k < p.dim; ++k) theta.push_back(value(k));
@@ -91,7 +92,11 @@ struct Tensor {
 template <class T>
 std::vector<Tensor<T>> tensors_of(const Case& c, bool dense) {
   std::vector<Tensor<T>> tensors;
-  for (const auto& sizes : c.sizes) tensors.emplace_back(sizes, dense);
+  for (int64_t i = 0; i < (int64_t)c.sizes.size(); ++i) {
+    Tensor<T>& tensor = tensors.emplace_back(c.sizes[i], dense);
+    for (int64_t e = 3; c.special && e < c.count(i); e += 29)
+      tensor.data[tensor.offset(e)] = narrowed<T>(e % 2 ? NAN : e % 4 ? INFINITY : -INFINITY);
+  }
   return tensors;
 }
 

@@ -56,20 +56,23 @@ void test_normals() {
   CHECK(bits_of(normal_from_half(0)) == 0xc0707413, "%08x", bits_of(normal_from_half(0)));
   CHECK(bits_of(normal_from_half(0x7fff)) == 0xb8206c29, "%08x", bits_of(normal_from_half(0x7fff)));
   CHECK(bits_of(normal_from_half(0x9c40)) == 0x3e8f8e20, "%08x", bits_of(normal_from_half(0x9c40)));
-  float table[64];
-  for (int i = 0; i < 64; ++i) table[i] = normal_table(i);
-  for (uint32_t first = 0; first < 65536; first += kLanes) {
-    const vf g = normal_vector((lane_index() + first) | kNormalMagic, table);
-    for (uint32_t lane = 0; lane < kLanes; ++lane) {
-      const uint32_t half = first + lane;
-      CHECK(bits_of(g[lane]) == bits_of(normal_from_half(half)), "half %04x", half);
+  NormalTable table;
+  fill(table);
+  for (uint32_t first = 0; first < 65536; first += kGroup * kLanes) {
+    vu magic[kGroup];
+    vf g[kGroup];
+    for (int i = 0; i < kGroup; ++i) magic[i] = (lane_index() + (first + i * kLanes)) | kNormalMagic;
+    normal_vectors(magic, table, g);
+    for (uint32_t i = 0; i < kGroup * kLanes; ++i) {
+      const uint32_t half = first + i;
+      CHECK(bits_of(g[i / kLanes][i % kLanes]) == bits_of(normal_from_half(half)), "half %04x", half);
       CHECK(normal_from_half(half) == -normal_from_half(65535 - half), "half %04x", half);
     }
   }
 }
 
-// Tiles of this file's lanes; those of the other instruction sets are tested through the kernels.
-void test_diagonal_tiles() {
+// In this file's lanes; those of the other instruction sets are tested through the kernels.
+void test_draws() {
   for (int q = kMinWidthBits; q <= kMaxWidthBits; ++q)
     for (bool rademacher : {false, true}) {
       const Params p = {kSeed, (int64_t)3 << q, q, 3, rademacher};
@@ -82,24 +85,20 @@ void test_diagonal_tiles() {
       for (int chunk = 0; chunk < p.chunks; ++chunk) {
         const Stream stream = stream_of(p, s, kDiagonal, diagonal.block, chunk);
         int64_t seen = 0, wrong = 0;
-        const auto each_of = [&](int64_t tile) {
-          return [&, tile](int i, auto d) {
-            const vf got = d.times(d, broadcast(1.0f));
-            for (int lane = 0; lane < kLanes; ++lane, ++seen) {
-              const uint32_t k = (uint32_t)(tile + i * kLanes + lane);
-              const float expected = rademacher ? (sign_at(stream, k) ? -1.0f : 1.0f) : gaussian_at(stream, q, k);
-              wrong += bits_of(got[lane]) != bits_of(expected);
-            }
-          };
-        };
-        with_tile_bits(tile_bits(q), [&](auto t) {
-          for (int64_t tile = 0; tile < width(p); tile += 1 << t) {
-            if (rademacher)
-              diagonal_tile<t, true>(diagonal, chunk, tile, each_of(tile));
-            else
-              diagonal_tile<t, false>(diagonal, chunk, tile, each_of(tile));
+        const auto use = [&](int64_t k, auto d) {
+          const vf got = d.times(d, broadcast(1.0f));
+          for (int lane = 0; lane < kLanes; ++lane, ++seen) {
+            const uint32_t at = (uint32_t)k + lane;
+            const float expected = rademacher ? (sign_at(stream, at) ? -1.0f : 1.0f) : gaussian_at(stream, q, at);
+            wrong += bits_of(got[lane]) != bits_of(expected);
           }
-        });
+        };
+        for (int64_t draw = 0; draw < num_draws(q); ++draw) {
+          if (rademacher)
+            draw_diagonal<true>(diagonal, chunk, draw, use);
+          else
+            draw_diagonal<false>(diagonal, chunk, draw, use);
+        }
         CHECK(wrong == 0 && seen == width(p), "q %d rademacher %d chunk %d: %lld", q, rademacher, chunk,
               (long long)wrong);
       }
@@ -207,7 +206,7 @@ int main() {
   test_philox();
   test_philox_vectors();
   test_normals();
-  test_diagonal_tiles();
+  test_draws();
   test_permutation();
   test_half<bf16>("bfloat16", 0x7f80);
   test_half<fp16>("float16", 0x7c00);

@@ -200,6 +200,19 @@ void test_zero_theta() {
   });
 }
 
+// NaN and infinities of W0 stay what they are, beside values that they do not touch.
+void test_special_values() {
+  Case c = all_kinds(9, 1, false);
+  c.special = true;
+  const std::vector<float> steps = scalar_steps(c);
+  for_each_isa([&](const std::string& isa) {
+    check_forward<float, float>(c, steps, true, "special values, " + isa);
+    check_forward<bf16, float>(c, steps, true, "special values, bf16 on float, " + isa);
+    check_forward<bf16, bf16>(c, steps, true, "special values, bf16, " + isa);
+    check_forward<fp16, fp16>(c, steps, true, "special values, fp16, " + isa);
+  });
+}
+
 // Sums of more groups than are held at a time (8 of 2 MB): a segment across them, then small ones.
 void test_waves() {
   Case c({kSeed, (int64_t)32 << 14, 14, 32, true}, {{9, 1 << 14}, {40}, {40}});
@@ -267,6 +280,7 @@ void test_fastfood() {
   test_hadamard_transform<fp16>("fp16");
   test_no_gradients();
   test_zero_theta();
+  test_special_values();
   test_waves();
   test_every_width();
 }
