@@ -3,6 +3,12 @@
 #   make train    train the default model on the embedded data, then a few steps on the whole of mBERT
 #   make test     lint, C++ tests, Python tests
 #
+# Measure (docs/benchmarks.md):
+#
+#   make bench         the quick benchmarks: prints tables, leaves them and the plots in build/bench/
+#   make bench-full    all of them, half an hour: writes benchmarks/results/<cpu>.json
+#   make report        from the results there to README's table, docs/benchmarks.md and docs/plots/
+#
 # On a machine with an NVIDIA GPU and nvcc, with the python3 that is there and has torch and pytest, installing nothing:
 #
 #   make gpu      build for this GPU, test and sanitize the kernels, measure, write benchmarks/results/<gpu>.json
@@ -16,7 +22,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CMAKE := $(abspath $(BIN))/cmake
 
-.PHONY: train test triton-versions lint bench gpu clean
+.PHONY: train test triton-versions lint bench bench-full report gpu clean
 
 train: $(VENV)/.installed
 	$(BIN)/hsaid train $(ARGS)
@@ -41,7 +47,14 @@ lint: $(VENV)/.installed-test
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	$(BIN)/python -m pytest -q benchmarks --results build/bench/rows.json $(ARGS)
+	$(BIN)/python benchmarks/report.py build/bench/rows.json --out build/bench
+
+bench-full: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q benchmarks --full $(ARGS)
+
+report: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/report.py
 
 gpu: export PYTHONPATH := .
 gpu:
@@ -64,7 +77,7 @@ $(VENV)/.installed: constraints.txt $(SOURCES)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(PIP) pytest scipy ruff clang-format triton
+	@$(PIP) pytest pytest-benchmark matplotlib scipy ruff clang-format triton
 	@touch $@
 
 build/cmake/test_core: $(VENV)/.installed $(wildcard tests/csrc/*)

@@ -1,91 +1,92 @@
-"""The projection of all of mBERT against the speed of memory.
+"""Forward and adjoint of whole models against the speed of memory.
 
-Floor of the forward: torch.add(base, 1.0, out=weights), W0 read and W written once. Floor of the adjoint: torch.sum of
-the gradients. Every round times the floor and the kernels one after the other, and a ratio is the median over the
-rounds, so that a machine that is busy for a while does not decide it.
+Floor of the forward: torch.add(W0, 1.0, out=W), W0 read and W written once. Floor of the adjoint: torch.sum of the
+gradients.
 """
 
-import statistics
-import time
+import gc
+from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import shapes
 import torch
+from helpers import ISAS, cpu_isa, threads
 
-from hsaid_kernels import Projection, ops
+from hsaid_kernels import ops
+from hsaid_kernels.plan import Plan
 
-ROUNDS = 9
-
-
-@pytest.fixture(scope="module")
-def gate():
-    """No speed is reported of kernels that are wrong: their bits must be the reference's, forward and adjoint."""
-    small = {"a": (70, 128), "b": (768,), "c": (3, 7)}
-    generator = torch.Generator().manual_seed(0)
-    for diagonal in ("gaussian", "rademacher"):
-        cpu = Projection.from_shapes(small, dim=1000, seed=1, diagonal=diagonal)
-        ref = Projection.from_shapes(small, dim=1000, seed=1, diagonal=diagonal, backend="reference")
-        theta = torch.randn(1000, generator=generator)
-        tensors = {name: torch.randn(shape, generator=generator) for name, shape in small.items()}
-        for ours, theirs in zip(cpu.forward(theta, base=tensors).values(), ref.forward(theta, base=tensors).values()):
-            assert torch.equal(ours, theirs)
-        for ours, theirs in zip(cpu.adjoint(tensors, theta), ref.adjoint(tensors, theta), strict=True):
-            assert torch.equal(ours, theirs)
+DIAGONALS = ("gaussian", "rademacher")
 
 
-def seconds(f) -> float:
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
+@dataclass(frozen=True)
+class Case:
+    model: str = "mBERT"
+    dtype: str = "float32"
+    diagonal: str = "gaussian"
+    dim: int = 1000
+    isa: str = ISAS[0] if ISAS else "none"
+    width: int | None = None
+    threads: int = torch.get_num_threads()
+
+    def __str__(self) -> str:
+        return "-".join(map(str, (self.model, self.dtype, self.diagonal, self.dim, self.width, self.isa, self.threads)))
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def isa(request, monkeypatch):
-    monkeypatch.setenv("HSAID_CPU_ISA", request.param)
-    try:
-        ops.hadamard_transform(torch.ones(1))
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    return request.param
+def cases() -> list:
+    """The quick ones, then the others, each once; those of the same tensors one after the other."""
+    quick = [Case(dtype=t, diagonal=g, dim=d) for t, g, d in product(("float32", "bfloat16"), DIAGONALS, (1000, 16384))]
+    if ISAS[:1] == ["avx512"]:
+        quick += [Case(isa="avx2", diagonal=g, dim=d) for g, d in product(DIAGONALS, (1000, 16384))]
+    quick += [Case(diagonal=g, dim=200) for g in DIAGONALS] + [Case(threads=1), Case(threads=1, diagonal="rademacher")]
+    quick += [Case(model=f"10^{k} weights", diagonal=g) for k, g in product((6, 7, 8), DIAGONALS)]
+    full = [Case(diagonal=g, dim=d) for g, d in product(DIAGONALS, (500, 2000, 4000, 8000, 32768, 100_000))]
+    full += [Case(diagonal=g, dim=d, width=w) for g, (d, w) in product(DIAGONALS, WIDTHS)]
+    full += [Case(threads=1, diagonal=g, dim=16384) for g in DIAGONALS]
+    types = ("float32", "bfloat16", "float16")
+    full += [Case(dtype=t, diagonal=g, dim=d, isa=i) for t, g, d, i in product(types, DIAGONALS, (1000, 16384), ISAS)]
+    full += [Case(model="10^9 weights", diagonal=g) for g in DIAGONALS]
+    others = ("MiniLM", "XLM-R base", "Llama 1B")
+    full += [Case(model=m, dtype=t, diagonal=g) for m, t, g in product(others, ("float32", "bfloat16"), DIAGONALS)]
+    order = {(c.model, c.dtype): i for i, c in reversed(list(enumerate([*quick, *full])))}
+    chosen = sorted(dict.fromkeys([*quick, *full]), key=lambda c: order[c.model, c.dtype])
+    return [pytest.param(c, marks=() if c in quick else pytest.mark.full, id=str(c)) for c in chosen]
 
 
-@pytest.mark.parametrize("dim", [1000, 16384])
-@pytest.mark.parametrize("diagonal", ["gaussian", "rademacher"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_mbert(gate, report, isa, dtype, diagonal, dim):
-    projection = Projection.from_shapes(shapes.mbert(), dim=dim, diagonal=diagonal, dtype=dtype)
-    plan = projection.plan
-    flat = torch.randn(plan.numel).to(dtype)
-    out = torch.empty_like(flat)
-    tensors = plan.views(flat)  # W0, and the gradients too
-    theta, factors = torch.randn(dim), plan.scales
+WIDTHS = ((1000, 2048), (1000, 4096), (1000, 16384), (16384, 4096), (200, 32))
 
-    def run(what):
-        return {
-            "floor": lambda: torch.add(flat, 1.0, out=out),
-            "forward": lambda: ops.fastfood_forward(plan, theta, factors, tensors, dtype, "cpu"),
-            "sum": lambda: flat.sum(),
-            "adjoint": lambda: ops.fastfood_adjoint(plan, theta, factors, tensors, "cpu"),
-        }[what]
 
-    parts = ("floor", "forward", "sum", "adjoint")
-    for part in parts:
-        run(part)()
-    rounds = [{part: seconds(run(part)) for part in parts} for _ in range(ROUNDS)]
-
-    def ratio(a, b):
-        return f"{statistics.median(r[a] / r[b] for r in rounds):.2f}"
-
-    report(
-        isa=isa,
-        dtype=str(dtype).removeprefix("torch."),
-        diagonal=diagonal,
-        d=dim,
-        threads=torch.get_num_threads(),
-        **{part: f"{1e3 * statistics.median(r[part] for r in rounds):.1f}" for part in parts},
-        **{
-            "forward/floor": ratio("forward", "floor"),
-            "adjoint/sum": ratio("adjoint", "sum"),
-            "adjoint/forward": ratio("adjoint", "forward"),
-        },
+@pytest.mark.skipif(not ISAS, reason="the CPU library was not built")
+@pytest.mark.parametrize("part", ["forward", "adjoint"])
+@pytest.mark.parametrize("case", cases())
+def test_fastfood(measure, record, weights, case, part):
+    plan = Plan(shapes.tensors(case.model), case.dim, diagonal=case.diagonal, width=case.width)
+    dtype = getattr(torch, case.dtype)
+    flat, out = weights(case.model, dtype)
+    tensors, theta = plan.views(flat), torch.randn(case.dim)
+    arguments = (plan, theta, plan.scales, tensors)
+    if part == "forward":
+        target, beside, read_or_written = lambda: ops.fastfood_forward(*arguments, dtype, "cpu"), "floor", 2
+        floor = lambda: torch.add(flat, 1.0, out=out)  # noqa: E731
+    else:
+        target, beside, read_or_written = lambda: ops.fastfood_adjoint(*arguments, "cpu"), "floor", 1
+        floor = flat.sum
+    with cpu_isa(case.isa), threads(case.threads):
+        columns = measure(target, {beside: floor}, rounds=5 if plan.numel > 5e8 else 9)
+    gc.collect()
+    count = sum(tensor.numel() for tensor in tensors)
+    record(
+        what=part,
+        backend="cpu",
+        isa=case.isa,
+        threads=case.threads,
+        model=case.model,
+        tensors=len(tensors),
+        weights=count,
+        dtype=case.dtype,
+        diagonal=case.diagonal,
+        d=case.dim,
+        width=plan.width,
+        **columns,
+        **{"GB/s": read_or_written * count * flat.element_size() / columns["ms"] / 1e6},
     )

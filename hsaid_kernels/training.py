@@ -237,6 +237,9 @@ def peak_memory(device: torch.device) -> int:
     """Bytes that were in use at once: the process's on the CPU, torch's on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):  # Linux; getrusage would count what the parent held when it forked
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

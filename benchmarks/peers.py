@@ -1,0 +1,66 @@
+"""What else makes or would make such a projection, written here from its definition: to be measured beside ours."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hsaid_kernels import hadamard_transform
+
+# --- the published algorithm (Aghajanyan, Zettlemoyer, Gupta 2020, arXiv 2012.13255): each tensor padded to
+# LL = 2^ceil(log2 D), H G Pi H B over LL, cut to D, divided by sqrt(LL sum G^2) sqrt(D / LL)
+
+
+def butterflies(x: Tensor) -> Tensor:
+    """H x by its log2 stages, a few launches each."""
+    h = 1
+    while h < len(x):
+        x = x.view(-1, 2, h)
+        x = torch.cat((x[:, :1] + x[:, 1:], x[:, :1] - x[:, 1:]), 1)
+        h *= 2
+    return x.flatten()
+
+
+def butterflies_by_matmul(x: Tensor) -> Tensor:
+    """The same with one launch a stage."""
+    matrix = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=x.device)
+    h = 1
+    while h < len(x):
+        x = torch.matmul(matrix, x.view(-1, 2, h))
+        h *= 2
+    return x.flatten()
+
+
+TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "butterflies": butterflies,
+    "matmul": butterflies_by_matmul,
+    "hadamard_transform": hadamard_transform,
+}
+
+
+class Published:
+    """One tensor of `numel` weights; what is random is drawn once and kept. The gradient is autograd's, exact."""
+
+    def __init__(self, numel: int, dim: int, transform: Callable[[Tensor], Tensor], device: str = "cpu"):
+        self.numel, self.dim, self.transform = numel, dim, transform
+        self.size = size = 1 << (numel - 1).bit_length()
+        self.signs = torch.randint(0, 2, (size,), device=device, dtype=torch.float32) * 2 - 1
+        self.permutation = torch.randperm(size, device=device)
+        self.g = torch.randn(size, device=device)
+        self.scale = 1 / math.sqrt(size * float(self.g.square().sum()) * numel / size)
+
+    def random_bytes(self) -> int:
+        return sum(t.nbytes for t in (self.signs, self.permutation, self.g))
+
+    def forward(self, base: Tensor, theta: Tensor, factor: Tensor) -> Tensor:
+        """base [numel] + factor * P theta [dim], cut where the tensor is shorter than theta."""
+        padded = torch.nn.functional.pad(theta[: self.size], (0, max(self.size - self.dim, 0)))
+        x = self.transform(self.g * self.transform(self.signs * padded)[self.permutation])
+        return base + factor * (x[: self.numel] * self.scale)
+
+
+def published_work(numel: int) -> float:
+    """Operations of the published algorithm on a tensor, up to a constant: by it times are scaled to other tensors."""
+    bits = max((numel - 1).bit_length(), 1)
+    return 2.0**bits * bits

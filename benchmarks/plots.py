@@ -1,0 +1,185 @@
+"""The pictures of docs/benchmarks.md, each from the rows of one run."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from report import Report
+
+COLORS = {"gaussian": "tab:blue", "rademacher": "tab:orange"}
+PARTS = ("projection", "adjoint", "forward", "backward", "optimiser")
+
+
+def draw(report: Report, folder: Path) -> None:
+    """Writes a PNG for each picture that the rows suffice for."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 9})
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in PICTURES.items():
+        figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+        if picture(report, axes):
+            figure.savefig(folder / f"{name}.png", dpi=120)
+        plt.close(figure)
+
+
+def _default(report: Report, **columns: object) -> list[dict]:
+    """Rows of the default instruction set, threads and width."""
+    from report import pick
+
+    found = pick(report.rows, isa=report.isa, threads=report.threads, **columns)
+    return [row for row in found if report.default_width(row)]
+
+
+def _line(axes: Axes, rows: list[dict], x: str, style: str, **how: object) -> None:
+    rows = sorted(rows, key=lambda row: row[x])
+    axes.plot([row[x] for row in rows], [row["ms"] for row in rows], style, **how)
+    axes.fill_between(
+        [row[x] for row in rows], [row["ms_20"] for row in rows], [row["ms_80"] for row in rows], alpha=0.15, **how
+    )
+
+
+def time_against_d(report: Report, axes: Axes) -> bool:
+    floors = []
+    for diagonal, color in COLORS.items():
+        for what, style in (("forward", "o-"), ("adjoint", "s--")):
+            rows = _default(report, what=what, model="mBERT", dtype="float32", diagonal=diagonal)
+            if len(rows) < 2:
+                return False
+            _line(axes, rows, "d", style, color=color)
+            axes.lines[-1].set_label(f"{what}, {diagonal}")
+            if what == "forward":
+                floors += [row["floor_ms"] for row in rows]
+    axes.axhline(statistics.median(floors), color="black", linestyle=":", label="floor: torch.add(W0, 1, out=W)")
+    axes.set(xscale="log", xlabel="d, numbers in theta", ylabel="milliseconds", title="mBERT, float32: time against d")
+    axes.set_ylim(bottom=0)
+    if axes.get_xlim()[1] > 20000:
+        axes.axvline(16384, color="gray", linewidth=0.8)
+        axes.annotate("in chunks of 16,384 ", (16384, 0), ha="right", va="bottom", fontsize=9, color="gray")
+    ticks = sorted({row["d"] for row in _default(report, what="forward", model="mBERT", dtype="float32")})
+    axes.set_xticks([100, 1000, 10_000, 100_000][: 4 if ticks[-1] > 20000 else 3], minor=False)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.legend()
+    return True
+
+
+def time_against_weights(report: Report, axes: Axes) -> bool:
+    rows = _default(report, what="forward", dtype="float32", d=1000)
+    if len({row["weights"] for row in rows}) < 2:
+        return False
+    for diagonal, color in COLORS.items():
+        of_diagonal = [row for row in rows if row["diagonal"] == diagonal]
+        _line(axes, of_diagonal, "weights", "o-", color=color)
+        axes.lines[-1].set_label(f"forward, {diagonal}")
+        adjoint = _default(report, what="adjoint", dtype="float32", d=1000, diagonal=diagonal)
+        _line(axes, adjoint, "weights", "s--", color=color)
+        axes.lines[-1].set_label(f"adjoint, {diagonal}")
+    floors = sorted((row["weights"], row["floor_ms"]) for row in rows if row["diagonal"] == "gaussian")
+    axes.plot(*zip(*floors), ":", color="black", label="floor: torch.add(W0, 1, out=W)")
+    for row in rows:
+        if not row["model"].startswith("10^") and row["diagonal"] == "gaussian":
+            place = (row["weights"], row["floor_ms"])
+            axes.annotate(row["model"], place, (4, -12), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="weights", ylabel="milliseconds")
+    axes.set_title("float32, d = 1,000: time against size")
+    axes.legend()
+    return True
+
+
+def roofline(report: Report, axes: Axes) -> bool:
+    """Rates against weights per byte: the slope is the memory's, ceilings are what a model in the cache reaches."""
+    from report import pick
+
+    # The adjoint: a forward of so few weights spends its time on a new tensor's pages.
+    small = pick(report.rows, what="adjoint", model="10^6 weights", isa=report.isa, threads=report.threads)
+    bytes_each = {("forward", "float32"): 8, ("forward", "bfloat16"): 4}
+    bytes_each |= {("adjoint", "float32"): 4, ("adjoint", "bfloat16"): 2}
+    points = [
+        row | {"x": 1 / each}
+        for (what, dtype), each in bytes_each.items()
+        for row in _default(report, what=what, model="mBERT", dtype=dtype, d=(1000, 16384))
+    ]
+    forward = [row for row in points if row["what"] == "forward" and row["dtype"] == "float32"]
+    if not small or not forward:
+        return False
+    bandwidth = statistics.median(8e-6 * row["weights"] / row["floor_ms"] for row in forward)  # GB/s
+    xs = [0.09, 0.75]
+    axes.plot(xs, [bandwidth * x for x in xs], color="black", label=f"memory: {bandwidth:.0f} GB/s (torch.add)")
+    for row in small:
+        label = f"arithmetic, {row['diagonal']}: 10$^6$ weights in the cache"
+        axes.axhline(row["weights"] / row["ms"] / 1e6, color=COLORS[row["diagonal"]], linestyle="--", label=label)
+    markers = {("forward", 1000): "o", ("forward", 16384): "^", ("adjoint", 1000): "s", ("adjoint", 16384): "v"}
+    seen = set()
+    for row in points:
+        kind, color = (row["what"], row["d"]), COLORS[row["diagonal"]]
+        x = row["x"] * (0.97 if row["what"] == "forward" else 1.03)  # side by side where both move 4 bytes
+        label = None if kind in seen else f"{row['what']}, d = {row['d']:,}"
+        seen.add(kind)
+        axes.plot(x, row["weights"] / row["ms"] / 1e6, markers[kind], color=color, markeredgecolor="black")
+        axes.plot([], [], markers[kind], color="gray", label=label) if label else None
+    places = {1 / 8: "forward float32", 1 / 4: "forward bfloat16,\nadjoint float32", 1 / 2: "adjoint bfloat16"}
+    axes.set(
+        xscale="log", yscale="log", xlim=xs, xlabel="weights per byte moved", ylabel="billions of weights a second"
+    )
+    axes.set_xticks(list(places), [f"1/{1 / x:.0f}\n{name}" for x, name in places.items()])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "25" else "")
+    axes.legend(loc="upper left", ncols=2, fontsize=8)
+    return True
+
+
+def step(report: Report, axes: Axes) -> bool:
+    from report import pick
+
+    rows = pick(report.rows, what="step")
+    if not rows:
+        return False
+    left = [0.0] * len(rows)
+    names = [f"{row['method']}\n{row['trained']:,} numbers" for row in rows]
+    for part, color in zip(PARTS, ("tab:red", "tab:orange", "tab:blue", "tab:cyan", "tab:gray")):
+        widths = [row.get(f"{part}_ms", 0.0) for row in rows]
+        axes.barh(names, widths, left=left, label=part, color=color)
+        left = [a + b for a, b in zip(left, widths)]
+    axes.invert_yaxis()
+    axes.set(xlabel="milliseconds", title="A training step on mBERT, 16 texts of 16 tokens")
+    axes.legend(loc="lower right")
+    return True
+
+
+def memory(report: Report, axes: Axes) -> bool:
+    from report import pick
+
+    peaks = [(f"{row['method']}: peak of a step", row["peak_MB"], "tab:blue") for row in pick(report.rows, what="step")]
+    kept = [
+        (f"published: random state, d = {row['d']:,}", row["random_MB"], "tab:red")
+        for row in pick(report.rows, what="published")[:1]
+    ] + [
+        (f"dense Gaussian: random state, d = {row['d']:,}", row["random_MB_mBERT"], "tab:red")
+        for row in pick(report.rows, what="dense")[:1]
+    ]
+    ours = [
+        (f"ours: workspace, d = {row['d']:,}", max(row["forward_MB"], row["adjoint_MB"]), "tab:green")
+        for row in pick(report.rows, what="first call")
+    ]
+    bars = [*ours, *peaks, *kept]
+    if not bars:
+        return False
+    names, values, colors = zip(*bars)
+    axes.barh(names, values, color=colors)
+    for name, value in zip(names, values):
+        axes.annotate(f" {value:,.0f}", (value, name), va="center", fontsize=9)
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="MB", title="Memory for mBERT")
+    axes.set_xlim(1, 10 * max(values))
+    return True
+
+
+PICTURES = {f.__name__: f for f in (time_against_d, time_against_weights, roofline, step, memory)}

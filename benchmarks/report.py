@@ -1,0 +1,391 @@
+"""From rows to tables and plots: README's table, docs/benchmarks.md, docs/plots/. No number is typed by hand.
+
+python benchmarks/report.py                        of the full runs in benchmarks/results/, into README.md and docs/
+python benchmarks/report.py FILE --out FOLDER      of one file, for instance of a quick run, into a folder
+"""
+
+import argparse
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import plots
+import results
+
+ROOT = results.HERE.parent
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+ISAS = {"avx512": "AVX-512", "avx2": "AVX2", "portable": "none"}
+WEIGHTS_7B = 6_738_415_616  # LlamaForCausalLM of Llama 2 7B
+Row = dict
+
+
+def pick(rows: Iterable[Row], **columns: object) -> list[Row]:
+    """The rows that have these values; a tuple of them means any."""
+    return [
+        row
+        for row in rows
+        if all(row.get(k) in v if isinstance(v, tuple) else row.get(k) == v for k, v in columns.items())
+    ]
+
+
+def number(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.1f}" if abs(x) >= 10 else f"{x:.2f}"
+
+
+def ratio(row: Row | None, name: str) -> str:
+    """Median, and from the 20th to the 80th percentile."""
+    if row is None:
+        return ""
+    return f"{row[name]:.2f} ({row[f'{name}_20']:.2f} to {row[f'{name}_80']:.2f})"
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown, its columns of one width; numbers to the right."""
+    cells = [[x if isinstance(x, str) else number(x) for x in line] for line in lines]
+    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
+    right = [all(re.match(r"[\d.,]+", line[i]) or not line[i] for line in cells) for i in range(len(header))]
+    rule = ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right)]
+    padded = [
+        [x.rjust(w) if r else x.ljust(w) for x, w, r in zip(line, widths, right)] for line in [header, rule, *cells]
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in padded)
+
+
+KEY = ("model", "isa", "dtype", "diagonal", "d", "width", "threads")
+
+
+def pairs(rows: Iterable[Row], **columns: object) -> list[tuple[Row, Row | None]]:
+    """A forward and the adjoint of the same case."""
+    rows = list(rows)
+    adjoints = {tuple(row[k] for k in KEY): row for row in pick(rows, what="adjoint", **columns)}
+    return [(row, adjoints.get(tuple(row[k] for k in KEY))) for row in pick(rows, what="forward", **columns)]
+
+
+def projection_table(found: Sequence[tuple[Row, Row | None]], *first: tuple[str, Callable[[Row], object]]) -> str:
+    header = [
+        *(name for name, _ in first),
+        "floor, ms",
+        "forward, ms",
+        "GB/s",
+        "/ floor",
+        "sum, ms",
+        "adjoint, ms",
+        "GB/s",
+        "/ sum",
+    ]
+    lines = []
+    for forward, adjoint in found:
+        line = [f(forward) for _, f in first]
+        line += [forward["floor_ms"], forward["ms"], forward["GB/s"], ratio(forward, "/floor")]
+        if adjoint:
+            line += [adjoint["floor_ms"], adjoint["ms"], adjoint["GB/s"], ratio(adjoint, "/floor")]
+        lines.append(line + [""] * (len(header) - len(line)))
+    return table(header, lines)
+
+
+def isa(row: Row) -> str:
+    return ISAS.get(row["isa"], row["isa"])
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Row], object]]] = {
+    "isa": ("instruction set", isa),
+    "dtype": ("weights in", lambda row: row["dtype"]),
+    "diagonal": ("diagonal", lambda row: row["diagonal"]),
+    "d": ("d", lambda row: f"{row['d']:,}"),
+    "width": ("n", lambda row: f"{row['width']:,}"),
+    "model": ("model", lambda row: row["model"]),
+    "weights": ("weights", lambda row: f"{row['weights']:,}"),
+    "threads": ("threads", lambda row: str(row["threads"])),
+}
+
+
+class Report:
+    """The rows of one machine's run, with what its tables have in common."""
+
+    def __init__(self, about: dict, rows: list[Row]):
+        self.about, self.rows = about, rows
+        projections = pick(rows, what="forward")
+        self.threads = max((row["threads"] for row in projections), default=1)
+        self.isa = projections[0]["isa"] if projections else None
+        self.default = dict(model="mBERT", threads=self.threads)
+
+    def columns(self, found: Sequence[tuple[Row, Row | None]], *names: str) -> str:
+        return projection_table(found, *(COLUMNS[name] for name in names))
+
+    def default_width(self, row: Row) -> bool:
+        return row["width"] == min(max(1 << (row["d"] - 1).bit_length(), 32), 16384)
+
+    def headline(self, dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")) -> str:
+        found = pairs(self.rows, d=(1000, 16384), dtype=dtypes, **self.default)
+        found = [pair for pair in found if self.default_width(pair[0])]
+        order = list(ISAS)
+        found.sort(key=lambda pair: (order.index(pair[0]["isa"]), dtypes.index(pair[0]["dtype"])))
+        return self.columns(found, "isa", "dtype", "diagonal", "d")
+
+    def by_d(self) -> str:
+        found = pairs(self.rows, dtype="float32", isa=self.isa, **self.default)
+        found = [pair for pair in found if self.default_width(pair[0])]
+        return self.columns(sorted(found, key=lambda p: (p[0]["diagonal"], p[0]["d"])), "diagonal", "d", "width")
+
+    def by_width(self) -> str:
+        found = pairs(self.rows, dtype="float32", isa=self.isa, **self.default)
+        several = {pair[0]["d"] for pair in found if not self.default_width(pair[0])}
+        found = [pair for pair in found if pair[0]["d"] in several]
+        return self.columns(
+            sorted(found, key=lambda p: (p[0]["diagonal"], p[0]["d"], p[0]["width"])), "diagonal", "d", "width"
+        )
+
+    def by_weights(self) -> str:
+        found = pairs(self.rows, isa=self.isa, d=1000, threads=self.threads)
+        found = [pair for pair in found if self.default_width(pair[0])]
+        found.sort(key=lambda p: (p[0]["dtype"] != "float32", p[0]["diagonal"], p[0]["weights"]))
+        return self.columns([p for p in found if p[0]["dtype"] != "float16"], "dtype", "diagonal", "model", "weights")
+
+    def by_threads(self) -> str:
+        lines = []
+        for one in pick(self.rows, what=("forward", "adjoint"), model="mBERT", threads=1):
+            same = {k: one[k] for k in ("what", *KEY) if k != "threads"}
+            for several in pick(self.rows, **same, threads=self.threads):
+                if self.threads > 1:
+                    gain, floor = one["ms"] / several["ms"], one["floor_ms"] / several["floor_ms"]
+                    lines.append([one["what"], one["diagonal"], f"{one['d']:,}", one["ms"], several["ms"], gain, floor])
+        return table(
+            ["", "diagonal", "d", "1 thread, ms", f"{self.threads} threads, ms", "speed-up", "of the floor"], lines
+        )
+
+    def transform(self) -> str:
+        lines = [
+            [row["dtype"], f"{row['n']:,}", row["floor_ms"], row["new_ms"], row["ms"], ratio(row, "/new")]
+            for row in pick(self.rows, what="hadamard_transform")
+        ]
+        return table(["values in", "n", "floor, ms", "floor with a new tensor, ms", "transform, ms", "/ new"], lines)
+
+    def first_call(self) -> str:
+        lines = [
+            [f"{row['d']:,}", *(row[k] for k in ("plan_ms", "forward_ms", "adjoint_ms", "forward_MB", "adjoint_MB"))]
+            for row in pick(self.rows, what="first call")
+        ]
+        return table(
+            ["d", "plan, ms", "forward, ms", "adjoint, ms", "forward, MB beyond W0 and W", "adjoint, MB"], lines
+        )
+
+    def steps(self) -> str:
+        lines = []
+        for row in pick(self.rows, what="step"):
+            parts = [row.get(f"{part}_ms", "") for part in ("projection", "adjoint", "forward", "backward")]
+            share = f"{100 * row['share']:.1f}%" if "share" in row else ""
+            lines.append(
+                [row["method"], f"{row['trained']:,}", row["ms"], *parts, row["optimiser_ms"], share, row["peak_MB"]]
+            )
+        header = ["method", "trained numbers", "step, ms", "projection", "adjoint", "forward", "backward", "optimiser"]
+        return table([*header, "projection's share", "memory at the peak, MB"], lines)
+
+    def peers(self) -> str:
+        lines = []
+        for row in pick(self.rows, what="published"):
+            what = f"published algorithm, {row['transform']}, forward and backward of `{row['tensor']}`"
+            measured = [what, f"{row['weights']:,}", row["ms"], row["ours_ms"], row["/ours"]]
+            lines.append([*measured, f"{row['scaled_ms'] / 1e3:,.0f} s for mBERT (scaled)", row["random_MB"]])
+        for row in pick(self.rows, what="normals"):
+            what = f"torch drawing as many normals, against our forward at d = {row['d']:,}"
+            lines.append([what, f"{row['weights']:,}", row["ms"], row["ours_ms"], row["/ours"], "", ""])
+        for row in pick(self.rows, what="dense"):
+            what = f"dense Gaussian matrix, d = {row['d']:,}, forward and backward"
+            kept = f"{row['random_MB']:,.0f}; mBERT: {row['random_MB_mBERT']:,.0f}"
+            lines.append([what, f"{row['weights']:,}", row["ms"], row["ours_ms"], row["/ours"], "", kept])
+        header = ["what", "weights", "ms", "ours, ms", "times ours", "all of mBERT", "random state kept, MB"]
+        return table(header, lines)
+
+    def seven_billion(self) -> str:
+        """Computed from the largest measured run of each kind."""
+        lines = []
+        for dtype in ("float32", "bfloat16"):
+            for diagonal in ("gaussian", "rademacher"):
+                found = pairs(self.rows, dtype=dtype, diagonal=diagonal, isa=self.isa, d=1000, threads=self.threads)
+                if found:
+                    forward, adjoint = max(found, key=lambda pair: pair[0]["weights"])
+                    scale = WEIGHTS_7B / forward["weights"] / 1e3
+                    size = WEIGHTS_7B * (4 if dtype == "float32" else 2) / 1e9
+                    floor = forward["floor_ms"] * scale
+                    times = [floor, forward["ms"] * scale, adjoint["ms"] * scale if adjoint else ""]
+                    lines.append([dtype, diagonal, forward["model"], *times, size])
+        header = ["weights in", "diagonal", "rate measured on", "floor, s", "forward, s", "adjoint, s"]
+        return table([*header, "W0 and W, GB each"], lines)
+
+    def gpu(self) -> str:
+        projections = [row for row in self.rows if row["what"] == "projection"]
+        header = ["backend", "weights in", "diagonal", "d", "floor, ms", "forward, ms", "/ floor", "read, ms"]
+        lines = [
+            [row["backend"], row["dtype"], row["diagonal"], f"{row['d']:,}", row["floor_ms"], row["forward_ms"]]
+            + [row["forward/floor"], row["read_ms"], row["adjoint_ms"], row["adjoint/read"], row["workspace_MB"]]
+            for row in projections
+        ]
+        return table([*header, "adjoint, ms", "/ read", "workspace, MB"], lines)
+
+    def machine(self) -> str:
+        about = self.about
+        changed = " with changes" if about["changed_since"] else ""
+        where = about.get("gpu") or f"{about['cpu']}, {self.threads} threads of {about['cores']} cores"
+        return (
+            f"{where}; torch {about['torch']}, Python {about['python']}; commit {about['commit'][:10]}{changed}, "
+            f"{about.get('date', '')[:10]}."
+        )
+
+
+def terminal(rows: list[Row]) -> str:
+    """What a run prints."""
+    report = Report({}, rows)
+    parts = {
+        "mBERT, 201 tensors, 177,854,978 weights": report.headline(),
+        "by d (mBERT, float32)": report.by_d(),
+        "by size": report.by_weights(),
+        "by threads": report.by_threads(),
+        "training step (mBERT, 16 texts of 16 tokens)": report.steps(),
+        "others": report.peers(),
+        "first call in a process": report.first_call(),
+        "hadamard_transform, 2^24 values": report.transform(),
+        "a model of 7 billion weights: computed, not measured": report.seven_billion(),
+    }
+    return "\n".join(f"{title}\n{body}" for title, body in parts.items() if body.count("\n") > 2)
+
+
+def pages(report: Report, pictures: str) -> str:
+    """docs/benchmarks.md for one machine."""
+    return f"""{report.machine()}
+
+Times are medians; ratios are taken in each round, between two measurements that follow one another, and given as the
+median with the 20th and the 80th percentile: the machines are shared, and a floor bound by memory moves less than
+kernels bound by arithmetic. The floor of the forward is `torch.add(W0, 1, out=W)`, W0 read and W written once; that of
+the adjoint `torch.sum` over the gradients.
+
+### mBERT
+
+{report.headline()}
+![time against memory and arithmetic]({pictures}/roofline.png)
+
+### By d
+
+mBERT in float32. theta longer than 16,384 is cut into chunks, each of which draws normals of its own.
+
+{report.by_d()}
+![time against d]({pictures}/time_against_d.png)
+
+Other widths than the default, the next power of two:
+
+{report.by_width()}
+### By size
+
+d = 1,000.
+
+{report.by_weights()}
+![time against size]({pictures}/time_against_weights.png)
+
+### By threads
+
+{report.by_threads()}
+### A training step
+
+mBERT, 16 texts of 16 tokens, d = 1,000; peft's methods with their defaults on query and value.
+
+{report.steps()}
+![a training step]({pictures}/step.png)
+
+![memory]({pictures}/memory.png)
+
+### Other ways to the same end
+
+The published algorithm is written here from its definition, in plain torch with the exact gradient
+(benchmarks/peers.py), and runs on the same tensor as ours in the same rounds. "Scaled" times were not measured: they
+are the time of this tensor times the ratio of operations.
+
+{report.peers()}
+### Once in a process
+
+The first forward and the first adjoint, mBERT in float32, and the memory they take beyond what goes in and out.
+
+{report.first_call()}
+### The transform alone
+
+2^24 values in rows of n. The transform makes a new tensor, and so does the second floor.
+
+{report.transform()}
+### Seven billion weights
+
+**Computed, not measured**: the rates of the largest run of each kind, times {WEIGHTS_7B:,} weights.
+
+{report.seven_billion()}"""
+
+
+def summary(report: Report) -> str:
+    """README's part."""
+    rows = report.rows
+    published = [row["/ours"] for row in pick(rows, what="published")]
+    normals = [row["/ours"] for row in pick(rows, what="normals")]
+    share = [row["share"] for row in pick(rows, what="step") if "share" in row]
+    largest = max(pick(rows, what="published"), key=lambda row: row["weights"], default=None)
+    said = []
+    if largest:
+        slowest, fastest = max(published), min(published)
+        said.append(
+            f"The published algorithm, in plain torch with the exact gradient, takes {fastest:,.0f} to {slowest:,.0f} "
+            f"times as long on the same tensors, and keeps {largest['random_MB'] / 1e3:.1f} GB of random state."
+        )
+    if normals:
+        said.append(f"Torch drawing as many normals takes {statistics.median(normals):.1f} times as long.")
+    if share:
+        said.append(f"Of a training step on mBERT (16 texts of 16 tokens) the projection is {100 * share[0]:.0f}%.")
+    return f"{report.machine()}\n\n{report.headline(('float32', 'bfloat16'))}\n{' '.join(said)}\n"
+
+
+def runs(files: Iterable[Path]) -> list[Report]:
+    return [Report(*results.load(path)) for path in files]
+
+
+def replace_between(text: str, new: str) -> str:
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"README.md: expected {BEGIN} and {END}, found not both")
+    return text[: text.index(BEGIN) + len(BEGIN)] + "\n" + new + text[text.index(END) :]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, nargs="?", help="one file of results")
+    parser.add_argument("--out", type=Path, help="the folder for its tables and plots")
+    options = parser.parse_args()
+    if bool(options.file) != bool(options.out):
+        parser.error("expected both FILE and --out FOLDER, or neither")
+    if options.file:
+        (report,) = runs([options.file])
+        plots.draw(report, options.out / "plots")
+        page = options.out / "benchmarks.md"
+        page.write_text(f"# Benchmarks\n\n{pages(report, 'plots')}")
+        print(f"tables in {page}, plots in {options.out / 'plots'}")
+        return
+    files = [path for path in sorted(results.FOLDER.glob("*.json")) if not path.stem.endswith("-quick")]
+    found = runs(files)
+    on_cpu = [report for report in found if report.isa]
+    if not on_cpu:
+        raise SystemExit(
+            f"expected a full run in {results.FOLDER.name}/, found none: `make bench ARGS=--full` makes it"
+        )
+    sections = []
+    for path, report in zip(files, found):
+        if report.isa:
+            plots.draw(report, ROOT / "docs" / "plots" / path.stem)
+            sections.append(f"## {report.about['cpu']}\n\n{pages(report, f'plots/{path.stem}')}")
+        else:
+            sections.append(f"## {report.about['gpu']}\n\n{report.machine()}\n\n{report.gpu()}")
+    text = "\n".join(sections)
+    intro = (
+        "# Benchmarks\n\nMade by `make report` from the rows in benchmarks/results/, which `make bench ARGS=--full` "
+        "writes; no number here is typed by hand.\n\n"
+    )
+    (ROOT / "docs" / "benchmarks.md").write_text(intro + text)
+    readme = ROOT / "README.md"
+    readme.write_text(replace_between(readme.read_text(), "\n".join(map(summary, on_cpu))))
+    print("README.md, docs/benchmarks.md and docs/plots/ are of", ", ".join(path.name for path in files))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""A whole training step of mBERT, and how much of it the projection takes; beside it what a user would take instead."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import results
+
+TITLES = {"hsaid": "H-SAID", "full": "full fine-tuning, AdamW", "unilora": "peft UniLoRA", "vera": "peft VeRA"}
+
+
+@pytest.mark.parametrize("method", ["hsaid", "full", "unilora", "vera"])
+def test_training_step(request, record, method):
+    pytest.importorskip("transformers")
+    if method in ("unilora", "vera") and not hasattr(pytest.importorskip("peft"), "UniLoraConfig"):
+        pytest.skip("peft has no UniLoRA: its version is too old")
+    # A process of its own: the peak of memory is a process's.
+    path = os.pathsep.join(filter(None, [str(results.HERE.parent), os.environ.get("PYTHONPATH")]))
+    run = subprocess.run(
+        [sys.executable, results.HERE / "step.py", method, f"--steps={8 if request.config.option.full else 3}"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert run.returncode == 0, run.stderr
+    told = json.loads(run.stdout)
+    steps = told["steps"]
+    row = results.spread("ms", [1e3 * sum(step.values()) for step in steps])
+    for part in steps[0]:
+        row |= results.spread(f"{part}_ms", [1e3 * step[part] for step in steps])
+    if method == "hsaid":
+        row |= results.spread("share", [(s["projection"] + s["adjoint"]) / sum(s.values()) for s in steps])
+    record(
+        what="step",
+        method=TITLES[method],
+        model="mBERT",
+        trained=told["trained"],
+        rounds=len(steps),
+        **row,
+        peak_MB=told["peak_bytes"] / 1e6,
+        peft=results.version("peft") if method in ("unilora", "vera") else None,
+    )
