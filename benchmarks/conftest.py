@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import gpu
 import pytest
 import report
 import results
@@ -22,6 +23,7 @@ from helpers import ISAS, cpu_isa
 from hsaid_kernels import Projection, empty_cache
 from hsaid_kernels.plan import Plan
 
+ABOUT = pytest.StashKey[dict]()
 ROWS = pytest.StashKey[list[dict]]()
 CUT_SHORT = pytest.StashKey[bool]()
 WRITTEN = pytest.StashKey[Path]()
@@ -35,6 +37,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: takes long; only with --full")
+    config.stash[ABOUT] = gpu.machine() if gpu.BACKENDS else results.machine()  # now: files may change while it runs
     config.stash[ROWS] = []
     config.stash[CUT_SHORT] = False
     config.option.benchmark_quiet = True  # our table has the ratios
@@ -148,7 +151,9 @@ def pytest_sessionfinish(session, exitstatus):
     if exitstatus != 0:
         rows.clear()
     elif rows and _whole(config):
-        about = results.machine() | {"profile": "full" if config.option.full else "quick"}
+        about = (gpu.machine() if gpu.BACKENDS else results.machine()) | {
+            "profile": "full" if config.option.full else "quick"
+        }
         name = results.file_name(about["cpu"], *([] if config.option.full else ["quick"]))
         config.stash[WRITTEN] = config.option.results or results.FOLDER / name
         results.save(config.stash[WRITTEN], about, rows)

@@ -9,13 +9,10 @@ of the add, whichever is faster. Times are of CUDA events, medians over the roun
 """
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import math
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -23,6 +20,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import peers
+import results
 import shapes
 import torch
 
@@ -30,7 +29,6 @@ import hsaid_kernels
 from hsaid_kernels import hadamard_transform, ops
 from hsaid_kernels.plan import Plan, Segment, whole
 
-HERE = Path(__file__).parent
 ROUNDS = 21
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BACKENDS = [name for name in ("cuda", "triton") if hsaid_kernels.available_backends()[name] is True]
@@ -145,12 +143,14 @@ def first_call_rows(dim: int) -> list[dict]:
     """Seconds of a process's first forward and adjoint: for Triton with nothing compiled, then from its cache."""
     rows = []
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(HERE.parent)}
+        environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(results.HERE.parent)}
         for what, backend in [("cold", "triton"), ("cached", "triton"), ("loaded", "cuda")]:
             if backend in BACKENDS:
                 command = [sys.executable, "-c", FIRST_CALL.format(dim=dim, backend=backend)]
-                run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE, env=environment)
-                rows.append({"what": "first call", "backend": backend, "d": dim, what: float(run.stdout)})
+                run = subprocess.run(
+                    command, capture_output=True, text=True, check=True, cwd=results.HERE, env=environment
+                )
+                rows.append({"what": "first call on a GPU", "backend": backend, "d": dim, what: float(run.stdout)})
     return rows
 
 
@@ -158,46 +158,23 @@ def ratio(a: list[float], b: list[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b))
 
 
-# --- the published algorithm (Aghajanyan, Zettlemoyer, Gupta 2020), from its definition: per tensor padded to
-# LL = 2^ceil(log2 D), H G Pi H B over LL, cut to D, divided by sqrt(LL sum G^2) sqrt(D / LL)
-
-
-def butterflies_eager(x: torch.Tensor) -> torch.Tensor:
-    h = 1
-    while h < len(x):
-        x = x.view(-1, 2, h)
-        x = torch.cat((x[:, :1] + x[:, 1:], x[:, :1] - x[:, 1:]), 1)
-        h *= 2
-    return x.flatten()
-
-
-def butterflies_one_launch_a_stage(x: torch.Tensor) -> torch.Tensor:
-    matrix = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=x.device)
-    h = 1
-    while h < len(x):
-        x = torch.matmul(matrix, x.view(-1, 2, h))
-        h *= 2
-    return x.flatten()
-
-
-def published_row(butterflies: Callable[[torch.Tensor], torch.Tensor], dim: int = 1000) -> dict:
-    theta, random, base = torch.randn(dim, device="cuda"), [], []
+def published_row(transform: str, dim: int = 1000) -> dict:
+    """The published algorithm over all tensors, forward only."""
+    theta, factor = torch.randn(dim, device="cuda"), torch.ones(1, device="cuda")
+    every = []
     for shape in shapes.mbert().values():
         numel = math.prod(shape)
-        size = max(1 << (numel - 1).bit_length(), 1)
-        g = torch.randn(size, device="cuda")
-        scale = 1 / math.sqrt(size * float(g.square().sum())) / math.sqrt(numel / size)
-        b = torch.randint(0, 2, (size,), device="cuda") * 2.0 - 1
-        random.append((numel, size, b, torch.randperm(size, device="cuda"), g, scale))
-        base.append(torch.randn(numel, device="cuda"))
+        tensor = peers.Published(numel, dim, peers.TRANSFORMS[transform], "cuda")
+        every.append((tensor, torch.randn(numel, device="cuda")))
 
     def forward():
-        for w, (numel, size, b, pi, g, scale) in zip(base, random):
-            x = torch.nn.functional.pad(theta[:size], (0, size - min(dim, size)))
-            w + butterflies(g * butterflies(b * x)[pi])[:numel] * scale
+        for tensor, base in every:
+            tensor.forward(base, theta, factor)
 
     times = measure({"forward": forward}, rounds=3)["forward"]
-    return {"what": butterflies.__name__, "d": dim, "forward_ms": statistics.median(times), "all_ms": times}
+    random = sum(tensor.random_bytes() for tensor, _ in every) / 1e6
+    row = {"what": "published on a GPU", "transform": transform, "d": dim, "forward_ms": statistics.median(times)}
+    return row | {"random_MB": random, "all_ms": times}
 
 
 def hadamard_row(name: str, dim: int, backend: str) -> dict:
@@ -207,7 +184,7 @@ def hadamard_row(name: str, dim: int, backend: str) -> dict:
         {"floor": lambda: torch.add(x, 1.0, out=out), "transform": lambda: hadamard_transform(x, 1.0, backend)}
     )
     return {
-        "what": "hadamard_transform",
+        "what": "hadamard_transform on a GPU",
         "backend": backend,
         "dtype": name,
         "n": dim,
@@ -243,38 +220,18 @@ def small(backend: str) -> None:
 
 
 def machine() -> dict:
-    def output(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-
     properties = torch.cuda.get_device_properties(0)
-    return {
+    return results.machine() | {
         "gpu": properties.name,
         "multiprocessors": properties.multi_processor_count,
         "memory_GB": properties.total_memory / 1e9,
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": results.output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if "triton" in BACKENDS else None,
-        "python": platform.python_version(),
-        "hsaid_kernels": hsaid_kernels.__version__,
-        "commit": output("git", "rev-parse", "HEAD"),
-        "changed_since": bool(output("git", "status", "--porcelain")),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="run every kernel on small shapes and measure nothing")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
-    options = parser.parse_args()
-    ops.choose_backend("auto", torch.device("cuda"))  # or a RuntimeError that says why not
-    if options.small:
-        for backend in BACKENDS:
-            small(backend)
-        return
+def all_rows() -> list[dict]:
+    """Everything that is measured; SystemExit if a backend's bits are wrong."""
     gate()
     diagonals, dims = ("gaussian", "rademacher"), (1000, 16384)
     rows = [row for args in itertools.product(DTYPES, diagonals, dims) for row in projection_rows(*args)]
@@ -282,15 +239,27 @@ def main() -> None:
     rows += [hadamard_row(*args) for args in itertools.product(DTYPES, (1024, 16384, 32768, 65536), BACKENDS)]
     torch.cuda.empty_cache()
     rows += [row for dim in dims for row in first_call_rows(dim)]
-    rows += [published_row(butterflies_eager), published_row(butterflies_one_launch_a_stage)]
     ours = next(row["forward_ms"] for row in rows if row["what"] == "projection" and row["d"] == 1000)
-    for row in rows[-2:]:
-        row["published/ours"] = row["forward_ms"] / ours
-    about = machine()
-    name = re.sub(r"[^a-z0-9]+", "-", about["gpu"].lower()).strip("-")
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{name}.json"
-    path.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+    for transform in peers.TRANSFORMS:
+        row = published_row(transform)
+        rows.append(row | {"published/ours": row["forward_ms"] / ours})
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="run every kernel on small shapes and measure nothing")
+    parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results")
+    options = parser.parse_args()
+    ops.choose_backend("auto", torch.device("cuda"))  # or a RuntimeError that says why not
+    if options.small:
+        for backend in BACKENDS:
+            small(backend)
+        return
+    rows, about = all_rows(), machine()
+    path = options.out / results.file_name(about["gpu"])
+    results.save(path, about, rows)
     print(json.dumps(about, indent=1))
     for row in rows:
         cells = {key: round(v, 3) if isinstance(v, float) else v for key, v in row.items() if key != "all_ms"}

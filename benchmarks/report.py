@@ -226,7 +226,7 @@ class Report:
     def machine(self) -> str:
         about = self.about
         changed = " with changes" if about["changed_since"] else ""
-        where = about.get("gpu") or f"{about['cpu']}, {self.threads} threads of {about['cores']} cores"
+        where = f"{about['cpu']}, {self.threads} threads of {about['cores']} cores" if self.isa else about["gpu"]
         return (
             f"{where}; torch {about['torch']}, Python {about['python']}; commit {about['commit'][:10]}{changed}, "
             f"{about.get('date', '')[:10]}."
@@ -245,6 +245,7 @@ def terminal(rows: list[Row]) -> str:
         "others": report.peers(),
         "first call in a process": report.first_call(),
         "hadamard_transform, 2^24 values": report.transform(),
+        "on a GPU (mBERT)": report.gpu(),
         "a model of 7 billion weights: computed, not measured": report.seven_billion(),
     }
     return "\n".join(f"{title}\n{body}" for title, body in parts.items() if body.count("\n") > 2)
