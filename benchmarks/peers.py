@@ -14,8 +14,8 @@ from hsaid_kernels import hadamard_transform
 
 def butterflies(x: Tensor) -> Tensor:
     """H x by its log2 stages, a few launches each."""
-    h = 1
-    while h < len(x):
+    size, h = len(x), 1
+    while h < size:
         x = x.view(-1, 2, h)
         x = torch.cat((x[:, :1] + x[:, 1:], x[:, :1] - x[:, 1:]), 1)
         h *= 2
@@ -25,8 +25,8 @@ def butterflies(x: Tensor) -> Tensor:
 def butterflies_by_matmul(x: Tensor) -> Tensor:
     """The same with one launch a stage."""
     matrix = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=x.device)
-    h = 1
-    while h < len(x):
+    size, h = len(x), 1
+    while h < size:
         x = torch.matmul(matrix, x.view(-1, 2, h))
         h *= 2
     return x.flatten()

@@ -62,7 +62,7 @@ def time_against_d(report: Report, axes: Axes) -> bool:
     axes.set_ylim(bottom=0)
     if axes.get_xlim()[1] > 20000:
         axes.axvline(16384, color="gray", linewidth=0.8)
-        axes.annotate("in chunks of 16,384 ", (16384, 0), ha="right", va="bottom", fontsize=9, color="gray")
+        axes.annotate(" in chunks of 16,384", (16384, 0), va="bottom", fontsize=9, color="gray")
     ticks = sorted({row["d"] for row in _default(report, what="forward", model="mBERT", dtype="float32")})
     axes.set_xticks([100, 1000, 10_000, 100_000][: 4 if ticks[-1] > 20000 else 3], minor=False)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
@@ -86,7 +86,7 @@ def time_against_weights(report: Report, axes: Axes) -> bool:
     for row in rows:
         if not row["model"].startswith("10^") and row["diagonal"] == "gaussian":
             place = (row["weights"], row["floor_ms"])
-            axes.annotate(row["model"], place, (4, -12), textcoords="offset points", fontsize=8)
+            axes.annotate(row["model"], place, (0, -16), textcoords="offset points", ha="center", fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="weights", ylabel="milliseconds")
     axes.set_title("float32, d = 1,000: time against size")
     axes.legend()
@@ -128,6 +128,7 @@ def roofline(report: Report, axes: Axes) -> bool:
     axes.set(
         xscale="log", yscale="log", xlim=xs, xlabel="weights per byte moved", ylabel="billions of weights a second"
     )
+    axes.set_title("mBERT: rates and roofs")
     axes.set_xticks(list(places), [f"1/{1 / x:.0f}\n{name}" for x, name in places.items()])
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
@@ -163,7 +164,7 @@ def memory(report: Report, axes: Axes) -> bool:
         for row in pick(report.rows, what="published")[:1]
     ] + [
         (f"dense Gaussian: random state, d = {row['d']:,}", row["random_MB_mBERT"], "tab:red")
-        for row in pick(report.rows, what="dense")[:1]
+        for row in pick(report.rows, what="dense")[-1:]
     ]
     ours = [
         (f"ours: workspace, d = {row['d']:,}", max(row["forward_MB"], row["adjoint_MB"]), "tab:green")

@@ -8,7 +8,7 @@ Shapes = dict[str, tuple[int, ...]]
 def _bert(
     prefix: str, vocabulary: int, positions: int, types: int, layers: int, hidden: int, inner: int, pooler: bool = True
 ) -> Shapes:
-    """An encoder of the BERT family, the tensors in the order of their module."""
+    """An encoder of the BERT family."""
     shapes: Shapes = {}
 
     def linear(name: str, rows: int, cols: int) -> None:

@@ -18,8 +18,11 @@ MATRIX, EMBEDDINGS = "bert.encoder.layer.0.intermediate.dense.weight", "bert.emb
 DIM = 1000
 
 
-@pytest.mark.parametrize("transform", peers.TRANSFORMS)
-@pytest.mark.parametrize("tensor", [MATRIX, pytest.param(EMBEDDINGS, marks=pytest.mark.full)])
+CASES = [(MATRIX, transform) for transform in peers.TRANSFORMS]
+CASES += [pytest.param(EMBEDDINGS, t, marks=pytest.mark.full) for t in ("butterflies", "hadamard_transform")]
+
+
+@pytest.mark.parametrize("tensor, transform", CASES)
 def test_published(measure, record, tensor, transform):
     """Forward and backward: the weights, and the gradients of theta and of the tensor's factor."""
     shape = shapes.mbert()[tensor]
