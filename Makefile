@@ -6,7 +6,7 @@
 # Measure (docs/benchmarks.md):
 #
 #   make bench         the quick benchmarks: prints tables, leaves them and the plots in build/bench/
-#   make bench-full    all of them, half an hour: writes benchmarks/results/<cpu>.json
+#   make bench-full    all of them, twenty minutes: writes benchmarks/results/<cpu>.json
 #   make report        from the results there to README's table, docs/benchmarks.md and docs/plots/
 #
 # On a machine with an NVIDIA GPU and nvcc, with the python3 that is there and has torch and pytest, installing nothing:

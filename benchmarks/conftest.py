@@ -1,7 +1,7 @@
 """The gate, the profiles, and what becomes of the rows.
 
     pytest benchmarks            the quick profile: under three minutes on two cores
-    pytest benchmarks --full     everything: half an hour, 20 GB of memory
+    pytest benchmarks --full     everything: about twenty minutes, 20 GB of memory
 
 Prints tables at the end and writes the rows to benchmarks/results/<cpu>-quick.json or <cpu>.json (--results FILE for
 another place), for report.py. A run that fails prints and writes no rows: no speed is reported of kernels that are
@@ -120,7 +120,7 @@ def _seconds(f: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-_held: dict[tuple[str, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+_held: dict[tuple[str, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}  # of the model measured last
 
 
 @pytest.fixture
@@ -151,9 +151,7 @@ def pytest_sessionfinish(session, exitstatus):
     if exitstatus != 0:
         rows.clear()
     elif rows and _whole(config):
-        about = (gpu.machine() if gpu.BACKENDS else results.machine()) | {
-            "profile": "full" if config.option.full else "quick"
-        }
+        about = config.stash[ABOUT] | {"profile": "full" if config.option.full else "quick"}
         name = results.file_name(about["cpu"], *([] if config.option.full else ["quick"]))
         config.stash[WRITTEN] = config.option.results or results.FOLDER / name
         results.save(config.stash[WRITTEN], about, rows)

@@ -66,14 +66,17 @@ def test_fastfood(measure, record, weights, case, part):
     flat, out = weights(case.model, dtype)
     tensors, theta = plan.views(flat), torch.randn(case.dim)
     arguments = (plan, theta, plan.scales, tensors)
-    if part == "forward":
-        target, beside, read_or_written = lambda: ops.fastfood_forward(*arguments, dtype, "cpu"), "floor", 2
-        floor = lambda: torch.add(flat, 1.0, out=out)  # noqa: E731
-    else:
-        target, beside, read_or_written = lambda: ops.fastfood_adjoint(*arguments, "cpu"), "floor", 1
-        floor = flat.sum
+    parts = {  # target, floor, how often each weight passes the memory
+        "forward": (
+            lambda: ops.fastfood_forward(*arguments, dtype, "cpu"),
+            lambda: torch.add(flat, 1.0, out=out),
+            2,
+        ),
+        "adjoint": (lambda: ops.fastfood_adjoint(*arguments, "cpu"), flat.sum, 1),
+    }
+    target, floor, passes = parts[part]
     with cpu_isa(case.isa), threads(case.threads):
-        columns = measure(target, {beside: floor}, rounds=5 if plan.numel > 5e8 else 9)
+        columns = measure(target, {"floor": floor}, rounds=5 if plan.numel > 5e8 else 9)
     gc.collect()
     count = sum(tensor.numel() for tensor in tensors)
     record(
@@ -89,5 +92,5 @@ def test_fastfood(measure, record, weights, case, part):
         d=case.dim,
         width=plan.width,
         **columns,
-        **{"GB/s": read_or_written * count * flat.element_size() / columns["ms"] / 1e6},
+        **{"GB/s": passes * count * flat.element_size() / columns["ms"] / 1e6},
     )

@@ -34,7 +34,7 @@ print(json.dumps(dict(plan_ms=1e3 * (planned - start), forward_ms=1e3 * (forward
 
 @pytest.mark.skipif(sys.platform != "linux" or not ISAS, reason="reads the resident set as Linux gives it")
 @pytest.mark.parametrize("dim", [1000, 16384, pytest.param(100_000, marks=pytest.mark.full)])
-def test_first_call(record, dim, monkeypatch):
+def test_first_call(record, dim):
     code = "import sys; sys.path[:0] = " + repr(sys.path) + FIRST_CALL.format(dim=dim)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -37,35 +37,40 @@ HSAID_GENERATOR void philox_vectors(const PhiloxPrefix& prefix, const PhiloxKeys
                                     vu (&w)[kCalls][4]) {
   constexpr int halves = 2 * kCalls, last = kPhiloxRounds - 1;
   const vw m0 = wide(kPhiloxM0), m1 = wide(kPhiloxM1);
-  vw c[halves][4];
+  // Words 0 and 2 of the state, which a round multiplies, and words 1 and 3, which it adds, its key already in them.
+  vw multiplied[halves][2], added[halves][2];
+  // Products a of word 0 and b of word 2: from their low halves comes what the round with these keys adds.
+  const auto add_later = [&](int i, vw a, vw b, const uint32_t (&key)[2]) HSAID_LAMBDA {
+    park(added[i][0] = b ^ wide(key[0]));
+    park(added[i][1] = a ^ wide(key[1]));
+  };
   unroll<halves>([&](auto i) HSAID_LAMBDA {
     const vw x = (vw)word1[i / 2] ^ wide(prefix.word0);
     const vw first = multiply(i % 2 ? high_half(x) : x, m0);
     const vw second = multiply(high_half(first) ^ wide(prefix.round2), m1);
     const vw a = multiply(high_half(second) ^ wide(prefix.round3_hi), m0);
     const vw b = multiply(first ^ wide(prefix.round3_lo), m1);
-    c[i][0] = xor3(high_half(b), second, wide(keys.key[3][0]));
-    c[i][1] = b;
-    c[i][2] = high_half(a) ^ wide(prefix.round4);
-    c[i][3] = a;
+    multiplied[i][0] = high_half(b) ^ second ^ wide(keys.key[3][0]);
+    multiplied[i][1] = high_half(a) ^ wide(prefix.round4);
+    add_later(i, a, b, keys.key[4]);
   });
   unroll<last - 4>([&](auto r) HSAID_LAMBDA {
     unroll<halves>([&](auto i) HSAID_LAMBDA {
-      const vw a = multiply(c[i][0], m0), b = multiply(c[i][2], m1);
-      c[i][0] = xor3(high_half(b), c[i][1], wide(keys.key[r + 4][0]));
-      c[i][2] = xor3(high_half(a), c[i][3], wide(keys.key[r + 4][1]));
-      c[i][1] = b;
-      c[i][3] = a;
+      const vw a = multiply(multiplied[i][0], m0), b = multiply(multiplied[i][1], m1);
+      multiplied[i][0] = high_half(b) ^ added[i][0];
+      multiplied[i][1] = high_half(a) ^ added[i][1];
+      add_later(i, a, b, keys.key[r + 5]);
     });
   });
   const auto lows = [](vw even, vw odd) HSAID_LAMBDA { return blend_halves(even, odd << 32); };
   const auto highs = [](vw even, vw odd) HSAID_LAMBDA { return blend_halves(high_half(even), odd); };
   unroll<kCalls>([&](auto i) HSAID_LAMBDA {
-    const auto &even = c[2 * i], &odd = c[2 * i + 1];
-    const vw a[2] = {multiply(even[0], m0), multiply(odd[0], m0)}, b[2] = {multiply(even[2], m1), multiply(odd[2], m1)};
-    w[i][0] = highs(b[0], b[1]) ^ lows(even[1], odd[1]) ^ broadcast(keys.key[last][0]);
+    constexpr int even = 2 * i, odd = even + 1;
+    const vw a[2] = {multiply(multiplied[even][0], m0), multiply(multiplied[odd][0], m0)};
+    const vw b[2] = {multiply(multiplied[even][1], m1), multiply(multiplied[odd][1], m1)};
+    w[i][0] = highs(b[0], b[1]) ^ lows(added[even][0], added[odd][0]);
     w[i][1] = lows(b[0], b[1]);
-    w[i][2] = highs(a[0], a[1]) ^ lows(even[3], odd[3]) ^ broadcast(keys.key[last][1]);
+    w[i][2] = highs(a[0], a[1]) ^ lows(added[even][1], added[odd][1]);
     w[i][3] = lows(a[0], a[1]);
   });
 }
@@ -187,8 +192,8 @@ HSAID_INLINE int64_t num_draws(int q) { return q > kDrawBits ? (int64_t)1 << (q 
 // loops, each with its constants in registers.
 template <class Use>
 HSAID_INLINE void draw_gaussian(const Diagonal& d, int chunk, int64_t begin, int64_t end, Use&& use) {
-  constexpr int parts = 16 / kLanes;          // vectors of calls that cover the 16 lowest positions
-  constexpr int side = kLanes == 16 ? 2 : 1;  // calls in flight: as many as the registers hold
+  constexpr int parts = 16 / kLanes;  // vectors of calls that cover the 16 lowest positions
+  constexpr int side = 2;             // calls side by side: one alone is a long chain of dependent multiplications
   alignas(64) uint32_t words[1 << (kDrawBits - 1)];
   const int64_t calls = (end - begin) / 128 * parts;
   const PhiloxPrefix prefix = d.prefix[chunk];

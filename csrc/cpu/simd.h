@@ -86,24 +86,19 @@ HSAID_INLINE vu blend_halves(vw low, vw high) {
   return (vu)((low & 0xffffffffu) | (high >> 32 << 32));
 #endif
 }
-// late ^ early ^ key: `late` waits for nothing but itself, wherever the compiler would rather have it.
-HSAID_INLINE vw xor3(vw late, vw early, vw key) {
-#if defined(__AVX512F__)
-  return (vw)_mm512_ternarylogic_epi32((__m512i)late, (__m512i)early, (__m512i)key, 0x96);
-#else
-  vw masked = early ^ key;
-#if defined(__SSE2__)
-  asm("" : "+x"(masked));
-#endif
-  return late ^ masked;
+// Leaves x in memory, where AVX2 has too few registers for all that is wanted later.
+HSAID_INLINE void park([[maybe_unused]] vw& x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  asm("" : "+m"(x));
 #endif
 }
 
 // 32 floats, those of the lines kFirstLine, kFirstLine + 1, ..., looked up for kGroup vectors at a time.
 // AVX2 has no such look-up.  There the lines of four vectors become the 32 bytes of one, which byte shuffles take
-// through the table's bytes, a plane for each byte of a float, before they are woven into floats again.
+// through the table's bytes, a plane for each byte of a float, before they are woven into floats again; eight vectors
+// share the loads of the table.
 #if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int kGroup = 4;
+constexpr int kGroup = 8, kQuads = kGroup / 4;
 
 struct Table {
   alignas(32) uint8_t bytes[4][2][16];  // [byte of a float][half of the table]
@@ -115,29 +110,38 @@ HSAID_INLINE void set_line(Table& table, uint32_t line, float x) {
 
 // A byte shuffle gives 0 where bit 7 of the index is set: each half of the table has such indices for the other.
 struct Lines {
-  __m256i low, high;
+  __m256i low[kQuads], high[kQuads];
 };
 HSAID_INLINE Lines pack_lines(const vu (&line)[kGroup]) {
   const __m256i offset = _mm256_set1_epi16((short)(0x70 - (int)kFirstLine));
-  const __m256i s01 = _mm256_packus_epi32((__m256i)line[0], (__m256i)line[1]);
-  const __m256i s23 = _mm256_packus_epi32((__m256i)line[2], (__m256i)line[3]);
-  const __m256i low = _mm256_packus_epi16(_mm256_add_epi16(s01, offset), _mm256_add_epi16(s23, offset));
-  return {low, _mm256_xor_si256(low, _mm256_set1_epi8((char)0x80))};
+  Lines lines;
+  unroll<kQuads>([&](auto quad) HSAID_LAMBDA {
+    const __m256i s01 = _mm256_packus_epi32((__m256i)line[4 * quad], (__m256i)line[4 * quad + 1]);
+    const __m256i s23 = _mm256_packus_epi32((__m256i)line[4 * quad + 2], (__m256i)line[4 * quad + 3]);
+    lines.low[quad] = _mm256_packus_epi16(_mm256_add_epi16(s01, offset), _mm256_add_epi16(s23, offset));
+    lines.high[quad] = _mm256_xor_si256(lines.low[quad], _mm256_set1_epi8((char)0x80));
+  });
+  return lines;
 }
 HSAID_INLINE void look_up(const Table& table, const Lines& lines, vf (&x)[kGroup]) {
-  __m256i plane[4];
+  __m256i plane[kQuads][4];
   unroll<4>([&](auto byte) HSAID_LAMBDA {
-    const auto half = [&](int i) HSAID_LAMBDA {
-      return _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table.bytes[byte][i]));
-    };
-    plane[byte] = _mm256_or_si256(_mm256_shuffle_epi8(half(0), lines.low), _mm256_shuffle_epi8(half(1), lines.high));
+    const __m256i low = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table.bytes[byte][0]));
+    const __m256i high = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table.bytes[byte][1]));
+    unroll<kQuads>([&](auto quad) HSAID_LAMBDA {
+      plane[quad][byte] = _mm256_or_si256(_mm256_shuffle_epi8(low, lines.low[quad]),  //
+                                          _mm256_shuffle_epi8(high, lines.high[quad]));
+    });
   });
-  const __m256i low01 = _mm256_unpacklo_epi8(plane[0], plane[1]), low23 = _mm256_unpacklo_epi8(plane[2], plane[3]);
-  const __m256i high01 = _mm256_unpackhi_epi8(plane[0], plane[1]), high23 = _mm256_unpackhi_epi8(plane[2], plane[3]);
-  x[0] = (vf)_mm256_unpacklo_epi16(low01, low23);
-  x[1] = (vf)_mm256_unpackhi_epi16(low01, low23);
-  x[2] = (vf)_mm256_unpacklo_epi16(high01, high23);
-  x[3] = (vf)_mm256_unpackhi_epi16(high01, high23);
+  unroll<kQuads>([&](auto quad) HSAID_LAMBDA {
+    const auto& p = plane[quad];
+    const __m256i low01 = _mm256_unpacklo_epi8(p[0], p[1]), low23 = _mm256_unpacklo_epi8(p[2], p[3]);
+    const __m256i high01 = _mm256_unpackhi_epi8(p[0], p[1]), high23 = _mm256_unpackhi_epi8(p[2], p[3]);
+    x[4 * quad] = (vf)_mm256_unpacklo_epi16(low01, low23);
+    x[4 * quad + 1] = (vf)_mm256_unpackhi_epi16(low01, low23);
+    x[4 * quad + 2] = (vf)_mm256_unpacklo_epi16(high01, high23);
+    x[4 * quad + 3] = (vf)_mm256_unpackhi_epi16(high01, high23);
+  });
 }
 #else
 constexpr int kGroup = 1;
