@@ -283,6 +283,8 @@ d = 1,000.
 
 ### By threads
 
+One thread and several were measured some minutes apart, not in the same rounds.
+
 {report.by_threads()}
 ### A training step
 
