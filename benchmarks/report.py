@@ -369,9 +369,7 @@ def main() -> None:
     found = runs(files)
     on_cpu = [report for report in found if report.isa]
     if not on_cpu:
-        raise SystemExit(
-            f"expected a full run in {results.FOLDER.name}/, found none: `make bench ARGS=--full` makes it"
-        )
+        raise SystemExit(f"expected a full run in {results.FOLDER.name}/, found none: `make bench-full` makes one")
     sections = []
     for path, report in zip(files, found):
         if report.isa:
@@ -381,7 +379,7 @@ def main() -> None:
             sections.append(f"## {report.about['gpu']}\n\n{report.machine()}\n\n{report.gpu()}")
     text = "\n".join(sections)
     intro = (
-        "# Benchmarks\n\nMade by `make report` from the rows in benchmarks/results/, which `make bench ARGS=--full` "
+        "# Benchmarks\n\nMade by `make report` from the rows in benchmarks/results/, which `make bench-full` "
         "writes; no number here is typed by hand.\n\n"
     )
     (ROOT / "docs" / "benchmarks.md").write_text(intro + text)
