@@ -6,6 +6,10 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from results import pick
+
+from hsaid_kernels.plan import default_width
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from report import Report
@@ -14,8 +18,8 @@ COLORS = {"gaussian": "tab:blue", "rademacher": "tab:orange"}
 PARTS = ("projection", "adjoint", "forward", "backward", "optimiser")
 
 
-def draw(report: Report, folder: Path) -> None:
-    """Writes a PNG for each picture that the rows suffice for."""
+def draw(report: Report, folder: Path) -> set[str]:
+    """Writes a PNG for each picture that the rows suffice for; their names."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -23,19 +27,20 @@ def draw(report: Report, folder: Path) -> None:
 
     plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 9})
     folder.mkdir(parents=True, exist_ok=True)
+    drawn = set()
     for name, picture in PICTURES.items():
         figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
         if picture(report, axes):
             figure.savefig(folder / f"{name}.png", dpi=120)
+            drawn.add(name)
         plt.close(figure)
+    return drawn
 
 
 def _default(report: Report, **columns: object) -> list[dict]:
     """Rows of the default instruction set, threads and width."""
-    from report import pick
-
     found = pick(report.rows, isa=report.isa, threads=report.threads, **columns)
-    return [row for row in found if report.default_width(row)]
+    return [row for row in found if row["width"] == default_width(row["d"])]
 
 
 def _line(axes: Axes, rows: list[dict], x: str, style: str, **how: object) -> None:
@@ -135,8 +140,6 @@ def roofline(report: Report, axes: Axes) -> bool:
 
 
 def step(report: Report, axes: Axes) -> bool:
-    from report import pick
-
     rows = pick(report.rows, what="step")
     if not rows:
         return False
@@ -153,8 +156,6 @@ def step(report: Report, axes: Axes) -> bool:
 
 
 def memory(report: Report, axes: Axes) -> bool:
-    from report import pick
-
     peaks = [(f"{row['method']}: peak of a step", row["peak_MB"], "tab:blue") for row in pick(report.rows, what="step")]
     kept = [
         (f"published: random state, d = {row['d']:,}", row["random_MB"], "tab:red")

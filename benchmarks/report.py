@@ -1,16 +1,22 @@
 """From rows to tables and plots: README's table, docs/benchmarks.md, docs/plots/. No number is typed by hand.
 
-python benchmarks/report.py                        of the full runs in benchmarks/results/, into README.md and docs/
-python benchmarks/report.py FILE --out FOLDER      of one file, for instance of a quick run, into a folder
+    python benchmarks/report.py                        of the full runs in benchmarks/results/, into README.md and docs/
+    python benchmarks/report.py FILE --out FOLDER      of one file, for instance of a quick run, into a folder
+
+`make report` and `make bench` call it so.
 """
 
 import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import plots
 import results
+from results import pick
+
+from hsaid_kernels.plan import default_width
 
 ROOT = results.HERE.parent
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -24,28 +30,19 @@ WEIGHTS_7B = 6_738_415_616  # LlamaForCausalLM of Llama 2 7B
 Row = dict
 
 
-def pick(rows: Iterable[Row], **columns: object) -> list[Row]:
-    """The rows that have these values; a tuple of them means any."""
-    return [
-        row
-        for row in rows
-        if all(row.get(k) in v if isinstance(v, tuple) else row.get(k) == v for k, v in columns.items())
-    ]
-
-
 def number(x: float) -> str:
     return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.1f}" if abs(x) >= 10 else f"{x:.2f}"
 
 
-def ratio(row: Row | None, name: str) -> str:
+def ratio(row: Row, name: str) -> str:
     """Median, and from the 20th to the 80th percentile."""
-    if row is None:
-        return ""
     return f"{row[name]:.2f} ({row[f'{name}_20']:.2f} to {row[f'{name}_80']:.2f})"
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown, its columns of one width; numbers to the right."""
+    """A table in Markdown, its columns of one width, numbers to the right; "" without lines."""
+    if not lines:
+        return ""
     cells = [[x if isinstance(x, str) else number(x) for x in line] for line in lines]
     widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
     right = [all(re.match(r"[\d.,]+", line[i]) or not line[i] for line in cells) for i in range(len(header))]
@@ -88,6 +85,10 @@ def projection_table(found: Sequence[tuple[Row, Row | None]], *first: tuple[str,
     return table(header, lines)
 
 
+def has_default_width(row: Row) -> bool:
+    return row["width"] == default_width(row["d"])
+
+
 def isa(row: Row) -> str:
     return ISAS.get(row["isa"], row["isa"])
 
@@ -100,7 +101,6 @@ COLUMNS: dict[str, tuple[str, Callable[[Row], object]]] = {
     "width": ("n", lambda row: f"{row['width']:,}"),
     "model": ("model", lambda row: row["model"]),
     "weights": ("weights", lambda row: f"{row['weights']:,}"),
-    "threads": ("threads", lambda row: str(row["threads"])),
 }
 
 
@@ -117,24 +117,21 @@ class Report:
     def columns(self, found: Sequence[tuple[Row, Row | None]], *names: str) -> str:
         return projection_table(found, *(COLUMNS[name] for name in names))
 
-    def default_width(self, row: Row) -> bool:
-        return row["width"] == min(max(1 << (row["d"] - 1).bit_length(), 32), 16384)
-
     def headline(self, dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")) -> str:
         found = pairs(self.rows, d=(1000, 16384), dtype=dtypes, **self.default)
-        found = [pair for pair in found if self.default_width(pair[0])]
+        found = [pair for pair in found if has_default_width(pair[0])]
         order = list(ISAS)
         found.sort(key=lambda pair: (order.index(pair[0]["isa"]), dtypes.index(pair[0]["dtype"])))
         return self.columns(found, "isa", "dtype", "diagonal", "d")
 
     def by_d(self) -> str:
         found = pairs(self.rows, dtype="float32", isa=self.isa, **self.default)
-        found = [pair for pair in found if self.default_width(pair[0])]
+        found = [pair for pair in found if has_default_width(pair[0])]
         return self.columns(sorted(found, key=lambda p: (p[0]["diagonal"], p[0]["d"])), "diagonal", "d", "width")
 
     def by_width(self) -> str:
         found = pairs(self.rows, dtype="float32", isa=self.isa, **self.default)
-        several = {pair[0]["d"] for pair in found if not self.default_width(pair[0])}
+        several = {pair[0]["d"] for pair in found if not has_default_width(pair[0])}
         found = [pair for pair in found if pair[0]["d"] in several]
         return self.columns(
             sorted(found, key=lambda p: (p[0]["diagonal"], p[0]["d"], p[0]["width"])), "diagonal", "d", "width"
@@ -142,7 +139,7 @@ class Report:
 
     def by_weights(self) -> str:
         found = pairs(self.rows, isa=self.isa, d=1000, threads=self.threads)
-        found = [pair for pair in found if self.default_width(pair[0])]
+        found = [pair for pair in found if has_default_width(pair[0])]
         found.sort(key=lambda p: (p[0]["dtype"] != "float32", p[0]["diagonal"], p[0]["weights"]))
         return self.columns([p for p in found if p[0]["dtype"] != "float16"], "dtype", "diagonal", "model", "weights")
 
@@ -227,101 +224,100 @@ class Report:
         ]
         return table([*header, "adjoint, ms", "/ read", "workspace, MB"], lines)
 
+    def name(self) -> str:
+        return self.about["cpu" if self.isa else "gpu"]
+
     def machine(self) -> str:
         about = self.about
         changed = " with changes" if about["changed_since"] else ""
-        where = f"{about['cpu']}, {self.threads} threads of {about['cores']} cores" if self.isa else about["gpu"]
+        where = self.name() + (f", {self.threads} threads of {about['cores']} cores" if self.isa else "")
         return (
             f"{where}; torch {about['torch']}, Python {about['python']}; commit {about['commit'][:10]}{changed}, "
             f"{about.get('date', '')[:10]}."
         )
 
 
+class Section(NamedTuple):
+    title: str
+    table: str  # "": the section is left out
+    text: str = ""
+    pictures: tuple[str, ...] = ()
+
+
+def sections(report: Report) -> list[Section]:
+    return [
+        Section("mBERT, 201 tensors, 177,854,978 weights", report.headline(), pictures=("roofline",)),
+        Section(
+            "By d",
+            report.by_d(),
+            "mBERT in float32. theta longer than 16,384 is cut into chunks, each of which draws normals of its own.",
+            ("time_against_d",),
+        ),
+        Section("Other widths", report.by_width(), "Than the default, the next power of two."),
+        Section("By size", report.by_weights(), "d = 1,000.", ("time_against_weights",)),
+        Section(
+            "By threads",
+            report.by_threads(),
+            "One thread and several were measured some minutes apart, not in the same rounds.",
+        ),
+        Section(
+            "A training step",
+            report.steps(),
+            "mBERT, 16 texts of 16 tokens, d = 1,000; peft's methods with their defaults on query and value.",
+            ("step", "memory"),
+        ),
+        Section(
+            "Other ways to the same end",
+            report.peers(),
+            "The published algorithm is written here from its definition, in plain torch with the exact gradient\n"
+            '(benchmarks/peers.py), and runs on the same tensor as ours in the same rounds. "Scaled" times were not\n'
+            "measured: they are the time of this tensor times the ratio of operations.",
+        ),
+        Section(
+            "Once in a process",
+            report.first_call(),
+            "The first forward and adjoint, mBERT in float32, and the memory they take beyond what goes in and out.",
+        ),
+        Section(
+            "The transform alone",
+            report.transform(),
+            "2^24 values in rows of n. The transform makes a new tensor, and so does the second floor.",
+        ),
+        Section("On a GPU", report.gpu(), "mBERT."),
+        Section(
+            "Seven billion weights: computed, not measured",
+            report.seven_billion(),
+            f"The rates of the largest run of each kind, times {WEIGHTS_7B:,} weights.",
+        ),
+    ]
+
+
 def terminal(rows: list[Row]) -> str:
     """What a run prints."""
-    report = Report({}, rows)
-    parts = {
-        "mBERT, 201 tensors, 177,854,978 weights": report.headline(),
-        "by d (mBERT, float32)": report.by_d(),
-        "by size": report.by_weights(),
-        "by threads": report.by_threads(),
-        "training step (mBERT, 16 texts of 16 tokens)": report.steps(),
-        "others": report.peers(),
-        "first call in a process": report.first_call(),
-        "hadamard_transform, 2^24 values": report.transform(),
-        "on a GPU (mBERT)": report.gpu(),
-        "a model of 7 billion weights: computed, not measured": report.seven_billion(),
-    }
-    return "\n".join(f"{title}\n{body}" for title, body in parts.items() if body.count("\n") > 2)
+    shown = [section for section in sections(Report({}, rows)) if section.table]
+    return "\n".join("\n".join(filter(None, [s.title, s.text, s.table])) for s in shown)
 
 
-def pages(report: Report, pictures: str) -> str:
-    """docs/benchmarks.md for one machine."""
-    return f"""{report.machine()}
-
+INTRODUCTION = """
 Times are medians; ratios are taken in each round, between two measurements that follow one another, and given as the
 median with the 20th and the 80th percentile: the machines are shared, and a floor bound by memory moves less than
 kernels bound by arithmetic. The floor of the forward is `torch.add(W0, 1, out=W)`, W0 read and W written once; that of
 the adjoint `torch.sum` over the gradients.
+"""
 
-### mBERT
 
-{report.headline()}
-![time against memory and arithmetic]({pictures}/roofline.png)
-
-### By d
-
-mBERT in float32. theta longer than 16,384 is cut into chunks, each of which draws normals of its own.
-
-{report.by_d()}
-![time against d]({pictures}/time_against_d.png)
-
-Other widths than the default, the next power of two:
-
-{report.by_width()}
-### By size
-
-d = 1,000.
-
-{report.by_weights()}
-![time against size]({pictures}/time_against_weights.png)
-
-### By threads
-
-One thread and several were measured some minutes apart, not in the same rounds.
-
-{report.by_threads()}
-### A training step
-
-mBERT, 16 texts of 16 tokens, d = 1,000; peft's methods with their defaults on query and value.
-
-{report.steps()}
-![a training step]({pictures}/step.png)
-
-![memory]({pictures}/memory.png)
-
-### Other ways to the same end
-
-The published algorithm is written here from its definition, in plain torch with the exact gradient
-(benchmarks/peers.py), and runs on the same tensor as ours in the same rounds. "Scaled" times were not measured: they
-are the time of this tensor times the ratio of operations.
-
-{report.peers()}
-### Once in a process
-
-The first forward and the first adjoint, mBERT in float32, and the memory they take beyond what goes in and out.
-
-{report.first_call()}
-### The transform alone
-
-2^24 values in rows of n. The transform makes a new tensor, and so does the second floor.
-
-{report.transform()}
-### Seven billion weights
-
-**Computed, not measured**: the rates of the largest run of each kind, times {WEIGHTS_7B:,} weights.
-
-{report.seven_billion()}"""
+def pages(report: Report, folder: Path, pictures: str) -> str:
+    """docs/benchmarks.md for one machine; draws the pictures into the folder, which the page calls `pictures`."""
+    drawn = plots.draw(report, folder)
+    parts = [f"{report.machine()}\n{INTRODUCTION}"]
+    for section in sections(report):
+        if section.table:
+            shown = [
+                f"![{name.replace('_', ' ')}]({pictures}/{name}.png)\n" for name in section.pictures if name in drawn
+            ]
+            text = f"{section.text}\n\n" if section.text else ""
+            parts.append("\n".join([f"### {section.title}\n\n{text}{section.table}", *shown]))
+    return "\n".join(parts)
 
 
 def summary(report: Report) -> str:
@@ -346,10 +342,6 @@ def summary(report: Report) -> str:
     return f"{report.machine()}\n\n{best.headline(('float32', 'bfloat16'))}\n{' '.join(said)}\n"
 
 
-def runs(files: Iterable[Path]) -> list[Report]:
-    return [Report(*results.load(path)) for path in files]
-
-
 def replace_between(text: str, new: str) -> str:
     if BEGIN not in text or END not in text:
         raise SystemExit(f"README.md: expected {BEGIN} and {END}, found not both")
@@ -364,25 +356,20 @@ def main() -> None:
     if bool(options.file) != bool(options.out):
         parser.error("expected both FILE and --out FOLDER, or neither")
     if options.file:
-        (report,) = runs([options.file])
-        plots.draw(report, options.out / "plots")
         page = options.out / "benchmarks.md"
-        page.write_text(f"# Benchmarks\n\n{pages(report, 'plots')}")
+        text = pages(Report(*results.load(options.file)), options.out / "plots", "plots")
+        page.write_text(f"# Benchmarks\n\n{text}")
         print(f"tables in {page}, plots in {options.out / 'plots'}")
         return
     files = [path for path in sorted(results.FOLDER.glob("*.json")) if not path.stem.endswith("-quick")]
-    found = runs(files)
-    on_cpu = [report for report in found if report.isa]
+    found = {path.stem: Report(*results.load(path)) for path in files}
+    on_cpu = [report for report in found.values() if report.isa]
     if not on_cpu:
         raise SystemExit(f"expected a full run in {results.FOLDER.name}/, found none: `make bench-full` makes one")
-    sections = []
-    for path, report in zip(files, found):
-        if report.isa:
-            plots.draw(report, ROOT / "docs" / "plots" / path.stem)
-            sections.append(f"## {report.about['cpu']}\n\n{pages(report, f'plots/{path.stem}')}")
-        else:
-            sections.append(f"## {report.about['gpu']}\n\n{report.machine()}\n\n{report.gpu()}")
-    text = "\n".join(sections)
+    text = "\n".join(
+        f"## {report.name()}\n\n{pages(report, ROOT / 'docs' / 'plots' / stem, f'plots/{stem}')}"
+        for stem, report in found.items()
+    )
     intro = (
         "# Benchmarks\n\nMade by `make report` from the rows in benchmarks/results/, which `make bench-full` "
         "writes; no number here is typed by hand.\n\n"

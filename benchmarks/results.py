@@ -10,7 +10,7 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -29,6 +29,15 @@ def quantile(values: Sequence[float], part: float) -> float:
 def spread(name: str, values: Sequence[float]) -> dict[str, float]:
     """Median, and the 20th and the 80th percentile."""
     return {name: statistics.median(values), f"{name}_20": quantile(values, 0.2), f"{name}_80": quantile(values, 0.8)}
+
+
+def pick(rows: Iterable[dict], **columns: object) -> list[dict]:
+    """The rows that have these values; a tuple of them means any."""
+    return [
+        row
+        for row in rows
+        if all(row.get(k) in v if isinstance(v, tuple) else row.get(k) == v for k, v in columns.items())
+    ]
 
 
 def output(*command: str) -> str:

@@ -8,13 +8,12 @@ import pytest
 from helpers import ISAS
 
 FIRST_CALL = """
+import sys; sys.path[:0] = {path}
 import json, time, torch
+from helpers import memory
 from hsaid_kernels import ops
 from hsaid_kernels.plan import Plan
 import shapes
-
-def memory(field):  # getrusage would count what the parent held when it forked
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
 
 start = time.perf_counter()
 plan = Plan(shapes.mbert(), {dim})
@@ -35,7 +34,7 @@ print(json.dumps(dict(plan_ms=1e3 * (planned - start), forward_ms=1e3 * (forward
 @pytest.mark.skipif(sys.platform != "linux" or not ISAS, reason="reads the resident set as Linux gives it")
 @pytest.mark.parametrize("dim", [1000, 16384, pytest.param(100_000, marks=pytest.mark.full)])
 def test_first_call(record, dim):
-    code = "import sys; sys.path[:0] = " + repr(sys.path) + FIRST_CALL.format(dim=dim)
+    code = FIRST_CALL.format(path=sys.path, dim=dim)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     record(what="first call", backend="cpu", isa=ISAS[0], model="mBERT", d=dim, **json.loads(run.stdout))

@@ -52,6 +52,12 @@ def _isas() -> list[str]:
 ISAS = _isas()  # of the CPU library on this machine, the fastest first
 
 
+def memory(field: str) -> int:
+    """Bytes of this process by Linux: VmRSS, VmHWM. getrusage would count what the parent held when it forked."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
 def assert_same_bits(got: Tensor, expected: Tensor, what: str = "") -> None:
     """Equal to the last bit; any NaN equals any other. Says where the first difference is, with both values."""
     assert got.dtype == expected.dtype, f"{what}: {got.dtype}, expected {expected.dtype}"

@@ -6,7 +6,6 @@ import random
 import re
 
 import pytest
-import shapes
 import torch
 from torch import nn
 
@@ -295,11 +294,6 @@ def test_random_models_have_as_many_paths_as_tensors(seed):
 
     for depth in range(1, 6):
         paths(grow(depth))
-
-
-def test_shapes_of_the_benchmarks(mbert_model):
-    assert shapes.mbert() == {name: tuple(p.shape) for name, p in mbert_model.named_parameters()}
-    assert list(shapes.mbert()) == [name for name, _ in mbert_model.named_parameters()]
 
 
 def test_merge_attention_with_intermediate(mbert_model):
