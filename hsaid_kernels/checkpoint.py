@@ -7,6 +7,7 @@ holds the old checkpoint or the new one.  `hsaid_config.json` has the configurat
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,15 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from hsaid_kernels.plan import GENERATOR
-from hsaid_kernels.projection import select_tensors
+from hsaid_kernels.projection import split_tensors
 
 if TYPE_CHECKING:
     from hsaid_kernels.module import HSAID
 
 FORMAT = 1
 VALUES_FILE, CONFIG_FILE = "hsaid.safetensors", "hsaid_config.json"
+TRAINER_FILE, TRAINER_LAST_FILE = "model.safetensors", "trainer_state.json"  # transformers.Trainer's: state_dict, last
+TASK = "default"
 ABOUT = f"for reading: what is loaded is the copy in {VALUES_FILE}"
 BASIS = ("intrinsic_dim", "partition", "combine", "skip", "merge", "normalize", "diagonal", "width", "seed")
+CHOICE = ("include", "exclude", "train_fully")
+SHAPES = ("tensors", "full")
 SAMPLES = 16  # values of each W0 tensor that its check is made from
 
 Config = dict[str, Any]
@@ -37,7 +42,8 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def describe(hsaid: HSAID) -> Config:
-    """The configuration: what theta and the multipliers mean, on which tensors ("tensors": {name: shape}).
+    """The configuration: what theta and the multipliers mean, on which tensors ("tensors": {name: shape}); what is
+    trained fully beside them ("full").
 
     "w0_checks" has four hex digits per tensor, a hash of a few values of W0, to warn of another W0.
     """
@@ -54,11 +60,12 @@ def describe(hsaid: HSAID) -> Config:
         "diagonal": plan.diagonal,
         "width": plan.width,
         "seed": plan.seed,
-        "include": hsaid.include,
-        "exclude": hsaid.exclude,
+        "task": hsaid.task,
+        **{key: getattr(hsaid, key) for key in CHOICE},
         "dtype": str(hsaid.dtype).removeprefix("torch."),
         "dtype_given": hsaid.given_dtype is not None,
         "tensors": plan.shapes,
+        "full": {name: tuple(parameter.shape) for name, parameter in hsaid.full.items()},
         "w0_checks": _w0_checks(hsaid),
     }
 
@@ -75,7 +82,7 @@ def save_pretrained(hsaid: HSAID, directory: str | os.PathLike) -> None:
 
     config = _packed(describe(hsaid))
     text = json.dumps(config, separators=(",", ":"))
-    values = {name: getattr(hsaid, name).detach().cpu() for name in ("theta", "multipliers")}
+    values = {name: parameter.detach().cpu().contiguous() for name, parameter in hsaid.named_parameters()}
     metadata = {"config": text, "digest": _digest(text, values)}
     readable = json.dumps({"about": ABOUT, **dict(sorted(config.items()))}, indent=1)
     files = {VALUES_FILE: safetensors.torch.save(values, metadata), CONFIG_FILE: f"{readable}\n".encode()}
@@ -102,19 +109,68 @@ def from_pretrained(
             other names or shapes, of which the first are listed.
     """
     config, values = _read(directory)
-    tensors = select_tensors(model, config["include"], config["exclude"])
-    _check_tensors(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    options = {key: config[key] for key in (*BASIS, "include", "exclude")}
+    projected, full = split_tensors(model, *(config[key] for key in CHOICE))
+    _check_tensors(config, {"tensors": _shapes(projected), "full": _shapes(full)})
+    options = {key: config[key] for key in (*BASIS, *CHOICE, "task")}
     dtype = getattr(torch, config["dtype"]) if config["dtype_given"] else None
     hsaid = make(model, dtype=dtype, backend=backend, **options)
-    for name, parameter in hsaid.named_parameters():
-        value = values[name]
-        if (value.dtype, value.shape) != (torch.float32, parameter.shape):
-            raise ValueError(f"directory: expected {len(parameter)} values of {name}, got {len(value)} ({value.dtype})")
-        with torch.no_grad():
-            parameter.copy_(value)
+    _fill(hsaid, values)
     _check_w0(config, hsaid)
     return hsaid
+
+
+def load_task(hsaid: HSAID, directory: str | os.PathLike) -> str:
+    """Adds the task of a checkpoint to an HSAID of the same basis, and sets it; see `HSAID.load_task`."""
+    config, values = _read(directory)
+    _check_config("directory", config, hsaid)
+    before, task = hsaid.task, config["task"]
+    hsaid.add_task(task)
+    hsaid.set_task(task)
+    try:
+        _fill(hsaid, values)
+    except ValueError:
+        hsaid.set_task(before)
+        hsaid._tasks.pop(task)
+        raise
+    return task
+
+
+def last_checkpoint(directory: str | os.PathLike) -> str | None:
+    """The newest whole checkpoint among those that transformers' Trainer leaves in its output directory, or None.
+
+    For `trainer.train(resume_from_checkpoint=last_checkpoint(directory))` after a run that was killed, maybe while it
+    saved: Trainer writes the files of a checkpoint one after the other into "checkpoint-<step>", where its own
+    `resume_from_checkpoint=True` takes the newest as it is.
+    """
+    steps = {int(p.name.rpartition("-")[2]): p for p in Path(directory).glob("checkpoint-*") if p.name[11:].isdigit()}
+    for _, path in sorted(steps.items(), reverse=True):
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((path / TRAINER_LAST_FILE).read_bytes())
+            _read(path)
+            return str(path)
+    return None
+
+
+def check_task(name: str) -> str:
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"task: expected a name, got {name!r}")
+    return name
+
+
+def check_ranks(configs: Sequence[Config]) -> None:
+    """Refuses (ValueError) ranks of a distributed run that do not have the same configuration and W0."""
+    for key, first in configs[0].items():
+        other = [rank for rank, config in enumerate(configs) if config[key] != first]
+        if other and key == "w0_checks":
+            pairs = zip(first.split(), configs[other[0]][key].split(), configs[0]["tensors"], strict=True)
+            name = next(name for one, two, name in pairs if one != two)
+            raise ValueError(
+                f"model: expected the same W0 on all ranks, but {name!r} on rank {other[0]} is not that of rank 0: "
+                "load the same weights, and call torch.manual_seed(...) with the same seed before making new ones"
+            )
+        if other:
+            got = ", ".join(f"{config[key]!r} on rank {rank}" for rank, config in enumerate(configs))
+            raise ValueError(f"{key}: expected the same on all ranks, got {got}")
 
 
 def read_config(directory: str | os.PathLike) -> Config:
@@ -128,14 +184,11 @@ def encode_state(config: Config) -> Tensor:
 
 
 def check_state(state: Tensor, hsaid: HSAID) -> None:
-    """Refuses (ValueError) an encoded configuration by which theta and multipliers mean other weights than here."""
+    """Refuses (ValueError) an encoded configuration of another task, or by which the values mean other weights."""
     config = _parse("state_dict", bytes(state.tolist()).decode())
-    own = describe(hsaid)
-    for key in BASIS:
-        if config[key] != own[key]:
-            raise ValueError(f"state_dict: expected {key} {own[key]!r}, as in this HSAID, got {config[key]!r}")
-    _check_tensors(config, own["tensors"])
-    _check_w0(config, hsaid)
+    _check_config("state_dict", config, hsaid)
+    if config["task"] != hsaid.task:
+        raise ValueError(f"state_dict: expected task {hsaid.task!r}, which is set, got {config['task']!r}")
 
 
 def differences(expected: Shapes, got: Shapes, at_most: int = 3) -> str:
@@ -151,12 +204,41 @@ def differences(expected: Shapes, got: Shapes, at_most: int = 3) -> str:
     return ", ".join([*found[:at_most], *more])
 
 
-def _check_tensors(config: Config, got: Shapes) -> None:
-    if list(config["tensors"].items()) != list(got.items()):  # the order too: it numbers the multipliers
-        reason = differences(config["tensors"], got) or "they are in another order"
-        raise ValueError(
-            f"model: expected the {len(config['tensors'])} tensors that were trained, got others: {reason}"
-        )
+def _check_config(where: str, config: Config, hsaid: HSAID) -> None:
+    """Refuses a configuration of another basis or of other tensors than this HSAID's; warns of another W0."""
+    own = describe(hsaid)
+    for key in BASIS:
+        if config[key] != own[key]:
+            raise ValueError(f"{where}: expected {key} {own[key]!r}, as in this HSAID, got {config[key]!r}")
+    _check_tensors(config, own)
+    _check_w0(config, hsaid)
+
+
+def _check_tensors(config: Config, got: Mapping[str, Shapes]) -> None:
+    for key, what in {"tensors": "trained", "full": "trained fully"}.items():
+        expected, found = config[key], got[key]
+        if list(expected.items()) != list(found.items()):  # the order too: it numbers the multipliers
+            reason = differences(expected, found) or "they are in another order"
+            raise ValueError(f"model: expected the {len(expected)} tensors that were {what}, got others: {reason}")
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _fill(hsaid: HSAID, values: Mapping[str, Tensor]) -> None:
+    """Puts a checkpoint's values into the parameters, once all of them are known to be what they should be."""
+    parameters = dict(hsaid.named_parameters())
+    for name, parameter in parameters.items():
+        value = values.get(name)
+        if value is None or (value.dtype, value.shape) != (parameter.dtype, parameter.shape):
+            got = "none" if value is None else f"shape {list(value.shape)} ({value.dtype})"
+            raise ValueError(
+                f"directory: expected {name} of shape {list(parameter.shape)} ({parameter.dtype}), got {got}"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
 
 
 def _check_w0(config: Config, hsaid: HSAID) -> None:
@@ -180,18 +262,24 @@ def _w0_checks(hsaid: HSAID) -> str:
 
 
 def _read(directory: str | os.PathLike) -> tuple[Config, dict[str, Tensor]]:
-    """(configuration, {"theta": ..., "multipliers": ...}), known to be what was written."""
+    """(configuration, {"theta": ..., "multipliers": ..., ...}), known to be what was written."""
     import safetensors.torch
 
     path = Path(directory, VALUES_FILE)
+    if not path.exists() and Path(directory, TRAINER_FILE).exists():
+        path = Path(directory, TRAINER_FILE)
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"directory: expected one with a checkpoint, got no file {str(path)!r}") from None
     try:
         values = safetensors.torch.load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        text, digest = metadata["config"], metadata["digest"]
+        if path.name == TRAINER_FILE:  # a state_dict, without a digest
+            text = bytes(values.pop("_extra_state").tolist()).decode()
+            digest = _digest(text, values)
+        else:
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            text, digest = metadata["config"], metadata["digest"]
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise ValueError(
             f"directory: expected a whole checkpoint, got a truncated or foreign {str(path)!r}: {error}"
@@ -201,7 +289,8 @@ def _read(directory: str | os.PathLike) -> tuple[Config, dict[str, Tensor]]:
             f"directory: expected the checkpoint that was saved, got a corrupted {str(path)!r}: its digest differs"
         )
     config = _parse(f"directory: {str(path)!r}", text)
-    _compare_readable(path.with_name(CONFIG_FILE), text)
+    if path.name == VALUES_FILE:
+        _compare_readable(path.with_name(CONFIG_FILE), text)
     return config, values
 
 
@@ -210,7 +299,7 @@ def _parse(where: str, text: str) -> Config:
     for key, known in {"format": FORMAT, "generator": GENERATOR}.items():
         if config.get(key) != known:
             raise ValueError(f"{where}: expected {key} {known!r}, the only one known here, got {config.get(key)!r}")
-    return {**config, "tensors": _unpack(config["tensors"])}
+    return {**config, **{key: _unpack(config[key]) for key in SHAPES}}
 
 
 def _compare_readable(path: Path, text: str) -> None:
@@ -254,7 +343,7 @@ def _replace_files(files: Mapping[Path, bytes]) -> None:
 
 
 def _packed(config: Config) -> Config:
-    return {**config, "tensors": _pack(config["tensors"])}
+    return {**config, **{key: _pack(config[key]) for key in SHAPES}}
 
 
 def _pack(shapes: Shapes) -> dict[str, Any]:

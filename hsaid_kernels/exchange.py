@@ -8,10 +8,14 @@ import contextlib
 import functools
 import operator
 import threading
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+Make = Callable[[], dict[str, Tensor]]
 
 
 class Places:
@@ -19,25 +23,29 @@ class Places:
 
     modules     all of the model's
     parameters  {name: parameter}, as `named_parameters` has them: tied ones once
-    slots       a module's _parameters, the key in it and the parameter's name: each place, several for a tied one
+    slots       {name: a module's _parameters and the key in it, for each place}: several for a tied parameter
     """
 
     def __init__(self, model: nn.Module):
         self.modules = list(model.modules())
         self.parameters = dict(model.named_parameters())
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        self.slots = [
-            (module._parameters, key, names[id(parameter)])
-            for module in self.modules
-            for key, parameter in module._parameters.items()
-            if parameter is not None
-        ]
+        self.slots: dict[str, list[tuple[dict[str, Any], str]]] = defaultdict(list)
+        for module in self.modules:
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    self.slots[names[id(parameter)]].append((module._parameters, key))
         holders = [holder for module in self.modules for holder in (module._parameters, module._modules)]
         self._seen = [(holder, tuple(holder.values())) for holder in holders]
 
     def hold(self) -> bool:
         """Whether the model still has the same modules and parameters: a sixth of the time that finding them takes."""
         return all(len(h) == len(seen) and all(map(operator.is_, h.values(), seen)) for h, seen in self._seen)
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            for holder, key in self.slots[name]:
+                holder[key] = tensor
 
 
 class Exchange:
@@ -49,35 +57,60 @@ class Exchange:
     Args:
         tensors: what stands in, by the parameter's name; the other parameters are detached.
         lock: held inside, because the model is one for all threads.
+        late: (module, make) pairs: `make` gives what stands in from the first call of the module on. Autograd runs
+            what was made last first, so a node that is made just before a block of the model runs is reached as soon as
+            backward leaves the block.
     """
 
-    def __init__(self, places: Places, tensors: Mapping[str, Tensor], lock: threading.RLock):
-        self._fill = [
-            (holder, key, tensors[name] if name in tensors else places.parameters[name].detach())
-            for holder, key, name in places.slots
-        ]
+    def __init__(
+        self,
+        places: Places,
+        tensors: Mapping[str, Tensor],
+        lock: threading.RLock,
+        late: Sequence[tuple[nn.Module, Make]] = (),
+    ):
+        self._places = places
+        self._tensors = {name: p.detach() for name, p in places.parameters.items() if name not in tensors} | tensors
         modules = [module.__dict__ for module in places.modules]
         # transformers' gradient checkpointing: layers that have it on, and in each of them the function that does it
         self._checkpoints = [(m, "_gradient_checkpointing_func") for m in modules if m.get("gradient_checkpointing")]
         # torch's RNNs keep the weights that they last ran on, and would keep ours alive
         self._kept = [(m, key) for m in modules for key in ("_flat_weights", "_flat_weight_refs") if key in m]
         self._lock = lock
+        self._late = late
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._saved: list[list[tuple[dict[str, Any], str, Any]]] = []
 
     def __enter__(self) -> None:
         self._lock.acquire()
-        saved = [(holder, key, holder[key]) for holder, key, _ in self._fill]
-        saved += [(module, key, module[key]) for module, key in [*self._checkpoints, *self._kept]]
-        self._saved.append(saved)
-        for holder, key, tensor in self._fill:
-            holder[key] = tensor
+        slots = [slot for slots in self._places.slots.values() for slot in slots]
+        self._saved.append([(holder, key, holder[key]) for holder, key in (*slots, *self._checkpoints, *self._kept)])
+        self._places.fill(self._tensors)
         for module, key in self._checkpoints:
             module[key] = functools.partial(module[key], use_reentrant=False, context_fn=self._contexts)
+        for module, make in self._late:
+            self._handles.append(module.register_forward_pre_hook(self._once(make), prepend=True))
+        self._late = ()
 
     def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         for holder, key, value in self._saved.pop():
             holder[key] = value
         self._lock.release()
+
+    def _once(self, make: Make) -> Callable[[nn.Module, Any], None]:
+        """What calls `make` and fills the places the first time that it is called itself."""
+        waiting = [make]
+
+        def hook(module: nn.Module, arguments: Any) -> None:
+            if waiting and not torch.compiler.is_compiling():  # a compiled block keeps what stands there already
+                tensors = waiting.pop()()
+                self._tensors |= tensors
+                self._places.fill(tensors)
+
+        return hook
 
     def _contexts(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
         """For `torch.utils.checkpoint`: what surrounds a layer in forward, and when it is run again."""

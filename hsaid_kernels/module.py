@@ -9,27 +9,32 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 import os
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hsaid_kernels import checkpoint
-from hsaid_kernels.exchange import Cache, Exchange, Places
+from hsaid_kernels.exchange import Cache, Exchange, Make, Places
 from hsaid_kernels.hierarchy import Hierarchy
 from hsaid_kernels.ops import WEIGHT_DTYPES
 from hsaid_kernels.plan import MAX_DIM, Plan, check_int
-from hsaid_kernels.projection import Projection, select_tensors
+from hsaid_kernels.projection import Part, Patterns, Projection, split_tensors
+from hsaid_kernels.stand_in import StandIn
+
+FULL = "full/"  # before the name of a tensor that is trained fully; a parameter's name cannot have dots in it
 
 _wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[HSAID]] = weakref.WeakKeyDictionary()
 
 
-class HSAID(nn.Module):
+class HSAID(StandIn):
     """Wraps a model for fine-tuning inside a random subspace: DID, SAID or H-SAID (docs/method.md).
 
     Args:
@@ -42,22 +47,27 @@ class HSAID(nn.Module):
         normalize, diagonal, width: of the projection, see `Plan`.
         include, exclude: regular expressions that choose the projected tensors, see `select_tensors`; the model's
             other parameters are frozen.
+        train_fully: regular expressions that choose tensors to train as they are, beside theta (a new head, say).
+            They are not projected, and not counted in intrinsic_dim; W0 stays as it is here too.
         dtype: of the projected weights: float32, bfloat16 or float16. None for that of W0, also after `.to(dtype)`;
             another one only where W0 is in float32.
         backend: "auto", or one of `available_backends()`.
+        task: the name of the first task, see `add_task`.
 
     Attributes:
         theta: nn.Parameter, float32 [d - m], zeros at the start.  multipliers: nn.Parameter, float32 [m], ones.
-        model: the wrapped model.  hierarchy, partition, plan: what the two parameters mean.
+        full: {name: nn.Parameter} of what is trained fully.  task: the name of the task that all these belong to.
+        model: the wrapped model.  hierarchy, partition, plan: what theta and the multipliers mean.
 
-    Equivalent to `torch.func.functional_call(model, hsaid.weights(), args, kwargs)`.
+    Equivalent to `torch.func.functional_call(model, hsaid.weights() | hsaid.full, args, kwargs)`.
 
-    `parameters()` and `state_dict()` are theta and the multipliers (and the configuration). `train`, `eval` and `to`
-    reach the model too, and every other attribute is the model's: its methods (`generate`) run on the projected
-    weights, but a submodule (`hsaid.encoder`) holds W0. Where no gradient is wanted, the weights are kept until theta,
-    the multipliers or W0 change; a write through `.data`, which torch does not count, is noticed only when `train()` or
-    `eval()` changes the mode. transformers' gradient checkpointing works; a model that calls `torch.utils.checkpoint`
-    itself must not do so here, because backward would run it again on W0.
+    `parameters()` and `state_dict()` are those of the task (and the configuration). `train`, `eval` and `to` reach the
+    model too, and every other attribute is the model's: its methods (`generate`) run on the projected weights, but a
+    submodule (`hsaid.encoder`) holds W0. Where no gradient is wanted, the weights are kept until theta, the multipliers
+    or W0 change; a write through `.data`, which torch does not count, is noticed only when `train()` or `eval()`
+    changes the mode. transformers' gradient checkpointing works; a model that calls `torch.utils.checkpoint` itself
+    must not do so here, because backward would run it again on W0. In backward, the gradients of a block's weights are
+    used and freed as soon as backward has left the block.
 
     Raises:
         TypeError: model is no module or holds an HSAID; a parameter or dtype is not of a kind that can be projected.
@@ -77,19 +87,20 @@ class HSAID(nn.Module):
         normalize: str = "tensor",
         diagonal: str = "gaussian",
         width: int | None = None,
-        include: str | Iterable[str] | None = None,
-        exclude: str | Iterable[str] | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        train_fully: Patterns = None,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
+        task: str = checkpoint.TASK,
     ):
         super().__init__()
         if isinstance(model, nn.Module) and any(isinstance(module, HSAID) for module in model.modules()):
             raise TypeError("model: expected a plain module, got one that is or holds an HSAID")
         if dtype is not None and dtype not in WEIGHT_DTYPES:
             raise TypeError(f"dtype: expected torch.float32, bfloat16, float16 or None, got {dtype}")
-        self.include = include if include is None or isinstance(include, str) else list(include)
-        self.exclude = exclude if exclude is None or isinstance(exclude, str) else list(exclude)
-        tensors = select_tensors(model, self.include, self.exclude)
+        self.include, self.exclude, self.train_fully = map(_patterns, (include, exclude, train_fully))
+        tensors, full = split_tensors(model, self.include, self.exclude, self.train_fully)
         check_int("intrinsic_dim", intrinsic_dim, 1, MAX_DIM)
         self.hierarchy = Hierarchy.from_model(model, skip, merge).select(tensors)
         self.partition = self.hierarchy.partition(partition, combine)
@@ -101,20 +112,24 @@ class HSAID(nn.Module):
         self.plan = Plan(shapes, intrinsic_dim - m, seed, width=width, diagonal=diagonal, normalize=normalize)
         self.given_dtype = dtype
         self.backend = backend
-        # Not a submodule: parameters(), state_dict(), apply() and an optimiser must not find W0 in here.
-        self.__dict__["model"] = model
+        self._whole = Part(self.plan)
+        self._parts = [(module, Part(self.plan, names)) for module, names in _blocks(model, tensors)]
+        self._full_names = tuple(full)
+        self._kept: dict[str, Tensor] | None = None  # W0, while the model holds the projected weights
+        self.task, self._tasks = checkpoint.check_task(task), {}
         self.training = model.training
+        self._stand_in_for(model)
         self._forget()
-        device = next(iter(tensors.values())).device
-        self.theta = nn.Parameter(torch.zeros(self.plan.dim, dtype=torch.float32, device=device))
-        # Without multipliers (DID) no gradient reaches them: DistributedDataParallel must not wait for one.
-        self.multipliers = nn.Parameter(self.partition.initial().to(device), requires_grad=m > 0)
+        self._start_task()
         self._projection(self.w0().values())
         self._register()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same arguments, on the projected weights."""
-        with self._projected():
+        if torch.compiler.is_compiling():
+            return torch.func.functional_call(self.model, self._traced(), args, kwargs)
+        self._check_ranks()
+        with self._computing():
             return self.model(*args, **kwargs)
 
     def weights(self) -> dict[str, Tensor]:
@@ -123,35 +138,120 @@ class HSAID(nn.Module):
         The tensors are views of one buffer. Without gradients they are the ones that the next calls use: read only.
         """
         with self._lock:
-            return self._weights()
+            return self._weights()[0]
 
-    def w0(self) -> dict[str, nn.Parameter]:
-        """{name: the model's own parameter} for the projected tensors, as the model has them now."""
+    def w0(self) -> dict[str, Tensor]:
+        """{name: W0_i} for the projected tensors: the model's own parameters, as it has them now."""
         with self._lock:
-            if self._places is None or not (self._running or self._places.hold()):
-                self._places = Places(self.model)
-            own = self._places.parameters
-            shapes = {name: own[name].shape for name in self.plan.names if name in own}
-            if shapes != self.plan.shapes:
-                reason = checkpoint.differences(self.plan.shapes, shapes)
-                raise ValueError(f"model: expected the tensors that it had when it was wrapped, got others: {reason}")
+            own = self._own() if self._kept is None else self._kept
             return {name: own[name] for name in self.plan.names}
 
-    def merge(self) -> nn.Module:
-        """A copy of the model with the projected weights as its parameters: an ordinary model, no trace of this one.
+    @property
+    def full(self) -> dict[str, nn.Parameter]:
+        """{name: parameter} of the tensors that are trained fully."""
+        return {name: self._parameters[_key(name)] for name in self._full_names}
 
-        `requires_grad` is as in the model, tied parameters are tied, and the dtype is that of the projected weights.
-        For a moment W0 and the weights twice are in memory; afterwards this HSAID and its model are as before.
+    def parameter_groups(
+        self,
+        *,
+        lr_theta: float | None = None,
+        lr_multipliers: float | None = None,
+        lr_full: float | None = None,
+        weight_decay: float | None = None,
+        task: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimizer, of `task` or else the set one: "theta", "multipliers", "full", without empty ones.
+
+        What is None is left to the optimizer, but the multipliers get no weight decay: it would draw them to 0, which
+        is not where they start.
+        """
+        own = self._tasks[self._known(task)] if task not in (None, self.task) else self._parameters
+        rates = {"theta": lr_theta, "multipliers": lr_multipliers, "full": lr_full}
+        groups = []
+        for name, lr in rates.items():
+            parameters = [p for key, p in own.items() if key == name or (name == "full" and key.startswith(FULL))]
+            if any(p.numel() for p in parameters):
+                decay = 0.0 if name == "multipliers" else weight_decay
+                given = {"lr": lr, "weight_decay": decay}
+                group = {"name": name, "params": parameters}
+                groups.append(group | {key: value for key, value in given.items() if value is not None})
+        return groups
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of all tasks, in the order in which they came."""
+        return tuple(self._tasks)
+
+    def add_task(self, name: str) -> None:
+        """A further task on the same W0 and basis: theta, multipliers and `full` of its own, where training starts.
+
+        The set task stays set. An optimizer is for the parameters of one task, whether that is set or not.
+        """
+        if checkpoint.check_task(name) in self._tasks:
+            raise ValueError(f"name: expected a new task, got {name!r}, which is there already")
+        with self._lock:
+            self._refuse_merged("add_task()")
+            before = self.task
+            self._tasks[before] = dict(self._parameters)
+            self.task = name
+            self._start_task()
+            self.set_task(before)
+
+    def set_task(self, name: str) -> None:
+        """From now on `theta`, `multipliers`, `full`, `parameters()`, `state_dict()` and all calls are this task's.
+
+        Set a task before wrapping this module into DistributedDataParallel, which keeps the parameters that it found.
+        """
+        self._known(name)
+        with self._lock:
+            self._refuse_merged("set_task()")
+            self._tasks[self.task] = dict(self._parameters)
+            self._parameters.update(self._tasks[name])
+            self.task = name
+            self._cache = None
+
+    def load_task(self, directory: str | os.PathLike) -> str:
+        """Adds and sets the task of a checkpoint that was saved on the same W0 and basis; returns its name.
+
+        Raises as `from_pretrained` does, and ValueError for another basis or a task that is there already.
+        """
+        return checkpoint.load_task(self, directory)
+
+    def merge(self, inplace: bool = False) -> nn.Module:
+        """The model with the projected weights (and `full`) as its parameters.
+
+        By default a copy, an ordinary model without a trace of this one: `requires_grad` is as in the model, tied
+        parameters are tied, and the dtype is that of the projected weights. For a moment W0 and the weights twice are
+        in memory; afterwards this HSAID and its model are as before.
+
+        With `inplace` the model itself, until `unmerge()` gives it W0 back. Meanwhile this HSAID only calls it: there
+        is no training, no other task and no moving.
         """
         with self._lock, torch.no_grad():
-            weights, w0 = self.weights(), self.w0()
-            # deepcopy takes what it finds in the memo for the copy already made, so W0 itself is not copied.
-            memo = {id(w0[name]): nn.Parameter(w.clone(), w0[name].requires_grad) for name, w in weights.items()}
+            self._refuse_merged("merge()")
+            own, values = self._own(), self._weights()[0] | self.full
             self._cache = None
+            if inplace:
+                self._kept = {name: own[name].data for name in values}
+                for name, value in values.items():
+                    own[name].data = value.data
+                return self.model
+            # deepcopy takes what it finds in the memo for the copy already made, so W0 itself is not copied.
+            memo = {id(own[name]): nn.Parameter(v.clone(), own[name].requires_grad) for name, v in values.items()}
             return copy.deepcopy(self.model, memo)
 
+    def unmerge(self) -> None:
+        """Gives the model W0 back, bit for bit, after `merge(inplace=True)`; RuntimeError without that."""
+        with self._lock:
+            if self._kept is None:
+                raise RuntimeError("unmerge(): expected weights that merge(inplace=True) has merged, found none")
+            own = dict(self.model.named_parameters())
+            for name, value in self._kept.items():
+                own[name].data = value
+            self._kept = None
+
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Writes theta, the multipliers and the configuration, a few kilobytes; see `checkpoint.save_pretrained`."""
+        """Writes what `task` has trained, and the configuration, a few kilobytes; see `checkpoint.save_pretrained`."""
         checkpoint.save_pretrained(self, directory)
 
     @classmethod
@@ -184,43 +284,33 @@ class HSAID(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         # Compared before anything is loaded, so that a state dict of another configuration leaves this one untouched.
         try:
+            self._refuse_merged("load_state_dict()")
             if (key := f"{prefix}_extra_state") in state_dict:
                 checkpoint.check_state(state_dict[key], self)
-        except ValueError as error:
+        except (RuntimeError, ValueError) as error:
             errors.append(str(error))
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HSAID:
-        self._cache = None
+        self._refuse_merged("to()")
         if recurse:
             self.model._apply(fn)
-        # theta and the multipliers follow to the device, and stay float32 whatever the model's dtype becomes
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            model = self.__dict__.get("model")  # none yet while this object is being unpickled
-            if model is None or name.startswith("__"):
-                raise
-        value = getattr(model, name)
-        # A method computes with the model's weights (generate, encode, get_image_features), so it must find the
-        # projected ones; those of transformers' base class are about the model (resize_token_embeddings, ...).
-        about = "transformers.modeling_utils"
-        if not inspect.ismethod(value) or value.__self__ is not model or value.__func__.__module__ == about:
-            return value
+        def apply(tensor: Tensor) -> Tensor:
+            # theta and the multipliers follow to the device, and stay float32 whatever the model's dtype becomes
+            projects = any(tensor is own or tensor is own.grad for own in (self.theta, self.multipliers))
+            return tensor.to(fn(tensor).device) if projects else fn(tensor)
 
-        @functools.wraps(value)
-        def on_projected_weights(*args: Any, **kwargs: Any) -> Any:
-            with self._projected():
-                return value(*args, **kwargs)
-
-        return on_projected_weights
+        active = self.task
+        for task in self.tasks:
+            self.set_task(task)
+            super()._apply(apply, recurse)
+        self.set_task(active)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_places", "_cache", "_lock", "_running")  # by _forget
+        made_again = ("_places", "_cache", "_lock", "_running", "_ranks_agree")  # by _forget
         return {key: value for key, value in self.__dict__.items() if key not in made_again}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -229,10 +319,11 @@ class HSAID(nn.Module):
         self._register()
 
     def __repr__(self) -> str:
+        full = f", {len(self._full_names)} trained fully" if self._full_names else ""
         return (
             f"HSAID({type(self.model).__name__}, {len(self.plan.names)} tensors, "
             f"{sum(piece.numel for piece in self.plan.pieces):,} weights, intrinsic_dim={self.intrinsic_dim} "
-            f"({self.partition.num_multipliers} multipliers), partition={self.partition.spec!r}, "
+            f"({self.partition.num_multipliers} multipliers){full}, partition={self.partition.spec!r}, "
             f"seed={self.plan.seed}, dtype={self.dtype})"
         )
 
@@ -241,6 +332,7 @@ class HSAID(nn.Module):
         self._cache: Cache | None = None
         self._lock = threading.RLock()  # the model is one: two threads must not exchange its weights at a time
         self._running = False
+        self._ranks_agree = False
 
     def _register(self) -> None:
         other = _wrappers.get(self.model, lambda: None)()
@@ -251,36 +343,103 @@ class HSAID(nn.Module):
             )
         _wrappers[self.model] = weakref.ref(self)
 
+    def _start_task(self) -> None:
+        """The parameters of `self.task`, where training starts."""
+        own = self._own()
+        device = own[self.plan.names[0]].device
+        theta = torch.zeros(self.plan.dim, dtype=torch.float32, device=device)
+        # Not by assignment, which sets what the model has. Without multipliers (DID) no gradient reaches them:
+        # DistributedDataParallel must not wait for one.
+        self.register_parameter("theta", nn.Parameter(theta))
+        ones = self.partition.initial().to(device)
+        self.register_parameter("multipliers", nn.Parameter(ones, requires_grad=len(ones) > 0))
+        for name in self._full_names:
+            self.register_parameter(_key(name), nn.Parameter(own[name].detach().clone()))
+        self._tasks[self.task] = dict(self._parameters)
+
+    def _known(self, task: str) -> str:
+        if task not in self._tasks:
+            raise ValueError(f"task: expected one of {', '.join(map(repr, self._tasks))}, got {task!r}")
+        return task
+
+    def _refuse_merged(self, call: str) -> None:
+        if self._kept is not None:
+            raise RuntimeError(
+                f"{call}: expected a model on its W0, got one that merge(inplace=True) has merged: unmerge()"
+            )
+
+    def _check_ranks(self) -> None:
+        """At the first call under DistributedDataParallel, which sends around neither basis nor W0: do they agree?"""
+        ddp = DistributedDataParallel._get_active_ddp_module()
+        if self._ranks_agree or ddp is None or not any(module is self for module in ddp.module.modules()):
+            return
+        found: list[checkpoint.Config] = [{}] * dist.get_world_size(ddp.process_group)
+        dist.all_gather_object(found, checkpoint.describe(self), ddp.process_group)
+        checkpoint.check_ranks(found)
+        self._ranks_agree = True
+
     @contextlib.contextmanager
-    def _projected(self) -> Iterator[None]:
+    def _computing(self) -> Iterator[None]:
         """A context in which the projected weights are the model's parameters, and the others are detached."""
         with self._lock:
-            if self._running:  # called from within the model: the weights are in place
+            if self._kept is not None and self.training and torch.is_grad_enabled():
+                self._refuse_merged("training")
+            if self._running or self._kept is not None:  # called from within the model: the weights are in place
                 yield
                 return
-            weights = self._weights()
+            weights, late = self._weights()
             self._running = True
             try:
-                with Exchange(self._places, weights, self._lock):
+                with Exchange(self._places, weights | self.full, self._lock, late):
                     yield
             finally:
                 self._running = False
 
-    def _weights(self) -> dict[str, Tensor]:
+    def _own(self) -> dict[str, nn.Parameter]:
+        """The model's own parameters by name; ValueError where the projected ones are no longer what they were."""
+        if self._places is None or not (self._running or self._places.hold()):
+            self._places = Places(self.model)
+        own = self._places.parameters
+        shapes = {name: own[name].shape for name in self.plan.names if name in own}
+        if shapes != self.plan.shapes:
+            reason = checkpoint.differences(self.plan.shapes, shapes)
+            raise ValueError(f"model: expected the tensors that it had when it was wrapped, got others: {reason}")
+        return own
+
+    def _weights(self) -> tuple[dict[str, Tensor], list[tuple[nn.Module, Make]]]:
+        """The projected weights; and for each block of the model, where gradients are wanted, how it gets its own."""
         w0 = list(self.w0().values())
         sources = [self.theta, self.multipliers, *w0]
         wanted = torch.is_grad_enabled() and (self.theta.requires_grad or self.multipliers.requires_grad)
+        late: list[tuple[nn.Module, Make]] = []
         # Never as inference tensors, which no later call outside inference mode could use.
         with torch.inference_mode(False), torch.set_grad_enabled(wanted):
             if wanted or self._cache is None or not self._cache.serves(sources):
                 self._cache = None  # its memory is needed now
-                factors = self.partition.factors(self.multipliers)
-                made = self._projection(w0).weights(self.theta, factors, w0)
-                if not wanted:
+                join = self._projection(w0).parts(self.theta, self.partition.factors(self.multipliers), w0)
+                made = join(self._whole)
+                if wanted:
+                    late = [
+                        (self.model.get_submodule(module), functools.partial(_join, join, part))
+                        for module, part in self._parts
+                    ]
+                else:
                     self._cache = Cache(sources, made)
             else:
                 made = self._cache.weights
-        return dict(zip(self.plan.names, made, strict=True))
+        return dict(zip(self.plan.names, made, strict=True)), late
+
+    def _traced(self) -> dict[str, Tensor]:
+        """What stands in for the model's parameters in a graph of torch.compile, which knows no lock and no cache."""
+        if self._kept is not None:
+            return {}
+        own = dict(self.model.named_parameters())
+        w0 = [own[name] for name in self.plan.names]
+        join = self._projection(w0).parts(self.theta, self.partition.factors(self.multipliers), w0)
+        tensors = {name: parameter.detach() for name, parameter in own.items()} | self.full
+        for _, part in self._parts:
+            tensors |= zip(part.plan.names, join(part), strict=True)
+        return tensors
 
     def _projection(self, w0: Collection[Tensor]) -> Projection:
         dtypes, devices = {tensor.dtype for tensor in w0}, {tensor.device for tensor in w0}
@@ -298,3 +457,29 @@ class HSAID(nn.Module):
         if not dtypes <= {dtype, torch.float32}:
             raise ValueError(f"dtype: expected the dtype of the model's tensors ({found}) or None, got {dtype}")
         return Projection(self.plan, dtype=dtype, backend=self.backend)
+
+
+def _patterns(given: Patterns) -> str | list[str] | None:
+    """As a checkpoint's JSON has them."""
+    return given if given is None or isinstance(given, str) else list(given)
+
+
+def _key(name: str) -> str:
+    """The name as a parameter of HSAID's."""
+    return FULL + name.replace(".", "/")
+
+
+def _blocks(model: nn.Module, names: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """(module, its tensors) for each block of the model: what the hierarchy has on its first level."""
+    hierarchy = Hierarchy.from_model(model).select(names)
+    blocks: dict[str | None, list[str]] = defaultdict(list)
+    for name, (block, *_) in zip(hierarchy.tensors, hierarchy.paths, strict=True):
+        blocks[block].append(name)
+    # os.path.commonprefix compares items of any kind, here the steps of the modules' names
+    prefixes = (os.path.commonprefix([name.split(".")[:-1] for name in block]) for block in blocks.values())
+    return [(".".join(prefix), block) for prefix, block in zip(prefixes, blocks.values(), strict=True)]
+
+
+def _join(join: Callable[[Part], tuple[Tensor, ...]], part: Part) -> dict[str, Tensor]:
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the model is doing
+        return dict(zip(part.plan.names, join(part), strict=True))

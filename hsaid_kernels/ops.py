@@ -182,6 +182,8 @@ def choose_device() -> torch.device:
 
 def _plain(tensor: Tensor) -> Tensor:
     """Dense (embeddings may have sparse gradients), and without lazy negation, which no list of arguments resolves."""
+    if torch.compiler.is_compiling():  # whose tensors are neither
+        return tensor
     return (tensor if tensor.layout == torch.strided else tensor.to_dense()).resolve_neg()
 
 

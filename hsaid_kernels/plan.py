@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,7 +111,7 @@ class Plan:
         holes: int64 [H, len(COLUMNS)], the rest of the flat buffer in the same form: elements of no segment, which are
             W0, and with -1 for the tensor the gaps between tensors, which are 0.
         scales: float32 [S], s_i, on the CPU; `scales_on(device)` has them elsewhere.
-        offsets: first element of each tensor in the flat buffer;  numel: length of that buffer.
+        offsets: name -> first element of the tensor in the flat buffer;  numel: length of that buffer.
     """
 
     def __init__(
@@ -141,9 +141,9 @@ class Plan:
         self.names = tuple(self.shapes)
         self.pieces = tuple(whole(n, s) for n, s in self.shapes.items()) if segments is None else tuple(segments)
 
-        self.offsets, end = [], 0
-        for shape in self.shapes.values():
-            self.offsets.append(end)
+        self.offsets, end = {}, 0
+        for name, shape in self.shapes.items():
+            self.offsets[name] = end
             end += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
         self.numel = end
         self.group_blocks = GROUP_BLOCKS
@@ -178,12 +178,20 @@ class Plan:
             self._scales[key] = self.scales.to(device)
         return self._scales[key]
 
-    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors inside a flat buffer [numel], as views in the order of `names`."""
-        return [
-            flat[start : start + math.prod(shape)].view(shape)
-            for start, shape in zip(self.offsets, self.shapes.values(), strict=True)
-        ]
+    def views(self, flat: torch.Tensor, names: Sequence[str] | None = None) -> list[torch.Tensor]:
+        """These tensors (all by default) inside a flat buffer [numel], as views."""
+        places = [(self.offsets[name], self.shapes[name]) for name in names or self.names]
+        return [flat[start : start + math.prod(shape)].view(shape) for start, shape in places]
+
+    def select(self, names: Iterable[str]) -> Plan:
+        """The plan of some of the tensors, each on the basis and at the scale that it has here."""
+        shapes = {name: self.shapes[name] for name in names}
+        rows = [row for row, piece in enumerate(self.pieces) if piece.tensor in shapes]
+        options = {"width": self.width, "diagonal": self.diagonal, "normalize": self.normalize}
+        selected = Plan(shapes, self.dim, self.seed, **options, segments=[self.pieces[row] for row in rows])
+        selected.scales = self.scales[rows]
+        selected._scales = {"cpu": selected.scales}
+        return selected
 
     def _check_pieces(self) -> None:
         if not self.pieces:
@@ -205,7 +213,7 @@ class Plan:
         rows = []
         pieces = {name: [p for p in self.pieces if p.tensor == name] for name in self.names}
         for i, (name, shape) in enumerate(self.shapes.items()):
-            size, start = math.prod(shape), self.offsets[i]
+            size, start = math.prod(shape), self.offsets[name]
             if pieces[name] != [whole(name, shape)]:
                 covered = torch.zeros(size, dtype=torch.bool, device="cpu")
                 for p in pieces[name]:
@@ -230,7 +238,7 @@ class Plan:
             blocks = self.blocks(p)
             if blocks > MAX_BLOCKS:
                 raise ValueError(f"width: {p.tensor!r} has {blocks} blocks of {self.width}, at most {MAX_BLOCKS} work")
-            start = self.offsets[i] + p.offset
+            start = self.offsets[p.tensor] + p.offset
             rows.append([i, p.offset, start, p.rows, p.cols, p.row_stride, stream, first_block])
             first_block += blocks
         return rows

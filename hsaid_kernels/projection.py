@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +12,57 @@ from hsaid_kernels import ops
 from hsaid_kernels.plan import Plan, check_choice
 
 
-class Project(torch.autograd.Function):
-    """(theta, factors) -> a weight per tensor of the plan, with the exact gradient of both.
+class Part:
+    """Tensors of a plan that share a node in the graph: when all their gradients are there, they are used and freed.
 
-    `factors` [S] has the scales s_i inside. A Function around the op and not an autograd formula of the op: backward
-    must see the gradients of all tensors at once, and the op returns one flat buffer of which the weights are views.
+    plan   of these tensors alone
+    rows   int64, where its segments are among those of the whole plan; None for all of them
+    """
+
+    def __init__(self, plan: Plan, names: Sequence[str] | None = None):
+        self.plan = plan if names is None else plan.select(names)
+        rows = [row for row, piece in enumerate(plan.pieces) if piece.tensor in self.plan.shapes]
+        self.rows = None if names is None else torch.tensor(rows, device="cpu")
+
+
+class Project(torch.autograd.Function):
+    """(theta, factors) -> the weights of a part, views of `flat`, with the exact gradient of both.
+
+    `factors` [S] are those of the whole plan and have the scales s_i inside. A Function around the op and not an
+    autograd formula of the op: the weights of all parts are made in one go, but their gradients arrive part by part.
     """
 
     @staticmethod
-    def forward(ctx, theta, factors, projection, base):
-        ctx.projection = projection
-        ctx.save_for_backward(theta, factors)
+    def forward(ctx, theta, factors, projection, part, flat):
+        ctx.projection, ctx.part = projection, part
+        # Not save_for_backward: the first layer that runs makes the node, and where it is checkpointed it runs again in
+        # backward and makes none, so what it saves would no longer match.
+        ctx.theta, ctx.factors = theta, factors
+        ctx.version = _version(theta)
         ctx.set_materialize_grads(False)
-        backend = ops.choose_backend(projection.backend, theta.device)
-        flat = ops.fastfood_forward(projection.plan, theta, factors, base, projection.dtype, backend)
-        return tuple(projection.plan.views(flat))
+        return tuple(projection.plan.views(flat, part.plan.names))
 
     @staticmethod
     def backward(ctx, *grads):
-        theta, factors = ctx.saved_tensors
+        theta, factors, part = ctx.theta, ctx.factors, ctx.part
+        if _version(theta) != ctx.version:
+            raise RuntimeError("theta has been changed in place between forward and backward, which needs it unchanged")
         backend = ops.choose_backend(ctx.projection.backend, theta.device)
         with torch.no_grad():
-            gradients = ops.fastfood_adjoint(ctx.projection.plan, theta, factors, grads, backend)
+            rows = None if part.rows is None else part.rows.to(theta.device)
+            own = factors if rows is None else factors[rows]
+            dtheta, dfactors = ops.fastfood_adjoint(part.plan, theta, own, grads, backend)
+            if rows is not None:
+                dfactors = torch.zeros_like(factors).index_copy(0, rows, dfactors)
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = _NoSecondDerivative.apply(theta, factors, *(g for g in grads if g is not None), *gradients)
-        return *gradients, None, None
+            given = (g for g in grads if g is not None)
+            dtheta, dfactors = _NoSecondDerivative.apply(theta, factors, *given, dtheta, dfactors)
+        return dtheta, dfactors, None, None, None
+
+
+def _version(tensor: Tensor) -> int | None:
+    """What counts the writes to a tensor; a compiled graph has no such count, nor an inference tensor."""
+    return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -55,9 +81,10 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError("the projection's gradient cannot be differentiated again: it has no second derivative")
 
 
-def select_tensors(
-    model: nn.Module, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
-) -> dict[str, nn.Parameter]:
+Patterns = str | Iterable[str] | None
+
+
+def select_tensors(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> dict[str, nn.Parameter]:
     """The model's parameters (tied ones once) whose name matches `include` and not `exclude`, in the model's order.
 
     Both are regular expressions, or several of them, searched for anywhere in the name.
@@ -66,15 +93,22 @@ def select_tensors(
         ValueError: an expression matches no name or is invalid, nothing is left, or a tensor is empty or on "meta".
         TypeError: a tensor is no floating-point tensor.
     """
+    return split_tensors(model, include, exclude)[0]
+
+
+def split_tensors(
+    model: nn.Module, include: Patterns = None, exclude: Patterns = None, train_fully: Patterns = None
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """(tensors to project, as in `select_tensors`; tensors that match `train_fully`, which are not among them)."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     tensors = dict(model.named_parameters())
     if not tensors:
         raise ValueError(f"model: expected at least one parameter, got a {type(model).__name__} without any")
 
-    def matching(argument: str, patterns: str | Iterable[str]) -> set[str]:
+    def matching(argument: str, patterns: Patterns) -> set[str]:
         found = set()
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
             try:
                 names = {name for name in tensors if re.search(pattern, name)}
             except re.error as error:
@@ -84,16 +118,18 @@ def select_tensors(
             found |= names
         return found
 
+    full = matching("train_fully", train_fully)
     kept = set(tensors) if include is None else matching("include", include)
-    if exclude is not None:
-        kept -= matching("exclude", exclude)
+    kept -= matching("exclude", exclude) | full
     if not kept:
+        given = {"include": include, "exclude": exclude, "train_fully": train_fully}
         raise ValueError(
-            f"include, exclude: expected them to leave a tensor, got {include!r} and {exclude!r}: none left"
+            f"{', '.join(given)}: expected them to leave a tensor to project, got "
+            f"{', '.join(map(repr, given.values()))}: none left"
         )
-    for name in kept:
+    for name in kept | full:
         check_tensor(f"model: {name!r}", tensors[name])
-    return {name: tensors[name] for name in tensors if name in kept}
+    return tuple({name: tensors[name] for name in tensors if name in chosen} for chosen in (kept, full))
 
 
 def check_tensor(what: str, tensor: object) -> None:
@@ -151,8 +187,8 @@ class Projection:
         dim: int,
         seed: int = 0,
         *,
-        include: str | Iterable[str] | None = None,
-        exclude: str | Iterable[str] | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
         **options,
     ) -> Projection:
         """From a model's parameters (tied ones once), chosen as in `select_tensors`; the other arguments as above."""
@@ -194,8 +230,18 @@ class Projection:
         return dict(zip(self.plan.names, weights, strict=True))
 
     def weights(self, theta: Tensor, factors: Tensor | None, base: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """As `forward`, in the order of the plan, for arguments known to be good: what a training step calls."""
-        return Project.apply(theta, self._scaled(theta, factors), self, base)
+        """As `forward`, in the order of the plan, for arguments known to be good."""
+        return self.parts(theta, factors, base)(Part(self.plan))
+
+    def parts(
+        self, theta: Tensor, factors: Tensor | None, base: Sequence[Tensor]
+    ) -> Callable[[Part], tuple[Tensor, ...]]:
+        """Makes all weights in one go, and gives what brings those of a part into the graph: what a step calls."""
+        scaled = self._scaled(theta, factors)
+        backend = ops.choose_backend(self.backend, theta.device)
+        with torch.no_grad():
+            flat = ops.fastfood_forward(self.plan, theta, scaled, base, self.dtype, backend)
+        return lambda part: Project.apply(theta, scaled, self, part, flat)
 
     def adjoint(
         self, grads: Mapping[str, Tensor | None], theta: Tensor, factors: Tensor | None = None

@@ -221,16 +221,19 @@ class _Stopwatch:
         """In here "forward" begins when the model inside is called, and "adjoint" is the backward of the projection."""
 
         def projected(model: nn.Module, args: tuple) -> None:
-            node = next(weight.grad_fn for weight in model.parameters() if weight.grad_fn is not None)
-            node.register_prehook(lambda _: self.switch("adjoint"))
-            node.register_hook(lambda *_: self.switch("backward"))
             self.switch("forward")
 
-        handle = hsaid.model.register_forward_pre_hook(projected)
+        def computed(model: nn.Module, args: tuple, output: Any) -> None:
+            for node in {weight.grad_fn for weight in model.parameters()} - {None}:  # one for each block of the model
+                node.register_prehook(lambda _: self.switch("adjoint"))
+                node.register_hook(lambda *_: self.switch("backward"))
+
+        handles = [hsaid.model.register_forward_pre_hook(projected), hsaid.model.register_forward_hook(computed)]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def peak_memory(device: torch.device) -> int:

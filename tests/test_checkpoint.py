@@ -314,9 +314,12 @@ def test_unknown_versions(tmp_path, config, reason):
 @pytest.mark.parametrize(
     "tensors, reason",
     [
-        (dict(theta=torch.zeros(1)), r"expected \d+ values of theta, got 1 \(torch.float32\)"),
-        (dict(multipliers=torch.zeros(9)), r"values of multipliers, got 9 \(torch.float32\)"),
-        (dict(theta=torch.zeros(20, dtype=torch.float64)), r"expected 20 values of theta, got 20 \(torch.float64\)"),
+        (dict(theta=torch.zeros(1)), r"expected theta of shape \[20\] .*, got shape \[1\] \(torch.float32\)"),
+        (dict(multipliers=torch.zeros(9)), r"expected multipliers of shape .*, got shape \[9\] \(torch.float32\)"),
+        (
+            dict(theta=torch.zeros(20, dtype=torch.float64)),
+            r"theta of shape \[20\] \(torch.float32\), got shape \[20\] \(torch.float64\)",
+        ),
     ],
 )
 def test_values_that_do_not_fit(tmp_path, tensors, reason):

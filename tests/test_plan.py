@@ -20,12 +20,12 @@ def column(plan: Plan, name: str) -> list[int]:
 def test_tensors_lie_on_cache_lines():
     """Every tensor starts at a multiple of 64 elements, right after the one before it."""
     plan = Plan(SHAPES, 200)
-    assert plan.offsets == [0, 5120, 5120 + 768, 5120 + 768 + 64]
-    assert plan.numel == 5120 + 768 + 64 + 64 and all(offset % ALIGNMENT == 0 for offset in plan.offsets)
+    assert list(plan.offsets.values()) == [0, 5120, 5120 + 768, 5120 + 768 + 64]
+    assert plan.numel == 5120 + 768 + 64 + 64 and all(offset % ALIGNMENT == 0 for offset in plan.offsets.values())
     flat = torch.arange(plan.numel)
     views = plan.views(flat)
     assert [tuple(view.shape) for view in views] == list(SHAPES.values())
-    assert [int(view.flatten()[0]) for view in views] == plan.offsets
+    assert [int(view.flatten()[0]) for view in views] == list(plan.offsets.values())
     assert all(view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for view in views)
 
 
@@ -34,7 +34,7 @@ def test_table():
     assert plan.segments.dtype == torch.int64 and plan.segments.shape == (4, 8) and plan.segments.is_contiguous()
     assert column(plan, "tensor") == [0, 1, 2, 3]
     assert column(plan, "offset") == [0, 0, 0, 0]
-    assert column(plan, "out_offset") == plan.offsets
+    assert column(plan, "out_offset") == list(plan.offsets.values())
     assert column(plan, "rows") == [1, 1, 1, 1]
     assert column(plan, "cols") == column(plan, "row_stride") == [5120, 768, 21, 1]
     assert column(plan, "stream") == [stream_id(name) for name in SHAPES]
@@ -108,7 +108,7 @@ def test_segments_and_holes_cover_the_buffer_once(segments):
         shape, start = (row[at["rows"]], row[at["cols"]]), row[at["out_offset"]]
         times.as_strided(shape, (row[at["row_stride"]], 1), start).add_(1)
         if row[at["tensor"]] >= 0:
-            assert start == plan.offsets[row[at["tensor"]]] + row[at["offset"]]
+            assert start == plan.offsets[plan.names[row[at["tensor"]]]] + row[at["offset"]]
     assert (times == 1).all()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hsaid_kernels import Projection, reference
 from hsaid_kernels.plan import Plan, stream_id
-from hsaid_kernels.projection import Project, select_tensors
+from hsaid_kernels.projection import select_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -198,7 +198,7 @@ def test_gradcheck():
     base = [torch.randn(shape, dtype=torch.float64) for shape in plan.shapes.values()]
     theta = torch.randn(40, dtype=torch.float64, requires_grad=True)
     factors = (torch.rand(3, dtype=torch.float64) + 0.5).requires_grad_()
-    assert torch.autograd.gradcheck(lambda t, f: Project.apply(t, f, p, base)[:2], (theta, factors))
+    assert torch.autograd.gradcheck(lambda t, f: p.weights(t, f, base)[:2], (theta, factors))
 
 
 @pytest.mark.parametrize("diagonal", DIAGONALS)
@@ -317,7 +317,7 @@ def with_parameter(tensor: Tensor) -> nn.Module:
         (model(), {"include": "nothing"}, ValueError, "include: 'nothing' matches none of the 7 tensors of the model"),
         (model(), {"exclude": ["bias", "no"]}, ValueError, "exclude: 'no' matches none of the 7 tensors of the model"),
         (model(), {"include": "["}, ValueError, r"include: expected a regular expression, got '\['"),
-        (model(), {"exclude": "."}, ValueError, "include, exclude: expected them to leave a tensor, got None and '.'"),
+        (model(), {"exclude": "."}, ValueError, "expected them to leave a tensor to project, got None, '.', None"),
         (nn.ReLU(), {}, ValueError, "model: expected at least one parameter, got a ReLU without any"),
         ({"a": torch.ones(3)}, {}, TypeError, "model: expected a torch.nn.Module, got dict"),
         (
