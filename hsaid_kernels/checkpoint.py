@@ -186,9 +186,9 @@ def encode_state(config: Config) -> Tensor:
 def check_state(state: Tensor, hsaid: HSAID) -> None:
     """Refuses (ValueError) an encoded configuration of another task, or by which the values mean other weights."""
     config = _parse("state_dict", bytes(state.tolist()).decode())
-    _check_config("state_dict", config, hsaid)
     if config["task"] != hsaid.task:
         raise ValueError(f"state_dict: expected task {hsaid.task!r}, which is set, got {config['task']!r}")
+    _check_config("state_dict", config, hsaid)
 
 
 def differences(expected: Shapes, got: Shapes, at_most: int = 3) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Make = Callable[[], dict[str, Tensor]]
+Late = tuple[nn.Module, Sequence[str], Callable[[], Sequence[Tensor]]]
 
 
 class Places:
@@ -24,6 +24,7 @@ class Places:
     modules     all of the model's
     parameters  {name: parameter}, as `named_parameters` has them: tied ones once
     slots       {name: a module's _parameters and the key in it, for each place}: several for a tied parameter
+    tied        {name: the modules that have it} for those that are in several places
     """
 
     def __init__(self, model: nn.Module):
@@ -31,10 +32,13 @@ class Places:
         self.parameters = dict(model.named_parameters())
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.slots: dict[str, list[tuple[dict[str, Any], str]]] = defaultdict(list)
+        owners: dict[str, list[nn.Module]] = defaultdict(list)
         for module in self.modules:
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     self.slots[names[id(parameter)]].append((module._parameters, key))
+                    owners[names[id(parameter)]].append(module)
+        self.tied = {name: modules for name, modules in owners.items() if len(modules) > 1}
         holders = [holder for module in self.modules for holder in (module._parameters, module._modules)]
         self._seen = [(holder, tuple(holder.values())) for holder in holders]
 
@@ -57,9 +61,9 @@ class Exchange:
     Args:
         tensors: what stands in, by the parameter's name; the other parameters are detached.
         lock: held inside, because the model is one for all threads.
-        late: (module, make) pairs: `make` gives what stands in from the first call of the module on. Autograd runs
-            what was made last first, so a node that is made just before a block of the model runs is reached as soon as
-            backward leaves the block.
+        late: (module, names, make): from the first call of the module, or of another one that has one of the names, on,
+            what `make` gives stands in for these. Autograd runs what was made last first, so a node that is made just
+            before a block of the model runs is reached as soon as backward leaves the block.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class Exchange:
         places: Places,
         tensors: Mapping[str, Tensor],
         lock: threading.RLock,
-        late: Sequence[tuple[nn.Module, Make]] = (),
+        late: Sequence[Late] = (),
     ):
         self._places = places
         self._tensors = {name: p.detach() for name, p in places.parameters.items() if name not in tensors} | tensors
@@ -88,8 +92,10 @@ class Exchange:
         self._places.fill(self._tensors)
         for module, key in self._checkpoints:
             module[key] = functools.partial(module[key], use_reentrant=False, context_fn=self._contexts)
-        for module, make in self._late:
-            self._handles.append(module.register_forward_pre_hook(self._once(make), prepend=True))
+        for module, names, make in self._late:
+            hook, tied = self._once(names, make), self._places.tied
+            for place in {module, *(owner for name in names if name in tied for owner in tied[name])}:
+                self._handles.append(place.register_forward_pre_hook(hook, prepend=True))
         self._late = ()
 
     def __exit__(self, *_: object) -> None:
@@ -100,13 +106,13 @@ class Exchange:
             holder[key] = value
         self._lock.release()
 
-    def _once(self, make: Make) -> Callable[[nn.Module, Any], None]:
-        """What calls `make` and fills the places the first time that it is called itself."""
+    def _once(self, names: Sequence[str], make: Callable[[], Sequence[Tensor]]) -> Callable[[nn.Module, Any], None]:
+        """A hook that the first time that it is called puts what `make` gives in place."""
         waiting = [make]
 
         def hook(module: nn.Module, arguments: Any) -> None:
             if waiting and not torch.compiler.is_compiling():  # a compiled block keeps what stands there already
-                tensors = waiting.pop()()
+                tensors = dict(zip(names, waiting.pop()(), strict=True))
                 self._tensors |= tensors
                 self._places.fill(tensors)
 

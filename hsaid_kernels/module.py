@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hsaid_kernels import checkpoint
-from hsaid_kernels.exchange import Cache, Exchange, Make, Places
+from hsaid_kernels.exchange import Cache, Exchange, Late, Places
 from hsaid_kernels.hierarchy import Hierarchy
 from hsaid_kernels.ops import WEIGHT_DTYPES
 from hsaid_kernels.plan import MAX_DIM, Plan, check_int
@@ -178,6 +178,11 @@ class HSAID(StandIn):
         return groups
 
     @property
+    def merged(self) -> bool:
+        """Whether the model holds the projected weights: from `merge(inplace=True)` to `unmerge()`."""
+        return self._kept is not None
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """The names of all tasks, in the order in which they came."""
         return tuple(self._tasks)
@@ -243,7 +248,7 @@ class HSAID(StandIn):
     def unmerge(self) -> None:
         """Gives the model W0 back, bit for bit, after `merge(inplace=True)`; RuntimeError without that."""
         with self._lock:
-            if self._kept is None:
+            if not self.merged:
                 raise RuntimeError("unmerge(): expected weights that merge(inplace=True) has merged, found none")
             own = dict(self.model.named_parameters())
             for name, value in self._kept.items():
@@ -363,7 +368,7 @@ class HSAID(StandIn):
         return task
 
     def _refuse_merged(self, call: str) -> None:
-        if self._kept is not None:
+        if self.merged:
             raise RuntimeError(
                 f"{call}: expected a model on its W0, got one that merge(inplace=True) has merged: unmerge()"
             )
@@ -382,9 +387,9 @@ class HSAID(StandIn):
     def _computing(self) -> Iterator[None]:
         """A context in which the projected weights are the model's parameters, and the others are detached."""
         with self._lock:
-            if self._kept is not None and self.training and torch.is_grad_enabled():
+            if self.merged and self.training and torch.is_grad_enabled():
                 self._refuse_merged("training")
-            if self._running or self._kept is not None:  # called from within the model: the weights are in place
+            if self._running or self.merged:  # called from within the model: the weights are in place
                 yield
                 return
             weights, late = self._weights()
@@ -406,12 +411,12 @@ class HSAID(StandIn):
             raise ValueError(f"model: expected the tensors that it had when it was wrapped, got others: {reason}")
         return own
 
-    def _weights(self) -> tuple[dict[str, Tensor], list[tuple[nn.Module, Make]]]:
+    def _weights(self) -> tuple[dict[str, Tensor], list[Late]]:
         """The projected weights; and for each block of the model, where gradients are wanted, how it gets its own."""
         w0 = list(self.w0().values())
         sources = [self.theta, self.multipliers, *w0]
         wanted = torch.is_grad_enabled() and (self.theta.requires_grad or self.multipliers.requires_grad)
-        late: list[tuple[nn.Module, Make]] = []
+        late: list[Late] = []
         # Never as inference tensors, which no later call outside inference mode could use.
         with torch.inference_mode(False), torch.set_grad_enabled(wanted):
             if wanted or self._cache is None or not self._cache.serves(sources):
@@ -420,7 +425,7 @@ class HSAID(StandIn):
                 made = join(self._whole)
                 if wanted:
                     late = [
-                        (self.model.get_submodule(module), functools.partial(_join, join, part))
+                        (self.model.get_submodule(module), part.plan.names, functools.partial(_join, join, part))
                         for module, part in self._parts
                     ]
                 else:
@@ -431,7 +436,7 @@ class HSAID(StandIn):
 
     def _traced(self) -> dict[str, Tensor]:
         """What stands in for the model's parameters in a graph of torch.compile, which knows no lock and no cache."""
-        if self._kept is not None:
+        if self.merged:
             return {}
         own = dict(self.model.named_parameters())
         w0 = [own[name] for name in self.plan.names]
@@ -470,16 +475,24 @@ def _key(name: str) -> str:
 
 
 def _blocks(model: nn.Module, names: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """(module, its tensors) for each block of the model: what the hierarchy has on its first level."""
+    """(module, its tensors) for each block of the model, which is what the hierarchy has on its first level.
+
+    The module is the innermost one that holds them all and is called (a ModuleList is not).
+    """
     hierarchy = Hierarchy.from_model(model).select(names)
     blocks: dict[str | None, list[str]] = defaultdict(list)
     for name, (block, *_) in zip(hierarchy.tensors, hierarchy.paths, strict=True):
         blocks[block].append(name)
-    # os.path.commonprefix compares items of any kind, here the steps of the modules' names
-    prefixes = (os.path.commonprefix([name.split(".")[:-1] for name in block]) for block in blocks.values())
-    return [(".".join(prefix), block) for prefix, block in zip(prefixes, blocks.values(), strict=True)]
+    found = []
+    for block in blocks.values():
+        # os.path.commonprefix compares items of any kind, here the steps of the modules' names
+        module = ".".join(os.path.commonprefix([name.split(".")[:-1] for name in block]))
+        while type(model.get_submodule(module)).forward is nn.Module.forward:
+            module = module.rpartition(".")[0]
+        found.append((module, block))
+    return found
 
 
-def _join(join: Callable[[Part], tuple[Tensor, ...]], part: Part) -> dict[str, Tensor]:
+def _join(join: Callable[[Part], Sequence[Tensor]], part: Part) -> Sequence[Tensor]:
     with torch.inference_mode(False), torch.enable_grad():  # whatever the model is doing
-        return dict(zip(part.plan.names, join(part), strict=True))
+        return join(part)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hsaid_kernels import reference
-from hsaid_kernels.plan import Plan, check_choice
+from hsaid_kernels.plan import Plan, check_choice, find_plan
 
 NAMESPACE, TRITON_NAMESPACE = "hsaid_kernels", "hsaid_kernels_triton"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -182,8 +182,6 @@ def choose_device() -> torch.device:
 
 def _plain(tensor: Tensor) -> Tensor:
     """Dense (embeddings may have sparse gradients), and without lazy negation, which no list of arguments resolves."""
-    if torch.compiler.is_compiling():  # whose tensors are neither
-        return tensor
     return (tensor if tensor.layout == torch.strided else tensor.to_dense()).resolve_neg()
 
 
@@ -200,6 +198,8 @@ def fastfood_forward(
     `base` is empty (zeros) or has a tensor per tensor of the plan, in `dtype` or float32. Gaps between tensors are 0.
     Equivalent to `reference.forward`, to the last bit in float32.
     """
+    if torch.compiler.is_compiling():
+        return torch.ops.hsaid_kernels.planned_forward(theta, factors, list(base), plan.key, dtype, backend)
     if backend == "reference":
         return reference.forward(plan, theta, factors, base, dtype)
     width, signs, seed = plan.width, plan.rademacher, _signed(plan.seed)
@@ -215,12 +215,48 @@ def fastfood_adjoint(
 
     Equivalent to `reference.adjoint`, to the last bit in float32.
     """
+    if torch.compiler.is_compiling():
+        return torch.ops.hsaid_kernels.planned_adjoint(theta, factors, list(grads), plan.key, backend)
     if backend == "reference":
         return reference.adjoint(plan, theta, factors, grads)
     tensors = [None if grad is None else _plain(grad) for grad in grads]
     return _kernels(backend).fastfood_adjoint(
         theta, factors, tensors, plan.segments, _signed(plan.seed), plan.width, plan.rademacher, plan.group_blocks
     )
+
+
+# What torch.compile puts into its graphs: the plan by its key, and not its tensors, which are on the CPU: CUDA graphs
+# take none.
+torch.library.define(
+    f"{NAMESPACE}::planned_forward",
+    "(Tensor theta, Tensor factors, Tensor[] base, str plan, ScalarType dtype, str backend) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    f"{NAMESPACE}::planned_adjoint",
+    "(Tensor theta, Tensor factors, Tensor?[] grads, str plan, str backend) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl(f"{NAMESPACE}::planned_forward", "CompositeExplicitAutograd")
+def _planned_forward(theta, factors, base, plan, dtype, backend):
+    return fastfood_forward(find_plan(plan), theta, factors, base, dtype, backend)
+
+
+@torch.library.impl(f"{NAMESPACE}::planned_adjoint", "CompositeExplicitAutograd")
+def _planned_adjoint(theta, factors, grads, plan, backend):
+    return fastfood_adjoint(find_plan(plan), theta, factors, grads, backend)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::planned_forward")
+def _fake_planned_forward(theta, factors, base, plan, dtype, backend):
+    return theta.new_empty(find_plan(plan).numel, dtype=dtype)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::planned_adjoint")
+def _fake_planned_adjoint(theta, factors, grads, plan, backend):
+    return torch.empty_like(theta), torch.empty_like(factors)
 
 
 def empty_cache() -> int:

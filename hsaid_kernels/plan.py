@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -93,6 +96,14 @@ def default_width(dim: int) -> int:
     return min(max(1 << (dim - 1).bit_length(), MIN_WIDTH), MAX_WIDTH)
 
 
+_known: defaultdict[str, weakref.WeakSet[Plan]] = defaultdict(weakref.WeakSet)
+
+
+def find_plan(key: str) -> Plan:
+    """A living plan with this `Plan.key`, which is how graphs of torch.compile name it, here and in later processes."""
+    return next(iter(_known[key]))
+
+
 class Plan:
     """Everything about a projection but the values: a static table of segments and the numbers that kernels need.
 
@@ -111,6 +122,7 @@ class Plan:
         holes: int64 [H, len(COLUMNS)], the rest of the flat buffer in the same form: elements of no segment, which are
             W0, and with -1 for the tensor the gaps between tensors, which are 0.
         scales: float32 [S], s_i, on the CPU; `scales_on(device)` has them elsewhere.
+        key: a hash of all of this: equal plans have equal keys, in every process.
         offsets: name -> first element of the tensor in the flat buffer;  numel: length of that buffer.
     """
 
@@ -157,6 +169,13 @@ class Plan:
             device="cpu",
         )
         self._scales = {"cpu": self.scales}
+        known = (self.shapes, self.pieces, self.dim, self.seed, self.width, diagonal, normalize, GENERATOR)
+        self.key = hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()
+        _known[self.key].add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _known[self.key].add(self)
 
     @property
     def chunks(self) -> int:

@@ -1,0 +1,132 @@
+"""Two processes over gloo: only what is trained is reduced, both ranks stay the same, ranks that differ are named.
+
+Run as a script, this file is one of the two processes.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import bert
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from hsaid_kernels import HSAID
+
+KINDS = {"hsaid": dict(train_fully="classifier"), "did": dict(partition="did")}
+DIFFERENT = {  # on each rank something else; what must be said
+    "seed": (
+        lambda rank: HSAID(bert(), 60, seed=rank),
+        "seed: expected the same on all ranks, got 0 on rank 0, 1 on rank 1",
+    ),
+    "task": (
+        lambda rank: HSAID(bert(), 60, task="ab"[rank]),
+        "task: expected the same on all ranks, got 'a' on rank 0, 'b' on rank 1",
+    ),
+    "W0": (
+        lambda rank: (torch.manual_seed(rank), HSAID(bert(), 60))[1],
+        "model: expected the same W0 on all ranks, but 'bert.embeddings.word_embeddings.weight' on rank 1 is not",
+    ),
+}
+
+
+def fresh(kind: str) -> HSAID:
+    torch.manual_seed(0)
+    return HSAID(bert().eval(), 60, **KINDS[kind])
+
+
+def train(model: torch.nn.Module, rows: slice) -> list[float]:
+    torch.manual_seed(1)
+    ids, labels = torch.randint(50, (8, 6)), torch.arange(8) % 3 % 2
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = model(ids[rows], labels=labels[rows]).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def train_in_parallel(kind: str, rank: int) -> dict:
+    hsaid, reduced = fresh(kind), []
+    ddp = DistributedDataParallel(hsaid)
+
+    def hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        reduced.append(bucket.buffer().numel())
+        return allreduce_hook(None, bucket)
+
+    ddp.register_comm_hook(None, hook)
+    losses = train(ddp, slice(rank, None, 2))
+    tensors = {name: p.detach() for name, p in hsaid.named_parameters()}
+    with torch.no_grad():
+        return {"trained": tensors, "weights": hsaid.weights(), "losses": losses, "reduced": reduced}
+
+
+def refusal(make, rank: int) -> str:
+    ddp = DistributedDataParallel(make(rank))
+    try:
+        ddp(torch.ones(1, 4, dtype=torch.long))
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What the two processes found."""
+    out = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(out)]
+    processes = [
+        subprocess.Popen(command, env=os.environ | shared | {"RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    for process in processes:
+        assert not process.wait(120), process.stderr.read()
+    return [torch.load(out / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_are_one_process_with_the_doubled_batch(ranks, kind):
+    first, second = (found[kind] for found in ranks)
+    for what in ("trained", "weights"):
+        for name, tensor in first[what].items():
+            assert torch.equal(tensor, second[what][name]), name
+    alone = fresh(kind)
+    losses = train(alone, slice(None))
+    assert first["trained"]["theta"].all() and first["losses"] != second["losses"]
+    for name, parameter in alone.named_parameters():
+        assert torch.allclose(first["trained"][name], parameter, atol=1e-5), name
+    means = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
+    assert means == pytest.approx(losses, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_is_trained_is_reduced(ranks, kind):
+    trained = sum(p.numel() for p in fresh(kind).parameters())
+    assert trained == 60 + (2 * 16 + 2) * (kind == "hsaid")
+    assert all(found[kind]["reduced"] == [trained] * 4 for found in ranks)
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_ranks_that_differ_are_named_at_the_first_step(ranks, what):
+    assert all(found[what].startswith(DIFFERENT[what][1]) for found in ranks), ranks[0][what]
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    found = {kind: train_in_parallel(kind, rank) for kind in KINDS}
+    found |= {what: refusal(make, rank) for what, (make, _) in DIFFERENT.items()}
+    torch.save(found, Path(sys.argv[1], f"{rank}.pt"))
+    dist.destroy_process_group()

@@ -1,0 +1,183 @@
+"""Gradients of the weights are used, and freed, as backward leaves the blocks of the model.
+
+Run as a script, this file is a process whose memory is measured.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from helpers import memory
+from models import IDS, SIZES, bert, mlp, moved, tied_models
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from hsaid_kernels import HSAID, ops
+
+MARGIN = 64e6  # bytes
+
+
+@pytest.fixture
+def adjoints(monkeypatch):
+    """For each call of the adjoint: the tensors that it is for, and how many gradients of earlier ones still live."""
+    calls, gradients = [], []
+    adjoint = ops.fastfood_adjoint
+
+    def watched(plan, theta, factors, grads, backend):
+        calls.append((plan.names, sum(not gradient.expired() for gradient in gradients)))
+        gradients.extend(StorageWeakRef(grad.untyped_storage()) for grad in grads if grad is not None)
+        return adjoint(plan, theta, factors, grads, backend)
+
+    monkeypatch.setattr(ops, "fastfood_adjoint", watched)
+    return calls
+
+
+def deep_bert(**changes) -> nn.Module:
+    sizes = SIZES | dict(num_hidden_layers=4, max_position_embeddings=16) | changes
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
+
+
+def blocks(calls: list) -> list[str]:
+    """Of each call, what its tensors' names begin with, less "bert.encoder"."""
+    return [os.path.commonprefix(names).removeprefix("bert.").removeprefix("encoder.") for names, _ in calls]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_backward_uses_the_gradients_of_a_block_before_it_enters_the_next(adjoints, checkpointed):
+    model = deep_bert()
+    hsaid = HSAID(model, 100)
+    if checkpointed:
+        model.activation_checkpointing_enable()
+    entered = []
+    for i, layer in enumerate(model.bert.encoder.layer):
+        layer.output.dense.register_full_backward_hook(lambda *_, i=i: entered.append((i, len(adjoints))))
+    hsaid(IDS, labels=torch.tensor([0, 1])).loss.backward()
+    assert blocks(adjoints) == ["classifier.", "pooler.dense.", *(f"layer.{i}." for i in (3, 2, 1, 0)), "embeddings."]
+    assert entered == [(3, 2), (2, 3), (1, 4), (0, 5)]
+    assert [alive for _, alive in adjoints] == [0] * 7
+
+
+def test_the_sum_over_the_blocks_is_the_gradient(adjoints):
+    model = deep_bert().eval()
+    hsaid = moved(HSAID(model, 100, train_fully="pooler"))
+    hsaid(IDS, labels=torch.tensor([0, 1])).loss.backward()
+    got = {name: parameter.grad for name, parameter in hsaid.named_parameters()}
+    assert len(adjoints) == 6
+    hsaid.zero_grad()
+    tensors = hsaid.weights() | hsaid.full  # one node for all
+    torch.func.functional_call(model, tensors, (IDS,), {"labels": torch.tensor([0, 1])}).loss.backward()
+    assert len(adjoints) == 7
+    for name, parameter in hsaid.named_parameters():
+        assert (got[name] - parameter.grad).norm() <= 1e-6 * parameter.grad.norm(), name
+
+
+@pytest.mark.parametrize("kind", tied_models())
+def test_tied_weights_belong_to_the_block_that_runs_first(kind, adjoints):
+    hsaid = HSAID(tied_models()[kind](), 80)
+    hsaid(input_ids=IDS, labels=IDS).loss.backward()
+    names = [name for names, _ in adjoints for name in names]
+    assert len(set(names)) == len(names) and set(names) <= set(hsaid.plan.names)
+    assert hsaid.theta.grad.any()
+
+
+def test_the_first_use_may_be_without_gradients():
+    class Peeking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.layer(x)
+            with torch.inference_mode():
+                self.layer(x)
+            return self.layer(x)
+
+    hsaid, x = moved(HSAID(Peeking(), 24)), torch.randn(2, 4)
+    hsaid(x).sum().backward()
+    assert hsaid.theta.grad.any() and torch.equal(hsaid(x), hsaid.merge()(x))
+
+
+def test_weights_that_a_block_is_not_asked_for(adjoints):
+    """Taken by the root module and not by the block that owns them: they have the node that all have at first."""
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.second(nn.functional.linear(x, self.first.weight))
+
+    hsaid = moved(HSAID(Root(), 24))
+    hsaid(torch.randn(2, 4)).sum().backward()
+    assert [names for names, _ in adjoints] == [("second.weight", "second.bias"), hsaid.plan.names]
+    got = hsaid.theta.grad.clone()
+    hsaid.zero_grad()
+    assert got.any()
+
+
+def test_the_model_has_no_hooks_afterwards():
+    model = deep_bert()
+    HSAID(model, 100)(IDS)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_theta_changed_before_backward_is_refused():
+    hsaid = HSAID(mlp(), 24)
+    loss = hsaid(torch.ones(1, 4)).sum()
+    with torch.no_grad():
+        hsaid.theta.add_(1)
+    with pytest.raises(RuntimeError, match="theta has been changed in place between forward and backward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "of_weights, of_w0", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+)
+def test_peak_of_a_step(of_weights, of_w0):
+    command = [sys.executable, __file__, of_weights, of_w0]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    peak, w0, weights, largest, activations = map(int, done.stdout.split())
+    assert w0 > 1.5 * MARGIN  # or the margin would hide the gradients of all
+    assert peak <= w0 + weights + activations + largest + MARGIN
+
+
+if __name__ == "__main__":
+    of_weights, of_w0 = (getattr(torch, name) for name in sys.argv[1:])
+    with torch.no_grad():
+        HSAID(bert(), 60)(IDS)  # what loads when it is first used
+    before = memory("VmRSS")
+    sizes = dict(vocab_size=1000, hidden_size=640, intermediate_size=2560, num_attention_heads=8, num_hidden_layers=12)
+    with torch.device("meta"):
+        model = deep_bert(**sizes)
+    model = model.to_empty(device="cpu").to(of_w0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    model.bert.embeddings.position_ids = torch.arange(16)[None]
+    model.bert.embeddings.token_type_ids = torch.zeros(1, 16, dtype=torch.long)
+    hsaid = HSAID(model, 1000, dtype=of_weights if of_weights != of_w0 else None)
+    kept: dict[int, int] = {}  # of activations
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes() if storage.nbytes() < 1e7 else 0  # the weights are one large buffer
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hsaid(IDS, labels=torch.tensor([0, 1])).loss.backward()
+    hsaid(IDS, labels=torch.tensor([0, 1])).loss.backward()
+    size = of_weights.itemsize
+    numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    largest = max(sum(numels[name] for name in part.plan.names) for _, part in hsaid._parts) * size
+    print(
+        memory("VmHWM") - before,
+        sum(numels.values()) * of_w0.itemsize,
+        hsaid.plan.numel * size,
+        largest,
+        sum(kept.values()),
+    )
