@@ -151,12 +151,6 @@ def last_checkpoint(directory: str | os.PathLike) -> str | None:
     return None
 
 
-def check_task(name: str) -> str:
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"task: expected a name, got {name!r}")
-    return name
-
-
 def check_ranks(configs: Sequence[Config]) -> None:
     """Refuses (ValueError) ranks of a distributed run that do not have the same configuration and W0."""
     for key, first in configs[0].items():

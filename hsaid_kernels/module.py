@@ -27,14 +27,12 @@ from hsaid_kernels.hierarchy import Hierarchy
 from hsaid_kernels.ops import WEIGHT_DTYPES
 from hsaid_kernels.plan import MAX_DIM, Plan, check_int
 from hsaid_kernels.projection import Part, Patterns, Projection, split_tensors
-from hsaid_kernels.stand_in import StandIn
-
-FULL = "full/"  # before the name of a tensor that is trained fully; a parameter's name cannot have dots in it
+from hsaid_kernels.tasks import Tasks, check_task
 
 _wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[HSAID]] = weakref.WeakKeyDictionary()
 
 
-class HSAID(StandIn):
+class HSAID(Tasks):
     """Wraps a model for fine-tuning inside a random subspace: DID, SAID or H-SAID (docs/method.md).
 
     Args:
@@ -114,21 +112,22 @@ class HSAID(StandIn):
         self.backend = backend
         self._whole = Part(self.plan)
         self._parts = [(module, Part(self.plan, names)) for module, names in _blocks(model, tensors)]
-        self._full_names = tuple(full)
         self._kept: dict[str, Tensor] | None = None  # W0, while the model holds the projected weights
-        self.task, self._tasks = checkpoint.check_task(task), {}
+        every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._tied = every - dict(model.named_parameters()).keys()  # further names of tensors
+        self.task, self._tasks, self._full_names = check_task(task), {}, tuple(full)
         self.training = model.training
-        self._stand_in_for(model)
         self._forget()
+        self._stand_in_for(model)  # from now on, what is new and the model has is set there
         self._start_task()
         self._projection(self.w0().values())
+        self._upload()
         self._register()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same arguments, on the projected weights."""
         if torch.compiler.is_compiling():
             return torch.func.functional_call(self.model, self._traced(), args, kwargs)
-        self._check_ranks()
         with self._computing():
             return self.model(*args, **kwargs)
 
@@ -147,73 +146,9 @@ class HSAID(StandIn):
             return {name: own[name] for name in self.plan.names}
 
     @property
-    def full(self) -> dict[str, nn.Parameter]:
-        """{name: parameter} of the tensors that are trained fully."""
-        return {name: self._parameters[_key(name)] for name in self._full_names}
-
-    def parameter_groups(
-        self,
-        *,
-        lr_theta: float | None = None,
-        lr_multipliers: float | None = None,
-        lr_full: float | None = None,
-        weight_decay: float | None = None,
-        task: str | None = None,
-    ) -> list[dict[str, Any]]:
-        """Groups for an optimizer, of `task` or else the set one: "theta", "multipliers", "full", without empty ones.
-
-        What is None is left to the optimizer, but the multipliers get no weight decay: it would draw them to 0, which
-        is not where they start.
-        """
-        own = self._tasks[self._known(task)] if task not in (None, self.task) else self._parameters
-        rates = {"theta": lr_theta, "multipliers": lr_multipliers, "full": lr_full}
-        groups = []
-        for name, lr in rates.items():
-            parameters = [p for key, p in own.items() if key == name or (name == "full" and key.startswith(FULL))]
-            if any(p.numel() for p in parameters):
-                decay = 0.0 if name == "multipliers" else weight_decay
-                given = {"lr": lr, "weight_decay": decay}
-                group = {"name": name, "params": parameters}
-                groups.append(group | {key: value for key, value in given.items() if value is not None})
-        return groups
-
-    @property
     def merged(self) -> bool:
         """Whether the model holds the projected weights: from `merge(inplace=True)` to `unmerge()`."""
         return self._kept is not None
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The names of all tasks, in the order in which they came."""
-        return tuple(self._tasks)
-
-    def add_task(self, name: str) -> None:
-        """A further task on the same W0 and basis: theta, multipliers and `full` of its own, where training starts.
-
-        The set task stays set. An optimizer is for the parameters of one task, whether that is set or not.
-        """
-        if checkpoint.check_task(name) in self._tasks:
-            raise ValueError(f"name: expected a new task, got {name!r}, which is there already")
-        with self._lock:
-            self._refuse_merged("add_task()")
-            before = self.task
-            self._tasks[before] = dict(self._parameters)
-            self.task = name
-            self._start_task()
-            self.set_task(before)
-
-    def set_task(self, name: str) -> None:
-        """From now on `theta`, `multipliers`, `full`, `parameters()`, `state_dict()` and all calls are this task's.
-
-        Set a task before wrapping this module into DistributedDataParallel, which keeps the parameters that it found.
-        """
-        self._known(name)
-        with self._lock:
-            self._refuse_merged("set_task()")
-            self._tasks[self.task] = dict(self._parameters)
-            self._parameters.update(self._tasks[name])
-            self.task = name
-            self._cache = None
 
     def load_task(self, directory: str | os.PathLike) -> str:
         """Adds and sets the task of a checkpoint that was saved on the same W0 and basis; returns its name.
@@ -312,6 +247,7 @@ class HSAID(StandIn):
             self.set_task(task)
             super()._apply(apply, recurse)
         self.set_task(active)
+        self._upload()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -319,8 +255,8 @@ class HSAID(StandIn):
         return {key: value for key, value in self.__dict__.items() if key not in made_again}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
         self._forget()
+        super().__setstate__(state)
         self._register()
 
     def __repr__(self) -> str:
@@ -348,24 +284,14 @@ class HSAID(StandIn):
             )
         _wrappers[self.model] = weakref.ref(self)
 
-    def _start_task(self) -> None:
-        """The parameters of `self.task`, where training starts."""
-        own = self._own()
-        device = own[self.plan.names[0]].device
-        theta = torch.zeros(self.plan.dim, dtype=torch.float32, device=device)
-        # Not by assignment, which sets what the model has. Without multipliers (DID) no gradient reaches them:
-        # DistributedDataParallel must not wait for one.
-        self.register_parameter("theta", nn.Parameter(theta))
-        ones = self.partition.initial().to(device)
-        self.register_parameter("multipliers", nn.Parameter(ones, requires_grad=len(ones) > 0))
-        for name in self._full_names:
-            self.register_parameter(_key(name), nn.Parameter(own[name].detach().clone()))
-        self._tasks[self.task] = dict(self._parameters)
-
-    def _known(self, task: str) -> str:
-        if task not in self._tasks:
-            raise ValueError(f"task: expected one of {', '.join(map(repr, self._tasks))}, got {task!r}")
-        return task
+    def _upload(self) -> None:
+        """Small tables to where theta is: in good time, because torch.compile would see them change after one step."""
+        device = self.theta.device
+        with torch.no_grad():
+            self.partition.factors(self.multipliers)
+        self.plan.scales_on(device)
+        for _, part in self._parts:
+            part.rows_on(device)
 
     def _refuse_merged(self, call: str) -> None:
         if self.merged:
@@ -376,7 +302,7 @@ class HSAID(StandIn):
     def _check_ranks(self) -> None:
         """At the first call under DistributedDataParallel, which sends around neither basis nor W0: do they agree?"""
         ddp = DistributedDataParallel._get_active_ddp_module()
-        if self._ranks_agree or ddp is None or not any(module is self for module in ddp.module.modules()):
+        if self._ranks_agree or ddp is None or not {self, self.model} & set(ddp.module.modules()):
             return
         found: list[checkpoint.Config] = [{}] * dist.get_world_size(ddp.process_group)
         dist.all_gather_object(found, checkpoint.describe(self), ddp.process_group)
@@ -392,6 +318,7 @@ class HSAID(StandIn):
             if self._running or self.merged:  # called from within the model: the weights are in place
                 yield
                 return
+            self._check_ranks()
             weights, late = self._weights()
             self._running = True
             try:
@@ -405,6 +332,10 @@ class HSAID(StandIn):
         if self._places is None or not (self._running or self._places.hold()):
             self._places = Places(self.model)
         own = self._places.parameters
+        if untied := sorted(self._tied & own.keys()):
+            raise ValueError(
+                f"model: expected {untied[0]!r} to be tied as it was when it was wrapped, got one of its own"
+            )
         shapes = {name: own[name].shape for name in self.plan.names if name in own}
         if shapes != self.plan.shapes:
             reason = checkpoint.differences(self.plan.shapes, shapes)
@@ -467,11 +398,6 @@ class HSAID(StandIn):
 def _patterns(given: Patterns) -> str | list[str] | None:
     """As a checkpoint's JSON has them."""
     return given if given is None or isinstance(given, str) else list(given)
-
-
-def _key(name: str) -> str:
-    """The name as a parameter of HSAID's."""
-    return FULL + name.replace(".", "/")
 
 
 def _blocks(model: nn.Module, names: Iterable[str]) -> list[tuple[str, list[str]]]:

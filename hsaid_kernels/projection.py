@@ -15,14 +15,21 @@ from hsaid_kernels.plan import Plan, check_choice
 class Part:
     """Tensors of a plan that share a node in the graph: when all their gradients are there, they are used and freed.
 
-    plan   of these tensors alone
-    rows   int64, where its segments are among those of the whole plan; None for all of them
+    `plan` is of these tensors alone.
     """
 
     def __init__(self, plan: Plan, names: Sequence[str] | None = None):
         self.plan = plan if names is None else plan.select(names)
         rows = [row for row, piece in enumerate(plan.pieces) if piece.tensor in self.plan.shapes]
-        self.rows = None if names is None else torch.tensor(rows, device="cpu")
+        self._rows = {"cpu": None if names is None else torch.tensor(rows, device="cpu")}
+
+    def rows_on(self, device: torch.device) -> Tensor | None:
+        """int64, where its segments are among those of the whole plan, copied there once; None for all of them."""
+        key = str(device)
+        if key not in self._rows:
+            rows = self._rows["cpu"]
+            self._rows[key] = None if rows is None else rows.to(device)
+        return self._rows[key]
 
 
 class Project(torch.autograd.Function):
@@ -49,7 +56,7 @@ class Project(torch.autograd.Function):
             raise RuntimeError("theta has been changed in place between forward and backward, which needs it unchanged")
         backend = ops.choose_backend(ctx.projection.backend, theta.device)
         with torch.no_grad():
-            rows = None if part.rows is None else part.rows.to(theta.device)
+            rows = part.rows_on(theta.device)
             own = factors if rows is None else factors[rows]
             dtheta, dfactors = ops.fastfood_adjoint(part.plan, theta, own, grads, backend)
             if rows is not None:

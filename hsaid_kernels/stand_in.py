@@ -52,6 +52,7 @@ class StandIn(nn.Module):
         return computing
 
     def __setattr__(self, name: str, value: Any) -> None:
+        # generation_config, for one, which Trainer sets
         model = self.__dict__.get("model")
         if model is None or name in self.__dict__ or hasattr(type(self), name) or not hasattr(model, name):
             super().__setattr__(name, value)
@@ -80,7 +81,6 @@ def _class_for(base: type[StandIn], model: type[nn.Module]) -> type[StandIn]:
     def forward(self: StandIn, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, *args, **kwargs)
 
-    with contextlib.suppress(TypeError, ValueError):  # a scripted module has none
-        forward.__signature__ = inspect.signature(model.forward)
+    forward.__signature__ = inspect.signature(model.forward)
     forward.__doc__ = model.forward.__doc__
     return type(f"{base.__name__}{model.__name__}", (base,), {"forward": forward, "__module__": base.__module__})

@@ -528,6 +528,15 @@ def test_a_changed_model_is_refused_by_name():
         hsaid.weights()
 
 
+def test_a_tensor_that_comes_untied_is_refused_by_name():
+    model = tied_models()["gpt2"]()
+    hsaid = HSAID(model, 80)
+    hsaid(IDS)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(ValueError, match="expected 'lm_head.weight' to be tied as it was when it was wrapped"):
+        hsaid(IDS)
+
+
 def test_repr():
     assert repr(HSAID(bert(), 60, seed=5)) == (
         "HSAID(BertForSequenceClassification, 25 tensors, 3,650 weights, intrinsic_dim=60 (16 multipliers), "

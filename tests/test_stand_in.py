@@ -1,0 +1,68 @@
+"""An HSAID has the model's attributes, signature and class name, for code that was written for the model."""
+
+import copy
+import inspect
+import pickle
+
+import torch
+from models import IDS, bert, moved, tied_models
+from torch import nn
+from transformers.utils.generic import can_return_loss, find_labels
+
+from hsaid_kernels import HSAID, ops
+
+
+class Holding(nn.Module):
+    """Has attributes of the names that HSAID uses for its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.task, self.plan, self._cache, self._lock, self.note = "theirs", "theirs", "theirs", "theirs", "theirs"
+        self.theta = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x, *, scale: float = 1.0):
+        return self.layer(x) * scale
+
+
+def test_the_signature_is_the_models():
+    hsaid = HSAID(bert(), 60)
+    assert inspect.signature(hsaid.forward) == inspect.signature(hsaid.model.forward)
+    assert inspect.signature(type(hsaid).forward) == inspect.signature(type(hsaid.model).forward)
+    assert find_labels(type(hsaid)) == find_labels(type(hsaid.model)) == ["labels"]
+    assert not can_return_loss(type(hsaid)) and hsaid._get_name() == "BertForSequenceClassification"
+    assert isinstance(hsaid, HSAID) and type(hsaid).__name__ == "HSAIDBertForSequenceClassification"
+    assert type(HSAID(bert(), 60)) is type(hsaid)
+
+
+def test_attributes_that_the_model_has_are_set_on_it():
+    hsaid = HSAID(Holding(), 20, exclude="theta")
+    hsaid.note, hsaid.own = "set", "own"
+    assert hsaid.model.note == hsaid.note == "set" and not hasattr(hsaid.model, "own")
+    hsaid.theta = nn.Parameter(torch.zeros(13))
+    assert hsaid.theta.shape == (13,) and hsaid.model.theta.shape == (3,)
+
+
+def test_its_own_attributes_stay_apart_from_the_models():
+    model = Holding()
+    hsaid = HSAID(model, 20, exclude="theta", task="ours")
+    for other in (hsaid, copy.deepcopy(hsaid), pickle.loads(pickle.dumps(hsaid))):
+        other.add_task("second")
+        other.set_task("second")
+        with torch.no_grad():
+            assert other(torch.ones(1, 4), scale=2.0).shape == (1, 2)
+        assert other.task == "second" and other.plan is not hsaid.model.plan and type(other) is type(hsaid)
+        held = {other.model.task, other.model.plan, other.model._cache, other.model._lock}
+        assert held == {"theirs"} and other.model.theta.shape == (3,)
+
+
+def test_generate_makes_the_weights_once(monkeypatch):
+    made = []
+    forward = ops.fastfood_forward
+    monkeypatch.setattr(ops, "fastfood_forward", lambda *a: (made.append(1), forward(*a))[1])
+    hsaid = moved(HSAID(tied_models()["t5"]().eval(), 80))
+    for _ in range(3):  # with gradients enabled, as users call it
+        tokens = hsaid.generate(IDS, max_new_tokens=7, min_new_tokens=7, do_sample=False)
+        assert tokens.shape == (2, 8)
+    assert len(made) == 1
+    assert torch.equal(tokens, hsaid.merge().generate(IDS, max_new_tokens=7, min_new_tokens=7, do_sample=False))
