@@ -1,10 +1,12 @@
 """One way of training mBERT in a process of its own: prints as JSON the seconds of each part of its steps and the
 memory at the peak.
 
-    python benchmarks/step.py hsaid|full|unilora|vera [--steps 6]
+    python benchmarks/step.py hsaid|held|mixed|bfloat16|full|unilora|vera [--steps 6]
 
-`full` is ordinary fine-tuning of all weights by AdamW; UniLoRA and VeRA are peft's, with its defaults, on query and
-value. All take the same batches, 16 texts of 16 tokens. The first step is not counted.
+`held` is H-SAID with the gradients of all weights held until backward ends, as one node in the graph would; `mixed` has
+weights in bfloat16 over W0 in float32, `bfloat16` both in bfloat16. `full` is ordinary fine-tuning of all weights by
+AdamW; UniLoRA and VeRA are peft's, with its defaults, on query and value. All take the same batches, 16 texts of 16
+tokens. The first step is not counted.
 """
 
 import argparse
@@ -19,6 +21,16 @@ from torch import nn
 from hsaid_kernels import HSAID, data, training
 
 CPU = torch.device("cpu")
+
+
+def wrapped(method: str) -> HSAID:
+    model = training.build_mbert(0)
+    if method == "bfloat16":
+        model.to(torch.bfloat16)
+    hsaid = HSAID(model, 1000, dtype=torch.bfloat16 if method == "mixed" else None)
+    if method == "held":
+        hsaid._parts = []  # leaves the node that all weights have at first
+    return hsaid
 
 
 def adapted(method: str) -> nn.Module:
@@ -49,13 +61,13 @@ def plain_steps(model: nn.Module, batches: Iterator[training.Batch]) -> Iterator
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=("hsaid", "full", "unilora", "vera"))
+    parser.add_argument("method", choices=("hsaid", "held", "mixed", "bfloat16", "full", "unilora", "vera"))
     parser.add_argument("--steps", type=int, default=6)
     options = parser.parse_args()
     examples = data.load_cldr().train
     batches = training.hashed_batches(examples, CPU)
-    if options.method == "hsaid":
-        model = HSAID(training.build_mbert(0), 1000)
+    if options.method not in ("full", "unilora", "vera"):
+        model = wrapped(options.method)
         taken = training.training_steps(model, batches, steps=options.steps + 1, lr=0.02)
         steps = (step.seconds for step in taken)
     else:

@@ -8,18 +8,30 @@ import sys
 import pytest
 import results
 
-TITLES = {"hsaid": "H-SAID", "full": "full fine-tuning, AdamW", "unilora": "peft UniLoRA", "vera": "peft VeRA"}
+TITLES = {
+    "hsaid": "H-SAID",
+    "held": "H-SAID, gradients held to the end",
+    "mixed": "H-SAID, bfloat16 over float32 W0",
+    "bfloat16": "H-SAID, bfloat16",
+    "full": "full fine-tuning, AdamW",
+    "unilora": "peft UniLoRA",
+    "vera": "peft VeRA",
+}
+QUICK = ("hsaid", "full", "unilora", "vera")
 
 
-@pytest.mark.parametrize("method", ["hsaid", "full", "unilora", "vera"])
+@pytest.mark.parametrize("method", TITLES)
 def test_training_step(request, record, method):
     pytest.importorskip("transformers")
+    if method not in QUICK and not request.config.option.full:
+        pytest.skip("with --full")
     if method in ("unilora", "vera") and not hasattr(pytest.importorskip("peft"), "UniLoraConfig"):
         pytest.skip("peft has no UniLoRA: its version is too old")
+    steps = 3 if not request.config.option.full else 1 if "bfloat16" in TITLES[method] else 8
     # A process of its own: the peak of memory is a process's.
     path = os.pathsep.join(filter(None, [str(results.HERE.parent), os.environ.get("PYTHONPATH")]))
     run = subprocess.run(
-        [sys.executable, results.HERE / "step.py", method, f"--steps={8 if request.config.option.full else 3}"],
+        [sys.executable, results.HERE / "step.py", method, f"--steps={steps}"],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": path},

@@ -250,6 +250,12 @@ class HSAID(Tasks):
         self._upload()
         return self
 
+    def _replicate_for_data_parallel(self) -> HSAID:
+        raise RuntimeError(
+            "HSAID does not run in torch.nn.DataParallel, because W0 stays on one device: use DistributedDataParallel "
+            "(torchrun, accelerate launch), or let this process see one device only (CUDA_VISIBLE_DEVICES=0)"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         made_again = ("_places", "_cache", "_lock", "_running", "_ranks_agree")  # by _forget
         return {key: value for key, value in self.__dict__.items() if key not in made_again}

@@ -528,6 +528,12 @@ def test_a_changed_model_is_refused_by_name():
         hsaid.weights()
 
 
+def test_data_parallel_is_refused():
+    """transformers' Trainer takes it by itself where it sees several devices."""
+    with pytest.raises(RuntimeError, match="HSAID does not run in torch.nn.DataParallel.*DistributedDataParallel"):
+        HSAID(mlp(), 24)._replicate_for_data_parallel()  # what nn.parallel.replicate calls
+
+
 def test_a_tensor_that_comes_untied_is_refused_by_name():
     model = tied_models()["gpt2"]()
     hsaid = HSAID(model, 80)

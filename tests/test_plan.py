@@ -177,3 +177,20 @@ def test_bad_segments(segments):
 def test_numpy_integers_are_integers():
     plan = Plan({"a": torch.Size([3, 4])}, torch.tensor(200), torch.tensor(7), width=torch.tensor(64))
     assert (plan.dim, plan.seed, plan.width, plan.shapes) == (200, 7, 64, {"a": (3, 4)})
+
+
+@pytest.mark.parametrize("normalize", ["tensor", "global"])
+def test_select_is_the_same_basis_at_the_same_scale(normalize):
+    plan = Plan({"a": (5, 60), "b": (70,), "c": (3, 3)}, 40, 6, normalize=normalize)
+    part = plan.select(["c", "a"])
+    assert part.names == ("c", "a") and part.dim == plan.dim and part.width == plan.width and part.seed == plan.seed
+    assert column(part, "stream") == [stream_id("a"), stream_id("c")]
+    assert part.scales.tolist() == [plan.scales[0], plan.scales[2]]
+
+
+def test_views_of_some():
+    plan = Plan({"a": (5, 60), "b": (70,), "c": (3, 3)}, 40)
+    flat = torch.arange(plan.numel)
+    assert [view.tolist() for view in plan.views(flat, ["c", "a"])] == [
+        view.tolist() for view in (plan.views(flat)[2], plan.views(flat)[0])
+    ]

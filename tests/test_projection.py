@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hsaid_kernels import Projection, reference
 from hsaid_kernels.plan import Plan, stream_id
-from hsaid_kernels.projection import select_tensors
+from hsaid_kernels.projection import Part, select_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -199,6 +199,28 @@ def test_gradcheck():
     theta = torch.randn(40, dtype=torch.float64, requires_grad=True)
     factors = (torch.rand(3, dtype=torch.float64) + 0.5).requires_grad_()
     assert torch.autograd.gradcheck(lambda t, f: p.weights(t, f, base)[:2], (theta, factors))
+
+
+@pytest.mark.parametrize("order", [[("a",), ("b", "c")], [("c", "a"), ("b",)]])
+def test_parts_share_the_weights_and_sum_up_to_the_gradient(backend, order):
+    p = projection(backend=backend)
+    theta, lambdas = torch.randn(DIM, requires_grad=True), torch.tensor([1.0, 0.5, -2.0], requires_grad=True)
+    base = [torch.randn(shape) for shape in SHAPES.values()]
+    join = p.parts(theta, lambdas, base)
+    parts = [Part(p.plan, names) for names in order]
+    joined = [dict(zip(part.plan.names, join(part), strict=True)) for part in parts]
+    tensors = {name: tensor for part in joined for name, tensor in part.items()}
+    whole = dict(zip(SHAPES, p.weights(theta, lambdas, base), strict=True))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == 1
+    grads = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    found = []
+    for weights in (tensors, whole):
+        loss = sum((grads[name] * weights[name]).sum() for name in SHAPES)
+        found.append(torch.autograd.grad(loss, (theta, lambdas)))
+    for name in SHAPES:
+        assert_same_bits(tensors[name], whole[name], name)
+    assert_same_bits(found[0][1], found[1][1], "dfactors")
+    assert relative_error(found[0][0], found[1][0]) < 1e-6
 
 
 @pytest.mark.parametrize("diagonal", DIAGONALS)
