@@ -77,7 +77,7 @@ $(VENV)/.installed: constraints.txt $(SOURCES)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(PIP) pytest pytest-benchmark matplotlib scipy ruff clang-format triton
+	@$(PIP) pytest pytest-benchmark matplotlib scipy ruff clang-format triton accelerate datasets
 	@touch $@
 
 build/cmake/test_core: $(VENV)/.installed $(wildcard tests/csrc/*)
