@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 VALUES_FILE, CONFIG_FILE = "hsaid.safetensors", "hsaid_config.json"
-TRAINER_FILE, TRAINER_LAST_FILE = "model.safetensors", "trainer_state.json"  # transformers.Trainer's: state_dict, last
+TRAINER_FILE, TRAINER_STATE_FILE = "model.safetensors", "trainer_state.json"  # by transformers.Trainer, this one last
 TASK = "default"
 ABOUT = f"for reading: what is loaded is the copy in {VALUES_FILE}"
 BASIS = ("intrinsic_dim", "partition", "combine", "skip", "merge", "normalize", "diagonal", "width", "seed")
@@ -145,7 +145,7 @@ def last_checkpoint(directory: str | os.PathLike) -> str | None:
     steps = {int(p.name.rpartition("-")[2]): p for p in Path(directory).glob("checkpoint-*") if p.name[11:].isdigit()}
     for _, path in sorted(steps.items(), reverse=True):
         with contextlib.suppress(OSError, ValueError):
-            json.loads((path / TRAINER_LAST_FILE).read_bytes())
+            json.loads((path / TRAINER_STATE_FILE).read_bytes())
             _read(path)
             return str(path)
     return None
@@ -162,6 +162,9 @@ def check_ranks(configs: Sequence[Config]) -> None:
                 f"model: expected the same W0 on all ranks, but {name!r} on rank {other[0]} is not that of rank 0: "
                 "load the same weights, and call torch.manual_seed(...) with the same seed before making new ones"
             )
+        if other and key in SHAPES:
+            reason = differences(first, configs[other[0]][key]) or "they are in another order"
+            raise ValueError(f"model: expected the same tensors on all ranks, got others on rank {other[0]}: {reason}")
         if other:
             got = ", ".join(f"{config[key]!r} on rank {rank}" for rank, config in enumerate(configs))
             raise ValueError(f"{key}: expected the same on all ranks, got {got}")
@@ -289,7 +292,7 @@ def _read(directory: str | os.PathLike) -> tuple[Config, dict[str, Tensor]]:
 
 
 def _parse(where: str, text: str) -> Config:
-    config = json.loads(text)
+    config = {"task": TASK, "train_fully": None, "full": {}, **json.loads(text)}  # the first ones did not have these
     for key, known in {"format": FORMAT, "generator": GENERATOR}.items():
         if config.get(key) != known:
             raise ValueError(f"{where}: expected {key} {known!r}, the only one known here, got {config.get(key)!r}")

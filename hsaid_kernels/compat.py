@@ -122,6 +122,7 @@ def _put_into_subspace(
             "already: take a fresh one, or module.hsaid.merge()"
         )
     include, train_fully = _choice(module, str_filter)
+    torch.empty(0, device=device)  # which fails before anything is changed where there is no such device
     hsaid = _InPlace(module, dim, partition, seed, include=include, train_fully=train_fully)
     for w0 in hsaid.w0().values():
         w0.requires_grad_(False)

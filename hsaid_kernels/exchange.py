@@ -111,7 +111,9 @@ class Exchange:
         waiting = [make]
 
         def hook(module: nn.Module, arguments: Any) -> None:
-            if waiting and not torch.compiler.is_compiling():  # a compiled block keeps what stands there already
+            # A compiled block, or one inside torch.func.vmap or grad, keeps what stands there already.
+            traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+            if waiting and not traced:
                 tensors = dict(zip(names, waiting.pop()(), strict=True))
                 self._tensors |= tensors
                 self._places.fill(tensors)
@@ -124,18 +126,22 @@ class Exchange:
 
 
 class Cache:
-    """Weights and what they were made from; while the sources are held, no other tensor can have their address."""
+    """Weights and what they were made from: small tensors, compared by value, because torch does not count what fused
+    optimizers write, and large ones. While these are held, no other tensor can have their address.
+    """
 
-    def __init__(self, sources: Sequence[Tensor], weights: tuple[Tensor, ...]):
-        self._sources = [source.detach() for source in sources]
+    def __init__(self, small: Sequence[Tensor], large: Sequence[Tensor], weights: tuple[Tensor, ...]):
+        self._small = [tensor.detach().clone() for tensor in small]
+        self._large = [tensor.detach() for tensor in large]
         self.weights = weights
-        self._stamp = self._stamp_of(sources)
+        self._stamp = self._stamp_of(large)
 
-    def serves(self, sources: Sequence[Tensor]) -> bool:
-        """Whether nothing has been written to the weights, and the sources are the same and have not either."""
-        return self._stamp is not None and self._stamp == self._stamp_of(sources)
+    def serves(self, small: Sequence[Tensor], large: Sequence[Tensor]) -> bool:
+        """Whether nothing has been written to the weights, and they would be made from the same again."""
+        same = self._stamp is not None and self._stamp == self._stamp_of(large)
+        return same and all(map(torch.equal, self._small, small))
 
-    def _stamp_of(self, sources: Sequence[Tensor]) -> list[tuple[int, int]] | None:
-        if any(source.is_inference() for source in sources):  # these do not count their changes
+    def _stamp_of(self, large: Sequence[Tensor]) -> list[tuple[int, int]] | None:
+        if any(tensor.is_inference() for tensor in large):  # these do not count their changes
             return None
-        return [(tensor.data_ptr(), tensor._version) for tensor in (*sources, self.weights[0])]
+        return [(tensor.data_ptr(), tensor._version) for tensor in (*large, self.weights[0])]

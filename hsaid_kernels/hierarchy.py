@@ -36,6 +36,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,9 @@ class Partition:
     @property
     def num_multipliers(self) -> int:
         return sum(len(component.paths) for component in self.components)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_gather_index": {}}  # a copy may be loaded where there is no such device
 
     def __str__(self) -> str:
         summed = ", summed" if self.combine == "sum" else ""

@@ -62,7 +62,7 @@ class HSAID(Tasks):
     `parameters()` and `state_dict()` are those of the task (and the configuration). `train`, `eval` and `to` reach the
     model too, and every other attribute is the model's: its methods (`generate`) run on the projected weights, but a
     submodule (`hsaid.encoder`) holds W0. Where no gradient is wanted, the weights are kept until theta, the multipliers
-    or W0 change; a write through `.data`, which torch does not count, is noticed only when `train()` or `eval()`
+    or W0 change; a write to W0 through `.data`, which torch does not count, is noticed only when `train()` or `eval()`
     changes the mode. transformers' gradient checkpointing works; a model that calls `torch.utils.checkpoint` itself
     must not do so here, because backward would run it again on W0. In backward, the gradients of a block's weights are
     used and freed as soon as backward has left the block.
@@ -113,8 +113,7 @@ class HSAID(Tasks):
         self._whole = Part(self.plan)
         self._parts = [(module, Part(self.plan, names)) for module, names in _blocks(model, tensors)]
         self._kept: dict[str, Tensor] | None = None  # W0, while the model holds the projected weights
-        every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        self._tied = every - dict(model.named_parameters()).keys()  # further names of tensors
+        self._aliases = _aliases(model)
         self.task, self._tasks, self._full_names = check_task(task), {}, tuple(full)
         self.training = model.training
         self._forget()
@@ -127,7 +126,10 @@ class HSAID(Tasks):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same arguments, on the projected weights."""
         if torch.compiler.is_compiling():
-            return torch.func.functional_call(self.model, self._traced(), args, kwargs)
+            self._ranks_checked()
+            # Tied places are all named: looking for them itself, functional_call would fill those of a module that the
+            # model has twice one time too often, and leave a projected weight in W0's place.
+            return torch.func.functional_call(self.model, self._traced(), args, kwargs, tie_weights=False)
         with self._computing():
             return self.model(*args, **kwargs)
 
@@ -173,8 +175,8 @@ class HSAID(Tasks):
             self._cache = None
             if inplace:
                 self._kept = {name: own[name].data for name in values}
-                for name, value in values.items():
-                    own[name].data = value.data
+                for name, value in values.items():  # those trained fully are not to change with the model
+                    own[name].data = value.data if name in self.plan.shapes else value.data.clone()
                 return self.model
             # deepcopy takes what it finds in the memo for the copy already made, so W0 itself is not copied.
             memo = {id(own[name]): nn.Parameter(v.clone(), own[name].requires_grad) for name, v in values.items()}
@@ -190,9 +192,13 @@ class HSAID(Tasks):
                 own[name].data = value
             self._kept = None
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Writes what `task` has trained, and the configuration, a few kilobytes; see `checkpoint.save_pretrained`."""
-        checkpoint.save_pretrained(self, directory)
+    def save_pretrained(self, directory: str | os.PathLike, *, is_main_process: bool = True, **_: Any) -> None:
+        """Writes what `task` has trained, and the configuration, a few kilobytes; see `checkpoint.save_pretrained`.
+
+        Nothing where `is_main_process` is False. What else scripts pass to transformers' method is ignored.
+        """
+        if is_main_process:
+            checkpoint.save_pretrained(self, directory)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, model: nn.Module, *, backend: str = "auto") -> HSAID:
@@ -263,6 +269,7 @@ class HSAID(Tasks):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()
         super().__setstate__(state)
+        self._upload()
         self._register()
 
     def __repr__(self) -> str:
@@ -305,30 +312,45 @@ class HSAID(Tasks):
                 f"{call}: expected a model on its W0, got one that merge(inplace=True) has merged: unmerge()"
             )
 
+    def _refuse_merged_training(self) -> None:
+        if self.training and torch.is_grad_enabled():
+            self._refuse_merged("training")
+
     def _check_ranks(self) -> None:
-        """At the first call under DistributedDataParallel, which sends around neither basis nor W0: do they agree?"""
+        """At the first step under DistributedDataParallel, which sends around neither basis nor W0: do they agree?"""
         ddp = DistributedDataParallel._get_active_ddp_module()
-        if self._ranks_agree or ddp is None or not {self, self.model} & set(ddp.module.modules()):
+        here = ddp is not None and bool({self, self.model} & set(ddp.module.modules()))
+        if self._ranks_agree or not here or not torch.is_grad_enabled():  # one rank alone may evaluate
             return
         found: list[checkpoint.Config] = [{}] * dist.get_world_size(ddp.process_group)
         dist.all_gather_object(found, checkpoint.describe(self), ddp.process_group)
         checkpoint.check_ranks(found)
         self._ranks_agree = True
 
+    @torch.compiler.assume_constant_result
+    def _ranks_checked(self) -> bool:
+        """For torch.compile, which calls this once, while it traces."""
+        self._check_ranks()
+        return True
+
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
         """A context in which the projected weights are the model's parameters, and the others are detached."""
         with self._lock:
-            if self.merged and self.training and torch.is_grad_enabled():
-                self._refuse_merged("training")
-            if self._running or self.merged:  # called from within the model: the weights are in place
+            if self._running:  # called from within the model: the weights are in place
                 yield
                 return
             self._check_ranks()
-            weights, late = self._weights()
+            if self.merged:
+                self._refuse_merged_training()
+                tensors, late = {}, []  # no gradient is to reach the model's own parameters
+                self._own()
+            else:
+                weights, late = self._weights()
+                tensors = weights | self.full
             self._running = True
             try:
-                with Exchange(self._places, weights | self.full, self._lock, late):
+                with Exchange(self._places, tensors, self._lock, late):
                     yield
             finally:
                 self._running = False
@@ -338,7 +360,7 @@ class HSAID(Tasks):
         if self._places is None or not (self._running or self._places.hold()):
             self._places = Places(self.model)
         own = self._places.parameters
-        if untied := sorted(self._tied & own.keys()):
+        if untied := sorted(self._aliases.keys() & own.keys()):
             raise ValueError(
                 f"model: expected {untied[0]!r} to be tied as it was when it was wrapped, got one of its own"
             )
@@ -351,12 +373,12 @@ class HSAID(Tasks):
     def _weights(self) -> tuple[dict[str, Tensor], list[Late]]:
         """The projected weights; and for each block of the model, where gradients are wanted, how it gets its own."""
         w0 = list(self.w0().values())
-        sources = [self.theta, self.multipliers, *w0]
+        trained = [self.theta, self.multipliers]
         wanted = torch.is_grad_enabled() and (self.theta.requires_grad or self.multipliers.requires_grad)
         late: list[Late] = []
         # Never as inference tensors, which no later call outside inference mode could use.
         with torch.inference_mode(False), torch.set_grad_enabled(wanted):
-            if wanted or self._cache is None or not self._cache.serves(sources):
+            if wanted or self._cache is None or not self._cache.serves(trained, w0):
                 self._cache = None  # its memory is needed now
                 join = self._projection(w0).parts(self.theta, self.partition.factors(self.multipliers), w0)
                 made = join(self._whole)
@@ -366,22 +388,24 @@ class HSAID(Tasks):
                         for module, part in self._parts
                     ]
                 else:
-                    self._cache = Cache(sources, made)
+                    self._cache = Cache(trained, w0, made)
             else:
                 made = self._cache.weights
         return dict(zip(self.plan.names, made, strict=True)), late
 
     def _traced(self) -> dict[str, Tensor]:
         """What stands in for the model's parameters in a graph of torch.compile, which knows no lock and no cache."""
-        if self.merged:
-            return {}
         own = dict(self.model.named_parameters())
-        w0 = [own[name] for name in self.plan.names]
-        join = self._projection(w0).parts(self.theta, self.partition.factors(self.multipliers), w0)
-        tensors = {name: parameter.detach() for name, parameter in own.items()} | self.full
-        for _, part in self._parts:
-            tensors |= zip(part.plan.names, join(part), strict=True)
-        return tensors
+        tensors = {name: parameter.detach() for name, parameter in own.items()}
+        if self.merged:
+            self._refuse_merged_training()
+        else:
+            w0 = [own[name] for name in self.plan.names]
+            join = self._projection(w0).parts(self.theta, self.partition.factors(self.multipliers), w0)
+            for _, part in self._parts:
+                tensors |= zip(part.plan.names, join(part), strict=True)
+            tensors |= self.full
+        return tensors | {alias: tensors[name] for alias, name in self._aliases.items()}
 
     def _projection(self, w0: Collection[Tensor]) -> Projection:
         dtypes, devices = {tensor.dtype for tensor in w0}, {tensor.device for tensor in w0}
@@ -406,6 +430,18 @@ def _patterns(given: Patterns) -> str | list[str] | None:
     return given if given is None or isinstance(given, str) else list(given)
 
 
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """{place: name} for the places of tied parameters that do not have the name of the parameter."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    places = (
+        (f"{prefix}.{key}" if prefix else key, names[id(parameter)])
+        for prefix, module in model.named_modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    )
+    return {place: name for place, name in places if place != name}
+
+
 def _blocks(model: nn.Module, names: Iterable[str]) -> list[tuple[str, list[str]]]:
     """(module, its tensors) for each block of the model, which is what the hierarchy has on its first level.
 
@@ -419,10 +455,14 @@ def _blocks(model: nn.Module, names: Iterable[str]) -> list[tuple[str, list[str]
     for block in blocks.values():
         # os.path.commonprefix compares items of any kind, here the steps of the modules' names
         module = ".".join(os.path.commonprefix([name.split(".")[:-1] for name in block]))
-        while type(model.get_submodule(module)).forward is nn.Module.forward:
+        while module and not _is_called(model.get_submodule(module)):
             module = module.rpartition(".")[0]
         found.append((module, block))
     return found
+
+
+def _is_called(module: nn.Module) -> bool:
+    return "forward" in module.__dict__ or type(module).forward is not nn.Module.forward
 
 
 def _join(join: Callable[[Part], Sequence[Tensor]], part: Part) -> Sequence[Tensor]:

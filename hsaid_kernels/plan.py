@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import weakref
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,12 +95,15 @@ def default_width(dim: int) -> int:
     return min(max(1 << (dim - 1).bit_length(), MIN_WIDTH), MAX_WIDTH)
 
 
-_known: defaultdict[str, weakref.WeakSet[Plan]] = defaultdict(weakref.WeakSet)
+_known: weakref.WeakSet[Plan] = weakref.WeakSet()
 
 
 def find_plan(key: str) -> Plan:
     """A living plan with this `Plan.key`, which is how graphs of torch.compile name it, here and in later processes."""
-    return next(iter(_known[key]))
+    plan = next((plan for plan in _known if plan.key == key), None)
+    if plan is None:
+        raise RuntimeError("plan: expected one that is in use, got a compiled graph whose HSAID or Projection is gone")
+    return plan
 
 
 class Plan:
@@ -171,11 +173,14 @@ class Plan:
         self._scales = {"cpu": self.scales}
         known = (self.shapes, self.pieces, self.dim, self.seed, self.width, diagonal, normalize, GENERATOR)
         self.key = hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()
-        _known[self.key].add(self)
+        _known.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_scales": {"cpu": self.scales}}  # a copy may be loaded where there is no such device
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _known[self.key].add(self)
+        _known.add(self)
 
     @property
     def chunks(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ class Part:
         self.plan = plan if names is None else plan.select(names)
         rows = [row for row, piece in enumerate(plan.pieces) if piece.tensor in self.plan.shapes]
         self._rows = {"cpu": None if names is None else torch.tensor(rows, device="cpu")}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": {"cpu": self._rows["cpu"]}}  # as of a plan
 
     def rows_on(self, device: torch.device) -> Tensor | None:
         """int64, where its segments are among those of the whole plan, copied there once; None for all of them."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,6 +43,15 @@ class StandIn(nn.Module):
         about = "transformers.modeling_utils"
         if not inspect.ismethod(value) or value.__self__ is not model or value.__func__.__module__ == about:
             return value
+
+        if inspect.isgeneratorfunction(value):
+
+            @functools.wraps(value)
+            def computing(*args: Any, **kwargs: Any) -> Iterator[Any]:
+                with self._computing():
+                    yield from value(*args, **kwargs)
+
+            return computing
 
         @functools.wraps(value)
         def computing(*args: Any, **kwargs: Any) -> Any:

@@ -110,7 +110,7 @@ class Tasks(StandIn):
         self._tasks[self.task] = dict(self._parameters)
 
     def _known(self, task: str) -> str:
-        if task not in self._tasks:
+        if check_task(task) not in self._tasks:
             raise ValueError(f"task: expected one of {', '.join(map(repr, self._tasks))}, got {task!r}")
         return task
 

@@ -311,6 +311,24 @@ def test_unknown_versions(tmp_path, config, reason):
             read(tmp_path)
 
 
+def test_checkpoints_from_before_tasks_and_full_training_load(tmp_path):
+    model = mlp()
+    hsaid = trained(model)
+    hsaid.save_pretrained(tmp_path)
+    path = tmp_path / VALUES_FILE
+    data = path.read_bytes()
+    values = safetensors.torch.load(data)
+    config = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["config"])
+    text = json.dumps({key: config[key] for key in config if key not in ("task", "train_fully", "full")})
+    metadata = {"config": text, "digest": checkpoint._digest(text, values)}
+    path.write_bytes(safetensors.torch.save(values, metadata))
+    (tmp_path / CONFIG_FILE).unlink()
+    other = HSAID.from_pretrained(tmp_path, copy.deepcopy(model))
+    assert torch.equal(other.theta, hsaid.theta) and other.task == "default" and not other.full
+    state = hsaid.state_dict() | {"_extra_state": torch.tensor(list(text.encode()), dtype=torch.uint8)}
+    other.load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     "tensors, reason",
     [

@@ -1,11 +1,13 @@
 """torch.compile takes an HSAID whole: one graph, the same from step to step."""
 
 import copy
+import gc
+import operator
 
 import pytest
 import torch
 import transformers
-from models import BACKENDS, IDS, SIZES, bert, mlp, moved, tied_models
+from models import BACKENDS, IDS, SIZES, bert, mlp, moved, same, snapshot, tied_models
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -61,6 +63,41 @@ def test_tied_weights():
         module(IDS).logits.square().sum().backward()
         gradients.append(hsaid.theta.grad)
     assert torch.allclose(*gradients, rtol=1e-4) and gradients[0].any()
+
+
+@pytest.mark.parametrize("kind", ["shared module", "albert"])
+def test_a_module_in_several_places(kind):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.Linear(4, 4)
+            self.layers, self.head = nn.ModuleList([layer] * 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x).tanh()
+            return self.head(x)
+
+    model, x = (Shared(), torch.randn(3, 4)) if kind == "shared module" else (tied_models()[kind]().eval(), IDS)
+    before, objects = snapshot(model), list(model.parameters())
+    hsaid = moved(HSAID(model, 80))
+    compiled = torch.compile(hsaid, backend="aot_eager", fullgraph=True)
+    for module in (hsaid, compiled, compiled):
+        out = module(x)
+        out = out if torch.is_tensor(out) else out.logits
+        expected = hsaid.merge()(x)
+        assert torch.equal(out, expected if torch.is_tensor(expected) else expected.logits)
+    assert same(model.state_dict(), before) and all(map(operator.is_, model.parameters(), objects))
+
+
+def test_a_graph_without_its_hsaid():
+    def loss():
+        return torch.compile(HSAID(mlp(), 24), backend="aot_eager")(torch.ones(1, 4)).sum()
+
+    kept = loss()
+    gc.collect()
+    with pytest.raises(RuntimeError, match="plan: expected one that is in use, got a compiled graph whose HSAID"):
+        kept.backward()
 
 
 def test_inductor_in_bfloat16_with_dropout():

@@ -69,11 +69,15 @@ def train_in_parallel(kind: str, rank: int) -> dict:
         return {"trained": tensors, "weights": hsaid.weights(), "losses": losses, "reduced": reduced}
 
 
-def refusal(make, rank: int) -> str:
-    ddp = DistributedDataParallel(make(rank))
+def refusal(make, rank: int, compiled: bool = False) -> str:
+    hsaid = make(rank)
+    ddp = DistributedDataParallel(torch.compile(hsaid, backend="aot_eager") if compiled else hsaid)
+    if rank == 0 and not compiled:
+        with torch.no_grad():  # a rank may evaluate alone
+            ddp(torch.ones(1, 4, dtype=torch.long))
     try:
         ddp(torch.ones(1, 4, dtype=torch.long))
-    except ValueError as error:
+    except Exception as error:  # torch.compile has an exception of its own around ours
         return str(error)
     return "none"
 
@@ -123,10 +127,15 @@ def test_ranks_that_differ_are_named_at_the_first_step(ranks, what):
     assert all(found[what].startswith(DIFFERENT[what][1]) for found in ranks), ranks[0][what]
 
 
+def test_ranks_that_differ_are_named_under_compilation_too(ranks):
+    assert all(DIFFERENT["seed"][1] in found["compiled"] for found in ranks), ranks[0]["compiled"]
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     found = {kind: train_in_parallel(kind, rank) for kind in KINDS}
     found |= {what: refusal(make, rank) for what, (make, _) in DIFFERENT.items()}
+    found["compiled"] = refusal(DIFFERENT["seed"][0], rank, compiled=True)
     torch.save(found, Path(sys.argv[1], f"{rank}.pt"))
     dist.destroy_process_group()

@@ -120,6 +120,21 @@ def test_weights_that_a_block_is_not_asked_for(adjoints):
     assert got.any()
 
 
+def test_blocks_inside_transforms_of_torch_func():
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.func.vmap(self.net)(x) + torch.func.jacrev(lambda y: self.net(y).sum(0))(x).sum()
+
+    hsaid, x = moved(HSAID(Mapped(), 24)), torch.randn(2, 4)
+    out = hsaid(x)
+    out.square().sum().backward()
+    assert torch.equal(out, hsaid.merge()(x)) and hsaid.theta.grad.any()
+
+
 def test_the_model_has_no_hooks_afterwards():
     model = deep_bert()
     HSAID(model, 100)(IDS)

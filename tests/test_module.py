@@ -313,6 +313,19 @@ def test_parameters_without_version_are_not_relied_on(calls):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("options", [dict(fused=True), dict(foreach=True)])
+def test_weights_are_made_again_after_an_optimizer_that_torch_does_not_count(options):
+    hsaid, x = HSAID(mlp(), 24, backend="reference"), torch.ones(1, 4)
+    optimizer = torch.optim.AdamW(hsaid.parameters(), lr=0.1, **options)
+    hsaid(x).sum().backward()
+    with torch.no_grad():
+        before = hsaid(x)
+        optimizer.step()
+        assert not torch.equal(hsaid(x), before) and torch.equal(hsaid(x), hsaid.merge()(x))
+        hsaid.theta.data.zero_()
+        assert torch.equal(hsaid(x), hsaid.merge()(x))
+
+
 def test_nothing_of_a_training_step_is_kept(calls):
     hsaid = HSAID(mlp(), 24, backend="reference")
     with torch.no_grad():

@@ -56,6 +56,45 @@ def test_its_own_attributes_stay_apart_from_the_models():
         assert held == {"theirs"} and other.model.theta.shape == (3,)
 
 
+def test_generators_of_the_model_run_on_the_projected_weights():
+    class Streaming(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def stream(self, x):
+            for _ in range(3):
+                x = self.layer(x)
+                yield x
+
+    hsaid, x = moved(HSAID(Streaming(), 20)), torch.randn(2, 4)
+    for got, expected in zip(hsaid.stream(x), hsaid.merge().stream(x), strict=True):
+        assert torch.equal(got, expected)
+    assert all(type(p) is nn.Parameter for p in hsaid.model.parameters())
+
+
+def test_a_model_without_forward():
+    class Dual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.image, self.scale = nn.Linear(4, 4), nn.Parameter(torch.tensor(2.0))
+
+        def encode_image(self, x):
+            return self.image(x) * self.scale
+
+    hsaid, x = moved(HSAID(Dual(), 20)), torch.randn(2, 4)
+    hsaid.encode_image(x).sum().backward()
+    assert hsaid.theta.grad.any() and torch.equal(hsaid.encode_image(x), hsaid.merge().encode_image(x))
+
+
+def test_save_pretrained_takes_what_scripts_pass_to_the_models(tmp_path):
+    hsaid = HSAID(bert(), 60)
+    hsaid.save_pretrained(tmp_path / "other", is_main_process=False, save_function=torch.save)
+    assert not (tmp_path / "other").exists()
+    hsaid.save_pretrained(tmp_path / "main", is_main_process=True, save_function=torch.save, state_dict={})
+    assert (tmp_path / "main" / "hsaid.safetensors").exists()
+
+
 def test_generate_makes_the_weights_once(monkeypatch):
     made = []
     forward = ops.fastfood_forward

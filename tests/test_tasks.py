@@ -198,9 +198,10 @@ def test_bad_tasks(tmp_path):
         hsaid.add_task("a")
     with pytest.raises(ValueError, match="task: expected one of 'a', got 'b'"):
         hsaid.set_task("b")
-    for bad in ("", 3):
-        with pytest.raises(TypeError, match="task: expected a name"):
-            hsaid.add_task(bad)
+    for bad in ("", 3, []):
+        for call in (hsaid.add_task, hsaid.set_task):
+            with pytest.raises(TypeError, match="task: expected a name"):
+                call(bad)
     with pytest.raises(ValueError, match="got 'a', which is there already"):
         hsaid.load_task(tmp_path / "a")
     HSAID(copy.deepcopy(hsaid.model), 60, seed=1, task="b").save_pretrained(tmp_path / "b")
@@ -233,6 +234,9 @@ def test_merge_in_place_and_back():
     assert not same(model.state_dict(), before)
     assert all(p is objects[n] and type(p) is nn.Parameter for n, p in model.named_parameters())
     assert not model.classifier.weight.requires_grad and same(hsaid.w0(), {n: before[n] for n in hsaid.plan.names})
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+    assert hsaid.full["classifier.weight"].any()
     hsaid.unmerge()
     assert not hsaid.merged and same(model.state_dict(), before) and torch.equal(hsaid(IDS).logits, expected)
 
@@ -256,7 +260,13 @@ def test_a_merged_model_is_saved_but_not_changed(tmp_path):
     assert filecmp.cmp(tmp_path / "before" / "hsaid_config.json", tmp_path / "merged" / "hsaid_config.json", False)
     with torch.no_grad():
         hsaid(IDS)
-    hsaid(IDS).logits.sum().backward()  # in evaluation, the gradients of an ordinary model
+    assert not hsaid(IDS).logits.requires_grad  # nothing that an optimizer would train unseen
+    embedded = torch.randn(2, 4, 16, requires_grad=True)
+    hsaid(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad.any() and all(p.grad is None for p in hsaid.model.parameters())
+    with pytest.raises(RuntimeError, match="training: expected a model on its W0"):
+        torch.compile(hsaid.train(), backend="aot_eager")(IDS)
+    hsaid.eval()
     calls = {
         "training": lambda: hsaid.train()(IDS),
         r"merge\(\)": hsaid.merge,
