@@ -1,0 +1,325 @@
+"""The examples, run as users run them, on a random BERT of two layers: what they say and leave behind, how they go on
+after a kill -9, and two processes.
+"""
+
+import importlib
+import itertools
+import json
+import os
+import re
+import signal
+import string
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from models import same
+from safetensors.torch import load_file
+
+from hsaid_kernels.checkpoint import last_checkpoint
+from hsaid_kernels.module import HSAID
+
+for needed in ("transformers", "accelerate", "datasets", "babel"):
+    pytest.importorskip(needed)
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CLASSIFICATION, CUSTOM, MULTI = (
+    EXAMPLES / f"{name}.py" for name in ("text_classification", "custom_loop", "multi_task")
+)
+FRUIT = ("apple", "banana", "cherry", "grape", "lemon", "mango")
+ANIMALS = ("cat", "dog", "horse", "mouse", "sheep", "tiger")
+SECONDS = 120  # a run takes ten, but the machine may be busy
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")  # standalone: at a free port
+ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+
+# Kills itself when half of the n-th file by torch.save is on the disk.
+DYING = """
+import io, os, runpy, signal, sys, torch
+script, n, *sys.argv[1:] = sys.argv[1:]
+save, calls = torch.save, []
+
+def dying(value, file, *args, **kwargs):
+    calls.append(file)
+    if len(calls) < int(n):
+        return save(value, file, *args, **kwargs)
+    data = io.BytesIO()
+    save(value, data)
+    with file if hasattr(file, "write") else open(file, "wb") as half:
+        half.write(data.getvalue()[: data.tell() // 2])
+        half.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = dying
+sys.argv[0] = script
+runpy.run_path(script, run_name="__main__")
+"""
+
+# What main() returns is an HSAID or a Trainer of one. Each process leaves the values that it ends with.
+RANKS = """
+import importlib, os, sys, torch, transformers
+out, folder, name, *arguments = sys.argv[1:]
+sys.path.insert(0, folder)
+result = importlib.import_module(name).main(arguments)
+hsaid = result.model if isinstance(result, transformers.Trainer) else result
+torch.save(dict(hsaid.named_parameters()), os.path.join(out, f"{os.environ['RANK']}.pt"))
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two random BERTs with their vocabulary, "model" and, without dropout, "still"; two files of data."""
+    from transformers import BertConfig, BertModel
+
+    directory = tmp_path_factory.mktemp("files")
+    letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *FRUIT, *ANIMALS]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    for name, dropout in {"model": 0.1, "still": 0.0}.items():
+        # Larger weights and less dropout than BERT's, so that so small a model learns.
+        random = {"initializer_range": 0.1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": dropout}
+        torch.manual_seed(0)
+        BertModel(BertConfig(vocab_size=len(vocabulary), **sizes, **random)).save_pretrained(directory / name)
+        (directory / name / "vocab.txt").write_text("\n".join(vocabulary))
+        (directory / name / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    words = {"fruit": FRUIT, "animal": ANIMALS}
+    rows = [f"{' '.join(two)},{label}\n" for label in words for two in itertools.permutations(words[label], 2)]
+    for name, chosen in (("train", rows[::2]), ("test", rows[1::2])):
+        (directory / f"{name}.csv").write_text("text,label\n" + "".join(chosen))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(files):
+    """Runs Python with these arguments, to its end or until it is time to kill it; returns what it printed."""
+    # A thread for each process, of which there may be two; no hub, and nothing in the user's caches.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(files / "cache")}
+
+    def run(*arguments, until=None, code=0):
+        command = [sys.executable, *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+        try:
+            end = time.monotonic() + SECONDS
+            while until is not None and process.poll() is None and time.monotonic() < end:
+                if until():
+                    process.kill()
+                time.sleep(0.0002)
+            said, _ = process.communicate(timeout=SECONDS)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+        assert process.returncode == code, said
+        return said
+
+    return run
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """An example as a module."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return lambda path: importlib.import_module(path.stem)
+
+
+def size(out):
+    return (out / "hsaid.safetensors").stat().st_size
+
+
+def values(out):
+    return load_file(out / "hsaid.safetensors")
+
+
+def accuracy(said):
+    return float(re.search(r"accuracy (\d\.\d+) on", said)[1])
+
+
+def check_quiet(said):
+    """No warnings: a newcomer cannot know which ones do not matter."""
+    assert not re.search(r"warn|deprecat|\[transformers\]", said, re.IGNORECASE), said
+
+
+def check_ranks(out):
+    first, second = (torch.load(out / f"{rank}.pt") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first["theta"].norm() > 0
+
+
+def classify(files, out, *more, model="model"):
+    settings = {"intrinsic_dim": 300, "max_steps": 80, "seed": 0}
+    paths = {"model": files / model, "output_dir": out}
+    return [f"--{name}={value}" for name, value in (settings | paths).items()] + [*more]
+
+
+def fruit(files):
+    return [
+        f"--train_file={files / 'train.csv'}",
+        f"--test_file={files / 'test.csv'}",
+        "--per_device_train_batch_size=5",
+    ]
+
+
+@pytest.fixture(scope="module")
+def classified(run, files, tmp_path_factory):
+    """A run of text_classification.py that nobody interrupts, and what it printed."""
+    out = tmp_path_factory.mktemp("classified")
+    return out, run(CLASSIFICATION, *classify(files, out, *fruit(files), "--save_steps=20"))
+
+
+def test_text_classification_learns_and_reloads(files, classified, example):
+    out, said = classified
+    check_quiet(said)
+    assert accuracy(said) > 0.8
+    assert f"on 30 texts; {size(out):,} bytes in {out}" in said
+    assert size(out) < 4096
+    labels = ["animal", "fruit"]
+    predicted = []
+    for directory in (out, out / "checkpoint-80"):  # ours, and the last of Trainer's
+        model, tokenizer = example(CLASSIFICATION).load_model(files / "model", labels, 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            hsaid = HSAID.from_pretrained(directory, model).eval()
+        lines = [line.split(",") for line in (files / "test.csv").read_text().split("\n")[1:-1]]
+        with torch.no_grad():
+            tokens = tokenizer([text for text, _ in lines], padding=True, return_tensors="pt")
+            predicted.append(hsaid(**tokens).logits)
+    assert torch.equal(*predicted)
+    right = [labels[i] == label for i, (_, label) in zip(predicted[0].argmax(-1).tolist(), lines)]
+    assert sum(right) / len(right) == pytest.approx(accuracy(said), abs=5e-5)
+
+
+def test_text_classification_goes_on_after_kills(run, files, classified, tmp_path):
+    arguments = classify(files, tmp_path, *fruit(files), "--save_steps=20", "--resume")
+    # torch.save makes training_args.bin, optimizer.pt, scheduler.pt, rng_state.pth: this is the second's optimizer.pt.
+    run("-c", DYING, CLASSIFICATION, 6, *arguments, code=-signal.SIGKILL)
+    assert (tmp_path / "checkpoint-40" / "optimizer.pt").exists()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+    run(CLASSIFICATION, *arguments, until=(tmp_path / "checkpoint-60").exists, code=-signal.SIGKILL)
+    assert last_checkpoint(tmp_path) in [str(tmp_path / f"checkpoint-{step}") for step in (40, 60)]
+    said = run(CLASSIFICATION, *arguments)
+    assert "'epoch': '12.5'" in said  # what a checkpoint remembers of step 75
+    assert not re.search("'loss'.*'epoch': '4.167'", said)  # step 25 is not done again
+    assert same(values(tmp_path), values(classified[0]))
+
+
+def test_text_classification_in_two_processes(run, files, tmp_path):
+    """They compute what one does on batches of twice the size. On the embedded names."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    losses = []
+    for size, launcher, out in ((4, [*TORCHRUN, tmp_path / "ranks.py", tmp_path, EXAMPLES], "two"), (8, [], "one")):
+        script = CLASSIFICATION.stem if launcher else CLASSIFICATION
+        settings = ["--max_steps=10", "--logging_steps=1", "--save_steps=10", f"--per_device_train_batch_size={size}"]
+        said = run(*launcher, script, *classify(files, tmp_path / out, *settings, model="still"))
+        check_quiet(said)
+        state = json.loads((tmp_path / out / "checkpoint-10" / "trainer_state.json").read_text())
+        losses.append([row["loss"] for row in state["log_history"] if "loss" in row])
+    check_ranks(tmp_path)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_file": "a.csv"}, "--test_file: expected one beside --train_file a.csv, got none"),
+        (
+            {"train_file": "a.tsv", "test_file": "b.csv"},
+            "--train_file: expected a name ending in .csv, .json, .jsonl, got 'a.tsv'",
+        ),
+    ],
+)
+def test_text_classification_says_what_is_wrong_with_files(example, options, message):
+    text_classification = example(CLASSIFICATION)
+    with pytest.raises(SystemExit, match=message):
+        text_classification.load_data(text_classification.Options(**options))
+
+
+def test_text_classification_says_what_is_wrong_with_data(example, monkeypatch):
+    import datasets
+
+    module = example(CLASSIFICATION)
+    named = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+
+    def load(train, test, features=named, **options):
+        parts = {"train": train, "test": test}
+        data = {name: {"text": ["a"] * len(labels), "label": labels} for name, labels in parts.items()}
+        split = {name: datasets.Dataset.from_dict(part, features) for name, part in data.items()}
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(split))
+        return module.load_data(module.Options(dataset="any", **options))
+
+    assert load([0, 1], [1]) == ([("a", "no"), ("a", "yes")], [("a", "yes")])
+    assert load([0, 5], [5], features=None) == ([("a", "0"), ("a", "5")], [("a", "5")])
+    with pytest.raises(SystemExit, match="--test_split: expected the labels of training, got also -1"):
+        load([0, 1], [-1])  # as the test parts of some benchmarks have it
+    with pytest.raises(SystemExit, match="--test_split: expected one of train, test, got 'dev'"):
+        load([0, 1], [1], test_split="dev")
+    with pytest.raises(SystemExit, match="--text_column: expected one of text, label, got 'sentence'"):
+        load([0, 1], [1], text_column="sentence")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SystemExit, match="pip install datasets"):
+        module.load_data(module.Options(dataset="any"))
+
+
+def loop(files, out, *more, model="model"):
+    settings = {"intrinsic-dim": 300, "per-label": 10, "steps": 40, "batch-size": 8}
+    paths = {"model": files / model, "out": out}
+    return [f"--{name}={value}" for name, value in (settings | paths).items()] + [*more]
+
+
+def test_custom_loop_goes_on_after_kills(run, files, tmp_path):
+    """At any moment, also while it saves, it can be killed: that changes no bit of what it ends with."""
+    out, whole = tmp_path / "killed", tmp_path / "whole"
+    settings = ["--save-every=1", "--steps=300"]
+    said = run(CUSTOM, *loop(files, whole, *settings))
+    check_quiet(said)
+    assert f"{size(whole):,} bytes in {whole}" in said
+    checkpoint, unfinished = out / "checkpoint.pt", out / "checkpoint.tmp"
+    run("-c", DYING, CUSTOM, 3, *loop(files, out, *settings), code=-signal.SIGKILL)
+    assert torch.load(checkpoint)["step"] == 2
+    assert unfinished.exists()
+    before = checkpoint.stat().st_mtime_ns
+    saved = lambda: checkpoint.stat().st_mtime_ns != before and unfinished.exists()  # noqa: E731
+    said = run(CUSTOM, *loop(files, out, *settings, "--resume"), until=saved, code=-signal.SIGKILL)
+    assert "going on after step 2\n" in said
+    step = torch.load(checkpoint)["step"]
+    assert 2 < step < 300
+    said = run(CUSTOM, *loop(files, out, *settings, "--resume"))
+    assert f"going on after step {step}\n" in said
+    assert same(values(out), values(whole))
+
+
+def test_custom_loop_in_two_processes(run, files, tmp_path):
+    """They compute what one does on batches of twice the size."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    settings = ["--log-every=1", "--steps=10"]
+    launcher = [*TORCHRUN, tmp_path / "ranks.py", tmp_path, EXAMPLES, CUSTOM.stem]
+    two = run(*launcher, *loop(files, tmp_path, *settings, model="still"))
+    one = run(CUSTOM, *loop(files, tmp_path, *settings, "--batch-size=16", model="still"))
+    check_ranks(tmp_path)
+    losses = [[float(loss) for loss in re.findall(r"step +\d+ +loss (\d\.\d+)", said)] for said in (two, one)]
+    assert len(losses[0]) == 10
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert accuracy(two) == pytest.approx(accuracy(one), abs=0.03)
+
+
+def test_custom_loop_compiled_in_bfloat16_on_the_embedded_model(run, tmp_path):
+    settings = ["--bf16", "--compile=eager", "--steps=2", "--per-label=4", "--batch-size=4", "--log-every=1"]
+    said = run(CUSTOM, *settings, f"--out={tmp_path}")
+    check_quiet(said)
+    assert "HSAID(Classifier, 105 tensors, " in said
+    assert len(re.findall(r"step +\d+ +loss [12]\.\d+", said)) == 2
+
+
+def test_multi_task_in_two_processes(run, files, tmp_path, example):
+    settings = ["--intrinsic-dim=300", "--steps=20", "--per-label=20", "--batch-size=8", "--log-every=10"]
+    said = run(*ACCELERATE, MULTI, f"--model={files / 'model'}", f"--out={tmp_path}", *settings)
+    rows = re.findall(r"^(\w+) +(0\.\d{4}) +(0\.\d{4}) +(0\.\d{4}) +([\d,]+)$", said, re.MULTILINE)
+    assert [row[0] for row in rows] == ["kind", "family", "language"]
+    for task, trained, *others, told in rows:
+        assert others == [trained] * 2
+        assert int(told.replace(",", "")) == size(tmp_path / task) < 5000
+    thetas = [values(tmp_path / row[0])["theta"] for row in rows]
+    assert all(theta.any() for theta in thetas) and not torch.equal(thetas[0], thetas[1])
