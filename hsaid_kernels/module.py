@@ -119,7 +119,7 @@ class HSAID(Tasks):
         self._forget()
         self._stand_in_for(model)  # from now on, what is new and the model has is set there
         self._start_task()
-        self._projection(self.w0().values())
+        self._projection(self.w0().values())  # refuses dtypes and devices that do not go together
         self._upload()
         self._register()
 
