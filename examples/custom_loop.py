@@ -127,7 +127,7 @@ def main(argv=None):
         size = Path(args.out, "hsaid.safetensors").stat().st_size
         say(f"accuracy {accuracy:.3f} on {len(test):,} names in languages not trained on; {size:,} bytes in {args.out}")
     if WORLD > 1:
-        dist.barrier()  # a group that goes while its thread still lets go of a tensor can hang
+        del network  # before the group that it uses: as the last to let go of that, it can hang
         dist.destroy_process_group()
     return hsaid
 
