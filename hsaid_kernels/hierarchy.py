@@ -5,6 +5,10 @@ A model's tensor names form a graph of nodes on four levels, and every tensor is
     L1  block       L2  sublayer in the block      L3  module that owns the parameter      L4  parameter
     layer.0         attention                      query                                   weight
 
+An optional fifth level, L5, is the attention head. There a tensor's path goes on to several ends: each head's rows of
+query, key and value and its columns of attention's output weight are a *segment* with a path, and a factor, of its own
+(attention.py says where they are). What belongs to no head stays one segment, without a node on L5.
+
 A level is passed over (None) where a tensor has no node for it. A partition cuts the levels into components; a
 multiplier stands for each distinct path within a component, and a tensor's factor combines its components' multipliers.
 All levels in one component is SAID, a multiplier per tensor (Aghajanyan et al. 2020, arXiv 2012.13255); H-SAID is any
@@ -31,17 +35,20 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hsaid_kernels.attention import find_attentions
+from hsaid_kernels.plan import Segment, whole
+
 LEVELS = ("L1", "L2", "L3", "L4")
+HEADS = "L5"
 NAMED_PARTITIONS = {"said": "+".join(LEVELS), "hsaid-3": "L1+L2|L3|L4"}  # and "did" or "none": no component
 
 Path = tuple[str | None, ...]
@@ -60,7 +67,7 @@ class Component:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Partition:
-    """Which multipliers make which factor. A segment is what has a factor of its own: a whole tensor.
+    """Which multipliers make which factor. A segment is what has a factor of its own: a tensor, or a head's part of it.
 
     spec              canonical string: `hierarchy.partition(spec, combine)` makes the partition again
     combine           "product": a factor is the product of its components' multipliers.
@@ -127,31 +134,40 @@ class Hierarchy:
 
     tensors       names, in the model's order; tied tensors are one, under the first of their names
     shapes        name -> shape
+    segments      what has a path: every tensor whole, or with heads the parts of those that are divided among heads
     levels        names of the levels, outermost first
-    paths         per tensor, a node name or None for each of `levels`; distinct unless nodes are skipped or merged
+    paths         per segment, a node name or None for each of `levels`; distinct unless nodes are skipped or merged
     skip, merge   as given to `from_model`, in plain lists and dicts for a checkpoint's JSON
     """
 
     tensors: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
+    segments: tuple[Segment, ...]
     paths: tuple[Path, ...]
     skip: list[str] = field(default_factory=list)
     merge: dict[str, list[str]] = field(default_factory=dict)
-    levels = LEVELS
+    levels: tuple[str, ...] = LEVELS
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, skip: Iterable[str] = (), merge: Mapping[str, Iterable[str]] | None = None
+        cls,
+        model: nn.Module,
+        skip: Iterable[str] = (),
+        merge: Mapping[str, Iterable[str]] | None = None,
+        heads: bool = False,
     ) -> Hierarchy:
         """The hierarchy of all of a model's parameters, on any device (meta too).
 
         skip   nodes that edges pass over: "attention" on every level that has it, "L2:attention" on that level only
         merge  new name -> the nodes treated as the same, {"mix": ["attention", "intermediate"]}, on every level that
                has all of them. The new name may be one of theirs, but no other node's.
+        heads  adds the attention heads as level L5: "head.0", "head.1", ...; in grouped-query attention key and value
+               have "group.0", ... for each of their heads, which serves several of the queries'.
 
-        Tensors that come to share a path share multipliers. Both arguments speak of the nodes as they are without any
-        skip or merge. Raises TypeError for other types; ValueError for a model without parameters, and for a node that
-        does not exist, is named twice, or has no level in common with those it is merged with.
+        Segments that come to share a path share multipliers. skip and merge speak of the nodes as they are without any
+        skip or merge. Raises TypeError for other types; ValueError for a model without parameters, for a node that
+        does not exist, is named twice, or has no level in common with those it is merged with, and with heads for a
+        model whose attention is not known (`attention.find_attentions`).
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -164,10 +180,13 @@ class Hierarchy:
         if not isinstance(merge, Mapping) or not all(isinstance(new, str) and new for new in merge):
             raise TypeError(f"merge must map new names to lists of node names, got {merge!r}")
         merge = {new: _strings(f"merge[{new!r}]", "node names", nodes) for new, nodes in merge.items()}
-        plain = cls(tuple(shapes), shapes, _paths(tuple(shapes), lists))
+        segments = tuple(whole(name, shape) for name, shape in shapes.items())
+        plain = cls(tuple(shapes), shapes, segments, _paths(_unmasked(model), lists))
+        if heads:
+            plain = plain._with_heads(model)
         renamed = plain._renamed(skip, merge)
-        paths = tuple(tuple(renamed.get(key, key[1]) for key in zip(LEVELS, path)) for path in plain.paths)
-        return cls(plain.tensors, shapes, paths, skip, merge)
+        paths = tuple(tuple(renamed.get(key, key[1]) for key in zip(plain.levels, path)) for path in plain.paths)
+        return replace(plain, paths=paths, skip=skip, merge=merge)
 
     def nodes(self, level: str) -> tuple[str, ...]:
         """A level's distinct nodes, in order of first appearance."""
@@ -176,8 +195,10 @@ class Hierarchy:
         column = (path[self.levels.index(level)] for path in self.paths)
         return tuple(dict.fromkeys(node for node in column if node is not None))
 
-    def select(self, names: Iterable[str]) -> Hierarchy:
+    def select(self, names: Iterable[str], without: Collection[tuple[str, str]] = ()) -> Hierarchy:
         """The hierarchy of these tensors only, in the model's order; their paths stay those of the whole model.
+
+        without  (tensor, label) of segments to leave out, as of heads that are pruned. A tensor may lose all of them.
 
         Raises ValueError for no name at all or a name that is no tensor's, TypeError if `names` is no list of strings.
         """
@@ -185,9 +206,14 @@ class Hierarchy:
         unknown = sorted(chosen.difference(self.tensors))
         if unknown or not chosen:
             raise ValueError(f"names must be some of the {len(self.tensors)} tensors, got {unknown or 'none at all'}")
-        kept = {name: path for name, path in zip(self.tensors, self.paths) if name in chosen}
-        shapes = {name: self.shapes[name] for name in kept}
-        return replace(self, tensors=tuple(kept), shapes=shapes, paths=tuple(kept.values()))
+        shapes = {name: shape for name, shape in self.shapes.items() if name in chosen}
+        kept = [
+            (segment, path)
+            for segment, path in zip(self.segments, self.paths)
+            if segment.tensor in chosen and (segment.tensor, segment.label) not in without
+        ]
+        segments, paths = zip(*kept)
+        return replace(self, tensors=tuple(shapes), shapes=shapes, segments=segments, paths=paths)
 
     def partition(self, spec: str, combine: str = "product") -> Partition:
         """Cuts the levels into components: "L1+L2|L3|L4", or "said", "hsaid-3", "did" (or "none": no multipliers).
@@ -198,7 +224,7 @@ class Hierarchy:
         if combine not in ("product", "sum"):
             raise ValueError(f"combine must be 'product' or 'sum', got {combine!r}")
         components, columns, first = [], [], 0
-        for levels in _parse_partition(spec):
+        for levels in _parse_partition(spec, self.levels):
             cut = [tuple(path[self.levels.index(level)] for level in levels) for path in self.paths]
             paths = tuple(dict.fromkeys(path for path in cut if any(path)))
             number = dict(zip(paths, itertools.count(first)))
@@ -210,16 +236,32 @@ class Hierarchy:
         return Partition(canonical, combine, tuple(components), index.T.contiguous())
 
     def __str__(self) -> str:
-        weights = [math.prod(self.shapes[name]) for name in self.tensors]
+        weights = [segment.numel for segment in self.segments]
         nodes = ", ".join(f"{level} {len(self.nodes(level))}" for level in self.levels)
+        what = "tensors" if HEADS not in self.levels else "segments"
         routes = [tuple(key for key in zip(self.levels, path) if key[1] is not None) for path in self.paths]
         tree = _tree(list(zip(routes, weights)))
         width = max((2 * depth + len(label) for depth, _, label, *_ in tree), default=0)
-        lines = [f"{len(self.tensors)} tensors, {sum(weights):,} weights; nodes: {nodes}"]
-        lines.append(f"    {'':{width}}  tensors         weights")
+        parts = f" in {len(self.segments)} segments" if HEADS in self.levels else ""
+        lines = [f"{len(self.tensors)} tensors{parts}, {sum(weights):,} weights; nodes: {nodes}"]
+        lines.append(f"    {'':{width}} {what:>8}         weights")
         for depth, level, label, tensors, size, each in tree:
             lines.append(f"{level}  {'  ' * depth + label:{width}}  {tensors:7} {size:15,}{each}")
         return "\n".join(lines)
+
+    def _with_heads(self, model: nn.Module) -> Hierarchy:
+        """With L5, by which a tensor that is divided among heads has a segment and a path for each."""
+        parts: dict[str, list[Segment]] = {}
+        for attention in find_attentions(model):
+            for tensor, segments in itertools.groupby(attention.segments(), key=lambda segment: segment.tensor):
+                parts.setdefault(tensor, list(segments))  # once, also where two modules share it
+        pairs = [
+            (segment, (*path, segment.label or None))
+            for own, path in zip(self.segments, self.paths)
+            for segment in parts.get(own.tensor, [own])
+        ]
+        segments, paths = zip(*pairs)
+        return replace(self, segments=segments, paths=paths, levels=(*self.levels, HEADS))
 
     def _renamed(self, skip: list[str], merge: dict[str, list[str]]) -> dict[tuple[str, str], str | None]:
         """(level, node) -> its new name, None where it is skipped."""
@@ -250,6 +292,13 @@ class Hierarchy:
         return renamed
 
 
+def _unmasked(model: nn.Module) -> tuple[str, ...]:
+    """The parameters' names as they are without torch.nn.utils.prune, which makes "weight_orig" of what it masks."""
+    buffers = dict(model.named_buffers())
+    plain = {name: name.removesuffix("_orig") for name, _ in model.named_parameters()}
+    return tuple(short if f"{short}_mask" in buffers else name for name, short in plain.items())
+
+
 def _strings(argument: str, what: str, value: Iterable[str]) -> list[str]:
     # A string is an iterable of strings too, but never meant as one here.
     strings = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
@@ -258,10 +307,10 @@ def _strings(argument: str, what: str, value: Iterable[str]) -> list[str]:
     return strings
 
 
-def _parse_partition(spec: str) -> list[tuple[str, ...]]:
+def _parse_partition(spec: str, known: Sequence[str]) -> list[tuple[str, ...]]:
     """Specification -> the levels of each component, within a component in the hierarchy's order."""
     expected = (
-        f"partition must be did, none, {', '.join(NAMED_PARTITIONS)} or each of {', '.join(LEVELS)} at most once, "
+        f"partition must be did, none, {', '.join(NAMED_PARTITIONS)} or each of {', '.join(known)} at most once, "
         f"as in 'L1+L2|L3|L4'; got {spec!r}"
     )
     if not isinstance(spec, str):
@@ -272,11 +321,13 @@ def _parse_partition(spec: str) -> list[tuple[str, ...]]:
     text = NAMED_PARTITIONS.get(text, text)
     components = [[level.strip() for level in component.split("+")] for component in text.split("|")]
     for level, times in Counter(itertools.chain(*components)).items():
-        if level not in LEVELS:
+        if level == HEADS and HEADS not in known:
+            raise ValueError(f"{expected} without heads: {HEADS} is there with heads=True")
+        if level not in known:
             raise ValueError(f"{expected} with " + (f"unknown {level!r}" if level else "an empty place"))
         if times > 1:
             raise ValueError(f"{expected} with {level} {times} times")
-    return [tuple(sorted(component, key=LEVELS.index)) for component in components]
+    return [tuple(sorted(component, key=known.index)) for component in components]
 
 
 def _paths(names: tuple[str, ...], lists: set[str]) -> tuple[Path, ...]:

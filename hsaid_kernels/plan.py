@@ -116,7 +116,8 @@ class Plan:
         width: n, a power of two from 32 to 16,384; None for `default_width(dim)`. theta longer than n is cut into
             ceil(dim / n) chunks.
         diagonal: "gaussian" (Fastfood) or "rademacher" (exact isometry on whole blocks).
-        normalize: "tensor" (s_i = 1 / sqrt(n D_i)) or "global" (s = 1 / sqrt(n sum D)).
+        normalize: "tensor" (s_i = 1 / sqrt(n D_i)) or "global" (s = 1 / sqrt(n sum D)); D_i is the size of the tensor
+            that a segment is of, so the heads of a tensor together move as far as the tensor whole.
         segments: the pieces that are projected, at most one over any element; None for every tensor whole.
 
     Attributes:
@@ -164,9 +165,10 @@ class Plan:
         self._check_pieces()
         self.segments = torch.tensor(self._rows(), dtype=torch.int64, device="cpu")
         self.holes = torch.tensor(self._hole_rows(), dtype=torch.int64, device="cpu").view(-1, len(COLUMNS))
-        total = sum(p.numel for p in self.pieces)
+        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        total = sum(sizes.values())
         self.scales = torch.tensor(
-            [1 / math.sqrt(self.width * (p.numel if normalize == "tensor" else total)) for p in self.pieces],
+            [1 / math.sqrt(self.width * (sizes[p.tensor] if normalize == "tensor" else total)) for p in self.pieces],
             dtype=torch.float32,
             device="cpu",
         )

@@ -216,15 +216,34 @@ def test_segments(dtype, base, isa):
 def test_a_segment_is_a_tensor_of_its_own(backend):
     """A band has the values of a tensor with its stream id, wherever it lies."""
     plan = bands()
-    theta, lambdas = sequence(100), torch.linspace(-2, 3, 6)
-    weights = Projection(plan, backend=backend).forward(theta, lambdas)
-    alone = {f"w\0head {h}": (24, 32) for h in range(3)} | {"v\0top": (20, 40), "v\0bottom": (30, 40), "o": (7,)}
-    assert [stream_id(name) for name in alone] == [stream_id(p.tensor, p.label) for p in plan.pieces]
-    pieces = Projection(Plan(alone, 100, 5), backend=backend).forward(theta, lambdas)
+    theta, factors = inputs(plan)
+    shapes = {f"w\0head {h}": (24, 32) for h in range(3)} | {"v\0top": (20, 40), "v\0bottom": (30, 40), "o": (7,)}
+    assert [stream_id(name) for name in shapes] == [stream_id(p.tensor, p.label) for p in plan.pieces]
+    alone = Plan(shapes, 100, 5)
+
+    def made(plan: Plan) -> dict[str, Tensor]:
+        flat = ops.fastfood_forward(plan, theta, factors, [], torch.float32, backend)
+        return dict(zip(plan.names, plan.views(flat), strict=True))
+
+    weights, pieces = made(plan), made(alone)
     w = torch.cat([pieces[f"w\0head {h}"] for h in range(3)], 1)
     assert_same_bits(weights["w"], w)
     assert_same_bits(weights["v"], torch.cat([pieces["v\0top"], pieces["v\0bottom"]]))
     assert_same_bits(weights["o"], pieces["o"])
+
+
+def test_segments_move_a_tensor_as_far_as_the_whole(backend):
+    """The scale is the tensor's: with signs, ||P theta|| = ||theta|| over its whole blocks, in segments or in one."""
+    shapes, theta = {"w": (64, 96)}, torch.randn(64)
+    heads = [Segment("w", 32 * h, 64, 32, 96, f"head {h}") for h in range(3)]
+
+    def moved(segments: list[Segment] | None) -> Tensor:
+        plan = Plan(shapes, 64, diagonal="rademacher", segments=segments)
+        return Projection(plan, backend=backend).forward(theta)["w"]
+
+    torch.testing.assert_close(moved(None).norm(), theta.norm())
+    torch.testing.assert_close(moved(heads).norm(), theta.norm())
+    assert_same_bits(moved(heads[1:])[:, 32:], moved(heads)[:, 32:], "with the first left out")
 
 
 @pytest.mark.parametrize("dtype, base", DTYPES)

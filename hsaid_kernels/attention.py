@@ -1,0 +1,255 @@
+"""Where a model's attention heads are: which rows or columns of which parameters belong to which head.
+
+A head is a band of the outputs of query, key and value (rows of a Linear's weight, columns of a Conv1D's, elements of
+the bias) and, because the heads' results are put side by side before they are mixed, the band of the inputs of the
+output projection (columns of a Linear's weight). Its bias is added to the mixture and belongs to no head. In
+grouped-query attention a band of key and value serves a whole group of heads.
+
+Attention modules are found by the names of their layers, which is all that models have in common; the size of a head is
+what the module says, or the configuration. Where the shapes do not fit, that is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from hsaid_kernels.plan import Segment
+
+SEPARATE = (
+    ("query", "key", "value"),  # BERT, RoBERTa, ELECTRA, ALBERT
+    ("q_proj", "k_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, ViT, BART, OPT, Whisper
+    ("q_lin", "k_lin", "v_lin"),  # DistilBERT, XLM
+    ("q", "k", "v"),  # T5, MPNet
+    ("query_proj", "key_proj", "value_proj"),  # DeBERTa v2 and v3
+)
+FUSED = ("c_attn", "Wqkv", "qkv_proj", "qkv")  # all queries, then all keys, then all values: GPT-2, ModernBERT, Phi-3
+INTERLEAVED = ("query_key_value",)  # query, key and value of the first head, then of the next: GPT-NeoX, BLOOM
+OUTPUT = ("o_proj", "out_proj", "dense", "out_lin", "o", "c_proj", "Wo", "proj")
+HEAD_SIZE = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv")
+OTHER_LAYOUTS = ("CodeGenAttention", "GPTBigCodeAttention")  # with names from FUSED for something else
+ROLES = ("query", "key", "value", "output")
+
+
+@dataclass(frozen=True)
+class Bands:
+    """`count` bands of a parameter: band i is [start + i * step, start + i * step + size) of dimension `dim`."""
+
+    role: str
+    tensor: str
+    shape: tuple[int, ...]
+    dim: int
+    start: int
+    step: int
+    size: int
+    count: int
+
+    def slices(self, index: int) -> tuple[slice, ...]:
+        start = self.start + index * self.step
+        return (slice(None),) * self.dim + (slice(start, start + self.size),)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention module.
+
+    name      of the module that owns query, key and value ("bert.encoder.layer.0.attention.self")
+    heads     how many (for grouped-query attention, of the queries)
+    groups    how many heads key and value have: `heads`, or fewer, each serving heads / groups neighbours
+    head_dim  size of a head
+    bands     of every parameter that is divided among the heads
+    """
+
+    name: str
+    heads: int
+    groups: int
+    head_dim: int
+    bands: tuple[Bands, ...]
+
+    def sharers(self, bands: Bands, index: int) -> tuple[int, ...]:
+        """The heads that a band serves: one, or all of a group."""
+        each = self.heads // bands.count
+        return tuple(range(index * each, (index + 1) * each))
+
+    def label(self, bands: Bands, index: int) -> str:
+        """Of a band, as a node of the hierarchy and in the segment's stream id."""
+        return f"{'head' if bands.count == self.heads else 'group'}.{index}"
+
+    def segments(self) -> Iterator[Segment]:
+        """One for each head (or group) of each parameter, in the parameters' order."""
+        for tensor, bands in itertools.groupby(self.bands, key=lambda bands: bands.tensor):
+            for count, alike in itertools.groupby(bands, key=lambda bands: bands.count):
+                alike = list(alike)
+                for index in range(count):
+                    yield _segment(tensor, self.label(alike[0], index), alike, index)
+
+    def pieces(self, heads: Collection[int]) -> set[tuple[str, str]]:
+        """(parameter, label) of the segments that serve none but these heads."""
+        return {
+            (bands.tensor, self.label(bands, index))
+            for bands in self.bands
+            for index in range(bands.count)
+            if set(self.sharers(bands, index)) <= set(heads)
+        }
+
+
+def _segment(tensor: str, label: str, alike: list[Bands], index: int) -> Segment:
+    """The same band of several roles in one tensor, as rows at one distance."""
+    first, inner = alike[0], math.prod(alike[0].shape[alike[0].dim + 1 :])
+    outer, length = math.prod(first.shape[: first.dim]), first.shape[first.dim]
+    starts, size = [bands.slices(index)[-1].start for bands in alike], first.size
+    distance = starts[1] - starts[0] if len(starts) > 1 else length
+    if distance == size:  # side by side: one band
+        starts, size, distance = starts[:1], size * len(starts), length
+    even = all(b - a == distance for a, b in itertools.pairwise(starts))
+    if not even or (outer > 1 and len(starts) * distance != length):
+        raise ValueError(f"model: expected the parts of a head in {tensor!r} at one distance, got them at {starts}")
+    return Segment(tensor, starts[0] * inner, outer * len(starts), size * inner, distance * inner, label)
+
+
+def find_attentions(model: nn.Module) -> tuple[Attention, ...]:
+    """All attention modules of a model, on any device, in its order (`model.named_modules()`).
+
+    Known are those of transformers whose layers are named as at the top of this file, and torch.nn.MultiheadAttention.
+    Tied parameters are under the first of their names, those that torch.nn.utils.prune masks under `..._orig`.
+
+    Raises ValueError for a model without any, or with one whose shapes do not fit its heads (multi-head latent
+    attention, say), TypeError for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    modules = dict(model.named_modules())
+    found = tuple(filter(None, (_attention(name, modules, names) for name in modules)))
+    if not found:
+        raise ValueError(
+            "model: expected one with attention heads (layers named query, key and value, q_proj, c_attn or the like), "
+            f"got a {type(model).__name__} without any"
+        )
+    return found
+
+
+def find_attention(model: nn.Module, layer: int | str) -> Attention:
+    """One of `find_attentions(model)`: by its place among them, or by its module's name."""
+    found = find_attentions(model)
+    if isinstance(layer, str):
+        named = [attention for attention in found if attention.name == layer]
+        if not named:
+            raise ValueError(f"layer: expected the name of an attention module ({found[0].name!r}, ...), got {layer!r}")
+        return named[0]
+    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
+        raise TypeError(f"layer: expected a number or a module's name, got {type(layer).__name__} {layer!r}")
+    if not 0 <= layer < len(found):
+        raise ValueError(f"layer: expected a number from 0 to {len(found) - 1}, got {layer}")
+    return found[layer]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A linear layer: its parameters' names, the weight's shape, and which dimension of that has the outputs."""
+
+    weight: str
+    bias: str | None
+    shape: tuple[int, int]
+    outputs: int
+
+    def bands(self, role: str, start: int, step: int, size: int, count: int) -> Iterator[Bands]:
+        """Of its outputs in weight and bias; for role "output" of its inputs, which no bias has."""
+        dim = 1 - self.outputs if role == "output" else self.outputs
+        yield Bands(role, self.weight, self.shape, dim, start, step, size, count)
+        if self.bias and role != "output":
+            yield Bands(role, self.bias, (self.shape[self.outputs],), 0, start, step, size, count)
+
+
+def _layer(module: nn.Module | None, names: dict[int, str], prefix: str = "") -> _Layer | None:
+    """A Linear, a Conv1D, or what a module has of its own under a prefix; None for anything else."""
+    own = getattr(module, "_parameters", {})
+    weight, bias = ((own.get(prefix + key), own.get(f"{prefix}{key}_orig")) for key in ("weight", "bias"))
+    weight, bias = (masked if plain is None else plain for plain, masked in (weight, bias))
+    outputs = 1 if type(module).__name__ == "Conv1D" else 0
+    if weight is None or weight.dim() != 2 or not (prefix or outputs or isinstance(module, nn.Linear)):
+        return None
+    return _Layer(names[id(weight)], None if bias is None else names[id(bias)], tuple(weight.shape), outputs)
+
+
+def _inputs(module: nn.Module, names: dict[int, str]) -> list[tuple[_Layer, tuple[str, ...]]]:
+    """The layers that make query, key and value, each with the roles that it has; none where this is no attention."""
+    layers = {key: _layer(child, names) for key, child in module.named_children()}
+    for keys in SEPARATE:
+        if all(layers.get(key) for key in keys):
+            return [(layers[key], (role,)) for key, role in zip(keys, ROLES)]
+    fused = next((layers[key] for key in (*FUSED, *INTERLEAVED) if layers.get(key)), None)
+    fused = fused or (_layer(module, names, "in_proj_") if isinstance(module, nn.MultiheadAttention) else None)
+    if fused and layers.get("q_attn"):  # GPT-2's cross-attention
+        return [(layers["q_attn"], ROLES[:1]), (fused, ROLES[1:3])]
+    return [(fused, ROLES[:3])] if fused else []
+
+
+def _attention(name: str, modules: dict[str, nn.Module], names: dict[int, str]) -> Attention | None:
+    """The attention module of this name; None for any other module."""
+    module = modules[name]
+    inputs = _inputs(module, names)
+    if not inputs:
+        return None
+    beside = modules.get(f"{name.rpartition('.')[0]}.output".lstrip("."))  # BERT's attention.self, attention.output
+    places = [getattr(module, key, None) for key in OUTPUT] + [getattr(beside, "dense", None)]
+    output = next(filter(None, (_layer(place, names) for place in places)), None)
+    width = output.shape[1 - output.outputs] if output else 0
+    total = sum(layer.shape[layer.outputs] for layer, _ in inputs)
+    size = _head_size(name, modules)
+    heads, groups = width // size, (total - width) // (2 * size)
+    counts = {"query": heads, "key": groups, "value": groups}
+    interleaved = any(hasattr(module, key) for key in INTERLEAVED)
+    fits = 0 < groups and heads * size == width and heads % groups == 0 and (heads == groups or not interleaved)
+    outputs = [sum(counts[role] for role in roles) * size for _, roles in inputs]
+    fits = fits and outputs == [layer.shape[layer.outputs] for layer, _ in inputs]
+    if not fits or type(module).__name__ in OTHER_LAYOUTS:
+        raise ValueError(
+            f"model: expected attention heads in a known layout, got {name!r} ({type(module).__name__}), where query, "
+            f"key and value have {total} outputs, the output layer {width} inputs, and a head {size}"
+        )
+    for key, child in module.named_children():  # of OLMo 2; most that there are have one scale for all heads
+        scale = getattr(child, "weight", None)
+        if re.match("(q|k|query|key)_?(layer)?_?norm", key) and scale is not None and scale.shape == (width,) != (size,):
+            raise ValueError(
+                f"model: expected attention heads that are on their own, got {name!r} ({type(module).__name__}), "
+                f"whose {key} divides all heads by one norm"
+            )
+    bands: list[Bands] = []
+    for layer, roles in inputs:
+        for number, role in enumerate(roles):
+            start = number if interleaved else sum(counts[before] for before in roles[:number])
+            step = len(roles) if interleaved else 1
+            bands += layer.bands(role, start * size, step * size, size, counts[role])
+    bands += output.bands("output", 0, size, size, heads)
+    order = {tensor: place for place, tensor in enumerate(names.values())}
+    return Attention(name, heads, groups, size, tuple(sorted(bands, key=lambda bands: order[bands.tensor])))
+
+
+def _head_size(name: str, modules: dict[str, nn.Module]) -> int:
+    """By the module, or by the configuration of the innermost module round it that has one."""
+    module = modules[name]
+    configs = [getattr(modules[outer], "config", None) for outer in (name, *_outer(name))]
+    for source in (module, *filter(None, configs)):
+        sizes = (getattr(source, key, None) for key in HEAD_SIZE)
+        if size := next((size for size in sizes if isinstance(size, int)), None):
+            return size
+    for config in filter(None, configs):
+        hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+        if isinstance(hidden, int) and isinstance(heads, int):
+            return hidden // heads
+    raise ValueError(
+        f"model: expected {name!r} ({type(module).__name__}) to have one of {', '.join(HEAD_SIZE)}, or a configuration "
+        "with hidden_size and num_attention_heads, got neither"
+    )
+
+
+def _outer(name: str) -> list[str]:
+    """The names of the modules round a module, innermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in reversed(range(len(parts)))]
