@@ -32,9 +32,13 @@ VALUES_FILE, CONFIG_FILE = "hsaid.safetensors", "hsaid_config.json"
 TRAINER_FILE, TRAINER_STATE_FILE = "model.safetensors", "trainer_state.json"  # by transformers.Trainer, this one last
 TASK = "default"
 ABOUT = f"for reading: what is loaded is the copy in {VALUES_FILE}"
-BASIS = ("intrinsic_dim", "partition", "combine", "skip", "merge", "normalize", "diagonal", "width", "seed")
+BASIS = (
+    *("intrinsic_dim", "partition", "combine", "skip", "merge", "heads", "pruned"),
+    *("normalize", "diagonal", "width", "seed"),
+)
 CHOICE = ("include", "exclude", "train_fully")
 SHAPES = ("tensors", "full")
+FIRST = {"task": TASK, "train_fully": None, "full": {}, "heads": False, "pruned": {}}  # of those that do not say it yet
 SAMPLES = 16  # values of each W0 tensor that its check is made from
 
 Config = dict[str, Any]
@@ -56,6 +60,8 @@ def describe(hsaid: HSAID) -> Config:
         "combine": partition.combine,
         "skip": hsaid.hierarchy.skip,
         "merge": hsaid.hierarchy.merge,
+        "heads": hsaid.heads,
+        "pruned": hsaid.pruned,
         "normalize": plan.normalize,
         "diagonal": plan.diagonal,
         "width": plan.width,
@@ -292,7 +298,7 @@ def _read(directory: str | os.PathLike) -> tuple[Config, dict[str, Tensor]]:
 
 
 def _parse(where: str, text: str) -> Config:
-    config = {"task": TASK, "train_fully": None, "full": {}, **json.loads(text)}  # the first ones did not have these
+    config = {**FIRST, **json.loads(text)}
     for key, known in {"format": FORMAT, "generator": GENERATOR}.items():
         if config.get(key) != known:
             raise ValueError(f"{where}: expected {key} {known!r}, the only one known here, got {config.get(key)!r}")

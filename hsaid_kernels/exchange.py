@@ -9,11 +9,12 @@ import functools
 import operator
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 Late = tuple[nn.Module, Sequence[str], Callable[[], Sequence[Tensor]]]
 
@@ -80,6 +81,8 @@ class Exchange:
         self._checkpoints = [(m, "_gradient_checkpointing_func") for m in modules if m.get("gradient_checkpointing")]
         # torch's RNNs keep the weights that they last ran on, and would keep ours alive
         self._kept = [(m, key) for m in modules for key in ("_flat_weights", "_flat_weight_refs") if key in m]
+        # and torch.nn.utils.prune leaves the masked weight in its module
+        self._kept += [(module.__dict__, hook._tensor_name) for module, hook in masks(places.modules)]
         self._lock = lock
         self._late = late
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -123,6 +126,12 @@ class Exchange:
     def _contexts(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
         """For `torch.utils.checkpoint`: what surrounds a layer in forward, and when it is run again."""
         return contextlib.nullcontext(), self
+
+
+def masks(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, BasePruningMethod]]:
+    """(module, hook) for each parameter that torch.nn.utils.prune masks before its module runs."""
+    hooks = ((module, hook) for module in modules for hook in module._forward_pre_hooks.values())
+    return [(module, hook) for module, hook in hooks if isinstance(hook, BasePruningMethod)]
 
 
 class Cache:

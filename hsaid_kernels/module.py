@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hsaid_kernels import checkpoint
-from hsaid_kernels.exchange import Cache, Exchange, Late, Places
-from hsaid_kernels.hierarchy import Hierarchy
+from hsaid_kernels.attention import find_attention
+from hsaid_kernels.exchange import Cache, Exchange, Late, Places, masks
+from hsaid_kernels.heads import Heads, check_heads, pruned_heads
+from hsaid_kernels.hierarchy import HEADS, Hierarchy
 from hsaid_kernels.ops import WEIGHT_DTYPES
 from hsaid_kernels.plan import MAX_DIM, Plan, check_int
 from hsaid_kernels.projection import Part, Patterns, Projection, split_tensors
@@ -47,6 +49,10 @@ class HSAID(Tasks):
             other parameters are frozen.
         train_fully: regular expressions that choose tensors to train as they are, beside theta (a new head, say).
             They are not projected, and not counted in intrinsic_dim; W0 stays as it is here too.
+        heads: whether attention heads are level L5 of the hierarchy, each with a part of its own of the tensors that
+            are divided among them. None for where the partition names L5 or heads are pruned.
+        pruned: {layer: [heads]} of which W0 is kept: no update is written there. None for `heads.pruned_heads(model)`,
+            those whose weights are all zero.
         dtype: of the projected weights: float32, bfloat16 or float16. None for that of W0, also after `.to(dtype)`;
             another one only where W0 is in float32.
         backend: "auto", or one of `available_backends()`.
@@ -88,6 +94,8 @@ class HSAID(Tasks):
         include: Patterns = None,
         exclude: Patterns = None,
         train_fully: Patterns = None,
+        heads: bool | None = None,
+        pruned: Heads | None = None,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
         task: str = checkpoint.TASK,
@@ -100,14 +108,20 @@ class HSAID(Tasks):
         self.include, self.exclude, self.train_fully = map(_patterns, (include, exclude, train_fully))
         tensors, full = split_tensors(model, self.include, self.exclude, self.train_fully)
         check_int("intrinsic_dim", intrinsic_dim, 1, MAX_DIM)
-        self.hierarchy = Hierarchy.from_model(model, skip, merge).select(tensors)
+        self.pruned = pruned_heads(model) if pruned is None else check_heads(model, pruned)
+        self.heads = bool(self.pruned) or HEADS in str(partition) if heads is None else heads
+        if self.pruned and not self.heads:
+            raise ValueError(f"heads: expected True or None where heads are pruned ({self.pruned}), got {heads}")
+        self.hierarchy = Hierarchy.from_model(model, skip, merge, self.heads)
+        self.hierarchy = self.hierarchy.select(tensors, without=_pieces(model, self.pruned))
         self.partition = self.hierarchy.partition(partition, combine)
         m = self.partition.num_multipliers
         if intrinsic_dim <= m:
             spec = self.partition.spec
             raise ValueError(f"intrinsic_dim: expected more than the {m} multipliers of {spec!r}, got {intrinsic_dim}")
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self.plan = Plan(shapes, intrinsic_dim - m, seed, width=width, diagonal=diagonal, normalize=normalize)
+        options = {"width": width, "diagonal": diagonal, "normalize": normalize}
+        self.plan = Plan(shapes, intrinsic_dim - m, seed, **options, segments=self.hierarchy.segments)
         self.given_dtype = dtype
         self.backend = backend
         self._whole = Part(self.plan)
@@ -180,7 +194,13 @@ class HSAID(Tasks):
                 return self.model
             # deepcopy takes what it finds in the memo for the copy already made, so W0 itself is not copied.
             memo = {id(own[name]): nn.Parameter(v.clone(), own[name].requires_grad) for name, v in values.items()}
-            return copy.deepcopy(self.model, memo)
+            for module, hook in masks(self.model.modules()):  # what torch.nn.utils.prune has made of W0
+                made = getattr(module, hook._tensor_name)
+                memo[id(made)] = made.detach()
+            merged = copy.deepcopy(self.model, memo)
+            for module, hook in masks(merged.modules()):
+                hook(module, None)
+            return merged
 
     def unmerge(self) -> None:
         """Gives the model W0 back, bit for bit, after `merge(inplace=True)`; RuntimeError without that."""
@@ -376,10 +396,11 @@ class HSAID(Tasks):
         trained = [self.theta, self.multipliers]
         wanted = torch.is_grad_enabled() and (self.theta.requires_grad or self.multipliers.requires_grad)
         late: list[Late] = []
+        cache = self._cache  # train() and eval() drop it, in whichever thread
         # Never as inference tensors, which no later call outside inference mode could use.
         with torch.inference_mode(False), torch.set_grad_enabled(wanted):
-            if wanted or self._cache is None or not self._cache.serves(trained, w0):
-                self._cache = None  # its memory is needed now
+            if wanted or cache is None or not cache.serves(trained, w0):
+                cache = self._cache = None  # its memory is needed now
                 join = self._projection(w0).parts(self.theta, self.partition.factors(self.multipliers), w0)
                 made = join(self._whole)
                 if wanted:
@@ -390,7 +411,7 @@ class HSAID(Tasks):
                 else:
                     self._cache = Cache(trained, w0, made)
             else:
-                made = self._cache.weights
+                made = cache.weights
         return dict(zip(self.plan.names, made, strict=True)), late
 
     def _traced(self) -> dict[str, Tensor]:
@@ -440,6 +461,11 @@ def _aliases(model: nn.Module) -> dict[str, str]:
         if parameter is not None
     )
     return {place: name for place, name in places if place != name}
+
+
+def _pieces(model: nn.Module, heads: Mapping[str, Collection[int]]) -> set[tuple[str, str]]:
+    """(tensor, label) of the segments that serve these heads alone."""
+    return set().union(*(find_attention(model, name).pieces(numbers) for name, numbers in heads.items()))
 
 
 def _blocks(model: nn.Module, names: Iterable[str]) -> list[tuple[str, list[str]]]:
