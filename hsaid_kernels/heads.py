@@ -36,7 +36,6 @@ REMOVABLE = {
     "XLMRobertaCrossAttention": ("num_attention_heads", "all_head_size"),
     "CamembertSelfAttention": ("num_attention_heads", "all_head_size"),
     "ElectraSelfAttention": ("num_attention_heads", "all_head_size"),
-    "MPNetSelfAttention": ("num_attention_heads", "all_head_size"),
     "DistilBertSelfAttention": ("n_heads", "dim"),
 }
 
@@ -185,7 +184,7 @@ def remove_heads(model: nn.Module, heads: Heads | None = None) -> nn.Module:
 
     The heads that stay are numbered anew. The configuration cannot say how many heads each layer has, so before a saved
     model is loaded the same heads are to be removed from a fresh one. Returns the model. For the BERT family (BERT,
-    RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, MPNet, DistilBERT); raises TypeError for other attention modules, and
+    RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT); raises TypeError for other attention modules, and
     ValueError as `prune_heads` does, before anything is changed.
     """
     chosen = check_heads(model, pruned_heads(model) if heads is None else heads)

@@ -13,7 +13,7 @@ IDS = torch.tensor([[3, 14, 15, 9], [2, 6, 5, 35]])
 
 
 def bert(**changes) -> nn.Module:
-    config = transformers.BertConfig(**SIZES, max_position_embeddings=16, **changes)
+    config = transformers.BertConfig(**SIZES | {"max_position_embeddings": 16} | changes)
     return transformers.BertForSequenceClassification(config)
 
 
