@@ -14,7 +14,8 @@ import torch
 from helpers import assert_same_bits, poison
 from torch import nn
 
-from hsaid_kernels import HSAID, Projection, available_backends, hadamard_transform, ops
+from hsaid_kernels import HSAID, Hierarchy, Projection, available_backends, hadamard_transform, ops
+from hsaid_kernels.attention import find_attention
 from hsaid_kernels.plan import Plan, Segment, whole
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -103,6 +104,37 @@ def test_every_width(q, diagonal, segments, backend):
     for dim, dtype in cases:
         plan = Plan(tensors, dim, seed=2**64 - 5, width=width, diagonal=diagonal, segments=segments)
         assert_same_everywhere(plan, dtype, backend)
+
+
+class Conv1D(nn.Module):
+    """As GPT-2 has it: the outputs are columns."""
+
+    def __init__(self, outputs: int, inputs: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(inputs, outputs)), nn.Parameter(torch.empty(outputs))
+
+
+HEADS = {  # layers of attention modules with two heads of 6 values
+    "rows and columns": {key: nn.Linear(12, 12) for key in ("query", "key", "value", "dense")},
+    "three bands to a row": {"c_attn": Conv1D(36, 12), "c_proj": Conv1D(12, 12)},
+    "shared key and value": {
+        key: nn.Linear(12, outputs, bias=False)
+        for key, outputs in {"q_proj": 12, "k_proj": 6, "v_proj": 6, "o_proj": 12}.items()
+    },
+}
+
+
+@pytest.mark.parametrize("layout", HEADS)
+def test_attention_heads(layout, backend):
+    """A segment for each head of each tensor; one head is left out."""
+    model = nn.ModuleDict(HEADS[layout])
+    model.head_dim = 6
+    hierarchy = Hierarchy.from_model(model, heads=True)
+    without = find_attention(model, 0).pieces([1])
+    hierarchy = hierarchy.select(hierarchy.tensors, without=without)
+    plan = Plan(hierarchy.shapes, 20, segments=hierarchy.segments)
+    assert len(without) >= 2 and len(plan.holes) > len(without)
+    assert_same_everywhere(plan, torch.bfloat16, backend)
 
 
 def test_missing_gradients(backend):
