@@ -27,8 +27,8 @@ for needed in ("transformers", "accelerate", "datasets", "babel"):
     pytest.importorskip(needed)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-CLASSIFICATION, CUSTOM, MULTI = (
-    EXAMPLES / f"{name}.py" for name in ("text_classification", "custom_loop", "multi_task")
+CLASSIFICATION, CUSTOM, MULTI, PRUNE = (
+    EXAMPLES / f"{name}.py" for name in ("text_classification", "custom_loop", "multi_task", "prune_heads")
 )
 FRUIT = ("apple", "banana", "cherry", "grape", "lemon", "mango")
 ANIMALS = ("cat", "dog", "horse", "mouse", "sheep", "tiger")
@@ -323,3 +323,25 @@ def test_multi_task_in_two_processes(run, files, tmp_path, example):
         assert int(told.replace(",", "")) == size(tmp_path / task) < 5000
     thetas = [values(tmp_path / row[0])["theta"] for row in rows]
     assert all(theta.any() for theta in thetas) and not torch.equal(thetas[0], thetas[1])
+
+
+# --- heads
+
+
+def test_pruned_heads(files, example, tmp_path, capsys):
+    arguments = ["--model", files / "still", "--amount", "1", "--intrinsic-dim", "300", "--batch-size", "16"]
+    small = ["--steps", "3", "--log-every", "1", "--per-label", "4", "--examples", "2", "--out", tmp_path]
+    example(PRUNE).main(list(map(str, arguments + small)))
+    said = capsys.readouterr().out
+    pruned = re.findall(r"pruned bert.encoder.layer.(\d).attention.self: heads (\d)\n", said)
+    assert [layer for layer, _ in pruned] == ["0", "1"]
+    for layer, head in pruned:
+        values = re.search(rf"layer.{layer}.attention.self +(\S+) +(\S+)\n", said).groups()
+        assert [value == "-" for value in values] == [head == "0", head == "1"]
+    masked, taken_out = (
+        re.search(rf"{what} +([\d,]+) .* ([\d.]+)\n", said).groups() for what in ("masked", "taken out")
+    )
+    assert int(masked[0].replace(",", "")) - int(taken_out[0].replace(",", "")) == 2 * (4 * 16 * 32 + 3 * 16)
+    assert masked[1] == taken_out[1]
+    assert float(re.search(r"logits differ by (\S+) at most", said).group(1)) < 1e-4
+    assert (tmp_path / "hsaid.safetensors").exists()
