@@ -15,12 +15,14 @@ import re
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hsaid_kernels.hierarchy import Hierarchy
 from hsaid_kernels.plan import GENERATOR
 from hsaid_kernels.projection import split_tensors
 
@@ -173,6 +175,19 @@ def check_ranks(configs: Sequence[Config]) -> None:
 def read_config(directory: str | os.PathLike) -> Config:
     """The configuration of a checkpoint, as `describe` makes it; raises what `from_pretrained` raises for a bad one."""
     return _read(directory)[0]
+
+
+def hierarchy_of(config: Config, model: nn.Module) -> Hierarchy:
+    """The hierarchy of a checkpoint's tensors, in the model that was trained (on any device, meta too).
+
+    The first size of a tensor, which may be the number of labels or of tokens, may be another than the model's. Raises
+    ValueError for other differences.
+    """
+    saved, shapes = config["tensors"], _shapes(dict(model.named_parameters()))
+    chosen = saved if any(config[key] for key in CHOICE) else shapes
+    found = {name: (*saved.get(name, shape)[:1], *shape[1:]) for name, shape in shapes.items() if name in chosen}
+    _check_tensors({"tensors": saved, "full": {}}, {"tensors": found, "full": {}})
+    return replace(Hierarchy.from_model(model, config["skip"], config["merge"]).select(saved), shapes=saved)
 
 
 def encode_state(config: Config) -> Tensor:

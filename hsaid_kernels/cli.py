@@ -1,4 +1,4 @@
-"""`hsaid`: train a text classifier through H-SAID, or say what a checkpoint or a model's hierarchy holds.
+"""`hsaid`: train a text classifier through H-SAID; say or draw what a checkpoint or a model's hierarchy holds.
 
 Bad input ends in one sentence on stderr and exit code 2, a run that went wrong in exit code 1.
 """
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hsaid_kernels import training
+    from hsaid_kernels.hierarchy import Hierarchy, Partition
     from hsaid_kernels.module import HSAID
 
 # Chosen on the embedded data's validation languages (docs/method.md); STEPS_IF_LARGE by what two cores do in minutes.
@@ -134,7 +135,26 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="say what a checkpoint or a model's hierarchy holds")
     info.set_defaults(run=_info)
-    info.add_argument("source", metavar="DIR|MODEL", help="a checkpoint, or a model's directory or hub name")
+    graph = commands.add_parser("graph", help="draw a model's hierarchy, or what a checkpoint has learned on it")
+    graph.set_defaults(run=_graph)
+    for command in (info, graph):
+        command.add_argument("source", metavar="DIR|MODEL", help="a checkpoint, or a model's directory or hub name")
+        command.add_argument("--model", help="of a checkpoint that `hsaid train` did not write: directory or hub name")
+    add = graph.add_argument
+    add("--partition", help="with a model: levels as in L1+L2|L3|L4, whose components are coloured (none)")
+    add(
+        "--fold",
+        action=argparse.BooleanOptionalAction,
+        help="layers that differ in nothing but their number in one (so for a model, not for a checkpoint)",
+    )
+    add(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("graph.svg"),
+        metavar="FILE",
+        help=".svg, .png, .html, .dot (%(default)s)",
+    )
     return parser
 
 
@@ -162,7 +182,7 @@ def _input() -> Iterator[None]:
     """What the library refuses in here is the user's to change."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
 
 
@@ -372,25 +392,73 @@ def _time_mbert(steps: int, examples: Sequence[data.Example], arguments: argpars
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from hsaid_kernels import training
-    from hsaid_kernels.checkpoint import VALUES_FILE
-    from hsaid_kernels.hierarchy import Hierarchy
-
     with _input():
-        if Path(arguments.source, VALUES_FILE).exists():
-            _describe_checkpoint(Path(arguments.source))
+        if _is_checkpoint(arguments):
+            _describe_checkpoint(Path(arguments.source), arguments.model)
             return
-        hierarchy = Hierarchy.from_model(training.build_architecture(arguments.source))
+        hierarchy = _hierarchy(arguments.source)
     print(hierarchy, end="\n\n")
     for spec in PARTITIONS:
         _say(spec, str(hierarchy.partition(spec)))
 
 
-def _describe_checkpoint(directory: Path) -> None:
+def _graph(arguments: argparse.Namespace) -> None:
+    from hsaid_kernels.graph import Graph
+
+    with _input():
+        if _is_checkpoint(arguments):
+            if arguments.partition is not None:
+                raise ValueError(
+                    f"--partition: expected none, as a checkpoint has its own, got {arguments.partition!r}"
+                )
+            hierarchy, partition, multipliers = _trained(Path(arguments.source), arguments.model)
+        else:
+            hierarchy, partition, multipliers = _hierarchy(arguments.source), arguments.partition, None
+        graph = Graph.of(hierarchy, partition, fold=arguments.fold, multipliers=multipliers)
+        graph.write(arguments.out)
+    counts = [f"{len(hierarchy.tensors)} tensors", f"{graph.num_paths} paths", f"{len(graph.nodes)} nodes"]
+    if graph.partition:
+        counts.append(f"{graph.partition.num_multipliers} multipliers")
+    _say("graph", f"{arguments.out}: {', '.join(counts)}")
+
+
+def _is_checkpoint(arguments: argparse.Namespace) -> bool:
+    from hsaid_kernels.checkpoint import VALUES_FILE
+
+    if Path(arguments.source, VALUES_FILE).exists():
+        return True
+    if arguments.model is not None:
+        raise ValueError(f"--model: expected with a checkpoint only, got it with {arguments.source!r}, which is none")
+    return False
+
+
+def _hierarchy(source: str) -> Hierarchy:
+    from hsaid_kernels import training
+    from hsaid_kernels.hierarchy import Hierarchy
+
+    return Hierarchy.from_model(training.build_architecture(source))
+
+
+def _trained(directory: Path, model: str | None) -> tuple[Hierarchy, Partition, torch.Tensor]:
+    """A checkpoint's multipliers and what they belong to; `model` is what was trained, if not as the run says."""
     from safetensors.torch import load_file
 
     from hsaid_kernels import checkpoint, training
-    from hsaid_kernels.hierarchy import Hierarchy
+
+    config = checkpoint.read_config(directory)
+    if model is None:
+        if not (directory / training.RUN_FILE).exists():
+            raise ValueError(f"--model: expected the one that {str(directory)!r} was trained from, as it does not say")
+        model = training.read_run(directory)["model"]
+    hierarchy = checkpoint.hierarchy_of(config, training.build_architecture(model))
+    partition = hierarchy.partition(config["partition"], config["combine"])
+    return hierarchy, partition, load_file(directory / checkpoint.VALUES_FILE)["multipliers"]
+
+
+def _describe_checkpoint(directory: Path, model: str | None) -> None:
+    from safetensors.torch import load_file
+
+    from hsaid_kernels import checkpoint, training
 
     config = checkpoint.read_config(directory)
     theta, multipliers = map(load_file(directory / checkpoint.VALUES_FILE).get, ("theta", "multipliers"))
@@ -404,21 +472,26 @@ def _describe_checkpoint(directory: Path) -> None:
         if config[key] not in (None, [], {}):
             _say(key, str(config[key]))
     _say("theta", f"norm {theta.norm():.4g}")
-    if not (directory / training.RUN_FILE).exists():
+    if (directory / training.RUN_FILE).exists():
+        run = training.read_run(directory)
+        for key in ("model", "data", "steps", "lr", "test_accuracy"):
+            _say(key, str(run.get(key)))
+    elif model is None:
+        _say("multipliers", "--model MODEL, the one that was trained, tells their names")
         return
-    run = training.read_run(directory)
-    for key in ("model", "data", "steps", "lr", "test_accuracy"):
-        _say(key, str(run.get(key)))
-    model = training.build_architecture(run["model"])
-    hierarchy = Hierarchy.from_model(model, config["skip"], config["merge"]).select(config["tensors"])
+    if len(multipliers):
+        _describe_multipliers(*_trained(directory, model))
+
+
+def _describe_multipliers(hierarchy: Hierarchy, partition: Partition, multipliers: torch.Tensor) -> None:
+    _say("multipliers", "by component, the largest change from 1 first")
     values = iter(multipliers.tolist())
-    for component in hierarchy.partition(config["partition"], config["combine"]).components:
-        shown = [f"{' '.join(filter(None, path))} {next(values):.3f}" for path in component.paths]
-        print(
-            textwrap.fill(
-                ", ".join(shown), 118, initial_indent=f"{'+'.join(component.levels):<12} ", subsequent_indent=" " * 13
-            )
-        )
+    for component in partition.components:
+        learned = sorted(zip(component.paths, values), key=lambda item: -abs(item[1] - 1))
+        # Hard spaces, so that lines break between multipliers only.
+        shown = [" ".join([*filter(None, path), f"{value:.3f}"]).replace(" ", "\xa0") for path, value in learned]
+        indent = {"initial_indent": f"{'+'.join(component.levels):<12} ", "subsequent_indent": " " * 13}
+        print(textwrap.fill(", ".join(shown), 118, **indent).replace("\xa0", " "))
 
 
 def _size(directory: Path) -> int:
