@@ -172,14 +172,15 @@ class Graph:
         lines.append(f"  {' -> '.join(map(_quoted, levels))} [style=invis, weight=1000]")
         for level in levels:
             column = [_quoted(level), *(name for name, node in zip(names, self.nodes) if node.level == level)]
-            lines.append(f"  {{ rank=same {' -> '.join(column)} [style=invis] }}")
+            lines.append(f"  {{ rank=same edge [style=invis] {' -> '.join(column)} }}")
         return "\n".join([*lines, "}", ""])
 
     def write(self, path: str | os.PathLike) -> None:
         """Arguments and errors as of `Hierarchy.draw`."""
         suffix = Path(path).suffix.lower()
         if suffix not in FORMATS:
-            raise ValueError(f"path: expected a name that ends in {', '.join(FORMATS)}, got {os.fspath(path)!r}")
+            known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+            raise ValueError(f"path: expected a name that ends in {known}, got {os.fspath(path)!r}")
         data = self.dot().encode()
         if suffix != ".dot":
             data = _laid_out(data, "png" if suffix == ".png" else "svg")
