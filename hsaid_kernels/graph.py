@@ -250,10 +250,10 @@ def _fold(hierarchy: Hierarchy, own: Sequence[tuple]) -> dict[tuple[str, str], N
         for (path, _), what in zip(_rows(hierarchy), own):
             through[path[at]][path[:at] + path[at + 1 :], what] += 1
 
-        looks = {}
-        for name in hierarchy.nodes(level):
-            stem, number = hierarchies._split_number(name)
-            looks[name] = stem, bool(number), frozenset(through[name].items())
+        looks = {
+            name: (hierarchies._split_number(name)[0], frozenset(through[name].items()))
+            for name in hierarchy.nodes(level)
+        }
         for _, run in itertools.groupby(looks, key=looks.get):
             names = tuple(run)
             folded |= dict.fromkeys(((level, name) for name in names), names)

@@ -184,6 +184,8 @@ def test_only_neighbours_that_are_the_same_fold():
     assert labels(blocks(wide(), nn.Linear(2, 2, bias=False)), "L1") == ["layers.0", "layers.1"]
     same_but_no_numbers = nn.ModuleDict({"a": wide(), "b": wide()})
     assert labels(blocks(same_but_no_numbers), "L3") == ["a", "b"]
+    apart = blocks(nn.ModuleDict({"a": nn.Sequential(wide())}), nn.ModuleDict({"a": nn.Sequential(nn.ReLU(), wide())}))
+    assert labels(apart, "L3") == ["a.0", "a.1"]  # the one in layers.0, the other in layers.1
     experts = nn.ModuleList(nn.ModuleDict({"up": wide(), "down": wide()}) for _ in range(3))
     mixtures = blocks(*(nn.ModuleDict({"gate": wide(), "experts": experts}) for _ in range(2)))
     assert labels(mixtures, "L2") == ["experts.0 … experts.2  × 3"]
