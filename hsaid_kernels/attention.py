@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -149,6 +149,11 @@ def find_attention(model: nn.Module, layer: int | str) -> Attention:
     return found[layer]
 
 
+def pieces_of(model: nn.Module, heads: Mapping[int | str, Collection[int]]) -> set[tuple[str, str]]:
+    """(parameter, label) of the segments that serve none but these heads, {layer: [heads]}."""
+    return set().union(*(find_attention(model, layer).pieces(numbers) for layer, numbers in heads.items()))
+
+
 @dataclass(frozen=True)
 class _Layer:
     """A linear layer: its parameters' names, the weight's shape, and which dimension of that has the outputs."""
@@ -214,8 +219,8 @@ def _attention(name: str, modules: dict[str, nn.Module], names: dict[int, str]) 
             f"key and value have {total} outputs, the output layer {width} inputs, and a head {size}"
         )
     for key, child in module.named_children():  # of OLMo 2; most that there are have one scale for all heads
-        scale = getattr(child, "weight", None)
-        if re.match("(q|k|query|key)_?(layer)?_?norm", key) and scale is not None and scale.shape == (width,) != (size,):
+        scale = getattr(getattr(child, "weight", None), "shape", ())
+        if re.match("(q|k|query|key)_?(layer)?_?norm", key) and scale == (width,) != (size,):
             raise ValueError(
                 f"model: expected attention heads that are on their own, got {name!r} ({type(module).__name__}), "
                 f"whose {key} divides all heads by one norm"

@@ -15,12 +15,15 @@ import re
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hsaid_kernels.attention import pieces_of
+from hsaid_kernels.hierarchy import Hierarchy
 from hsaid_kernels.plan import GENERATOR
 from hsaid_kernels.projection import split_tensors
 
@@ -94,7 +97,7 @@ def save_pretrained(hsaid: HSAID, directory: str | os.PathLike) -> None:
     files = {VALUES_FILE: safetensors.torch.save(values, metadata), CONFIG_FILE: f"{readable}\n".encode()}
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
-        _replace_files({Path(directory, name): data for name, data in files.items()})
+        replace_files({Path(directory, name): data for name, data in files.items()})
     except OSError as error:
         reason = error.strerror or str(error)
         refusal = type(error)(f"directory: expected one that can be written to, got {os.fspath(directory)!r}: {reason}")
@@ -179,6 +182,20 @@ def check_ranks(configs: Sequence[Config]) -> None:
 def read_config(directory: str | os.PathLike) -> Config:
     """The configuration of a checkpoint, as `describe` makes it; raises what `from_pretrained` raises for a bad one."""
     return _read(directory)[0]
+
+
+def hierarchy_of(config: Config, model: nn.Module) -> Hierarchy:
+    """The hierarchy of a checkpoint's tensors, in the model that was trained (on any device, meta too).
+
+    The first size of a tensor, which may be the number of labels or of tokens, may be another than the model's. Raises
+    ValueError for other differences.
+    """
+    saved, shapes = config["tensors"], _shapes(dict(model.named_parameters()))
+    chosen = saved if any(config[key] for key in CHOICE) else shapes
+    found = {name: (*saved.get(name, shape)[:1], *shape[1:]) for name, shape in shapes.items() if name in chosen}
+    _check_tensors({"tensors": saved, "full": {}}, {"tensors": found, "full": {}})
+    hierarchy = Hierarchy.from_model(model, config["skip"], config["merge"], config["heads"])
+    return replace(hierarchy.select(saved, without=pieces_of(model, config["pruned"])), shapes=saved)
 
 
 def encode_state(config: Config) -> Tensor:
@@ -329,7 +346,7 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _replace_files(files: Mapping[Path, bytes]) -> None:
+def replace_files(files: Mapping[Path, bytes]) -> None:
     """Puts the files in place in their order, each in one step, after all of them are on the disk."""
     temporary = {path: path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for path in files}
     try:

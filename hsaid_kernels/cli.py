@@ -1,4 +1,4 @@
-"""`hsaid`: train a text classifier through H-SAID, or say what a checkpoint or a model's hierarchy holds.
+"""`hsaid`: train a text classifier through H-SAID; say or draw what a checkpoint or a model's hierarchy holds.
 
 Bad input ends in one sentence on stderr and exit code 2, a run that went wrong in exit code 1.
 """
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hsaid_kernels import training
+    from hsaid_kernels.hierarchy import Hierarchy, Partition
     from hsaid_kernels.module import HSAID
 
 # Chosen on the embedded data's validation languages (docs/method.md); STEPS_IF_LARGE by what two cores do in minutes.
@@ -33,6 +34,8 @@ STEPS, BATCH_SIZE, LEARNING_RATE, INTRINSIC_DIM, MAX_LENGTH = 300, 32, 0.05, 500
 LARGE, STEPS_IF_LARGE = 50_000_000, 60  # weights
 MBERT_STEPS = 5
 PARTITIONS = ("did", "L1+L2+L3+L4", "L1+L2+L3|L4", "L1+L2|L3+L4", "L1+L2|L3|L4", "L1|L2|L3|L4")
+HEADS = "L5"
+HEAD_PARTITIONS = ("L1+L2|L3|L4|L5", "L1+L5|L3|L4", "L1+L2+L3+L4+L5")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -108,7 +111,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="D",
         help="numbers to train (%(default)s)",
     )
-    add("--partition", default="hsaid-3", help="did, said, hsaid-3 or levels as in L1+L2|L3|L4 (%(default)s)")
+    add(
+        "--partition",
+        default="hsaid-3",
+        help="did, said, hsaid-3 or levels as in L1+L2|L3|L4, L5 the heads (%(default)s)",
+    )
     add("--normalize", choices=NORMALIZATIONS, default="global", help="scale of the random matrices (%(default)s)")
     add("--diagonal", choices=DIAGONALS, default=DIAGONALS[0], help="of the random matrices (%(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights while training (%(default)s)")
@@ -134,7 +141,27 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="say what a checkpoint or a model's hierarchy holds")
     info.set_defaults(run=_info)
-    info.add_argument("source", metavar="DIR|MODEL", help="a checkpoint, or a model's directory or hub name")
+    graph = commands.add_parser("graph", help="draw a model's hierarchy, or what a checkpoint has learned on it")
+    graph.set_defaults(run=_graph)
+    for command in (info, graph):
+        command.add_argument("source", metavar="DIR|MODEL", help="a checkpoint, or a model's directory or hub name")
+        command.add_argument("--model", help="of a checkpoint that `hsaid train` did not write: directory or hub name")
+        command.add_argument("--heads", action="store_true", help="with a model: attention heads as level L5")
+    add = graph.add_argument
+    add("--partition", help="with a model: levels as in L1+L2|L3|L4, whose components are coloured (none)")
+    add(
+        "--fold",
+        action=argparse.BooleanOptionalAction,
+        help="layers that differ in nothing but their number in one (so for a model, not for a checkpoint)",
+    )
+    add(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("graph.svg"),
+        metavar="FILE",
+        help=".svg, .png, .html, .dot (%(default)s)",
+    )
     return parser
 
 
@@ -162,7 +189,7 @@ def _input() -> Iterator[None]:
     """What the library refuses in here is the user's to change."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
 
 
@@ -372,25 +399,74 @@ def _time_mbert(steps: int, examples: Sequence[data.Example], arguments: argpars
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from hsaid_kernels import training
-    from hsaid_kernels.checkpoint import VALUES_FILE
-    from hsaid_kernels.hierarchy import Hierarchy
-
     with _input():
-        if Path(arguments.source, VALUES_FILE).exists():
-            _describe_checkpoint(Path(arguments.source))
+        if _is_checkpoint(arguments):
+            _describe_checkpoint(Path(arguments.source), arguments.model)
             return
-        hierarchy = Hierarchy.from_model(training.build_architecture(arguments.source))
+        hierarchy = _hierarchy(arguments.source, arguments.heads)
     print(hierarchy, end="\n\n")
-    for spec in PARTITIONS:
+    for spec in PARTITIONS + HEAD_PARTITIONS * arguments.heads:
         _say(spec, str(hierarchy.partition(spec)))
 
 
-def _describe_checkpoint(directory: Path) -> None:
+def _graph(arguments: argparse.Namespace) -> None:
+    from hsaid_kernels.graph import Graph
+
+    with _input():
+        partition, multipliers = arguments.partition, None
+        if _is_checkpoint(arguments):
+            if partition is not None:
+                raise ValueError(f"--partition: expected none, as a checkpoint has its own, got {partition!r}")
+            hierarchy, partition, multipliers = _trained(Path(arguments.source), arguments.model)
+        else:
+            hierarchy = _hierarchy(arguments.source, arguments.heads or HEADS in (partition or ""))
+        graph = Graph.of(hierarchy, partition, fold=arguments.fold, multipliers=multipliers)
+        graph.write(arguments.out)
+    counts = [f"{len(hierarchy.tensors)} tensors", f"{graph.num_paths} paths", f"{len(graph.nodes)} nodes"]
+    if graph.partition:
+        counts.append(f"{graph.partition.num_multipliers} multipliers")
+    _say("graph", f"{arguments.out}: {', '.join(counts)}")
+
+
+def _is_checkpoint(arguments: argparse.Namespace) -> bool:
+    from hsaid_kernels.checkpoint import VALUES_FILE
+
+    if Path(arguments.source, VALUES_FILE).exists():
+        if arguments.heads:
+            raise ValueError(f"--heads: expected with a model only, got it with the checkpoint {arguments.source!r}")
+        return True
+    if arguments.model is not None:
+        raise ValueError(f"--model: expected with a checkpoint only, got it with {arguments.source!r}, which is none")
+    return False
+
+
+def _hierarchy(source: str, heads: bool) -> Hierarchy:
+    from hsaid_kernels import training
+    from hsaid_kernels.hierarchy import Hierarchy
+
+    return Hierarchy.from_model(training.build_architecture(source), heads=heads)
+
+
+def _trained(directory: Path, model: str | None) -> tuple[Hierarchy, Partition, torch.Tensor]:
+    """A checkpoint's multipliers and what they belong to; `model` is what was trained, if not as the run says."""
     from safetensors.torch import load_file
 
     from hsaid_kernels import checkpoint, training
-    from hsaid_kernels.hierarchy import Hierarchy
+
+    config = checkpoint.read_config(directory)
+    if model is None:
+        if not (directory / training.RUN_FILE).exists():
+            raise ValueError(f"--model: expected the one that {str(directory)!r} was trained from, as it does not say")
+        model = training.read_run(directory)["model"]
+    hierarchy = checkpoint.hierarchy_of(config, training.build_architecture(model))
+    partition = hierarchy.partition(config["partition"], config["combine"])
+    return hierarchy, partition, load_file(directory / checkpoint.VALUES_FILE)["multipliers"]
+
+
+def _describe_checkpoint(directory: Path, model: str | None) -> None:
+    from safetensors.torch import load_file
+
+    from hsaid_kernels import checkpoint, training
 
     config = checkpoint.read_config(directory)
     theta, multipliers = map(load_file(directory / checkpoint.VALUES_FILE).get, ("theta", "multipliers"))
@@ -404,21 +480,26 @@ def _describe_checkpoint(directory: Path) -> None:
         if config[key] not in (None, [], {}):
             _say(key, str(config[key]))
     _say("theta", f"norm {theta.norm():.4g}")
-    if not (directory / training.RUN_FILE).exists():
+    if (directory / training.RUN_FILE).exists():
+        run = training.read_run(directory)
+        for key in ("model", "data", "steps", "lr", "test_accuracy"):
+            _say(key, str(run.get(key)))
+    elif model is None:
+        _say("multipliers", "--model MODEL, the one that was trained, tells their names")
         return
-    run = training.read_run(directory)
-    for key in ("model", "data", "steps", "lr", "test_accuracy"):
-        _say(key, str(run.get(key)))
-    model = training.build_architecture(run["model"])
-    hierarchy = Hierarchy.from_model(model, config["skip"], config["merge"]).select(config["tensors"])
+    if len(multipliers):
+        _describe_multipliers(*_trained(directory, model))
+
+
+def _describe_multipliers(hierarchy: Hierarchy, partition: Partition, multipliers: torch.Tensor) -> None:
+    _say("multipliers", "by component, the largest change from 1 first")
     values = iter(multipliers.tolist())
-    for component in hierarchy.partition(config["partition"], config["combine"]).components:
-        shown = [f"{' '.join(filter(None, path))} {next(values):.3f}" for path in component.paths]
-        print(
-            textwrap.fill(
-                ", ".join(shown), 118, initial_indent=f"{'+'.join(component.levels):<12} ", subsequent_indent=" " * 13
-            )
-        )
+    for component in partition.components:
+        learned = sorted(zip(component.paths, values), key=lambda item: -abs(item[1] - 1))
+        # Hard spaces, so that lines break between multipliers only.
+        shown = [" ".join([*filter(None, path), f"{value:.3f}"]).replace(" ", "\xa0") for path, value in learned]
+        indent = {"initial_indent": f"{'+'.join(component.levels):<12} ", "subsequent_indent": " " * 13}
+        print(textwrap.fill(", ".join(shown), 118, **indent).replace("\xa0", " "))
 
 
 def _size(directory: Path) -> int:

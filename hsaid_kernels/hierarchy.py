@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -234,6 +235,44 @@ class Hierarchy:
         index = torch.tensor(columns, dtype=torch.int64, device="cpu").reshape(len(columns), len(self.paths))
         canonical = "|".join("+".join(component.levels) for component in components) or "did"
         return Partition(canonical, combine, tuple(components), index.T.contiguous())
+
+    def to_dot(
+        self,
+        partition: Partition | str | None = None,
+        *,
+        fold: bool | None = None,
+        multipliers: Tensor | Sequence[float] | None = None,
+    ) -> str:
+        """The Hasse diagram in Graphviz's language: levels from left to right, an edge to the nearest deeper node.
+
+        partition     its components are in colour, and the edges between them dashed
+        fold          numbered nodes that differ in nothing but the number become one; by default, unless there are
+                      multipliers
+        multipliers   trained ones of `partition` [m]: a node for each, in blue below 1 and in red above
+
+        Raises ValueError for a partition of another hierarchy, and for multipliers that do not belong to it or are not
+        finite; TypeError for another type of partition.
+        """
+        from hsaid_kernels.graph import Graph
+
+        return Graph.of(self, partition, fold=fold, multipliers=multipliers).dot()
+
+    def draw(
+        self,
+        path: str | os.PathLike,
+        partition: Partition | str | None = None,
+        *,
+        fold: bool | None = None,
+        multipliers: Tensor | Sequence[float] | None = None,
+    ) -> None:
+        """Writes the picture of `to_dot` to a file whose name ends in .svg, .png, .html or .dot, all of it or nothing.
+
+        Raises what `to_dot` raises; ValueError for another ending, OSError where the file cannot be written, and
+        ImportError where pygraphviz is missing, which all but .dot needs.
+        """
+        from hsaid_kernels.graph import Graph
+
+        Graph.of(self, partition, fold=fold, multipliers=multipliers).write(path)
 
     def __str__(self) -> str:
         weights = [segment.numel for segment in self.segments]

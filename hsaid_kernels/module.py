@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hsaid_kernels import checkpoint
-from hsaid_kernels.attention import find_attention
+from hsaid_kernels.attention import pieces_of
 from hsaid_kernels.exchange import Cache, Exchange, Late, Places, masks
 from hsaid_kernels.heads import Heads, check_heads, pruned_heads
 from hsaid_kernels.hierarchy import HEADS, Hierarchy
@@ -113,7 +113,7 @@ class HSAID(Tasks):
         if self.pruned and not self.heads:
             raise ValueError(f"heads: expected True or None where heads are pruned ({self.pruned}), got {heads}")
         self.hierarchy = Hierarchy.from_model(model, skip, merge, self.heads)
-        self.hierarchy = self.hierarchy.select(tensors, without=_pieces(model, self.pruned))
+        self.hierarchy = self.hierarchy.select(tensors, without=pieces_of(model, self.pruned))
         self.partition = self.hierarchy.partition(partition, combine)
         m = self.partition.num_multipliers
         if intrinsic_dim <= m:
@@ -461,11 +461,6 @@ def _aliases(model: nn.Module) -> dict[str, str]:
         if parameter is not None
     )
     return {place: name for place, name in places if place != name}
-
-
-def _pieces(model: nn.Module, heads: Mapping[str, Collection[int]]) -> set[tuple[str, str]]:
-    """(tensor, label) of the segments that serve these heads alone."""
-    return set().union(*(find_attention(model, name).pieces(numbers) for name, numbers in heads.items()))
 
 
 def _blocks(model: nn.Module, names: Iterable[str]) -> list[tuple[str, list[str]]]:

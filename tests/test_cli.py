@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import math
 import re
 
 import pytest
@@ -159,8 +160,82 @@ def test_info_of_a_checkpoint(trained, capsys):
     said = capsys.readouterr().out
     assert "d = 300 numbers: 281 in theta, m = 19 multipliers" in said
     assert re.search(r"seed +0\n", said)
-    assert re.search(r"L1\+L2 +embeddings \d\.\d{3}, layer.0 attention \d\.\d{3}, ", said)
-    assert re.search(r"L4 +weight \d\.\d{3}, bias \d\.\d{3}\n", said)
+    check_multipliers(said, trained)
+
+
+def check_multipliers(said: str, checkpoint_at):
+    """All of them are listed, by component, the largest change first."""
+    listed = re.search(r"^multipliers +by component, the largest change from 1 first\n(.*)", said, re.M | re.S)[1]
+    values = load_file(checkpoint_at / checkpoint.VALUES_FILE)["multipliers"].tolist()
+    components = re.split(r"^(?=L)", listed, flags=re.M)[1:]
+    for component, learned in zip(components, (values[:9], values[9:17], values[17:]), strict=True):
+        shown = [float(value) for value in re.findall(r" (-?\d+\.\d{3})(?:,|$)", component, re.M)]
+        assert shown == [round(value, 3) for value in sorted(learned, key=lambda value: -abs(value - 1))]
+    weight, bias = values[17:]
+    assert re.search(rf"^L4 +.*weight {weight:.3f}", listed, re.M) and f"bias {bias:.3f}" in listed
+    assert re.search(r"^L1\+L2 +(embeddings|pooler|classifier|layer\.\d \w+) \d", listed, re.M)
+
+
+@pytest.fixture
+def by_hand(files, tmp_path):
+    """A checkpoint that says nothing about its model, which has more labels and words than the directory's."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(files / "model", num_labels=5)
+    model.resize_token_embeddings(20)
+    hsaid = HSAID(model, 50)
+    with torch.no_grad():
+        hsaid.multipliers.uniform_(0.5, 1.5)
+    hsaid.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def test_info_of_a_checkpoint_made_by_hand(files, by_hand, capsys):
+    assert cli.main(["info", str(by_hand)]) == 0
+    assert re.search(r"^multipliers +--model MODEL, ", capsys.readouterr().out, re.M)
+    assert cli.main(["info", str(by_hand), "--model", str(files / "model")]) == 0
+    check_multipliers(capsys.readouterr().out, by_hand)
+
+
+def test_graph_of_mbert(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for more, counts in (
+        ([], "17 nodes"),
+        (["--fold"], "17 nodes"),
+        (["--no-fold", "--partition", "L1+L2|L3|L4"], "28 nodes, 49 multipliers"),
+        (["--partition", "said"], "17 nodes, 201 multipliers"),
+    ):
+        assert cli.main(["graph", training.MBERT, "--out", "mbert.dot", *more]) == 0
+        assert capsys.readouterr().out == f"graph        mbert.dot: 201 tensors, 201 paths, {counts}\n"
+    pytest.importorskip("pygraphviz")
+    assert cli.main(["graph", training.MBERT]) == 0
+    assert b"201 tensors, 201 paths" in (tmp_path / "graph.svg").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["graph.svg", "mbert.dot"]
+
+
+def test_graph_of_a_checkpoint(files, trained, by_hand, tmp_path, capsys):
+    dot = tmp_path / "a.dot"
+    model = ["--model", str(files / "model")]
+    for source, more in ((trained, []), (trained, model), (by_hand, model)):
+        assert cli.main(["graph", str(source), "-o", str(dot), *more]) == 0
+        assert capsys.readouterr().out == f"graph        {dot}: 41 tensors, 41 paths, 21 nodes, 19 multipliers\n"
+        values = load_file(source / checkpoint.VALUES_FILE)["multipliers"].tolist()
+        labels = re.findall(r'label="(\S+)  (-?\d\.\d{3})"', dot.read_text())
+        assert sorted(value for _, value in labels) == sorted(f"{value:.3f}" for value in values)
+        assert ("weight", f"{values[17]:.3f}") in labels and ("embeddings", f"{values[0]:.3f}") in labels
+    assert re.search(r"41 tensors, 41 paths, \d+,\d{3} weights", dot.read_text())
+    weights = sum(map(math.prod, checkpoint.read_config(by_hand)["tensors"].values()))
+    assert f"{weights:,} weights" in dot.read_text()
+
+
+def test_graph_of_some_tensors(files, tmp_path, capsys):
+    """Those that were not trained are left out."""
+    classifier = training.build_classifier(str(files / "model"), ["a", "b"], 0, 8)
+    HSAID(classifier.model, 50, exclude="embeddings").save_pretrained(tmp_path)
+    arguments = ["graph", str(tmp_path), "--model", str(files / "model"), "-o", str(tmp_path / "a.dot")]
+    assert cli.main(arguments) == 0
+    assert "36 tensors, 36 paths" in capsys.readouterr().out
+    assert "embeddings" not in (tmp_path / "a.dot").read_text()
 
 
 def test_info_of_a_model(files, capsys):
@@ -175,6 +250,36 @@ def test_info_of_mbert_needs_no_hub(capsys):
     said = capsys.readouterr().out
     assert said.startswith("201 tensors, 177,854,978 weights")
     assert "L1+L2: 39, L3: 8, L4: 2 -> 49 multipliers" in said
+
+
+def test_graph_refuses(files, trained, by_hand, tmp_path, capsys):
+    dot = tmp_path / "a.dot"
+
+    def refused(*arguments):
+        message = refusal(capsys, ["graph", *map(str, arguments), "-o", str(dot)])
+        assert not dot.exists()
+        return message
+
+    assert "--partition: expected none, as a checkpoint has its own, got 'said'" in refused(
+        trained, "--partition", "said"
+    )
+    assert "--model: expected the one that " in refused(by_hand)
+    model = str(files / "model")
+    assert f"--model: expected with a checkpoint only, got it with {model!r}" in refused(model, "--model", model)
+    message = refused(by_hand, "--model", training.MBERT)
+    assert "model: expected the 41 tensors that were trained, got others: 'bert.embeddings.word_emb" in message
+    assert "in place of (20, 32)" in message
+    assert "with unknown 'L9'" in refused(model, "--partition", "L9")
+    assert "expected the directory or hub name of a model, got 'nowhere'" in refused("nowhere")
+    values = (by_hand / checkpoint.VALUES_FILE).read_bytes()
+    (by_hand / checkpoint.VALUES_FILE).write_bytes(values[:-1])
+    assert "expected a whole checkpoint, got a truncated" in refused(by_hand, "--model", model)
+
+
+def test_graph_out_that_cannot_be(files, tmp_path, capsys):
+    for name, message in (("a.pdf", "a name that ends in .svg, .png, .dot or .html"), ("no/a.dot", "can be written")):
+        assert message in refusal(capsys, ["graph", str(files / "model"), "-o", str(tmp_path / name)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_version_and_help(capsys):
@@ -213,6 +318,7 @@ def refusal(capsys, arguments, code=2):
         (["train", "--test-data", "x.csv"], "--test-data: expected --data FILE to train on, got only x.csv"),
         (["train", "--train-languages", "en", "xx"], "got 'xx'"),
         (["train", "--data", "no.csv"], "no.csv: expected a file that can be read, got: No such file"),
+        (["info", "no/such/model", "--model", "x"], "--model: expected with a checkpoint only"),
         (["info", "no/such/model"], "model: expected the directory or hub name of a model, got 'no/such/model'"),
     ],
 )
