@@ -36,6 +36,8 @@ def main(folder: Path = FOLDER, suffix: str = "svg") -> None:
         with torch.device("meta"):
             model = model_class(model_class.config_class(**config))
         Hierarchy.from_model(model).draw(Path(folder, f"{name}.{suffix}"), "L1+L2|L3|L4")
+        if name == "mbert":
+            Hierarchy.from_model(model, heads=True).draw(Path(folder, f"heads.{suffix}"), "L1+L5|L3|L4")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ class Node:
     route      names on its component's levels up to this one, None where there is none; this level's only, without
                multipliers
     component  the component's number, None for a level that the partition does not name
+    label      the last of these names; all of them where the component has levels with others between, "layer.0 head.3"
     tensors    how many pass through
     value      of the multiplier whose path ends here, or None
     """
@@ -74,6 +75,7 @@ class Node:
     level: str
     route: tuple[Names | None, ...]
     component: int | None
+    label: str
     tensors: int
     value: float | None
 
@@ -134,7 +136,13 @@ class Graph:
             edges |= dict.fromkeys(itertools.pairwise(keys))
             ends |= {key: values[row[component]] for component, key in last.items()}
 
-        nodes = [Node(*key, component_of.get(key[0]), len(tensors[key]), ends.get(key)) for key in tensors]
+        apart = {number for number, part in enumerate(components) if "".join(part.levels) not in "".join(levels)}
+        nodes = []
+        for (level, route), passing in tensors.items():
+            component = component_of.get(level)
+            shown = [_name(names) for names in route if names]
+            label = " ".join(shown if component in apart else shown[-1:])
+            nodes.append(Node(level, route, component, label, len(passing), ends.get((level, route))))
         number = {key: position for position, key in enumerate(tensors)}
         return cls(hierarchy, partition, tuple(nodes), tuple((number[tail], number[head]) for tail, head in edges))
 
@@ -260,11 +268,14 @@ def _fold(hierarchy: Hierarchy, own: Sequence[tuple]) -> dict[tuple[str, str], N
     return folded
 
 
+def _name(names: Names) -> str:
+    """ "layer.0", or of folded nodes "layer.0 … layer.11  × 12"."""
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}  × {len(names)}"
+
+
 def _look(node: Node, color: str, largest: float | None) -> str:
     """A node's attributes; `color` is its component's."""
-    *above, names = node.route
-    label = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}  × {len(names)}"
-    route = " ".join(step[0] if len(step) == 1 else f"{step[0]} … {step[-1]}" for step in node.route if step)
+    label, route = node.label, " ".join(_name(names) for names in node.route if names)
     tooltip = f"{node.level} {route}: {node.tensors} tensor{'s' * (node.tensors > 1)}"
     if largest is None:
         return f'label={_quoted(label, label=True)}, tooltip={_quoted(tooltip, label=True)}, fillcolor="{color}"'

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from hsaid_kernels import checkpoint, cli, training
 from hsaid_kernels.data import load_files
+from hsaid_kernels.heads import prune_heads, remove
 from hsaid_kernels.module import HSAID
 
 FRUIT = ("apple", "banana", "cherry", "grape", "lemon", "mango")
@@ -226,6 +227,36 @@ def test_graph_of_a_checkpoint(files, trained, by_hand, tmp_path, capsys):
     assert re.search(r"41 tensors, 41 paths, \d+,\d{3} weights", dot.read_text())
     weights = sum(map(math.prod, checkpoint.read_config(by_hand)["tensors"].values()))
     assert f"{weights:,} weights" in dot.read_text()
+
+
+def test_graph_and_info_of_heads(files, tmp_path, capsys):
+    for arguments, counts in (
+        (["--heads"], "18 nodes"),
+        (["--partition", "L1+L5|L3|L4"], "18 nodes, 169 multipliers"),
+        (["--partition", "L1+L2|L3|L4|L5", "--no-fold"], "40 nodes, 61 multipliers"),
+    ):
+        assert cli.main(["graph", training.MBERT, "--out", str(tmp_path / "a.dot"), *arguments]) == 0
+        assert f"201 tensors, 1125 paths, {counts}\n" in capsys.readouterr().out
+    assert cli.main(["info", training.MBERT, "--heads"]) == 0
+    said = capsys.readouterr().out
+    assert "201 tensors in 1125 segments, 177,854,978 weights; nodes: L1 15, L2 3, L3 8, L4 2, L5 12\n" in said
+    assert "L1+L5|L3|L4  L1+L5: 159, L3: 8, L4: 2 -> 169 multipliers\n" in said
+
+    classifier = training.build_classifier(str(files / "model"), ["a", "b"], 0, 8)
+    remove(prune_heads(classifier.model, {1: [0]}))
+    hsaid = HSAID(classifier.model, 50, "L1+L5|L3|L4")
+    with torch.no_grad():
+        hsaid.multipliers[hsaid.partition.components[0].paths.index(("layer.0", "head.1"))] = 2.5
+    hsaid.save_pretrained(tmp_path)
+    model = ["--model", str(files / "model")]
+    assert cli.main(["info", str(tmp_path), *model]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^L1\+L5 +layer.0 head.1 2.500, ", said, re.M)
+    assert "pruned       {'bert.encoder.layer.1.attention.self': [0]}\n" in said and "layer.1 head.0" not in said
+    assert cli.main(["graph", str(tmp_path), *model, "-o", str(tmp_path / "a.dot")]) == 0
+    assert "head.1  2.500" in (tmp_path / "a.dot").read_text()
+    expected = f"--heads: expected with a model only, got it with the checkpoint {str(tmp_path)!r}"
+    assert expected in refusal(capsys, ["graph", str(tmp_path), *model, "--heads"])
 
 
 def test_graph_of_some_tensors(files, tmp_path, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import mlp
+from models import bert, mlp
 from torch import nn
 
 from hsaid_kernels import graph
@@ -385,6 +385,20 @@ def test_same_bytes_for_every_seed_of_hashes(tmp_path):
     assert (tmp_path / "1.svg").read_bytes() == (tmp_path / "2.svg").read_bytes()
 
 
+def test_heads():
+    """Shared by all layers, a head is one node; in a component with its block, a node for each block, by both names."""
+    model = bert(num_hidden_layers=2, num_attention_heads=2)
+    hierarchy = Hierarchy.from_model(model, heads=True)
+    assert "head.0 … head.1  × 2" in hierarchy.to_dot()
+    for spec, labels in (
+        ("L1+L2|L3|L4|L5", ["head.0  1.000", "head.1  1.000"]),
+        ("L1+L5|L3|L4", [f"layer.{layer} head.{head}  1.000" for layer in (0, 1) for head in (0, 1)]),
+    ):
+        partition = hierarchy.partition(spec)
+        text = hierarchy.to_dot(partition, multipliers=partition.initial())
+        assert re.findall(r'label="(.*head.*)", tooltip', text) == labels
+
+
 def test_pictures_of_the_docs(tmp_path):
     """Nodes, edges and texts; where they are depends on the fonts at hand."""
     subprocess.run([sys.executable, DOCS / "graphs.py", tmp_path], check=True)
@@ -394,7 +408,7 @@ def test_pictures_of_the_docs(tmp_path):
         return Counter(title.text for title in root.iter(f"{SVG}title")) + Counter(texts(root))
 
     made = sorted(path.name for path in tmp_path.iterdir())
-    assert made == ["llama.svg", "mbert.svg", "t5.svg", "xlm-r.svg"]
+    assert made == ["heads.svg", "llama.svg", "mbert.svg", "t5.svg", "xlm-r.svg"]
     for name in made:
         assert content(tmp_path / name) == content(DOCS / "graphs" / name)
 
