@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from hsaid_kernels.attention import pieces_of
-from hsaid_kernels.hierarchy import Hierarchy
+from hsaid_kernels.hierarchy import HEADS, Hierarchy
 from hsaid_kernels.plan import GENERATOR
 from hsaid_kernels.projection import split_tensors
 
@@ -63,7 +63,7 @@ def describe(hsaid: HSAID) -> Config:
         "combine": partition.combine,
         "skip": hsaid.hierarchy.skip,
         "merge": hsaid.hierarchy.merge,
-        "heads": hsaid.heads,
+        "heads": HEADS in hsaid.hierarchy.levels,
         "pruned": hsaid.pruned,
         "normalize": plan.normalize,
         "diagonal": plan.diagonal,

@@ -273,7 +273,7 @@ def check_heads(model: nn.Module, heads: Heads) -> dict[str, list[int]]:
         if isinstance(numbers, str) or not isinstance(numbers, Iterable):
             raise TypeError(f"heads: expected a list of heads for layer {layer!r}, got {numbers!r}")
         chosen[attention.name].update(_check_head(attention, head) for head in numbers)
-    return {name: sorted(numbers) for name, numbers in chosen.items()}
+    return {name: sorted(numbers) for name, numbers in chosen.items() if numbers}
 
 
 def _check_head(attention: Attention, head: int) -> int:

@@ -62,6 +62,7 @@ class HSAID(Tasks):
         theta: nn.Parameter, float32 [d - m], zeros at the start.  multipliers: nn.Parameter, float32 [m], ones.
         full: {name: nn.Parameter} of what is trained fully.  task: the name of the task that all these belong to.
         model: the wrapped model.  hierarchy, partition, plan: what theta and the multipliers mean.
+        pruned: {attention module: heads} that get no update.
 
     Equivalent to `torch.func.functional_call(model, hsaid.weights() | hsaid.full, args, kwargs)`.
 
@@ -109,10 +110,10 @@ class HSAID(Tasks):
         tensors, full = split_tensors(model, self.include, self.exclude, self.train_fully)
         check_int("intrinsic_dim", intrinsic_dim, 1, MAX_DIM)
         self.pruned = pruned_heads(model) if pruned is None else check_heads(model, pruned)
-        self.heads = bool(self.pruned) or HEADS in str(partition) if heads is None else heads
-        if self.pruned and not self.heads:
+        if self.pruned and heads is False:
             raise ValueError(f"heads: expected True or None where heads are pruned ({self.pruned}), got {heads}")
-        self.hierarchy = Hierarchy.from_model(model, skip, merge, self.heads)
+        heads = bool(self.pruned) or HEADS in str(partition) if heads is None else heads
+        self.hierarchy = Hierarchy.from_model(model, skip, merge, heads)
         self.hierarchy = self.hierarchy.select(tensors, without=pieces_of(model, self.pruned))
         self.partition = self.hierarchy.partition(partition, combine)
         m = self.partition.num_multipliers

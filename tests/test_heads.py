@@ -351,7 +351,7 @@ def test_a_masked_model_is_left_as_it_was():
 def test_pruned_in_checkpoints(tmp_path):
     model = heads.remove(prune_heads(bert(), {0: [1]}))
     hsaid = moved(HSAID(model, 300, "L1+L5|L3|L4"))
-    assert hsaid.heads and hsaid.pruned == {"bert.encoder.layer.0.attention.self": [1]}
+    assert hsaid.pruned == {"bert.encoder.layer.0.attention.self": [1]}
     assert hsaid.partition.num_multipliers == 5 + 8 + 2  # no multiplier for what is pruned
     expected = hsaid.weights()
     hsaid.save_pretrained(tmp_path)
@@ -366,7 +366,7 @@ def test_pruned_in_checkpoints(tmp_path):
 
 def test_a_choice_of_what_is_pruned():
     model = heads.remove(prune_heads(bert(), {0: [1]}))
-    assert HSAID(copy.deepcopy(model), 300, pruned={}).heads is False
+    assert HSAID(copy.deepcopy(model), 300, pruned={}).hierarchy.levels == ("L1", "L2", "L3", "L4")
     assert HSAID(copy.deepcopy(model), 300, pruned={0: [0]}).pruned == {"bert.encoder.layer.0.attention.self": [0]}
     with pytest.raises(ValueError, match=r"heads: expected True or None where heads are pruned"):
         HSAID(model, 300, heads=False)
@@ -375,7 +375,7 @@ def test_a_choice_of_what_is_pruned():
     with pytest.raises(ValueError, match=r"L5 is there with heads=True"):
         HSAID(copy.deepcopy(bert()), 300, "L1|L5", heads=False)
     plain = HSAID(bert(), 300)
-    assert not plain.heads and plain.hierarchy.levels == ("L1", "L2", "L3", "L4")
+    assert plain.pruned == {} and plain.hierarchy.levels == ("L1", "L2", "L3", "L4")
 
 
 @pytest.mark.parametrize("family", ["Bert", "GPT2", "Llama", "T5"])
