@@ -30,9 +30,14 @@ SEPARATE = (
 )
 FUSED = ("c_attn", "Wqkv", "qkv_proj", "qkv")  # all queries, then all keys, then all values: GPT-2, ModernBERT, Phi-3
 INTERLEAVED = ("query_key_value",)  # query, key and value of the first head, then of the next: GPT-NeoX, BLOOM
-OUTPUT = ("o_proj", "out_proj", "dense", "out_lin", "o", "c_proj", "Wo", "proj")
+OUTPUT = ("o_proj", "out_proj", "dense", "out_lin", "o", "c_proj", "Wo", "proj", "projection")
+HEAD_COUNT = ("num_attention_heads", "num_heads", "n_heads")
 HEAD_SIZE = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv")
-OTHER_LAYOUTS = ("CodeGenAttention", "GPTBigCodeAttention")  # with names from FUSED for something else
+# With these names for something else: fused in another order, heads that share values or are mixed before the output.
+OTHER_LAYOUTS = re.compile("CodeGen|GPTBigCode|MiniMaxLightning|DiffLlama|Doge")
+NORM_OF_ALL = re.compile(
+    "(q|k|query|key)_?(layer)?_?norm|attn_sub_norm|inner_attn_ln"
+)  # where it has a scale for each value
 ROLES = ("query", "key", "value", "output")
 
 
@@ -210,17 +215,19 @@ def _attention(name: str, modules: dict[str, nn.Module], names: dict[int, str]) 
     heads, groups = width // size, (total - width) // (2 * size)
     counts = {"query": heads, "key": groups, "value": groups}
     interleaved = any(hasattr(module, key) for key in INTERLEAVED)
-    fits = 0 < groups and heads * size == width and heads % groups == 0 and (heads == groups or not interleaved)
+    fits = output is not None and 0 < groups <= heads and heads * size == width and heads % groups == 0
+    fits = fits and (heads == groups or not interleaved)
+    fits = fits and all(getattr(module, key, heads) == heads for key in HEAD_COUNT)
     outputs = [sum(counts[role] for role in roles) * size for _, roles in inputs]
     fits = fits and outputs == [layer.shape[layer.outputs] for layer, _ in inputs]
-    if not fits or type(module).__name__ in OTHER_LAYOUTS:
+    if not fits or OTHER_LAYOUTS.match(type(module).__name__):
         raise ValueError(
             f"model: expected attention heads in a known layout, got {name!r} ({type(module).__name__}), where query, "
             f"key and value have {total} outputs, the output layer {width} inputs, and a head {size}"
         )
-    for key, child in module.named_children():  # of OLMo 2; most that there are have one scale for all heads
+    for key, child in module.named_children():
         scale = getattr(getattr(child, "weight", None), "shape", ())
-        if re.match("(q|k|query|key)_?(layer)?_?norm", key) and scale == (width,) != (size,):
+        if NORM_OF_ALL.match(key) and scale == (width,) != (size,):
             raise ValueError(
                 f"model: expected attention heads that are on their own, got {name!r} ({type(module).__name__}), "
                 f"whose {key} divides all heads by one norm"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from hsaid_kernels.attention import pieces_of
 from hsaid_kernels.hierarchy import HEADS, Hierarchy
@@ -190,6 +191,10 @@ def hierarchy_of(config: Config, model: nn.Module) -> Hierarchy:
     The first size of a tensor, which may be the number of labels or of tokens, may be another than the model's. Raises
     ValueError for other differences.
     """
+    for name in config["tensors"]:
+        prefix, _, key = name.removesuffix("_orig").rpartition(".")
+        if name.endswith("_orig") and key in (own := model.get_submodule(prefix))._parameters:
+            prune.identity(own, key)  # it was masked when it was trained
     saved, shapes = config["tensors"], _shapes(dict(model.named_parameters()))
     chosen = saved if any(config[key] for key in CHOICE) else shapes
     found = {name: (*saved.get(name, shape)[:1], *shape[1:]) for name, shape in shapes.items() if name in chosen}

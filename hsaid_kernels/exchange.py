@@ -40,6 +40,10 @@ class Places:
                     self.slots[names[id(parameter)]].append((module._parameters, key))
                     owners[names[id(parameter)]].append(module)
         self.tied = {name: modules for name, modules in owners.items() if len(modules) > 1}
+        self._masks: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
+        for module, hook in masks(self.modules):
+            key = hook._tensor_name
+            self._masks[names[id(module._parameters[f"{key}_orig"])]].append((module, key))
         holders = [holder for module in self.modules for holder in (module._parameters, module._modules)]
         self._seen = [(holder, tuple(holder.values())) for holder in holders]
 
@@ -51,6 +55,9 @@ class Places:
         for name, tensor in tensors.items():
             for holder, key in self.slots[name]:
                 holder[key] = tensor
+            # Not left to torch's hook: torch.nn.MultiheadAttention reads weights of layers that it never calls.
+            for module, key in self._masks.get(name, ()):
+                setattr(module, key, _Masked.apply(tensor, module._buffers[f"{key}_mask"]))
 
 
 class Exchange:
@@ -128,10 +135,30 @@ class Exchange:
         return contextlib.nullcontext(), self
 
 
+class _Masked(torch.autograd.Function):
+    """What torch.nn.utils.prune makes of a weight. It saves nothing in torch's way, for the reason that `Project` has."""
+
+    @staticmethod
+    def forward(ctx, weight, mask):
+        ctx.mask = mask
+        return weight * mask.to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.mask.to(grad.dtype), None
+
+
 def masks(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, BasePruningMethod]]:
     """(module, hook) for each parameter that torch.nn.utils.prune masks before its module runs."""
     hooks = ((module, hook) for module in modules for hook in module._forward_pre_hooks.values())
     return [(module, hook) for module, hook in hooks if isinstance(hook, BasePruningMethod)]
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module) -> None:
+    """Makes what torch.nn.utils.prune leaves in modules that it masks from their parameters as they are now."""
+    for module, hook in masks(model.modules()):
+        hook(module, None)
 
 
 class Cache:

@@ -239,6 +239,8 @@ def _check_partition(hierarchy: Hierarchy, partition: Partition | None) -> None:
 def _values(partition: Partition | None, multipliers: Tensor | Sequence[float]) -> list[float]:
     if partition is None:
         raise ValueError("partition: expected the one that the multipliers belong to, got None")
+    if not isinstance(multipliers, (Tensor, Sequence)) or (isinstance(multipliers, Tensor) and multipliers.dim() != 1):
+        raise TypeError(f"multipliers: expected {partition.num_multipliers} numbers, got {multipliers!r}")
     values = multipliers.tolist() if isinstance(multipliers, Tensor) else list(multipliers)
     if len(values) != partition.num_multipliers or not all(map(math.isfinite, values)):
         wrong = [value for value in values if not math.isfinite(value)]

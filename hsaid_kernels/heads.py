@@ -7,7 +7,7 @@ layers), or named by the module; heads from 0, as they are before any pruning (d
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,7 @@ class HeadSlice:
 
 
 def head_slices(model: nn.Module, layer: int | str, head: int) -> tuple[HeadSlice, ...]:
-    """Every piece of every parameter that belongs to a head, in the model's order.
+    """Every piece of query, key, value and output layer that belongs to a head, in the model's order.
 
     For BERT: rows of query, key and value, the same elements of their biases, columns of attention.output.dense.weight.
     Raises ValueError for a layer or head that does not exist and a model without attention heads.
@@ -73,16 +73,13 @@ def prune_heads(model: nn.Module, heads: Heads) -> nn.Module:
     group. What the output layer's bias adds remains. Raises ValueError, before anything is masked, for a layer or head
     that does not exist, all heads of a layer, or a model without attention heads.
     """
-    chosen = check_heads(model, heads)
-    already = pruned_heads(model)
-    for name, more in chosen.items():
-        attention = find_attention(model, name)
-        pruned = {*already.get(name, ()), *more}
-        _refuse_all(attention, pruned)
-        chosen[name] = sorted(pruned)  # a key of a group is masked with the last of its heads
-    for name, pruned in chosen.items():
-        attention = find_attention(model, name)
-        pieces = attention.pieces(pruned)
+    chosen, already = check_heads(model, heads), pruned_heads(model)
+    attentions = _own_attentions(model, chosen)
+    for attention in attentions:
+        _refuse_all(attention, {*already.get(attention.name, ()), *chosen[attention.name]})
+    for attention in attentions:
+        before = already.get(attention.name, [])
+        pieces = attention.pieces([*before, *chosen[attention.name]]) - attention.pieces(before)
         masks: dict[str, Tensor] = {}
         for bands in attention.bands:
             for index in range(bands.count):
@@ -188,9 +185,8 @@ def remove_heads(model: nn.Module, heads: Heads | None = None) -> nn.Module:
     ValueError as `prune_heads` does, before anything is changed.
     """
     chosen = check_heads(model, pruned_heads(model) if heads is None else heads)
-    attentions = [find_attention(model, name) for name in chosen]
+    attentions = _own_attentions(model, chosen)
     for attention in attentions:
-        _refuse_all(attention, chosen[attention.name])
         kind = type(model.get_submodule(attention.name)).__name__
         if kind not in REMOVABLE:
             raise TypeError(f"model: expected attention of the BERT family ({', '.join(REMOVABLE)}), got {kind}")
@@ -227,6 +223,10 @@ def head_importance(hsaid: HSAID, batches: Iterable[Mapping[str, Any]]) -> dict[
     Runs in the mode (train, eval) that hsaid is in, and changes nothing. Raises ValueError for an HSAID without heads,
     theta = 0 or no batch.
     """
+    from hsaid_kernels.module import HSAID
+
+    if not isinstance(hsaid, HSAID):
+        raise TypeError(f"hsaid: expected an HSAID, got {type(hsaid).__name__}")
     if HEADS not in hsaid.hierarchy.levels:
         raise ValueError("hsaid: expected one with heads=True or L5 in its partition, got one without heads")
     if not hsaid.theta.any():
@@ -240,8 +240,10 @@ def head_importance(hsaid: HSAID, batches: Iterable[Mapping[str, Any]]) -> dict[
     totals = {name: torch.zeros(len(parts)) for name, parts in own.items()}
     count = 0
     for batch in batches:
-        factors = hsaid.partition.factors(hsaid.multipliers.detach()).requires_grad_()
-        with torch.enable_grad():
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"batches: expected arguments by name, {{name: tensor}}, got {type(batch).__name__}")
+        with torch.inference_mode(False), torch.enable_grad():
+            factors = hsaid.partition.factors(hsaid.multipliers.detach()).requires_grad_()
             weights = projection.forward(hsaid.theta.detach(), factors, hsaid.w0())
             with Exchange(places, weights | hsaid.full, hsaid._lock):
                 loss = getattr(hsaid.model(**batch), "loss", None)
@@ -263,17 +265,31 @@ def _slices(attention: Attention, head: int) -> Iterator[HeadSlice]:
         yield HeadSlice(bands.role, bands.tensor, bands.slices(index), attention.sharers(bands, index))
 
 
-def check_heads(model: nn.Module, heads: Heads) -> dict[str, list[int]]:
+def check_heads(model: nn.Module, heads: Heads, argument: str = "heads") -> dict[str, list[int]]:
     """By the names of the attention modules. Raises TypeError or ValueError for a layer or head that does not exist."""
     if not isinstance(heads, Mapping):
-        raise TypeError(f"heads: expected {{layer: [heads]}}, got {type(heads).__name__} {heads!r}")
+        raise TypeError(f"{argument}: expected {{layer: [heads]}}, got {type(heads).__name__} {heads!r}")
     chosen: dict[str, set[int]] = defaultdict(set)
     for layer, numbers in heads.items():
         attention = find_attention(model, layer)
         if isinstance(numbers, str) or not isinstance(numbers, Iterable):
-            raise TypeError(f"heads: expected a list of heads for layer {layer!r}, got {numbers!r}")
+            raise TypeError(f"{argument}: expected a list of heads for layer {layer!r}, got {numbers!r}")
         chosen[attention.name].update(_check_head(attention, head) for head in numbers)
+        _refuse_all(attention, chosen[attention.name], argument)
     return {name: sorted(numbers) for name, numbers in chosen.items() if numbers}
+
+
+def _own_attentions(model: nn.Module, chosen: Iterable[str]) -> list[Attention]:
+    """The attention modules of these names. Raises ValueError for one that shares a parameter with another module."""
+    attentions = [find_attention(model, name) for name in chosen]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    places = Counter(names[id(p)] for module in model.modules() for p in module._parameters.values() if p is not None)
+    for attention in attentions:
+        if shared := [bands.tensor for bands in attention.bands if places[bands.tensor] > 1]:
+            raise ValueError(
+                f"model: expected heads with parameters of their own, got {shared[0]!r} in several modules"
+            )
+    return attentions
 
 
 def _check_head(attention: Attention, head: int) -> int:
@@ -284,10 +300,11 @@ def _check_head(attention: Attention, head: int) -> int:
     return head.__index__()
 
 
-def _refuse_all(attention: Attention, heads: Iterable[int]) -> None:
+def _refuse_all(attention: Attention, heads: Iterable[int], argument: str = "heads") -> None:
     if len(set(heads)) == attention.heads:
         raise ValueError(
-            f"heads: expected some of the {attention.heads} heads of {attention.name!r} to be left, got all of them"
+            f"{argument}: expected some of the {attention.heads} heads of {attention.name!r} to be left, "
+            "got all of them"
         )
 
 

@@ -172,6 +172,8 @@ class Hierarchy:
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(heads, bool):
+            raise TypeError(f"heads must be True or False, got {heads!r}")
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if not shapes:
             raise ValueError(f"model must have parameters, got a {type(model).__name__} with none")

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hsaid_kernels import checkpoint
 from hsaid_kernels.attention import pieces_of
-from hsaid_kernels.exchange import Cache, Exchange, Late, Places, masks
+from hsaid_kernels.exchange import Cache, Exchange, Late, Places, apply_masks, masks
 from hsaid_kernels.heads import Heads, check_heads, pruned_heads
 from hsaid_kernels.hierarchy import HEADS, Hierarchy
 from hsaid_kernels.ops import WEIGHT_DTYPES
@@ -51,8 +51,8 @@ class HSAID(Tasks):
             They are not projected, and not counted in intrinsic_dim; W0 stays as it is here too.
         heads: whether attention heads are level L5 of the hierarchy, each with a part of its own of the tensors that
             are divided among them. None for where the partition names L5 or heads are pruned.
-        pruned: {layer: [heads]} of which W0 is kept: no update is written there. None for `heads.pruned_heads(model)`,
-            those whose weights are all zero.
+        pruned: {layer: [heads]} of which W0 is kept: no update is written there (in tensors that are projected). None
+            for `heads.pruned_heads(model)`, those whose weights are all zero.
         dtype: of the projected weights: float32, bfloat16 or float16. None for that of W0, also after `.to(dtype)`;
             another one only where W0 is in float32.
         backend: "auto", or one of `available_backends()`.
@@ -109,7 +109,9 @@ class HSAID(Tasks):
         self.include, self.exclude, self.train_fully = map(_patterns, (include, exclude, train_fully))
         tensors, full = split_tensors(model, self.include, self.exclude, self.train_fully)
         check_int("intrinsic_dim", intrinsic_dim, 1, MAX_DIM)
-        self.pruned = pruned_heads(model) if pruned is None else check_heads(model, pruned)
+        if heads is not None and not isinstance(heads, bool):
+            raise TypeError(f"heads: expected True, False or None, got {heads!r}")
+        self.pruned = pruned_heads(model) if pruned is None else check_heads(model, pruned, "pruned")
         if self.pruned and heads is False:
             raise ValueError(f"heads: expected True or None where heads are pruned ({self.pruned}), got {heads}")
         heads = bool(self.pruned) or HEADS in str(partition) if heads is None else heads
@@ -144,7 +146,11 @@ class HSAID(Tasks):
             self._ranks_checked()
             # Tied places are all named: looking for them itself, functional_call would fill those of a module that the
             # model has twice one time too often, and leave a projected weight in W0's place.
-            return torch.func.functional_call(self.model, self._traced(), args, kwargs, tie_weights=False)
+            kept = [(module, key, getattr(module, key)) for module, key in self._masked]
+            result = torch.func.functional_call(self.model, self._traced(), args, kwargs, tie_weights=False)
+            for module, key, value in kept:
+                setattr(module, key, value)
+            return result
         with self._computing():
             return self.model(*args, **kwargs)
 
@@ -192,6 +198,7 @@ class HSAID(Tasks):
                 self._kept = {name: own[name].data for name in values}
                 for name, value in values.items():  # those trained fully are not to change with the model
                     own[name].data = value.data if name in self.plan.shapes else value.data.clone()
+                apply_masks(self.model)
                 return self.model
             # deepcopy takes what it finds in the memo for the copy already made, so W0 itself is not copied.
             memo = {id(own[name]): nn.Parameter(v.clone(), own[name].requires_grad) for name, v in values.items()}
@@ -199,8 +206,7 @@ class HSAID(Tasks):
                 made = getattr(module, hook._tensor_name)
                 memo[id(made)] = made.detach()
             merged = copy.deepcopy(self.model, memo)
-            for module, hook in masks(merged.modules()):
-                hook(module, None)
+            apply_masks(merged)
             return merged
 
     def unmerge(self) -> None:
@@ -211,6 +217,7 @@ class HSAID(Tasks):
             own = dict(self.model.named_parameters())
             for name, value in self._kept.items():
                 own[name].data = value
+            apply_masks(self.model)
             self._kept = None
 
     def save_pretrained(self, directory: str | os.PathLike, *, is_main_process: bool = True, **_: Any) -> None:
@@ -284,7 +291,7 @@ class HSAID(Tasks):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_places", "_cache", "_lock", "_running", "_ranks_agree")  # by _forget
+        made_again = ("_places", "_cache", "_lock", "_running", "_ranks_agree", "_masked")  # by _forget
         return {key: value for key, value in self.__dict__.items() if key not in made_again}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -319,13 +326,14 @@ class HSAID(Tasks):
         _wrappers[self.model] = weakref.ref(self)
 
     def _upload(self) -> None:
-        """Small tables to where theta is: in good time, because torch.compile would see them change after one step."""
+        """What torch.compile would see change after one step, in good time: small tables to where theta is."""
         device = self.theta.device
         with torch.no_grad():
             self.partition.factors(self.multipliers)
         self.plan.scales_on(device)
         for _, part in self._parts:
             part.rows_on(device)
+        self._masked = [(module, hook._tensor_name) for module, hook in masks(self.model.modules())]
 
     def _refuse_merged(self, call: str) -> None:
         if self.merged:

@@ -7,6 +7,8 @@ from torch import nn
 
 from hsaid_kernels import Hierarchy
 from hsaid_kernels.attention import find_attention, find_attentions
+from hsaid_kernels.heads import pruned_heads
+from hsaid_kernels.module import HSAID
 from hsaid_kernels.plan import Plan, Segment
 
 CASES = {  # model, configuration: (attention modules, heads, key/value heads, size of a head, segments of all of them)
@@ -21,6 +23,7 @@ CASES = {  # model, configuration: (attention modules, heads, key/value heads, s
     "AlbertModel": ({}, (1, 64, 64, 64, 7 * 64)),  # one module for all layers
     "BartModel": ({"decoder_attention_heads": 8}, (36, 16, 16, 64, 12 * 7 * 16 + 24 * 7 * 8)),
     "ModernBertModel": ({}, (22, 12, 12, 64, 22 * 2 * 12)),
+    "BlipVisionModel": ({"num_hidden_layers": 2}, (2, 12, 12, 64, 2 * 3 * 12)),
     "GPTNeoXModel": ({"num_hidden_layers": 2}, (2, 64, 64, 96, 2 * 3 * 64)),
     "Phi3Model": ({"num_hidden_layers": 2, "num_key_value_heads": 8}, (2, 32, 8, 96, 2 * (2 * 32 + 8))),
 }
@@ -194,6 +197,8 @@ def test_errors():
         find_attention(model, 2)
     with pytest.raises(ValueError, match=r"layer: expected the name of an attention module \('encoder.layer.0"):
         find_attention(model, "encoder.layer.0")
+    with pytest.raises(TypeError, match=r"heads must be True or False, got 1"):
+        Hierarchy.from_model(model, heads=1)
     for wrong in (None, 1.0, True):
         with pytest.raises(TypeError, match=r"layer: expected a number or a module's name"):
             find_attention(model, wrong)
@@ -208,6 +213,10 @@ def test_errors():
         ("FalconModel", {}, "FalconAttention"),  # one key and value, in a fused layer
         ("CodeGenModel", {"n_layer": 1}, "CodeGenAttention"),
         ("Olmo2Model", {"num_hidden_layers": 1}, "Olmo2Attention.*whose q_norm divides all heads by one norm"),
+        ("MiniMaxModel", {"num_hidden_layers": 2}, "MiniMaxLightningAttention"),  # fused head by head
+        ("DiffLlamaModel", {"num_hidden_layers": 1}, "DiffLlama"),  # a result is made of two heads
+        ("BitNetModel", {"num_hidden_layers": 1}, "BitNetAttention.*whose attn_sub_norm divides all heads"),
+        ("SamModel", {}, "SamAttention"),  # says it has more heads than fit
         ("DeepseekV3Model", {"num_hidden_layers": 1}, "without any"),  # latent attention
     ],
 )
@@ -216,3 +225,13 @@ def test_unknown_layouts_are_refused(name, config, message):
     with pytest.raises(ValueError, match=message):
         Hierarchy.from_model(model, heads=True)
     Hierarchy.from_model(model)
+    assert pruned_heads(model) == {}
+
+
+def test_attention_without_an_output_layer():
+    """Not a module that can be known, and no reason for `HSAID` to fail."""
+    model = nn.ModuleDict({"qkv": nn.Linear(8, 24), "mix": nn.Linear(8, 8)})
+    model.head_dim = 4
+    with pytest.raises(ValueError, match="the output layer 0 inputs"):
+        find_attentions(model)
+    assert len(HSAID(model, 100).plan.pieces) == 4

@@ -11,7 +11,7 @@ from models import BACKENDS, IDS, bert, mlp, moved, same, snapshot
 from torch import nn
 from torch.nn.utils import prune
 
-from hsaid_kernels import Hierarchy, heads
+from hsaid_kernels import Hierarchy, checkpoint, heads
 from hsaid_kernels.attention import find_attention, find_attentions
 from hsaid_kernels.heads import HeadStructured, head_importance, head_slices, prune_heads, pruned_heads, remove_heads
 from hsaid_kernels.module import HSAID
@@ -344,8 +344,70 @@ def test_a_masked_model_is_left_as_it_was():
     assert torch.equal(merged.bert.encoder.layer[0].attention.self.query.weight[8:], torch.zeros(8, 16))
     in_place = hsaid.merge(inplace=True).eval()
     assert_same_bits(in_place(IDS).logits, merged.eval()(IDS).logits)
+    assert torch.equal(query.weight, merged.bert.encoder.layer[0].attention.self.query.weight)
     hsaid.unmerge()
-    assert same(before, snapshot(model))
+    assert same(before, snapshot(model)) and torch.equal(query.weight, masked)
+
+
+class Encoder(nn.Module):
+    """torch's own attention, which reads the weight of its output layer and never calls it."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last(self.attention(x, x, x)[0])
+
+
+def test_masks_of_layers_that_are_never_called():
+    torch.manual_seed(0)
+    model, x = prune_heads(Encoder(), {0: [1]}), torch.randn(2, 3, 8)
+    hsaid = moved(HSAID(model, 100, "L1+L5|L3|L4"))
+    loss = hsaid(x).square().sum()
+    loss.backward()
+    assert hsaid.theta.grad.abs().min() > 0
+    merged = hsaid.merge()
+    torch.testing.assert_close(merged(x), hsaid(x), rtol=0, atol=1e-6)
+    for piece in head_slices(model, 0, 1):  # of every tensor that has one, W0 is kept
+        assert torch.equal(hsaid.weights()[piece.name][piece.slices], hsaid.w0()[piece.name][piece.slices])
+    step = 1e-3 * hsaid.theta.grad / hsaid.theta.grad.norm()
+    with torch.no_grad():
+        hsaid.theta += step
+        change = (hsaid(x).square().sum() - loss).item()
+    assert change == pytest.approx((hsaid.theta.grad @ step).item(), rel=0.02)
+
+
+def test_masks_with_gradient_checkpointing():
+    model = prune_heads(bert(num_hidden_layers=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), {0: [1]})
+    hsaid = moved(HSAID(model, 300))
+    arguments = dict(input_ids=IDS, labels=torch.tensor([0, 1]))
+    hsaid(**arguments).loss.backward()
+    expected = hsaid.theta.grad.clone()
+    hsaid.zero_grad()
+    hsaid.gradient_checkpointing_enable()
+    hsaid.train()(**arguments).loss.backward()
+    torch.testing.assert_close(hsaid.theta.grad, expected)
+
+
+def test_masks_and_compilation():
+    model = prune_heads(bert(), {0: [1]}).eval()
+    weight = model.bert.encoder.layer[0].attention.self.query.weight
+    hsaid = moved(HSAID(model, 300)).eval()
+    expected = hsaid(IDS).logits
+    torch.compiler.reset()
+    got = torch.compile(hsaid, backend="aot_eager")(IDS).logits
+    assert_same_bits(got, expected)
+    assert model.bert.encoder.layer[0].attention.self.query.weight is weight
+    copy.deepcopy(hsaid)
+
+
+def test_a_checkpoint_of_masks_has_a_hierarchy(tmp_path):
+    hsaid = HSAID(prune_heads(bert(), {0: [1]}), 300, "L1+L5|L3|L4")
+    hsaid.save_pretrained(tmp_path)
+    hierarchy = checkpoint.hierarchy_of(checkpoint.read_config(tmp_path), bert())
+    assert hierarchy.tensors == hsaid.hierarchy.tensors and hierarchy.paths == hsaid.hierarchy.paths
 
 
 def test_pruned_in_checkpoints(tmp_path):
@@ -372,6 +434,12 @@ def test_a_choice_of_what_is_pruned():
         HSAID(model, 300, heads=False)
     with pytest.raises(ValueError, match=r"head: expected a number from 0 to 1"):
         HSAID(model, 300, pruned={0: [2]})
+    with pytest.raises(ValueError, match=r"pruned: expected some of the 2 heads"):
+        HSAID(model, 300, pruned={0: [0, 1]})
+    with pytest.raises(TypeError, match=r"pruned: expected \{layer: \[heads\]\}, got list"):
+        HSAID(model, 300, pruned=[0])
+    with pytest.raises(TypeError, match=r"heads: expected True, False or None, got 'no'"):
+        HSAID(model, 300, heads="no")
     with pytest.raises(ValueError, match=r"L5 is there with heads=True"):
         HSAID(copy.deepcopy(bert()), 300, "L1|L5", heads=False)
     plain = HSAID(bert(), 300)
@@ -465,6 +533,10 @@ def test_importance_of_bad_input():
     with pytest.raises(ValueError, match=r"hsaid: expected a trained one, got theta = 0"):
         head_importance(HSAID(bert(), 300, heads=True), [batch])
     hsaid = moved(HSAID(bert(), 300, heads=True))
+    with pytest.raises(TypeError, match=r"batches: expected arguments by name, \{name: tensor\}, got Tensor"):
+        head_importance(hsaid, [IDS])
+    with pytest.raises(TypeError, match=r"hsaid: expected an HSAID, got BertForSequenceClassification"):
+        head_importance(hsaid.model, [batch])
     with pytest.raises(ValueError, match=r"batches: expected at least one"):
         head_importance(hsaid, [])
     with pytest.raises(ValueError, match=r"batches: expected what the model makes a loss of \(labels\), got input_ids"):
@@ -547,6 +619,28 @@ def test_the_last_heads_are_refused():
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"to be left, got all of them"):
         prune_heads(model, {1: [0], 0: [2, 3]})
+    assert same(before, snapshot(model))
+
+
+def test_parameters_of_two_layers_are_refused():
+    model = build("Bert")
+    one, two = (layer.attention.self for layer in model.encoder.layer)
+    two.query.weight = one.query.weight
+    before = snapshot(model)
+    for act in (prune_heads, remove_heads):
+        with pytest.raises(
+            ValueError, match=r"model: expected heads with parameters of their own, got 'encoder.layer.0"
+        ):
+            act(model, {1: [0]})
+    assert same(before, snapshot(model))
+
+
+def test_nothing_new_is_masked():
+    model = heads.remove(prune_heads(build("Bert"), {0: [1]}))
+    before = snapshot(model)
+    for chosen in ({0: []}, {0: [1]}, {}):
+        assert same(before, snapshot(prune_heads(model, chosen)))
+    HeadStructured(0).apply(model, 0)
     assert same(before, snapshot(model))
 
 
