@@ -136,7 +136,7 @@ class Exchange:
 
 
 class _Masked(torch.autograd.Function):
-    """What torch.nn.utils.prune makes of a weight. It saves nothing in torch's way, for the reason that `Project` has."""
+    """What torch.nn.utils.prune makes of a weight. It saves nothing in torch's way: see `Project`."""
 
     @staticmethod
     def forward(ctx, weight, mask):
