@@ -191,10 +191,11 @@ def hierarchy_of(config: Config, model: nn.Module) -> Hierarchy:
     The first size of a tensor, which may be the number of labels or of tokens, may be another than the model's. Raises
     ValueError for other differences.
     """
+    modules = dict(model.named_modules())
     for name in config["tensors"]:
         prefix, _, key = name.removesuffix("_orig").rpartition(".")
-        if name.endswith("_orig") and key in (own := model.get_submodule(prefix))._parameters:
-            prune.identity(own, key)  # it was masked when it was trained
+        if name.endswith("_orig") and prefix in modules and key in modules[prefix]._parameters:
+            prune.identity(modules[prefix], key)  # it was masked when it was trained
     saved, shapes = config["tensors"], _shapes(dict(model.named_parameters()))
     chosen = saved if any(config[key] for key in CHOICE) else shapes
     found = {name: (*saved.get(name, shape)[:1], *shape[1:]) for name, shape in shapes.items() if name in chosen}
