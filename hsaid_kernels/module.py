@@ -131,6 +131,7 @@ class HSAID(Tasks):
         self._parts = [(module, Part(self.plan, names)) for module, names in _blocks(model, tensors)]
         self._kept: dict[str, Tensor] | None = None  # W0, while the model holds the projected weights
         self._aliases = _aliases(model)
+        self._masked = [(module, hook._tensor_name) for module, hook in masks(model.modules())]
         self.task, self._tasks, self._full_names = check_task(task), {}, tuple(full)
         self.training = model.training
         self._forget()
@@ -291,7 +292,7 @@ class HSAID(Tasks):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_places", "_cache", "_lock", "_running", "_ranks_agree", "_masked")  # by _forget
+        made_again = ("_places", "_cache", "_lock", "_running", "_ranks_agree")  # by _forget
         return {key: value for key, value in self.__dict__.items() if key not in made_again}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -326,14 +327,13 @@ class HSAID(Tasks):
         _wrappers[self.model] = weakref.ref(self)
 
     def _upload(self) -> None:
-        """What torch.compile would see change after one step, in good time: small tables to where theta is."""
+        """Small tables to where theta is: in good time, because torch.compile would see them change after one step."""
         device = self.theta.device
         with torch.no_grad():
             self.partition.factors(self.multipliers)
         self.plan.scales_on(device)
         for _, part in self._parts:
             part.rows_on(device)
-        self._masked = [(module, hook._tensor_name) for module, hook in masks(self.model.modules())]
 
     def _refuse_merged(self, call: str) -> None:
         if self.merged:
