@@ -20,13 +20,13 @@ import torch
 
 import hsaid_kernels
 from hsaid_kernels import data
+from hsaid_kernels.hierarchy import HEADS, Hierarchy, Partition
 from hsaid_kernels.plan import DIAGONALS, MAX_DIM, NORMALIZATIONS
 
 if TYPE_CHECKING:
     from torch import nn
 
     from hsaid_kernels import training
-    from hsaid_kernels.hierarchy import Hierarchy, Partition
     from hsaid_kernels.module import HSAID
 
 # Chosen on the embedded data's validation languages (docs/method.md); STEPS_IF_LARGE by what two cores do in minutes.
@@ -34,7 +34,6 @@ STEPS, BATCH_SIZE, LEARNING_RATE, INTRINSIC_DIM, MAX_LENGTH = 300, 32, 0.05, 500
 LARGE, STEPS_IF_LARGE = 50_000_000, 60  # weights
 MBERT_STEPS = 5
 PARTITIONS = ("did", "L1+L2+L3+L4", "L1+L2+L3|L4", "L1+L2|L3+L4", "L1+L2|L3|L4", "L1|L2|L3|L4")
-HEADS = "L5"
 HEAD_PARTITIONS = ("L1+L2|L3|L4|L5", "L1+L5|L3|L4", "L1+L2+L3+L4+L5")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -442,7 +441,6 @@ def _is_checkpoint(arguments: argparse.Namespace) -> bool:
 
 def _hierarchy(source: str, heads: bool) -> Hierarchy:
     from hsaid_kernels import training
-    from hsaid_kernels.hierarchy import Hierarchy
 
     return Hierarchy.from_model(training.build_architecture(source), heads=heads)
 

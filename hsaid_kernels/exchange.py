@@ -26,6 +26,7 @@ class Places:
     parameters  {name: parameter}, as `named_parameters` has them: tied ones once
     slots       {name: a module's _parameters and the key in it, for each place}: several for a tied parameter
     tied        {name: the modules that have it} for those that are in several places
+    masks       {name: (module, key of what is made of it) for each place} for those that torch.nn.utils.prune masks
     """
 
     def __init__(self, model: nn.Module):
@@ -40,10 +41,10 @@ class Places:
                     self.slots[names[id(parameter)]].append((module._parameters, key))
                     owners[names[id(parameter)]].append(module)
         self.tied = {name: modules for name, modules in owners.items() if len(modules) > 1}
-        self._masks: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
+        self.masks: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
         for module, hook in masks(self.modules):
             key = hook._tensor_name
-            self._masks[names[id(module._parameters[f"{key}_orig"])]].append((module, key))
+            self.masks[names[id(module._parameters[f"{key}_orig"])]].append((module, key))
         holders = [holder for module in self.modules for holder in (module._parameters, module._modules)]
         self._seen = [(holder, tuple(holder.values())) for holder in holders]
 
@@ -56,7 +57,7 @@ class Places:
             for holder, key in self.slots[name]:
                 holder[key] = tensor
             # Not left to torch's hook: torch.nn.MultiheadAttention reads weights of layers that it never calls.
-            for module, key in self._masks.get(name, ()):
+            for module, key in self.masks.get(name, ()):
                 setattr(module, key, _Masked.apply(tensor, module._buffers[f"{key}_mask"]))
 
 
@@ -89,7 +90,7 @@ class Exchange:
         # torch's RNNs keep the weights that they last ran on, and would keep ours alive
         self._kept = [(m, key) for m in modules for key in ("_flat_weights", "_flat_weight_refs") if key in m]
         # and torch.nn.utils.prune leaves the masked weight in its module
-        self._kept += [(module.__dict__, hook._tensor_name) for module, hook in masks(places.modules)]
+        self._kept += [(module.__dict__, key) for masked in places.masks.values() for module, key in masked]
         self._lock = lock
         self._late = late
         self._handles: list[torch.utils.hooks.RemovableHandle] = []

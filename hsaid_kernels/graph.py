@@ -20,9 +20,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hsaid_kernels import hierarchy as hierarchies
 from hsaid_kernels.checkpoint import replace_files
-from hsaid_kernels.hierarchy import Hierarchy, Partition
+from hsaid_kernels.hierarchy import Hierarchy, Partition, split_number
 
 FORMATS = (".svg", ".png", ".dot", ".html")
 MEANINGS = {"L1": "block", "L2": "sublayer", "L3": "module", "L4": "parameter", "L5": "head"}
@@ -221,7 +220,7 @@ class Graph:
         return "<TABLE BORDER='0' CELLSPACING='0' CELLPADDING='0'>" + "".join(map(_legend, rows)) + GAP + "</TABLE>"
 
 
-def _rows(hierarchy: Hierarchy) -> list[tuple[hierarchies.Path, str]]:
+def _rows(hierarchy: Hierarchy) -> list[tuple[tuple[str | None, ...], str]]:
     """Path and tensor of each segment, in the order of a partition's multiplier_index."""
     return [(path, segment.tensor) for path, segment in zip(hierarchy.paths, hierarchy.segments)]
 
@@ -260,10 +259,7 @@ def _fold(hierarchy: Hierarchy, own: Sequence[tuple]) -> dict[tuple[str, str], N
         for (path, _), what in zip(_rows(hierarchy), own):
             through[path[at]][path[:at] + path[at + 1 :], what] += 1
 
-        looks = {
-            name: (hierarchies._split_number(name)[0], frozenset(through[name].items()))
-            for name in hierarchy.nodes(level)
-        }
+        looks = {name: (split_number(name)[0], frozenset(through[name].items())) for name in hierarchy.nodes(level)}
         for _, run in itertools.groupby(looks, key=looks.get):
             names = tuple(run)
             folded |= dict.fromkeys(((level, name) for name in names), names)

@@ -81,12 +81,10 @@ def prune_heads(model: nn.Module, heads: Heads) -> nn.Module:
         before = already.get(attention.name, [])
         pieces = attention.pieces([*before, *chosen[attention.name]]) - attention.pieces(before)
         masks: dict[str, Tensor] = {}
-        for bands in attention.bands:
-            for index in range(bands.count):
-                if (bands.tensor, attention.label(bands, index)) in pieces:
-                    parameter = model.get_parameter(bands.tensor)
-                    mask = masks.setdefault(bands.tensor, torch.ones_like(parameter, requires_grad=False))
-                    mask[bands.slices(index)] = 0
+        for s in (segment for segment in attention.segments() if (segment.tensor, segment.label) in pieces):
+            parameter = model.get_parameter(s.tensor)
+            mask = masks.setdefault(s.tensor, parameter.new_ones(parameter.shape))
+            mask.as_strided((s.rows, s.cols), (s.row_stride, 1), s.offset).zero_()
         for tensor, mask in masks.items():
             owner, key = _place(model, tensor)
             with torch.no_grad():  # so that the model can be copied: a tensor with a history cannot
@@ -192,7 +190,7 @@ def remove_heads(model: nn.Module, heads: Heads | None = None) -> nn.Module:
             raise TypeError(f"model: expected attention of the BERT family ({', '.join(REMOVABLE)}), got {kind}")
     for attention in attentions:
         _remove(model, attention)
-        (attention,) = (found for found in find_attentions(model) if found.name == attention.name)  # other names
+        attention = find_attention(model, attention.name)  # its parameters have their own names again
         keep = [head for head in range(attention.heads) if head not in chosen[attention.name]]
         for bands in attention.bands:
             owner, key = _place(model, bands.tensor)

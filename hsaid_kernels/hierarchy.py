@@ -388,14 +388,14 @@ def _paths(names: tuple[str, ...], lists: set[str]) -> tuple[Path, ...]:
     while True:
         paths = []
         for name, block, (*between, owner) in zip(names, blocks, [under or [None] for under in steps]):
-            if between and _split_number(between[0])[0] in in_full:
+            if between and split_number(between[0])[0] in in_full:
                 sublayer = ".".join(between)
             else:
                 labels = (_label(block, between[: end + 1], children) for end in range(len(between)))
                 sublayer = next(filter(None, labels), None)
             paths.append((short[block] or None, sublayer, owner, name.rpartition(".")[2]))
         count = Counter(paths)
-        clashing = {_split_number(under[0])[0] for under, path in zip(steps, paths) if count[path] > 1}
+        clashing = {split_number(under[0])[0] for under, path in zip(steps, paths) if count[path] > 1}
         if not clashing:
             return tuple(paths)
         in_full |= clashing  # grows every time: paths in full are distinct, so one that clashes was not in full yet
@@ -406,7 +406,7 @@ def _prefixes(name: str) -> list[str]:
     return list(itertools.accumulate(name.split("."), "{}.{}".format)) if name else []
 
 
-def _split_number(name: str) -> tuple[str, str]:
+def split_number(name: str) -> tuple[str, str]:
     """Of "encoder.layer.0": "encoder.layer", ".0"."""
     stem = re.sub(r"((^|\.)\d+)+$", "", name)
     return stem, name[len(stem) :]
@@ -422,13 +422,13 @@ def _block(chain: list[str], items: set[str], containers: set[str]) -> str:
 
 def _short_names(blocks: Iterable[str]) -> dict[str, str]:
     """Block -> the shortest end of its name, less the number, that no other block's name ends in; with the number."""
-    stems = dict.fromkeys(_split_number(block)[0] for block in blocks)
+    stems = dict.fromkeys(split_number(block)[0] for block in blocks)
     for stem in stems:
         parts = stem.split(".")
         ends = [".".join(parts[first:]) for first in reversed(range(len(parts)))]
         others = [f".{other}" for other in stems if other != stem]
         stems[stem] = next((end for end in ends if not any(other.endswith(f".{end}") for other in others)), stem)
-    return {block: stems[_split_number(block)[0]] + _split_number(block)[1] for block in blocks}
+    return {block: stems[split_number(block)[0]] + split_number(block)[1] for block in blocks}
 
 
 def _label(block: str, steps: list[str], children: Mapping[str, set[str]]) -> str | None:
@@ -452,7 +452,7 @@ def _tree(rows: list[tuple[tuple, int]], depth: int = 0) -> list[tuple]:
 
     def looks(node: tuple[str, str]) -> tuple:  # equal for numbered neighbours that differ in nothing but the number
         below = branches[node]
-        return node[0], _split_number(node[1])[0], len(below), sum(size for _, size in below), _tree(below, depth + 1)
+        return node[0], split_number(node[1])[0], len(below), sum(size for _, size in below), _tree(below, depth + 1)
 
     lines = []
     for (level, _, tensors, weights, below), run in itertools.groupby(branches, key=looks):

@@ -11,6 +11,36 @@ BACKENDS = [name for name in ("cpu", "reference") if available_backends()[name] 
 SIZES = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
 IDS = torch.tensor([[3, 14, 15, 9], [2, 6, 5, 35]])
 
+FAMILY_SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=60)
+SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+GPT2 = dict(n_embd=32, n_layer=2, n_head=4, n_positions=16, vocab_size=60) | SPECIAL
+T5 = dict(d_model=32, d_kv=6, d_ff=48, num_layers=2, num_heads=4, vocab_size=60, decoder_start_token_id=0) | SPECIAL
+BART = dict(d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=2)
+FAMILIES = {
+    "Bert": FAMILY_SIZES,
+    "Roberta": FAMILY_SIZES | SPECIAL,
+    "DistilBert": dict(dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=60),
+    "Albert": FAMILY_SIZES | {"embedding_size": 16},
+    "DebertaV2": FAMILY_SIZES | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "T5": T5,
+    "Bart": BART | dict(encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=60, decoder_start_token_id=0) | SPECIAL,
+    "GPT2": GPT2,
+    "GPTNeoX": FAMILY_SIZES | SPECIAL,
+    "Llama": FAMILY_SIZES | SPECIAL | {"num_key_value_heads": 2},
+    "Qwen3": FAMILY_SIZES | SPECIAL | {"num_key_value_heads": 2, "head_dim": 6},
+    "Phi3": FAMILY_SIZES | SPECIAL | {"num_key_value_heads": 2},
+    "ModernBert": FAMILY_SIZES | SPECIAL,
+    "Mistral": FAMILY_SIZES | SPECIAL | {"num_key_value_heads": 2},
+    "Gemma": FAMILY_SIZES | SPECIAL | {"num_key_value_heads": 2, "head_dim": 8},
+    "Phi": FAMILY_SIZES | SPECIAL,
+    "OPT": FAMILY_SIZES | SPECIAL | {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 16},
+    "Bloom": dict(hidden_size=32, n_layer=2, n_head=4, vocab_size=60) | SPECIAL,
+    "Electra": FAMILY_SIZES | {"embedding_size": 32},
+    "MPNet": FAMILY_SIZES | SPECIAL,
+    "CLIPText": FAMILY_SIZES | SPECIAL,
+    "ViT": FAMILY_SIZES | {"image_size": 16, "patch_size": 4},
+}
+
 
 def bert(**changes) -> nn.Module:
     config = transformers.BertConfig(**SIZES | {"max_position_embeddings": 16} | changes)
@@ -48,3 +78,14 @@ def same(a: dict, b: dict) -> bool:
 
 def snapshot(model: nn.Module) -> dict:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def family(name: str, **changes) -> nn.Module:
+    """A model of transformers, two layers of four heads, with weights large enough that every head matters."""
+    config = getattr(transformers, f"{name}Config")(**FAMILIES.get(name, FAMILY_SIZES | SPECIAL) | changes)
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(float(parameter.dim() == 1), 0.1 if parameter.dim() == 1 else 0.3)
+    return model
