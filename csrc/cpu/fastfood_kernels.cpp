@@ -153,6 +153,34 @@ void gather_any(const TensorView& t, const Segment& s, int64_t first, int64_t co
   return gather<fp16>(t, s, first, count, out);
 }
 
+// What a block reads is fetched by the last pass of the block before. That of a block of one draw is a burst, and the
+// draw after it would wait for so many lines; the loop that makes the normals fetches them, one by one. Smaller blocks
+// and bfloat16 are no such burst, and the loop of the signs is too short to fetch behind it.
+HSAID_INLINE bool fetched_by_draw(const Params& p, Dtype dtype) {
+  return dtype == Dtype::kFloat && !p.rademacher && (p.q == kDrawBits || p.q == kDrawBits - 1);
+}
+// The values from `first` on, where the draw fetches them; else null.
+HSAID_INLINE const float* ahead_of(const Params& p, const TensorView& t, const Segment& s, int64_t first) {
+  return fetched_by_draw(p, t.dtype) && t.dense && is_dense(s) ? (const float*)t.data + s.offset + first : nullptr;
+}
+
+// A load waits for an older store whose address has the same lowest twelve bits, and a store past the caches takes
+// long. Where the last pass writes places that are whole pages apart, and reads what lies up to three lines behind them
+// (modulo a page), it takes three to five times as long.
+constexpr uintptr_t kPageBytes = 4096;
+
+HSAID_INLINE bool writes_pages_apart(int q, uintptr_t item) {
+  return last_bits(q) > 0 && item << (q - last_bits(q)) >= kPageBytes;
+}
+HSAID_INLINE bool lies_behind(const void* from, const void* to) {
+  return ((uintptr_t)to + kLineBytes - 1 - (uintptr_t)from) % kPageBytes < 4 * kLineBytes;
+}
+// The place of a block's buffer in `room`, a page longer than it: half a page ahead of the stores.
+HSAID_INLINE float* buffer_in(char* room, const void* to, int q, uintptr_t item) {
+  if (!writes_pages_apart(q, item)) return (float*)room;
+  return (float*)(room + ((uintptr_t)to / kLineBytes * kLineBytes + kPageBytes / 2 - (uintptr_t)room) % kPageBytes);
+}
+
 // A transformed block on its way out.
 struct Emission {
   const float* buffer;  // after the middle passes
@@ -166,7 +194,9 @@ HSAID_NOINLINE void emit_lines(const Forward& a, const Emission& e, const Base* 
   const int64_t first = e.block << a.params.q, n = width(a.params);
   T* out = (T*)a.out + e.segment->out_offset + first;
   if constexpr (!std::is_void_v<Base>) base += e.segment->offset + first;
-  const bool stream = a.stream && (uintptr_t)out % kLineBytes == 0;
+  const bool stream = a.stream && (uintptr_t)out % kLineBytes == 0 &&
+                      !(base && writes_pages_apart(a.params.q, sizeof(T)) && lies_behind(base, out));
+  const bool fetch = !fetched_by_draw(a.params, std::is_same_v<Base, float> ? Dtype::kFloat : a.out_dtype);
   const vf factor = broadcast(e.factor);
   constexpr int vectors = kLineVectors<T>;
   last_pass<vectors, kSplit<T>>(e.buffer, a.params.q, begin, end, [&](int64_t k, const vf(&y)[vectors]) HSAID_LAMBDA {
@@ -184,8 +214,9 @@ HSAID_NOINLINE void emit_lines(const Forward& a, const Emission& e, const Base* 
     });
     // The same place of the next block: it is wanted a block's work later.
     if constexpr (!std::is_void_v<Base>)
-      for (int i = 0; i < (int)(vectors * kLanes * sizeof(Base)); i += kLineBytes)
-        __builtin_prefetch((const char*)(base + k + n) + i, 0, 2);
+      if (fetch)
+        for (int i = 0; i < (int)(vectors * kLanes * sizeof(Base)); i += kLineBytes)
+          __builtin_prefetch((const char*)(base + k + n) + i, 0, 2);
     store_line(out + k, w, stream);
   });
 }
@@ -236,12 +267,15 @@ void emit(const Forward& a, const Emission& e, int64_t step, int64_t steps, floa
   return emit_typed<fp16>(a, e, step, steps, scratch);
 }
 
-// A draw of sum_c G_c . z_c, and the first pass over it.
-template <bool kRademacher>
-HSAID_NOINLINE void generate(const Diagonal& diagonal, const float* z, float* buffer, int64_t draw) {
+// A draw of sum_c G_c . z_c, and the first pass over it; kFetch: what lies `ahead` of its positions is fetched.
+template <bool kRademacher, bool kFetch>
+HSAID_NOINLINE void generate(const Diagonal& diagonal, const float* z, float* buffer, int64_t draw,
+                             const float* ahead) {
   const Params& p = diagonal.params;
-  draw_diagonal<kRademacher>(diagonal, 0, draw,
-                             [&](int64_t k, auto d) HSAID_LAMBDA { store(buffer + k, d.times(d, load(z + k))); });
+  draw_diagonal<kRademacher>(diagonal, 0, draw, [&](int64_t k, auto d) HSAID_LAMBDA {
+    if (kFetch) __builtin_prefetch(ahead + k);
+    store(buffer + k, d.times(d, load(z + k)));
+  });
   for (int chunk = 1; chunk < p.chunks; ++chunk) {
     z += width(p);
     draw_diagonal<kRademacher>(diagonal, chunk, draw, [&](int64_t k, auto d) HSAID_LAMBDA {
@@ -260,14 +294,15 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
   const KeepSubnormals keep;
   const Params& p = a.params;
   const int64_t n = width(p), draws = num_draws(p.q);
-  Arena arena((p.chunks + 4) * n * (int64_t)sizeof(float) + ZScratch::bytes(p) + diagonal_bytes(p));
+  Arena arena((p.chunks + 4) * n * (int64_t)sizeof(float) + 2 * (int64_t)kPageBytes + ZScratch::bytes(p) +
+              diagonal_bytes(p));
   float* z = arena.take<float>(p.chunks * n);
-  float* buffers[2] = {arena.take<float>(n), arena.take<float>(n)};
+  char* rooms[2];
+  for (char*& room : rooms) room = arena.take<char>(n * (int64_t)sizeof(float) + kPageBytes);
   float* scratch = arena.take<float>(2 * n);
   const ZScratch z_scratch(arena, p);
   PhiloxPrefix* prefix = arena.take<PhiloxPrefix>(p.chunks);
   Diagonal diagonal(p, prefix, arena.take<uint32_t>(p.chunks * num_sign_words(p.q)));
-  const auto generate_draw = p.rademacher ? generate<true> : generate<false>;
 
   Emission waiting{};  // the block before
   int64_t index = 0;
@@ -279,9 +314,14 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
       for (int chunk = 0; chunk < p.chunks; ++chunk)
         make_z(p, s, chunk, a.theta, diagonal.keys, z_scratch, z + chunk * n);
     diagonal.start(s, block);
-    float* buffer = buffers[i & 1];
+    const int64_t item = item_size(a.out_dtype);
+    float* buffer = buffer_in(rooms[i & 1], (const char*)a.out + (s.out_offset + block * n) * item, p.q, item);
+    const float* ahead = a.base ? ahead_of(p, a.base[s.tensor], s, block * n) : nullptr;
+    const auto generate_draw = p.rademacher ? generate<true, false>
+                               : ahead      ? generate<false, true>
+                                            : generate<false, false>;
     for (int64_t draw = 0; draw < draws; ++draw) {
-      generate_draw(diagonal, z, buffer, draw);
+      generate_draw(diagonal, z, buffer, draw, ahead);
       if (waiting.buffer) emit(a, waiting, draw, draws, scratch);
     }
     middle_passes<false>(buffer, p.q);
@@ -302,13 +342,14 @@ HSAID_NOINLINE void read_typed(const Adjoint& a, const Segment& s, int64_t block
   const int64_t n = width(a.params), first = block * n, left = s.rows * s.cols - first;
   if (left >= n && is_dense(s) && grad.dense) {
     const T* data = (const T*)grad.data + s.offset + first;
+    const bool fetch = !fetched_by_draw(a.params, grad.dtype);
     last_pass_transposed<vectors, kSplit<T>>(buffer, q, from, to, [&](int64_t k, vf(&y)[vectors]) HSAID_LAMBDA {
       if constexpr (kSplit<T>)
         unroll<vectors / 2>([&](auto i)
                                 HSAID_LAMBDA { load_split(data + k + 2 * i * kLanes, &y[2 * i], &y[2 * i + 1]); });
       else
         unroll<vectors>([&](auto i) HSAID_LAMBDA { y[i] = load_as_float(data + k + i * kLanes); });
-      __builtin_prefetch(data + k + n, 0, 2);
+      if (fetch) __builtin_prefetch(data + k + n, 0, 2);
     });
     return;
   }
@@ -322,9 +363,9 @@ HSAID_NOINLINE void read_typed(const Adjoint& a, const Segment& s, int64_t block
   });
 }
 
-// The rest of the transform over a draw, which is x then, and u_c += G_c . x.
-template <bool kRademacher>
-HSAID_NOINLINE void accumulate(const Diagonal& diagonal, float* x, float* u, int64_t draw) {
+// The rest of the transform over a draw, which is x then, and u_c += G_c . x; kFetch as in `generate`.
+template <bool kRademacher, bool kFetch>
+HSAID_NOINLINE void accumulate(const Diagonal& diagonal, float* x, float* u, int64_t draw, const float* ahead) {
   const Params& p = diagonal.params;
   const int64_t strips = num_strips(p.q) / num_draws(p.q);
   first_pass_transposed(x, p.q, draw * strips, (draw + 1) * strips, [&](auto t, int64_t k, const vf* y) HSAID_LAMBDA {
@@ -332,6 +373,7 @@ HSAID_NOINLINE void accumulate(const Diagonal& diagonal, float* x, float* u, int
   });
   for (int chunk = 0; chunk < p.chunks; ++chunk, u += width(p))
     draw_diagonal<kRademacher>(diagonal, chunk, draw, [&](int64_t k, auto d) HSAID_LAMBDA {
+      if (kFetch) __builtin_prefetch(ahead + k);
       const vf product = d.times(d, load(x + k));
       store(u + k, load(u + k) + product);
     });
@@ -351,15 +393,18 @@ void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) 
   const auto read = dtype == Dtype::kFloat  ? read_typed<float>
                     : dtype == Dtype::kHalf ? read_typed<fp16>
                                             : read_typed<bf16>;
-  const auto accumulate_draw = p.rademacher ? accumulate<true> : accumulate<false>;
   std::memset(u, 0, p.chunks * n * sizeof(float));
 
   // Block i is read while block i - 1 is accumulated.
   for (int64_t i = begin; i <= end; ++i) {
     if (i > begin) diagonal.start(s, i - 1);
+    const float* ahead = ahead_of(p, a.grads[s.tensor], s, (i + 1) * n);
+    const auto accumulate_draw = p.rademacher ? accumulate<true, false>
+                                 : ahead      ? accumulate<false, true>
+                                              : accumulate<false, false>;
     for (int64_t draw = 0; draw < draws; ++draw) {
       if (i < end) read(a, s, i, draw, draws, scratch, buffers[i & 1]);
-      if (i > begin) accumulate_draw(diagonal, buffers[(i - 1) & 1], u, draw);
+      if (i > begin) accumulate_draw(diagonal, buffers[(i - 1) & 1], u, draw, ahead);
     }
     if (i < end) middle_passes<true>(buffers[i & 1], p.q);
   }
