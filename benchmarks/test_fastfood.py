@@ -5,6 +5,7 @@ gradients.
 """
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -17,6 +18,7 @@ from hsaid_kernels import ops
 from hsaid_kernels.plan import Plan
 
 DIAGONALS = ("gaussian", "rademacher")
+ALL_THREADS = torch.get_num_threads()
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Case:
     dim: int = 1000
     isa: str = ISAS[0] if ISAS else "none"
     width: int | None = None
-    threads: int = torch.get_num_threads()
+    threads: int = ALL_THREADS
 
     def __str__(self) -> str:
         return "-".join(map(str, (self.model, self.dtype, self.diagonal, self.dim, self.width, self.isa, self.threads)))
@@ -57,6 +59,14 @@ def cases() -> list:
 WIDTHS = ((1000, 2048), (1000, 4096), (1000, 16384), (16384, 4096), (200, 32))
 
 
+def _with_all_threads(f: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        with threads(ALL_THREADS):
+            f()
+
+    return run
+
+
 @pytest.mark.skipif(not ISAS, reason="the CPU library was not built")
 @pytest.mark.parametrize("part", ["forward", "adjoint"])
 @pytest.mark.parametrize("case", cases())
@@ -75,8 +85,11 @@ def test_fastfood(measure, record, weights, case, part):
         "adjoint": (lambda: ops.fastfood_adjoint(*arguments, "cpu"), flat.sum, 1),
     }
     target, floor, passes = parts[part]
+    beside = {"floor": floor}
+    if case.threads < ALL_THREADS:  # in the same rounds with all of them
+        beside |= {"all_threads": _with_all_threads(target), "floor_all_threads": _with_all_threads(floor)}
     with cpu_isa(case.isa), threads(case.threads):
-        columns = measure(target, {"floor": floor}, rounds=5 if plan.numel > 5e8 else 9)
+        columns = measure(target, beside, rounds=5 if plan.numel > 5e8 else 9)
     gc.collect()
     count = sum(tensor.numel() for tensor in tensors)
     record(

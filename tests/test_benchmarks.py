@@ -83,8 +83,10 @@ def test_tables():
     ]
     assert lines[3].strip("| ").endswith("6.00 (6.00 to 6.00)")  # no adjoint: empty cells
     assert "speed-up" not in report.terminal(rows) and "GPU" not in report.terminal(rows)  # no rows, no section
-    rows.append(row("forward", 190.0, threads=1))
-    assert report.Report({}, rows).by_threads().splitlines()[2].split("|")[6].strip() == "1.90"
+    speedup = {f"/all_threads{part}": 1.9 for part in PARTS}
+    rows.append(row("forward", 190.0, threads=1, all_threads_ms=100.0, floor_all_threads_ms=40.0, **speedup))
+    cells = [cell.strip() for cell in report.Report({}, rows).by_threads().splitlines()[2].strip("| ").split("|")]
+    assert cells[3:] == ["190", "100", "1.90 (1.90 to 1.90)", "1.25"]
 
 
 def test_computed_rows_say_so():
