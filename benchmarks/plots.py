@@ -149,8 +149,14 @@ def step(report: Report, axes: Axes) -> bool:
         widths = [row.get(f"{part}_ms", 0.0) for row in rows]
         axes.barh(names, widths, left=left, label=part, color=color)
         left = [a + b for a, b in zip(left, widths)]
+    end = 1.2 * max(total for total in left if total <= 5 * left[0])  # a bar of minutes would leave nothing to see
+    for name, total in zip(names, left):
+        inside = total <= end
+        text = f" {total:,.0f}" if inside else f"cut off: {total:,.0f} "
+        axes.annotate(text, (min(total, end), name), va="center", ha="left" if inside else "right", fontsize=9)
     axes.invert_yaxis()
     axes.set(xlabel="milliseconds", title="A training step on mBERT, 16 texts of 16 tokens")
+    axes.set_xlim(0, end)
     axes.legend(loc="lower right")
     return True
 

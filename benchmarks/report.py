@@ -262,7 +262,8 @@ def sections(report: Report) -> list[Section]:
         Section(
             "A training step",
             report.steps(),
-            "mBERT, 16 texts of 16 tokens, d = 1,000; peft's methods with their defaults on query and value.",
+            "mBERT, 16 texts of 16 tokens, d = 1,000; peft's methods with their defaults on query and value. A CPU\n"
+            "without instructions for bfloat16 (AVX-512 BF16, AMX) spends such a step in torch's matrix products.",
             ("step", "memory"),
         ),
         Section(
