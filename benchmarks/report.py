@@ -154,6 +154,13 @@ class Report:
             ["", "diagonal", "d", "1 thread, ms", f"{self.threads} threads, ms", "speed-up", "of the floor"], lines
         )
 
+    def places(self) -> str:
+        lines = [
+            [f"{row['d']:,}", f"{row['width']:,}", row["elsewhere_ms"], row["ms"], ratio(row, "/elsewhere")]
+            for row in pick(self.rows, what="place")
+        ]
+        return table(["d", "n", "elsewhere, ms", "one line behind W, ms", "/ elsewhere"], lines)
+
     def transform(self) -> str:
         lines = [
             [row["dtype"], f"{row['n']:,}", row["floor_ms"], row["new_ms"], row["ms"], ratio(row, "/new")]
@@ -258,6 +265,11 @@ def sections(report: Report) -> list[Section]:
             "By threads",
             report.by_threads(),
             "One thread and all of them in the same rounds.",
+        ),
+        Section(
+            "Where W0 lies",
+            report.places(),
+            "10,240,000 weights, rademacher: addresses modulo a page (docs/cpu.md).",
         ),
         Section(
             "A training step",

@@ -107,3 +107,21 @@ def test_fastfood(measure, record, weights, case, part):
         **columns,
         **{"GB/s": passes * count * flat.element_size() / columns["ms"] / 1e6},
     )
+
+
+@pytest.mark.skipif(not ISAS, reason="the CPU library was not built")
+@pytest.mark.parametrize("dim", [2000, 4000, 16384])
+def test_place_of_w0(measure, record, dim):
+    """W0 one line behind W, modulo a page, against W0 half a page from it (docs/cpu.md, "Addresses")."""
+    plan = Plan({"w": (10_000, 1024)}, dim, diagonal="rademacher")
+    room = torch.zeros(plan.numel + 2048)
+
+    def forward(place: int) -> Callable[[], object]:
+        """W begins on a page: it is large, and the buffers of large weights do."""
+        first = (place - room.data_ptr()) % 4096 // 4
+        base = [room[first : first + plan.numel].view(10_000, 1024)]
+        return lambda: ops.fastfood_forward(plan, torch.ones(dim), plan.scales, base, torch.float32, "cpu")
+
+    columns = measure(forward(4096 - 64), {"elsewhere": forward(2048)}, rounds=9)
+    record(what="place", backend="cpu", weights=plan.numel, dtype="float32", d=dim, width=plan.width, **columns)
+    assert columns["/elsewhere"] < 2  # 2.6 to 4.2 where loads wait for stores
