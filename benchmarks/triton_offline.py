@@ -10,9 +10,10 @@ import hsaid_kernels._triton.fastfood_adjoint as adjoint
 import hsaid_kernels._triton.fastfood_forward as forward
 import hsaid_kernels._triton.hadamard_transform as hadamard
 from hsaid_kernels._triton import memory, tile
+from hsaid_kernels.plan import MAX_WIDTH
 
-FLOATS = "theta factors scratch sums carry dfactors dtheta x".split()
-TABLES = "runs first_runs bases grads items parts lines table".split()
+FLOATS = "theta factors scratch zs sums carry dfactors dtheta x".split()
+TABLES = "runs first_runs pieces bases grads items parts lines table".split()
 TYPES = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(TABLES, "*i64") | {"seed": "i64", "scale": "fp32"}
 OUT_TYPES = ("*fp32", "*bf16", "*fp16")
 
@@ -37,17 +38,19 @@ def kernels(qs: tuple[int, ...] = (14, 10), codes: tuple[int, ...] = (0, 1)) -> 
     names = {code: str(dtype).removeprefix("torch.") for dtype, code in memory.CODES.items()}
     for q in qs:
         shape = dict(Q=q, T=tile.tile_bits(q))
-        threads, small = tile.threads(q), dict(Q=q, SIZE=256)
+        threads, small, runs = tile.threads(q), dict(Q=q, SIZE=256), MAX_WIDTH >> q
         for rademacher in (False, True):
             diagonal = ("gaussian", "rademacher")[rademacher]
             for code in codes:
                 what = dict(RADEMACHER=rademacher, **shape)
-                constants = dict(OUT=code, BASES=1 << code, chunks=1, run_tiles=1, **what)
+                constants = dict(OUT=code, BASES=1 << code, chunks=1, **what)
                 title = f"fastfood_forward_kernel, {diagonal}, {names[code]}"
                 found.append(Kernel(title, forward.fastfood_forward_kernel, constants, threads, 128))
                 title = f"adjoint_groups_kernel, {diagonal}, {names[code]}"
-                found.append(Kernel(title, adjoint.adjoint_groups_kernel, dict(GRADS=1 << code, **what), threads))
-        found.append(Kernel("adjoint_sums_kernel", adjoint.adjoint_sums_kernel, small, 128))
+                of_groups = dict(GRADS=1 << code, RUNS=runs, **what)
+                found.append(Kernel(title, adjoint.adjoint_groups_kernel, of_groups, threads))
+        found.append(Kernel("forward_z_kernel", forward.forward_z_kernel, shape, threads, 128))
+        found.append(Kernel("adjoint_sums_kernel", adjoint.adjoint_sums_kernel, dict(RUNS=runs, **small), 128))
         found.append(Kernel("adjoint_segments_kernel", adjoint.adjoint_segments_kernel, shape, threads, 128))
         found.append(Kernel("adjoint_gradients_kernel", adjoint.adjoint_gradients_kernel, small, 128))
         rows = dict(row_tiles=1, IN=0, OUT=0, FINISH=True, **shape)

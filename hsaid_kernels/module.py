@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hsaid_kernels import checkpoint
+from hsaid_kernels import checkpoint, ops
 from hsaid_kernels.attention import pieces_of
 from hsaid_kernels.exchange import Cache, Exchange, Late, Places, apply_masks, masks
 from hsaid_kernels.heads import Heads, check_heads, pruned_heads
@@ -332,8 +332,10 @@ class HSAID(Tasks):
         with torch.no_grad():
             self.partition.factors(self.multipliers)
         self.plan.scales_on(device)
+        ops.prepare(self.plan, device, self.backend)
         for _, part in self._parts:
             part.rows_on(device)
+            ops.prepare(part.plan, device, self.backend)
 
     def _refuse_merged(self, call: str) -> None:
         if self.merged:

@@ -7,10 +7,12 @@ namespace of their own, with the same schemas.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,8 +33,7 @@ _PLAN = "Tensor segments, int seed, int width, bool rademacher"
 _SCHEMAS = {
     "fastfood_forward": f"(Tensor theta, Tensor factors, Tensor[] base, {_PLAN}, Tensor holes, int numel, "
     "ScalarType dtype) -> Tensor",
-    "fastfood_adjoint": f"(Tensor theta, Tensor factors, Tensor?[] grads, {_PLAN}, int group_blocks) "
-    "-> (Tensor, Tensor)",
+    "fastfood_adjoint": f"(Tensor theta, Tensor factors, Tensor?[] grads, {_PLAN}, int run_blocks) -> (Tensor, Tensor)",
     "hadamard_transform": "(Tensor x, float scale) -> Tensor",
     "stream_values": "(Tensor like, int seed, int stream, int purpose, int block, int chunk, int width, "
     "bool rademacher) -> Tensor",
@@ -44,7 +45,7 @@ def _fake_forward(theta, factors, base, segments, seed, width, rademacher, holes
     return theta.new_empty(numel, dtype=dtype)
 
 
-def _fake_adjoint(theta, factors, grads, segments, seed, width, rademacher, group_blocks):
+def _fake_adjoint(theta, factors, grads, segments, seed, width, rademacher, run_blocks):
     return torch.empty_like(theta), torch.empty_like(factors)
 
 
@@ -87,20 +88,24 @@ for _name in _SCHEMAS:
     _in_triton(_name)
 
 
+_NAMESPACES = {"cpu": NAMESPACE, "cuda": NAMESPACE, "triton": TRITON_NAMESPACE}
+
+
 def _kernels(backend: str):
     """The namespace of torch.ops with a backend's kernels."""
-    return getattr(torch.ops, TRITON_NAMESPACE if backend == "triton" else NAMESPACE)
+    return getattr(torch.ops, _NAMESPACES[backend])
 
 
-def _load(library: str, key: str) -> bool | str:
+def _load(library: str, key: str, folder: Path = Path(__file__).parent) -> bool | str:
     """True once the compiled library's kernels are registered under a dispatch key, or the reason why they are not."""
-    path = Path(__file__).parent / f"{library}.so"
+    path = folder / f"{library}.so"
     if not path.exists():
         return f"{library} is not built: install the package with a C++ compiler (and nvcc for CUDA) at hand"
     try:
         torch.ops.load_library(path)
-    except OSError as error:
-        return f"{path.name} does not load: {error}"
+    except OSError as error:  # torch's own sentence names the file; the loader's, behind it, the symbol or library
+        reason = error.__cause__ or error.__context__ or error
+        return f"{path.name} does not load into torch {torch.__version__}, build the package again: {reason}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::fastfood_forward", key):
         return f"{path.name} registers no kernels for the projection: build the package again"
     return True
@@ -139,6 +144,9 @@ _AVAILABLE: dict[str, bool | str] = {
     "triton": _find_triton(),
     "reference": True,
 }
+if "does not load" in str(_AVAILABLE["cuda"]) and _AVAILABLE["triton"] is True:  # a slower one takes its place: why?
+    warnings.warn(f"hsaid_kernels: Triton serves CUDA tensors, because {_AVAILABLE['cuda']}", stacklevel=2)
+_DEVICE_TYPES = {"cuda": "cuda", "cpu": "cpu", "reference": "cpu"}
 _AUTO = {"cuda": ("cuda", "triton"), "xpu": ("triton",), "cpu": ("cpu",)}  # by device type, the first one first
 
 
@@ -150,7 +158,7 @@ def available_backends() -> dict[str, bool | str]:
 def _serves(backend: str, device: torch.device) -> bool:
     if backend == "triton":
         return (device.type == "cpu") == _interpreting()
-    return device.type == ("cuda" if backend == "cuda" else "cpu")
+    return device.type == _DEVICE_TYPES[backend]
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
@@ -180,8 +188,17 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def prepare(plan: Plan, device: torch.device, backend: str) -> None:
+    """Makes what a backend keeps of a plan on a device, ahead of the first call. No backend there: nothing."""
+    with contextlib.suppress(RuntimeError):  # which the first call raises
+        if choose_backend(backend, device) == "triton":
+            importlib.import_module("hsaid_kernels._triton.ops").prepare(plan, device)
+
+
+def _plain(tensor: Tensor | None) -> Tensor | None:
     """Dense (embeddings may have sparse gradients), and without lazy negation, which no list of arguments resolves."""
+    if tensor is None or (tensor.layout is torch.strided and not tensor.is_neg()):  # hundreds in a call, nearly all so
+        return tensor
     return (tensor if tensor.layout == torch.strided else tensor.to_dense()).resolve_neg()
 
 
@@ -217,11 +234,11 @@ def fastfood_adjoint(
     """
     if torch.compiler.is_compiling():
         return torch.ops.hsaid_kernels.planned_adjoint(theta, factors, list(grads), plan.key, backend)
+    grads = [_plain(grad) for grad in grads]
     if backend == "reference":
         return reference.adjoint(plan, theta, factors, grads)
-    tensors = [None if grad is None else _plain(grad) for grad in grads]
     return _kernels(backend).fastfood_adjoint(
-        theta, factors, tensors, plan.segments, _signed(plan.seed), plan.width, plan.rademacher, plan.group_blocks
+        theta, factors, grads, plan.segments, _signed(plan.seed), plan.width, plan.rademacher, plan.run_blocks
     )
 
 

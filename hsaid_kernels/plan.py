@@ -21,7 +21,11 @@ MIN_WIDTH, MAX_WIDTH = 32, 16384
 MAX_DIM = 2**20
 MAX_BLOCKS = 2**28  # the block number shares a counter word with 4 bits of purpose
 ALIGNMENT = 64  # elements; every tensor starts on a whole cache line of the flat buffer in any dtype
-GROUP_BLOCKS = 24  # that the adjoint sums in one go, one after the other; the groups are then added in order
+# The adjoint adds up runs of blocks, then 2^14 / n runs as a group, then the groups of a segment. Groups of 22 tiles of
+# 2^14 values keep the groups of mBERT few enough (42 MB of sums) and make two rounds on the 264 places of an H100;
+# what is smaller is cut finer, so that a GPU has work everywhere.
+MAX_RUN_BLOCKS = 22
+RUN_SHARES = 108  # of the plan, at least, where runs are shorter
 DIAGONALS = ("gaussian", "rademacher")
 NORMALIZATIONS = ("tensor", "global")
 
@@ -161,8 +165,9 @@ class Plan:
             self.offsets[name] = end
             end += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
         self.numel = end
-        self.group_blocks = GROUP_BLOCKS
         self._check_pieces()
+        tiles = sum(piece.numel for piece in self.pieces) // MAX_WIDTH
+        self.run_blocks = max(1, min(MAX_RUN_BLOCKS, tiles // RUN_SHARES))
         self.segments = torch.tensor(self._rows(), dtype=torch.int64, device="cpu")
         self.holes = torch.tensor(self._hole_rows(), dtype=torch.int64, device="cpu").view(-1, len(COLUMNS))
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}

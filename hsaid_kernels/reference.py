@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hsaid_kernels.plan import Plan, Segment, stream_id
+from hsaid_kernels.plan import MAX_WIDTH, Plan, Segment, stream_id
 
 DIAGONAL, SIGNS, PERMUTATION = range(3)  # purposes: what a Philox call is for
 MASK32 = 0xFFFFFFFF
@@ -140,7 +140,7 @@ def _z(plan: Plan, stream: int, theta: Tensor) -> Tensor:
 
 
 def _slices(plan: Plan, piece: Segment) -> Iterator[Tensor]:
-    return torch.arange(plan.blocks(piece)).split(max(plan.group_blocks, SLICE // plan.width))
+    return torch.arange(plan.blocks(piece)).split(max(plan.run_blocks, SLICE // plan.width))
 
 
 def _elements(piece: Segment, tensor: Tensor) -> Tensor:
@@ -186,12 +186,16 @@ def adjoint(plan: Plan, theta: Tensor, factors: Tensor, grads: Sequence[Tensor |
         g = _elements(piece, grad).to(dtype).flatten()
         g = torch.nn.functional.pad(g, (0, plan.blocks(piece) * n - piece.numel)).view(-1, n)
         u = torch.zeros(plan.chunks, n, dtype=dtype)
-        for block in torch.arange(len(g)).split(plan.group_blocks):
-            hg = walsh_hadamard(g[block], transpose=True)
+        runs = MAX_WIDTH // n  # of a group
+        for group_blocks in torch.arange(len(g)).split(plan.run_blocks * runs):
             group = torch.zeros_like(u)
-            for chunk in range(plan.chunks):
-                for product in _diagonal(plan, stream, block, chunk, dtype) * hg:
-                    group[chunk] += product
+            for block in (group_blocks[i::runs] for i in range(min(runs, len(group_blocks)))):
+                hg = walsh_hadamard(g[block], transpose=True)
+                run = torch.zeros_like(u)
+                for chunk in range(plan.chunks):
+                    for product in _diagonal(plan, stream, block, chunk, dtype) * hg:
+                        run[chunk] += product
+                group += run
             u += group
         for p in fold(u * _z(plan, stream, theta)):
             dfactors[i] += p

@@ -42,7 +42,7 @@ def adjoint_arguments(**changes) -> dict:
     arguments = forward_arguments()
     grads = arguments.pop("base")
     del arguments["holes"], arguments["numel"], arguments["dtype"]
-    return arguments | {"grads": grads, "group_blocks": 4096} | changes
+    return arguments | {"grads": grads, "run_blocks": 4096} | changes
 
 
 # --- what torch asks of an op
@@ -424,7 +424,7 @@ def test_bad_arguments_of_forward(changes, message):
         ({"grads": []}, "segments: row 0 is no segment of this plan"),
         ({"grads": [torch.ones(399), None]}, "grads: tensor 0 has 399 elements"),
         ({"grads": [torch.ones(400).double(), None]}, "grads: expected float32, bfloat16 or float16"),
-        ({"group_blocks": 0}, "group_blocks: expected at least 1, got 0"),
+        ({"run_blocks": 0}, "run_blocks: expected at least 1, got 0"),
         ({"factors": torch.ones(1)}, "factors: expected a float32 tensor of 2 values"),
         ({"theta": torch.ones(10, 10)}, "theta: expected a float32 tensor of 100 values"),
     ],

@@ -40,28 +40,36 @@ def column(rows: torch.Tensor, which) -> np.ndarray:
 # --- tables
 
 
-@pytest.mark.parametrize("most", [None, 2])
 @pytest.mark.parametrize("programs", [1, 7, 264, 10**6])
 @pytest.mark.parametrize("t", [12, 14])
-def test_runs_have_every_tile_once(t, programs, most):
+def test_runs_have_every_tile_once(t, programs):
     bands = [Segment("w", 32 * h, 700, 32, 96, f"head {h}") for h in (0, 2)]
     plan = Plan({"a": (3, 50000), "b": (7,), "w": (700, 96)}, 100, segments=[whole("a", (3, 50000)), *bands])
     for p in (plan, MBERT):
         pieces = tables.pieces_of(p.segments.numpy(), p.holes.numpy())
-        rows, first = tables.runs_of(pieces, t, programs, most, CPU)
+        rows, first, of_z = tables.runs_of(pieces, t, programs, CPU)
         tiles = Counter()
         for row in rows.tolist():
             key = tuple(row[: tables.FIRST.value])
+            assert key == tuple(of_z[row[tables.FROM.value]][: tables.FIRST.value].tolist())
             tiles.update((key, i) for i in range(row[tables.FIRST.value], row[tables.LAST.value]))
         expected = {(tuple(r[: tables.FIRST.value]), i) for r in pieces.tolist() for i in range(-(-r[3] // 2**t))}
         assert tables.COUNT.value == 3 and tiles == Counter(expected)
         assert first[0] == 0 and first[-1] == len(rows) and (first.diff() >= 0).all()
         lengths = column(rows, tables.LAST) - column(rows, tables.FIRST)
-        assert lengths.min() >= 1 and (most is None or lengths.max() <= most)
-        if most is None:  # nobody has more than a share, and z once more where a piece is cut
-            cost = [lengths[a:b].sum() + tables.Z_COST * (b - a) for a, b in zip(first[:-1], first[1:])]
-            share = (len(tiles) + tables.Z_COST * len(pieces)) / (len(first) - 1)
-            assert max(cost) <= share + 2 * tables.Z_COST + 1
+        assert lengths.min() >= 1
+        # nobody has more than a share
+        cost = [lengths[a:b].sum() + tables.PIECE_COST * (b - a) for a, b in zip(first[:-1], first[1:])]
+        share = (len(tiles) + tables.PIECE_COST * len(pieces)) / (len(first) - 1)
+        assert max(cost) <= share + 2 * tables.PIECE_COST + 1
+
+
+def test_waves_of_the_forward_have_every_piece_once(monkeypatch):
+    pieces = tables.pieces_of(MBERT.segments.numpy(), MBERT.holes.numpy())
+    monkeypatch.setattr(tables, "SUMS_FLOATS", 120 << 14)
+    waves = tables.forward_waves_of(pieces, 14, 264, 3, CPU)
+    assert max(len(wave.pieces) for wave in waves) == 40
+    assert torch.equal(torch.cat([wave.pieces for wave in waves]), torch.from_numpy(pieces))
 
 
 def test_pieces_are_the_plans():
@@ -76,33 +84,38 @@ def test_pieces_are_the_plans():
 
 @pytest.mark.parametrize("most", [1, 2, 5, 10**6])
 @pytest.mark.parametrize("q", [5, 10, 14])
-def test_waves_have_every_group_once(q, most, monkeypatch):
+def test_waves_have_every_run_once(q, most, monkeypatch):
+    """And no group is cut; of the last one there are as many runs as it has blocks, up to all of them."""
     t = tile.tile_bits(q)
+    of_group = 2 ** (14 - q)
     monkeypatch.setattr(tables, "SUMS_FLOATS", most << t)
-    counts = [30 * 24 * 2**q + 5, 7, 2**q, 24 * 2**q + 1, 100 * 24 * 2**q]
+    counts = [3 * 24 * 2**14 + 5, 7, 2**q, 24 * 2**14 + 1, 10 * 24 * 2**14, 24 * 2**14 + 2**14]
     plan = Plan({f"t{i}": (n,) for i, n in enumerate(counts)}, 100, width=2**q)
     pieces = tables.pieces_of(plan.segments.numpy())
     waves = tables.waves_of(pieces, q, t, 24, CPU)
     places = 1 << (t - q)
     parts, carried = [[] for _ in counts], None
     for wave in waves:
-        assert len(wave.items) <= most
-        where = {}  # place of the sum of a group of a tensor
+        assert len(wave.items) <= max(most, of_group >> (t - q))
+        where = {}  # place of the sum of a run of a tensor
         for number, item in enumerate(wave.items.tolist()):
-            groups = range(item[tables.FIRST.value], item[tables.LAST.value])
-            assert 1 <= len(groups) <= places
-            where |= {number * places + j: (item[tables.TENSOR.value], g) for j, g in enumerate(groups)}
+            runs = range(item[tables.FIRST.value], item[tables.LAST.value])
+            assert 1 <= len(runs) <= places and runs[0] // of_group == runs[-1] // of_group
+            where |= {number * places + j: (item[tables.TENSOR.value], run) for j, run in enumerate(runs)}
         for number, part in enumerate(wave.parts.tolist()):
             tensor, before, after = (part[c.value] for c in (tables.TENSOR, tables.FROM, tables.TO))
             assert before == (-1 if carried is None else carried), "a part goes on where the wave before left it"
             carried = None if after < 0 else after
             assert (after < 0) == (number < wave.finished)
+            assert after < 0 or (part[tables.LAST.value] - part[tables.FIRST.value]) % of_group == 0
             got = [where.pop(place) for place in range(part[tables.FIRST.value], part[tables.LAST.value])]
             assert {t for t, _ in got} == {tensor}
             parts[tensor] += [g for _, g in got]
         assert not where
     assert carried is None
-    assert parts == [list(range(math.ceil(n / 2**q / 24))) for n in counts]
+    blocks = [math.ceil(n / 2**q) for n in counts]
+    expected = [b // (24 * of_group) * of_group + min(b % (24 * of_group), of_group) for b in blocks]
+    assert parts == [list(range(n)) for n in expected]
 
 
 def test_words_tell_addresses_and_dtypes(monkeypatch):
@@ -205,20 +218,20 @@ def call(plan: Plan, dtype=torch.float32, gradients: bool = True):
     table = (plan.segments, plan.seed - 2**64 if plan.seed >= 2**63 else plan.seed, plan.width, plan.rademacher)
     ops.fastfood_forward(theta, factors, tensors, *table, plan.holes, plan.numel, dtype)
     if gradients:
-        ops.fastfood_adjoint(theta, factors, tensors, *table, plan.group_blocks)
+        ops.fastfood_adjoint(theta, factors, tensors, *table, plan.run_blocks)
 
 
 def test_all_tensors_in_one_launch(device):
-    """And one before it, which leaves their addresses in memory."""
+    """And two before it, which leave their addresses and z in memory."""
     call(MBERT, gradients=False)
-    assert [name for name, _, _ in device.launches] == ["write_words", "fastfood_forward_kernel"]
-    assert device.launches[1][1] == (132 * 8, 1, 1)
+    assert [name for name, _, _ in device.launches] == ["write_words", "forward_z_kernel", "fastfood_forward_kernel"]
+    assert device.launches[1][1] == (202, 1, 1) and device.launches[2][1] == (132 * 8, 1, 1)
     device.launches.clear()
     call(MBERT)
     names = ["write_words", "adjoint_groups_kernel", "adjoint_sums_kernel"]
     names += ["adjoint_segments_kernel", "adjoint_gradients_kernel"]
-    assert [name for name, _, _ in device.launches[2:]] == names
-    assert device.launches[5][1] == (128, 1, 1)
+    assert [name for name, _, _ in device.launches[3:]] == names
+    assert device.launches[6][1] == (128, 1, 1)
 
 
 def test_nothing_is_compiled_twice(device):
@@ -246,7 +259,7 @@ def test_everything_compiles(width, chunks, rademacher, device):
     theta, factors, table = torch.ones(plan.dim), plan.scales, (plan.segments, 3, width, bool(rademacher))
     a, b = (torch.ones(shape) for shape in plan.shapes.values())
     ops.fastfood_forward(theta, factors, [a.half(), b], *table, plan.holes, plan.numel, torch.float16)
-    ops.fastfood_adjoint(theta, factors, [a.bfloat16(), b.half()], *table, plan.group_blocks)
+    ops.fastfood_adjoint(theta, factors, [a.bfloat16(), b.half()], *table, plan.run_blocks)
     for purpose in range(3):
         ops.stream_values(theta, -5, 2**63 - 1, purpose, 0, 1, width, bool(rademacher))
     ops.hadamard_transform(torch.ones(3, width - 1).bfloat16(), 0.5)

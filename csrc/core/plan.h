@@ -31,6 +31,9 @@ struct Params {
 };
 
 HSAID_INLINE int64_t width(const Params& p) { return (int64_t)1 << p.q; }
+// Blocks that the adjoint adds up in one go: a group is run_blocks tiles of 2^14 values. Run r of a group are the
+// blocks r, r + 2^14 / n, r + 2 * 2^14 / n, ... of it (docs/rng.md).
+HSAID_INLINE int64_t group_blocks(const Params& p, int64_t run_blocks) { return run_blocks << (kMaxWidthBits - p.q); }
 HSAID_INLINE int64_t num_blocks(const Params& p, const Segment& s) { return (s.rows * s.cols + width(p) - 1) >> p.q; }
 
 // The row that has item `item`, first(i) being the items before row i: first(0) = 0.

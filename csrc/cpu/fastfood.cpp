@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kSliceElements = 1024;
 // Sums of groups that the adjoint holds at a time: it works in waves of as many groups as fit.
-constexpr int64_t kWaveBytes = int64_t{16} << 20;
+constexpr int64_t kWaveBytes = int64_t{2} << 20, kMostBytes = int64_t{16} << 20;
 constexpr int64_t kMinWave = 8;
 
 // Blocks whose generation takes as long as making z.
@@ -117,6 +117,7 @@ void fastfood_forward(const Forward& a, const Threads& threads) {
 void fastfood_adjoint(const Adjoint& a, float* dtheta, float* dfactors, const Threads& threads) {
   const Kernels& kernel = kernels();
   const int64_t n = width(a.params), size = n * a.params.chunks, slices = (size + kSliceElements - 1) / kSliceElements;
+  const int64_t group_size = group_blocks(a.params, a.run_blocks);
   struct Group {
     int64_t segment, group;
     bool last;  // of its segment
@@ -125,12 +126,14 @@ void fastfood_adjoint(const Adjoint& a, float* dtheta, float* dfactors, const Th
   for (int64_t i = 0; i < a.num_segments; ++i) {
     dfactors[i] = 0.0f;
     if (!a.grads[a.segments[i].tensor].data) continue;
-    const int64_t count = (num_blocks(a.params, a.segments[i]) + a.group_blocks - 1) / a.group_blocks;
+    const int64_t count = (num_blocks(a.params, a.segments[i]) + group_size - 1) / group_size;
     for (int64_t g = 0; g < count; ++g) groups.push_back({i, g, g + 1 == count});
   }
   std::fill(dtheta, dtheta + size, 0.0f);
-  const int64_t wave =
-      std::min<int64_t>(std::max<int64_t>(std::max(kMinWave, threads.count), kWaveBytes / (size * 4)), groups.size());
+  // What stays in the cache, but several groups for each thread while that is not much, and one at least.
+  const int64_t several = std::min<int64_t>(4 * threads.count, kMostBytes / (size * 4));
+  const int64_t wave = std::min<int64_t>(
+      std::max({kWaveBytes / (size * 4), several, kMinWave, (int64_t)threads.count}), groups.size());
   const std::unique_ptr<float[]> partial(new float[wave * size]);  // each group clears its own
   std::vector<float> carried(size, 0.0f);
 

@@ -50,7 +50,7 @@ struct Adjoint {
   const Segment* segments;
   int64_t num_segments;
   const TensorView* grads;  // per tensor; data null: zero
-  int64_t group_blocks;     // blocks that are summed in one go
+  int64_t run_blocks;       // of the first of the sums (docs/rng.md)
 };
 
 struct Kernels {

@@ -331,10 +331,11 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
   if (a.stream) finish_streaming();
 }
 
-// Piece `step` of `steps` of a block of gradients, through the transposed last pass. `scratch` [n].
+// Piece `step` of `steps` of a block of gradients, through the transposed last pass; `next` is the block that will be
+// read after it. `scratch` [n].
 template <class T>
-HSAID_NOINLINE void read_typed(const Adjoint& a, const Segment& s, int64_t block, int64_t step, int64_t steps,
-                               float* scratch, float* buffer) {
+HSAID_NOINLINE void read_typed(const Adjoint& a, const Segment& s, int64_t block, int64_t next, int64_t step,
+                               int64_t steps, float* scratch, float* buffer) {
   constexpr int vectors = kLineVectors<T>;
   const TensorView& grad = a.grads[s.tensor];
   const int q = a.params.q;
@@ -343,13 +344,14 @@ HSAID_NOINLINE void read_typed(const Adjoint& a, const Segment& s, int64_t block
   if (left >= n && is_dense(s) && grad.dense) {
     const T* data = (const T*)grad.data + s.offset + first;
     const bool fetch = !fetched_by_draw(a.params, grad.dtype);
+    const int64_t ahead = (next - block) * n;
     last_pass_transposed<vectors, kSplit<T>>(buffer, q, from, to, [&](int64_t k, vf(&y)[vectors]) HSAID_LAMBDA {
       if constexpr (kSplit<T>)
         unroll<vectors / 2>([&](auto i)
                                 HSAID_LAMBDA { load_split(data + k + 2 * i * kLanes, &y[2 * i], &y[2 * i + 1]); });
       else
         unroll<vectors>([&](auto i) HSAID_LAMBDA { y[i] = load_as_float(data + k + i * kLanes); });
-      if (fetch) __builtin_prefetch(data + k + n, 0, 2);
+      if (fetch) __builtin_prefetch(data + k + ahead, 0, 2);
     });
     return;
   }
@@ -383,30 +385,46 @@ void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) 
   const KeepSubnormals keep;
   const Params& p = a.params;
   const int64_t n = width(p), draws = num_draws(p.q), blocks = num_blocks(p, s);
-  const int64_t begin = group * a.group_blocks, end = begin + a.group_blocks < blocks ? begin + a.group_blocks : blocks;
-  Arena arena(3 * n * (int64_t)sizeof(float) + diagonal_bytes(p));
+  const int64_t most = group_blocks(p, a.run_blocks), runs = most / a.run_blocks, size = p.chunks * n;
+  const int64_t begin = group * most, end = begin + most < blocks ? begin + most : blocks;
+  Arena arena((3 * n + (runs > 1 ? size : 0)) * (int64_t)sizeof(float) + diagonal_bytes(p));
   float* buffers[2] = {arena.take<float>(n), arena.take<float>(n)};
   float* scratch = arena.take<float>(n);
+  float* run = runs > 1 ? arena.take<float>(size) : u;
   PhiloxPrefix* prefix = arena.take<PhiloxPrefix>(p.chunks);
   Diagonal diagonal(p, prefix, arena.take<uint32_t>(p.chunks * num_sign_words(p.q)));
   const Dtype dtype = a.grads[s.tensor].dtype;
   const auto read = dtype == Dtype::kFloat  ? read_typed<float>
                     : dtype == Dtype::kHalf ? read_typed<fp16>
                                             : read_typed<bf16>;
-  std::memset(u, 0, p.chunks * n * sizeof(float));
+  // Blocks run by run; -1 behind the last.
+  const auto after = [&](int64_t block) {
+    if (block < 0) return block;
+    if (block + runs < end) return block + runs;
+    const int64_t first = (block - begin) % runs + 1;
+    return first < runs && begin + first < end ? begin + first : -1;
+  };
+  std::memset(u, 0, size * sizeof(float));
+  std::memset(run, 0, size * sizeof(float));
 
-  // Block i is read while block i - 1 is accumulated.
-  for (int64_t i = begin; i <= end; ++i) {
-    if (i > begin) diagonal.start(s, i - 1);
-    const float* ahead = ahead_of(p, a.grads[s.tensor], s, (i + 1) * n);
+  // A block is read while the one before it is accumulated.
+  int64_t block = begin, before = -1;
+  for (int which = 0; block >= 0 || before >= 0; which ^= 1, before = block, block = after(block)) {
+    if (before >= 0) diagonal.start(s, before);
+    const int64_t next = after(block);
+    const float* ahead = ahead_of(p, a.grads[s.tensor], s, std::max<int64_t>(next, 0) * n);
     const auto accumulate_draw = p.rademacher ? accumulate<true, false>
                                  : ahead      ? accumulate<false, true>
                                               : accumulate<false, false>;
     for (int64_t draw = 0; draw < draws; ++draw) {
-      if (i < end) read(a, s, i, draw, draws, scratch, buffers[i & 1]);
-      if (i > begin) accumulate_draw(diagonal, buffers[(i - 1) & 1], u, draw, ahead);
+      if (block >= 0) read(a, s, block, next < 0 ? block : next, draw, draws, scratch, buffers[which]);
+      if (before >= 0) accumulate_draw(diagonal, buffers[which ^ 1], run, draw, ahead);
     }
-    if (i < end) middle_passes<true>(buffers[i & 1], p.q);
+    if (block >= 0) middle_passes<true>(buffers[which], p.q);
+    if (runs > 1 && before >= 0 && block != before + runs) {
+      for (int64_t k = 0; k < size; ++k) u[k] = u[k] + run[k];
+      std::memset(run, 0, size * sizeof(float));
+    }
   }
 }
 

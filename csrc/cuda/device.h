@@ -3,8 +3,11 @@
 #pragma once
 
 #include <cstddef>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "../core/half.h"
 
@@ -68,6 +71,19 @@ HSAID_DEVICE void store_once(float4* p, float4 v) { __stcs(p, v); }
 HSAID_DEVICE void store_once(uint2* p, uint2 v) { __stcs(p, v); }
 HSAID_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+// In a kernel that was started by launch_next: waits until the kernel in front of it has ended and what it wrote can be
+// read. In that one: the next kernel may start once every block of threads has come here or ended.
+HSAID_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+HSAID_DEVICE void start_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // The low and the high half of a word below the halves of `top`: top << 16 | half.
 HSAID_DEVICE uint32_t below(uint32_t top, uint32_t word, int half) {
   return __byte_perm(word, top, half ? 0x5432 : 0x5410);
@@ -108,31 +124,82 @@ inline void zero_async(void* p, size_t bytes, cudaStream_t stream) {
   check(cudaMemsetAsync(p, 0, bytes, stream), "cudaMemsetAsync of " + std::to_string(bytes) + " bytes");
 }
 
-// Blocks of `threads` threads with `shared` bytes that fit on the current device at a time.
-template <class P>
-int resident_blocks(void (*kernel)(P), const char* name, int threads, int shared) {
-  const std::string what = std::string(name) + ", " + std::to_string(shared) + " bytes of shared memory a block";
-  int device, processors, per_processor;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), what);
-  check(cudaGetDevice(&device), what);
+// What there is to know of a kernel on a device; asked of the runtime once.
+struct KernelFacts {
+  int resident_blocks;   // of threads, that fit on the device at a time
+  bool can_start_early;  // compiled for devices that know wait_for_previous_kernel, and running on one
+};
+
+inline KernelFacts ask_facts(const void* kernel, int device, int threads, int shared, const std::string& what) {
+  int processors, per_processor, major, most;
+  cudaFuncAttributes attributes;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), what);
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), what);
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
+  check(cudaFuncGetAttributes(&attributes, kernel), what);
+  check(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - (int)attributes.sharedSizeBytes),
+      what);
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared), what);
   if (per_processor < 1) throw std::runtime_error(what + ": more than a multiprocessor of this device has");
-  return processors * per_processor;
+  return {processors * per_processor, major >= 9 && attributes.ptxVersion >= 90};
 }
 
 template <class P>
-void launch(void (*kernel)(P), const char* name, dim3 grid, int threads, int shared, cudaStream_t stream, P params) {
+KernelFacts facts_of(void (*kernel)(P), const char* name, int threads, int shared) {
+  using Key = std::tuple<void (*)(P), int, int, int>;
+  static std::mutex mutex;
+  static std::map<Key, KernelFacts> known;
   const auto what = [&] {
-    return std::string(name) + ", grid " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + ", " +
-           std::to_string(threads) + " threads, " + std::to_string(shared) + " bytes of shared memory";
+    return std::string(name) + ", " + std::to_string(shared) + " bytes of shared memory a block";
   };
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error == cudaSuccess) {
-    void* arguments[] = {&params};
-    error = cudaLaunchKernel((const void*)kernel, grid, dim3(threads), arguments, shared, stream);
-  }
-  if (error != cudaSuccess) check(error, what());
+  int device;
+  if (const cudaError_t error = cudaGetDevice(&device)) check(error, what());
+  const std::lock_guard<std::mutex> lock(mutex);
+  const Key key{kernel, device, threads, shared};
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  return known[key] = ask_facts((const void*)kernel, device, threads, shared, what());
+}
+
+// Blocks of `threads` threads with `shared` bytes that fit on the current device at a time.
+template <class P>
+int resident_blocks(void (*kernel)(P), const char* name, int threads, int shared) {
+  return facts_of(kernel, name, threads, shared).resident_blocks;
+}
+
+template <class P>
+void launch_as(bool early, void (*kernel)(P), const char* name, dim3 grid, int threads, int shared, cudaStream_t stream,
+               const P& params) {
+  const KernelFacts facts = facts_of(kernel, name, threads, shared);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early && facts.can_start_early;
+  void* arguments[] = {(void*)&params};
+  if (const cudaError_t error = cudaLaunchKernelExC(&config, (const void*)kernel, arguments))
+    check(error, std::string(name) + ", grid " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + ", " +
+                     std::to_string(threads) + " threads, " + std::to_string(shared) + " bytes of shared memory");
+}
+
+template <class P>
+void launch(void (*kernel)(P), const char* name, dim3 grid, int threads, int shared, cudaStream_t stream,
+            const P& params) {
+  launch_as(false, kernel, name, grid, threads, shared, stream, params);
+}
+
+// Behind the kernel that was launched last: calls wait_for_previous_kernel, in every thread, before it reads or writes
+// what others do.
+template <class P>
+void launch_next(void (*kernel)(P), const char* name, dim3 grid, int threads, int shared, cudaStream_t stream,
+                 const P& params) {
+  launch_as(true, kernel, name, grid, threads, shared, stream, params);
 }
 
 }  // namespace hsaid::cuda

@@ -47,10 +47,10 @@ struct Adjoint {
   const Segment* segments;
   int64_t num_segments;
   const DeviceTensor* grads;  // per tensor
-  int64_t group_blocks;       // blocks that are summed in one go
+  int64_t run_blocks;         // of the first of the sums (docs/rng.md)
 };
 
-// dtheta [dim] and dfactors [num_segments]; the same bits on every device. Takes at most 40 MB, or what the sums of one
+// dtheta [dim] and dfactors [num_segments]; the same bits on every device. Takes at most 68 MB, or what the sums of one
 // group need where that is more.
 void fastfood_adjoint(const Adjoint&, float* dtheta, float* dfactors, const Workspace&, cudaStream_t);
 

@@ -1,7 +1,8 @@
 // dtheta and dfactors from the gradients of all tensors. Each gradient is read once: a block of threads takes a group
-// of blocks of a segment (2^(14-q) groups side by side where blocks are smaller than a tile) and leaves the group's sum
-// sum_b G_b H^T g_b. Three small kernels then add the groups of each segment, transform the sums, and add the segments,
-// all in the order of the plan, so that the bits depend on nothing else (docs/rng.md).
+// of run_blocks tiles of a segment, adds up sum_b G_b H^T g_b for each of its 2^(14-q) runs side by side, then the
+// runs; other blocks meanwhile make z and Pi of each segment. Three small kernels then add the groups of each segment,
+// transform the sums, and add the segments, all in the order of the plan, so that the bits depend on nothing else
+// (docs/rng.md). Where a device can, each of these is started before the one in front of it has ended, and waits.
 
 #include <algorithm>
 #include <vector>
@@ -15,54 +16,86 @@ namespace {
 struct AdjointPiece {
   Piece grad;
   uint64_t stream;
-  int64_t first_group;  // of the segment, in this wave
-  int groups;           // in this wave
-  int first_slot;       // places of the groups of the pieces before
-  int first_item;       // blocks of threads that the pieces before take
+  int first_group;  // of the segment, in this wave
+  int groups;       // in this wave
+  int first_slot;   // places of the groups of the pieces before
+  int first_whole;  // whole groups of the pieces before: they go first, or the last blocks of threads would end late
+  int first_rest;   // other groups of the pieces before
+  int first_added;  // pieces before that have several groups, or go on from the wave before or in the one after
   int factor;
-  bool vectors;  // can be read four values at a time
 };
 
 struct AdjointParams {
   Params params;
   const float* theta;
   const float* factors;
-  int64_t group_blocks;
+  int64_t run_blocks;
   float* sums;           // [chunks, slots, n], natural order
   const float* carried;  // [chunks, n]: the sum of a segment that began in the wave before
   float* carry;          // the same for the wave after
   float* dots;           // [pieces, chunks]
+  float* z;              // [finished, chunks, n], natural order
+  uint16_t* pi_back;     // [finished, chunks, n]: pi^-1
   float* dtheta;
   float* dfactors;
   bool first_wave;
-  int slots, num_pieces, finished;  // the first `finished` pieces are the last of their segments
+  int slots, num_pieces, whole_groups, groups;
+  int finished;  // the first `finished` pieces are the last of their segments
   AdjointPiece pieces[kMaxPieces];
+  int first_slots[kMaxPieces];  // of the pieces, once more: a loop over them all is to find them beside each other
 };
 static_assert(sizeof(AdjointParams) <= kParameterBytes, "kMaxPieces is too large");
+
+constexpr int kSlotNumber = kNormalFloats - 1;  // where it waits in the window `normals` while registers are short
 
 HSAID_DEVICE float* slot(const AdjointParams& a, int chunk, int number) {
   return a.sums + (((int64_t)chunk * a.slots + number) << a.params.q);
 }
 
-// --- the groups
-
-// Position e of the tile is element first + e mod n + (e / n) * group_elements of the piece.
-HSAID_DEVICE int64_t element_of(uint32_t e, int q, int64_t group_elements) {
-  return (e & ((1u << q) - 1)) + (int64_t)(e >> q) * group_elements;
+// sum + load(0) + load(1) + ..., in this order; many loads at a time.
+template <int kBatch, class Load>
+HSAID_DEVICE float added(float sum, int count, Load&& load) {
+  const auto add_batch = [&](auto size, int first, int end) {
+    float values[size.value];
+#pragma unroll
+    for (int j = 0; j < size.value; ++j) values[j] = first + j < end ? load(first + j) : -0.0f;  // changes no sum
+#pragma unroll
+    for (int j = 0; j < size.value; ++j) sum = sum + values[j];
+  };
+  int first = 0;
+#pragma unroll 1
+  for (; first + kBatch <= count; first += kBatch)
+    add_batch(std::integral_constant<int, kBatch>{}, first, first + kBatch);
+#pragma unroll 1
+  for (; first < count; first += 8) add_batch(std::integral_constant<int, 8>{}, first, count);
+  return sum;
 }
 
+// --- z and Pi of a segment
+
+template <bool kGeneral>
+HSAID_DEVICE void make_segment(const AdjointParams& a, const Params& p, int number, int chunk) {
+  const int64_t first = (int64_t)(number * p.chunks + chunk) << p.q;
+  uint16_t* back = a.pi_back + first;
+  make_z<kGeneral>(p, a.theta, a.pieces[number].stream, chunk, [&](uint32_t j, uint32_t k) { back[j] = (uint16_t)k; });
+#pragma unroll 4
+  for (int k = thread_index(); k < 1 << p.q; k += kThreads) a.z[first + k] = kept().load(place_of((uint32_t)k));
+}
+
+// --- the groups
+
+HSAID_INLINE bool is_vectors(const Piece& p) { return p.cols == 0 && p.fours; }
+
 template <class T, bool kWhole>
-HSAID_DEVICE void read_vectors(const Piece& p, int64_t first, int q, int64_t group_elements, float (&x)[kPerThread]) {
+HSAID_DEVICE void read_vectors(const Piece& p, int64_t first, float (&x)[kPerThread]) {
   using Load = typename Quad<T>::Bits;
-  const T* data = (const T*)p.data + first;
-  const uint32_t own = opaque(position_c(0));
+  const T* data = (const T*)p.data + first + position_c(0);
   Load loaded[kPerThread / 4];
 #pragma unroll
   for (int v = 0; v < kPerThread / 4; ++v) {
-    const uint32_t e = own | register_position_c(4 * v);
-    const int64_t at = kWhole ? (int64_t)e : element_of(e, q, group_elements);
+    const uint32_t e = register_position_c(4 * v);
     loaded[v] = Load{};
-    if (kWhole || first + at < p.count) loaded[v] = load_once((const Load*)(data + at));
+    if (kWhole || first + position_c(4 * v) < p.count) loaded[v] = load_once((const Load*)(data + e));
   }
 #pragma unroll
   for (int v = 0; v < kPerThread / 4; ++v) {
@@ -74,15 +107,23 @@ HSAID_DEVICE void read_vectors(const Piece& p, int64_t first, int q, int64_t gro
   }
 }
 
-// One element at a time, in two halves that go through the exchange: strided, or of a length that is no multiple of 4.
-HSAID_DEVICE void read_elements(const Piece& p, int64_t first, int q, int64_t group_elements, float (&x)[kPerThread]) {
+// By elements, in fours where the piece allows it, in two halves that go through the exchange.
+HSAID_DEVICE void read_elements(const Piece& p, int64_t first, float (&x)[kPerThread]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     sync_block();
+    if (p.fours) {
 #pragma unroll 1
-    for (int at = thread_index(); at < kTile / 2; at += kThreads) {
-      const int64_t e = first + element_of((uint32_t)(half * (kTile / 2) + at), q, group_elements);
-      exchange().store(at, e < p.count ? load_element(p, element(p, e)) : 0.0f);
+      for (int at = thread_index() * 4; at < kTile / 2; at += kThreads * 4) {
+        const int64_t e = first + half * (kTile / 2) + at;
+        exchange().store(at, e < p.count ? load_four(p, element(p, e)) : float4{});
+      }
+    } else {
+#pragma unroll 1
+      for (int at = thread_index(); at < kTile / 2; at += kThreads) {
+        const int64_t e = first + half * (kTile / 2) + at;
+        exchange().store(at, e < p.count ? load_element(p, element(p, e)) : 0.0f);
+      }
     }
     sync_block();
 #pragma unroll
@@ -97,18 +138,18 @@ HSAID_DEVICE void read_elements(const Piece& p, int64_t first, int q, int64_t gr
 }
 
 template <bool kWhole>
-HSAID_DEVICE void read_tile(const Piece& p, int64_t first, int q, int64_t group_elements, float (&x)[kPerThread]) {
+HSAID_DEVICE void read_tile(const Piece& p, int64_t first, float (&x)[kPerThread]) {
   if (p.dtype == Dtype::kFloat)
-    read_vectors<float, kWhole>(p, first, q, group_elements, x);
+    read_vectors<float, kWhole>(p, first, x);
   else if (p.dtype == Dtype::kBfloat16)
-    read_vectors<bf16, kWhole>(p, first, q, group_elements, x);
+    read_vectors<bf16, kWhole>(p, first, x);
   else
-    read_vectors<fp16, kWhole>(p, first, q, group_elements, x);
+    read_vectors<fp16, kWhole>(p, first, x);
 }
 
 // Asks for the thread's share of a tile.
-HSAID_DEVICE void prefetch_tile(const Piece& p, int64_t first, int q, int64_t group_elements) {
-  const int64_t e = first + element_of((uint32_t)(warp() * 32 + lane()) * kPerThread, q, group_elements);
+HSAID_DEVICE void prefetch_tile(const Piece& p, int64_t first) {
+  const int64_t e = first + (int64_t)(warp() * 32 + lane()) * kPerThread;
   if (e + kPerThread > p.count) return;
   const char* line = (const char*)p.data + e * (p.dtype == Dtype::kFloat ? 4 : 2);
   prefetch(line);
@@ -118,14 +159,20 @@ HSAID_DEVICE void prefetch_tile(const Piece& p, int64_t first, int q, int64_t gr
 template <bool kRademacher, Kind kKind>
 __global__ void __launch_bounds__(kThreads, 2) adjoint_groups_kernel(const __grid_constant__ AdjointParams a) {
   constexpr bool kGeneral = kKind == Kind::kGeneral;
+  start_next_kernel();
   const Params p = specialised<kKind>(a.params);
   const int item = (int)block_index().x, chunk = (int)block_index().y;
-  const AdjointPiece& piece = a.pieces[row_of(item, a.num_pieces, [&](int64_t i) { return a.pieces[i].first_item; })];
-  const int group = (item - piece.first_item) << (kTileBits - p.q);  // of the piece, the first of the block of threads
-  const int64_t group_elements = a.group_blocks << p.q;
-  const int first_block = (int)((piece.first_group + group) * a.group_blocks);
-  const int64_t blocks = (piece.grad.count + (1 << p.q) - 1) >> p.q;
-  const int last_block = (int)(blocks < first_block + a.group_blocks ? blocks : first_block + a.group_blocks);
+  if (item >= a.groups) return make_segment<kGeneral>(a, p, item - a.groups, chunk);
+  const bool whole = item < a.whole_groups;
+  const int number = row_of(whole ? item : item - a.whole_groups, a.num_pieces,
+                            [&](int64_t i) { return whole ? a.pieces[i].first_whole : a.pieces[i].first_rest; });
+  const AdjointPiece& piece = a.pieces[number];
+  // Of the piece; what is not whole is the last one.
+  const int group = whole ? item - piece.first_whole : piece.groups - 1;
+  if (thread_index() == 0) normals().store(kSlotNumber, float_from_bits((uint32_t)(piece.first_slot + group)));
+  const int64_t tiles = (piece.grad.count + kTile - 1) >> kTileBits;
+  const int first_tile = (int)((piece.first_group + group) * a.run_blocks);
+  const int last_tile = (int)(tiles < first_tile + a.run_blocks ? tiles : first_tile + a.run_blocks);
 
   prepare_normals();
 #pragma unroll
@@ -133,17 +180,17 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_groups_kernel(const __gri
   sync_block();
   float x[kPerThread];
 #pragma unroll 1
-  for (int block = first_block; block < last_block; ++block) {  // and those of the groups beside it
-    const int64_t first = (int64_t)block << p.q;
-    if (!piece.vectors)
-      read_elements(piece.grad, first, p.q, group_elements, x);
-    else if (kKind == Kind::kTile && first + kTile <= piece.grad.count)
-      read_tile<true>(piece.grad, first, p.q, group_elements, x);
+  for (int tile = first_tile; tile < last_tile; ++tile) {
+    const int64_t first = (int64_t)tile << kTileBits;
+    if (!is_vectors(piece.grad))
+      read_elements(piece.grad, first, x);
+    else if (first + kTile <= piece.grad.count)
+      read_tile<true>(piece.grad, first, x);
     else
-      read_tile<false>(piece.grad, first, p.q, group_elements, x);
-    if (piece.vectors && block + 1 < last_block) prefetch_tile(piece.grad, first + (1 << p.q), p.q, group_elements);
+      read_tile<false>(piece.grad, first, x);
+    if (is_vectors(piece.grad) && tile + 1 < last_tile) prefetch_tile(piece.grad, first + kTile);
     transform_reversed(x, p.q);
-    const Draws draws = {p, piece.stream, kDiagonal, block, a.group_blocks, chunk};
+    const Draws draws = {p, piece.stream, kDiagonal, (int64_t)tile << (kTileBits - p.q), 1, chunk};
     draw<kRademacher, kGeneral>(draws, [&](int v, const auto(&d)[4]) {
       const int place = vector_place(v, thread_index());
       const float4 u = kept().load<float4>(place);
@@ -162,24 +209,38 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_groups_kernel(const __gri
   }
   a_to_b(x);
   b_to_c(x);
-  float* sum = slot(a, chunk, piece.first_slot + group);
-  const int64_t end = (int64_t)(piece.groups - group) << p.q;
+  float* sum = slot(a, (int)block_index().y, (int)bits_from_float(normals().load(kSlotNumber)));
+  if constexpr (kKind == Kind::kTile) {
 #pragma unroll
-  for (int i = 0; i < kPerThread; i += 4)
-    if (position_c(i) < end) *(float4*)(sum + position_c(i)) = {x[i], x[i + 1], x[i + 2], x[i + 3]};
+    for (int i = 0; i < kPerThread; i += 4) *(float4*)(sum + position_c(i)) = {x[i], x[i + 1], x[i + 2], x[i + 3]};
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerThread; i += 4)
+      kept().store((int)position_c(i), float4{x[i], x[i + 1], x[i + 2], x[i + 3]});
+    sync_block();
+    // Runs without a block are 0, which no sum of others is changed by.
+    for (int k = thread_index(); k < 1 << p.q; k += kThreads) {
+      float all = kept().load(k);
+#pragma unroll 8
+      for (int run = 1; run < 1 << (kTileBits - p.q); ++run) all = all + kept().load((run << p.q) + k);
+      sum[k] = all;
+    }
+  }
 }
 
 // --- the sums of the groups of a segment, into the slot of its first group
 
 __global__ void __launch_bounds__(kThreads) adjoint_sums_kernel(const __grid_constant__ AdjointParams a) {
-  const AdjointPiece& piece = a.pieces[block_index().y];
+  start_next_kernel();
+  const int number = row_of(block_index().y, a.num_pieces, [&](int64_t i) { return a.pieces[i].first_added; });
+  const AdjointPiece& piece = a.pieces[number];
   const int64_t n = width(a.params), at = (int64_t)block_index().x * kThreads + thread_index();
+  wait_for_previous_kernel();
   if (at >= n * a.params.chunks) return;
   float* sums = slot(a, (int)(at >> a.params.q), piece.first_slot) + (at & (n - 1));
-  float sum = piece.first_group > 0 ? a.carried[at] : 0.0f;
-#pragma unroll 16
-  for (int g = 0; g < piece.groups; ++g) sum = sum + sums[g * n];
-  if ((int)block_index().y < a.finished)
+  const float sum =
+      added<32>(piece.first_group > 0 ? a.carried[at] : 0.0f, piece.groups, [&](int g) { return sums[g * n]; });
+  if (number < a.finished)
     *sums = sum;
   else
     a.carry[at] = sum;
@@ -187,46 +248,77 @@ __global__ void __launch_bounds__(kThreads) adjoint_sums_kernel(const __grid_con
 
 // --- from the sums to <u, z> and factor * B H^T Pi^T u, in their place
 
+HSAID_DEVICE float4 sum_of(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
+
+// Of eight, those that differ in the highest bit of their number first.
+HSAID_DEVICE float4 folded(const float4 (&v)[8]) {
+  float4 halves[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) halves[i] = sum_of(v[i], v[i + 4]);
+  return sum_of(sum_of(halves[0], halves[2]), sum_of(halves[1], halves[3]));
+}
+
+// The sum of a tile's products, the upper half added to the lower until one is left; in thread 0. `halves` is what the
+// first step leaves of a thread's in layout C, where bit 13 lies in registers, 12 to 10 in warps, 9 to 7 in registers,
+// 6 to 2 in lanes.
+HSAID_DEVICE float fold_tile(const float4 (&halves)[8]) {
+  const Shared mine = exchange() + lane() * 4;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) mine.store((warp() * 8 + i) * 128, halves[i]);
+  float4 v[8];
+  sync_block();
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = mine.load<float4>((i * 8 + warp()) * 128);
+  const float4 of_warps = folded(v);
+  sync_block();
+  mine.store(warp() * 128, of_warps);  // bits 9 to 7 are the number of the warp now
+  sync_block();
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = mine.load<float4>(i * 128);
+  float4 sum = folded(v);
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2)
+    sum = sum_of(
+        sum, {shuffle_xor(sum.x, mask), shuffle_xor(sum.y, mask), shuffle_xor(sum.z, mask), shuffle_xor(sum.w, mask)});
+  return (sum.x + sum.z) + (sum.y + sum.w);
+}
+
 template <bool kGeneral>
 __global__ void __launch_bounds__(kThreads, 2) adjoint_segments_kernel(const __grid_constant__ AdjointParams a) {
+  start_next_kernel();
   const Params p = a.params;
   const int number = (int)block_index().x, chunk = (int)block_index().y, n = 1 << p.q;
   const AdjointPiece& piece = a.pieces[number];
   float* sum = slot(a, chunk, piece.first_slot);
-  float x[kPerThread];
-  make_z<kGeneral>(p, a.theta, piece.stream, chunk);
+  const int64_t first = (int64_t)(number * p.chunks + chunk) << p.q;
+  const uint32_t own = opaque(position_c(0));
+  wait_for_previous_kernel();
 
-  // Products with z in its place, then their sum, the upper half added to the lower until one is left.
-#pragma unroll 1
-  for (int k = thread_index(); k < n; k += kThreads) {
-    const int place = place_of((uint32_t)k);
-    kept().store(place, sum[k] * kept().load(place));
-  }
-#pragma unroll 1
-  for (int half = n / 2; half > 0; half /= 2) {
-    sync_block();
-#pragma unroll 1
-    for (int k = thread_index(); k < half; k += kThreads) {
-      const int place = place_of((uint32_t)k);
-      kept().store(place, kept().load(place) + kept().load(place_of((uint32_t)(k + half))));
+  // u . z; -0, which no sum is changed by, where the block has no such position.
+  float4 halves[8];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t k = own | register_position_c(4 * i);
+    float4 product{-0.0f, -0.0f, -0.0f, -0.0f};
+    if (k < (uint32_t)n) {
+      const float4 u = *(const float4*)(sum + k), z = *(const float4*)(a.z + first + k);
+      kept().store((int)k, u);
+      product = {u.x * z.x, u.y * z.y, u.z * z.z, u.w * z.w};
     }
+    halves[i & 7] = i < 8 ? product : sum_of(halves[i & 7], product);
   }
-  sync_block();
-  if (thread_index() == 0) a.dots[number * p.chunks + chunk] = kept().load(place_of(0));
-  sync_block();
+  const float dot = fold_tile(halves);
+  if (thread_index() == 0) a.dots[number * p.chunks + chunk] = dot;
 
   // H^T Pi^T u, in natural order.
-  const PermutationKeys pi = permutation_keys(p.seed, piece.stream, chunk);
-#pragma unroll 1
-  for (int k = thread_index(); k < n; k += kThreads) kept().store((int)permute((uint32_t)k, p.q, pi), sum[k]);
-  sync_block();
+  float x[kPerThread];
 #pragma unroll
   for (int i = 0; i < kPerThread; i += 4) {
-    const float4 v = kept().load<float4>((int)(position_c(i) & (n - 1)));
-    x[i] = v.x;
-    x[i + 1] = v.y;
-    x[i + 2] = v.z;
-    x[i + 3] = v.w;
+    const uint2 from = *(const uint2*)(a.pi_back + first + ((own | register_position_c(i)) & (n - 1)));
+    x[i] = kept().load((int)(from.x & 0xffff));
+    x[i + 1] = kept().load((int)(from.x >> 16));
+    x[i + 2] = kept().load((int)(from.y & 0xffff));
+    x[i + 3] = kept().load((int)(from.y >> 16));
   }
   transform_reversed(x, p.q);
   multiply_signs<kGeneral>(p, piece.stream, chunk, x);
@@ -241,10 +333,13 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_segments_kernel(const __g
 
 // --- the sums over segments
 
-__global__ void __launch_bounds__(kThreads) adjoint_gradients_kernel(const __grid_constant__ AdjointParams a) {
-  const int at = (int)(block_index().x * kThreads + thread_index()), n = 1 << a.params.q;
+constexpr int kGradientThreads = 64;  // in a block: many small blocks, on all multiprocessors
+
+__global__ void __launch_bounds__(kGradientThreads) adjoint_gradients_kernel(const __grid_constant__ AdjointParams a) {
+  const int at = (int)(block_index().x * kGradientThreads + thread_index()), n = 1 << a.params.q;
+  wait_for_previous_kernel();
   if (block_index().x == 0) {
-    for (int i = thread_index(); i < a.finished; i += kThreads) {
+    for (int i = thread_index(); i < a.finished; i += kGradientThreads) {
       float sum = 0.0f;
       for (int chunk = 0; chunk < a.params.chunks; ++chunk) sum = sum + a.dots[i * a.params.chunks + chunk];
       a.dfactors[a.pieces[i].factor] = sum;
@@ -252,32 +347,38 @@ __global__ void __launch_bounds__(kThreads) adjoint_gradients_kernel(const __gri
   }
   if (at >= a.params.dim) return;
   const float* sums = slot(a, at >> a.params.q, 0) + (at & (n - 1));
-  float sum = a.first_wave ? 0.0f : a.dtheta[at];
-#pragma unroll 16
-  for (int i = 0; i < a.finished; ++i) sum = sum + sums[(int64_t)a.pieces[i].first_slot * n];
-  a.dtheta[at] = sum;
+  a.dtheta[at] = added<64>(a.first_wave ? 0.0f : a.dtheta[at], a.finished,
+                           [&](int i) { return sums[(int64_t)a.first_slots[i] * n]; });
 }
 
 // --- host
 
 // The groups of all segments that have a gradient, in waves that fit into `slots` places and the kernels' parameters.
-std::vector<std::vector<AdjointPiece>> waves_of(const Adjoint& f, int64_t slots) {
+std::vector<std::vector<AdjointPiece>> waves_of(const Adjoint& f, int64_t slots, size_t most_pieces) {
   std::vector<std::vector<AdjointPiece>> waves;
+  const int64_t group_size = group_blocks(f.params, f.run_blocks);
   int64_t used = slots;
   for (int64_t i = 0; i < f.num_segments; ++i) {
     const Segment& s = f.segments[i];
     const DeviceTensor grad = f.grads[s.tensor];
     if (!grad.data) continue;
     const Piece piece = piece_of(s, grad);
-    const int64_t groups = (num_blocks(f.params, s) + f.group_blocks - 1) / f.group_blocks;
+    const int64_t groups = (num_blocks(f.params, s) + group_size - 1) / group_size;
     for (int64_t group = 0; group < groups;) {
-      if (used == slots || waves.back().size() == kMaxPieces) {
+      if (used == slots || waves.back().size() == most_pieces) {
         waves.emplace_back();
+        waves.back().reserve(std::min<int64_t>(most_pieces, f.num_segments - i));
         used = 0;
       }
       const int64_t taken = std::min(groups - group, slots - used);
-      waves.back().push_back({piece, (uint64_t)s.stream, group, (int)taken, (int)used, 0, (int)i,
-                              is_vectors(piece) && piece.count % 4 == 0});
+      AdjointPiece part{};
+      part.grad = piece;
+      part.stream = (uint64_t)s.stream;
+      part.first_group = (int)group;
+      part.groups = (int)taken;
+      part.first_slot = (int)used;
+      part.factor = (int)i;
+      waves.back().push_back(part);
       group += taken;
       used += taken;
     }
@@ -292,8 +393,11 @@ void fastfood_adjoint(const Adjoint& f, float* dtheta, float* dfactors, const Wo
   const Params& p = f.params;
   const int64_t n = width(p), size = n * p.chunks;
   const int64_t most = std::max<int64_t>(1, kWorkspaceFloats / size - 2);  // two places are for what is carried
-  zero_async(dfactors, f.num_segments * sizeof(float), stream);
-  std::vector<std::vector<AdjointPiece>> waves = waves_of(f, most);
+  const auto missing = [&](const Segment& s) { return !f.grads[s.tensor].data; };
+  if (std::any_of(f.segments, f.segments + f.num_segments, missing))
+    zero_async(dfactors, f.num_segments * sizeof(float), stream);
+  const int64_t most_pieces = std::clamp<int64_t>(kSegmentFloats * 2 / (3 * size), 1, kMaxPieces);
+  std::vector<std::vector<AdjointPiece>> waves = waves_of(f, most, (size_t)most_pieces);
   if (waves.empty()) return zero_async(dtheta, p.dim * sizeof(float), stream);
   const auto slots_of = [](const std::vector<AdjointPiece>& wave) {
     return wave.back().first_slot + wave.back().groups;
@@ -309,9 +413,13 @@ void fastfood_adjoint(const Adjoint& f, float* dtheta, float* dfactors, const Wo
   a.params = p;
   a.theta = f.theta;
   a.factors = f.factors;
-  a.group_blocks = f.group_blocks;
-  a.sums = workspace(slots * size + 2 * carry_size + (int64_t)pieces * p.chunks);
-  float* carried = a.sums + slots * size;
+  a.run_blocks = f.run_blocks;
+  // n is a multiple of 32: what begins a table lies on a multiple of 16 bytes.
+  const int64_t table = (int64_t)pieces * size;
+  a.sums = workspace(slots * size + 2 * carry_size + table + table / 2 + (int64_t)pieces * p.chunks);
+  a.z = a.sums + slots * size;
+  a.pi_back = (uint16_t*)(a.z + table);
+  float* carried = a.z + table + table / 2;
   a.carried = carried;
   a.carry = carried + carry_size;
   a.dots = a.carry + carry_size;
@@ -323,25 +431,35 @@ void fastfood_adjoint(const Adjoint& f, float* dtheta, float* dfactors, const Wo
       p, [](auto rademacher, auto kind) { return adjoint_groups_kernel<rademacher.value, kind.value>; });
   const auto segments_kernel =
       kind_of(p) == Kind::kGeneral ? adjoint_segments_kernel<true> : adjoint_segments_kernel<false>;
-  const int side_by_side = kTile >> p.q;
+  const int64_t group_values = f.run_blocks << kTileBits;
   for (size_t w = 0; w < waves.size(); ++w) {
-    int items = 0;
+    int whole = 0, rest = 0, added = 0;
     a.num_pieces = (int)waves[w].size();
-    for (int i = 0; i < a.num_pieces; ++i) {
-      a.pieces[i] = waves[w][i];
-      a.pieces[i].first_item = items;
-      items += (a.pieces[i].groups + side_by_side - 1) / side_by_side;
-    }
     // The last piece goes on in the next wave if that begins in the middle of a segment.
     a.finished = a.num_pieces - (w + 1 < waves.size() && waves[w + 1][0].first_group > 0);
+    for (int i = 0; i < a.num_pieces; ++i) {
+      AdjointPiece& piece = a.pieces[i] = waves[w][i];
+      piece.first_whole = whole;
+      piece.first_rest = rest;
+      piece.first_added = added;
+      a.first_slots[i] = piece.first_slot;
+      const bool ragged = (piece.first_group + piece.groups) * group_values > piece.grad.count;
+      whole += piece.groups - ragged;
+      rest += ragged;
+      added += piece.groups > 1 || piece.first_group > 0 || i >= a.finished;
+    }
+    a.whole_groups = whole;
+    a.groups = whole + rest;
     const unsigned chunks = (unsigned)p.chunks, slices = (unsigned)((size + kThreads - 1) / kThreads);
-    launch(groups_kernel, "adjoint_groups_kernel", dim3((unsigned)items, chunks), kThreads, kSharedBytes, stream, a);
-    launch(adjoint_sums_kernel, "adjoint_sums_kernel", dim3(slices, (unsigned)a.num_pieces), kThreads, 0, stream, a);
+    launch(groups_kernel, "adjoint_groups_kernel", dim3((unsigned)(a.groups + a.finished), chunks), kThreads,
+           kSharedBytes, stream, a);
+    if (added)
+      launch_next(adjoint_sums_kernel, "adjoint_sums_kernel", dim3(slices, (unsigned)added), kThreads, 0, stream, a);
     if (a.finished)
-      launch(segments_kernel, "adjoint_segments_kernel", dim3((unsigned)a.finished, chunks), kThreads, kSharedBytes,
-             stream, a);
-    launch(adjoint_gradients_kernel, "adjoint_gradients_kernel", dim3((unsigned)((p.dim + kThreads - 1) / kThreads)),
-           kThreads, 0, stream, a);
+      launch_next(segments_kernel, "adjoint_segments_kernel", dim3((unsigned)a.finished, chunks), kThreads,
+                  kSharedBytes, stream, a);
+    launch_next(adjoint_gradients_kernel, "adjoint_gradients_kernel",
+                dim3((unsigned)((p.dim + kGradientThreads - 1) / kGradientThreads)), kGradientThreads, 0, stream, a);
     a.first_wave = false;
     std::swap(a.carry, carried);
     a.carried = carried;

@@ -1,5 +1,7 @@
 // W = W0 + factor * H(sum_c G_c z_c) for every tensor in one launch. A persistent grid: each block of threads takes a
-// run of tiles, all of equal length, makes z_i when it comes to segment i, and needs nothing of the other blocks.
+// run of tiles, all of equal length, makes z_i when it comes to segment i, and needs nothing of the other blocks. Where
+// theta has several chunks, whose z do not fit into a block's memory together, or n < 256, a small kernel in front
+// makes them all.
 
 #include <algorithm>
 #include <vector>
@@ -10,8 +12,8 @@ namespace hsaid::cuda {
 
 namespace {
 
-// Tiles whose work is as much as making z.
-constexpr int64_t kZCost = 3;
+constexpr int64_t kZCost = 3;  // tiles whose work is as much as making z
+
 struct ForwardPiece {
   Piece base;
   void* out;  // where its first element goes
@@ -26,9 +28,7 @@ struct ForwardParams {
   const float* theta;
   const float* factors;
   Dtype out_dtype;
-  // Where theta has several chunks, run_tiles tiles of a segment share the z of each, and keep their sums meanwhile.
-  int run_tiles;
-  float* sums;  // [grid, run_tiles, 2^14]
+  float* z;  // of the general kernel: [pieces, chunks, 2^14], as make_z leaves them
   int num_tiles;
   int num_pieces;
   ForwardPiece pieces[kMaxPieces];
@@ -42,8 +42,7 @@ template <class Out, class Base>
 HSAID_DEVICE void write_vectors(const ForwardPiece& piece, int t, const float (&x)[kPerThread], float factor) {
   using Load = typename Quad<Base>::Bits;
   using Store = typename Quad<Out>::Bits;
-  const Base* tile = tile_address((const Base*)piece.base.data, t);
-  const Base* base = tile + position_c(0);
+  const Base* base = tile_address((const Base*)piece.base.data, t) + position_c(0);
   Out* out = tile_address((Out*)piece.out, t) + position_c(0);
   constexpr int batch = 32 / (sizeof(Load) / 4);  // vectors in flight: as many as there are registers left
 #pragma unroll
@@ -60,15 +59,20 @@ HSAID_DEVICE void write_vectors(const ForwardPiece& piece, int t, const float (&
                      {w.x + factor * x[i], w.y + factor * x[i + 1], w.z + factor * x[i + 2], w.w + factor * x[i + 3]}));
     }
   }
-  if (t + 1 < piece.whole_tiles) {  // asks for the next one, 128 bytes a time
-    constexpr int bytes = kPerThread * sizeof(Base);
-    const char* next = (const char*)(tile + kTile) + thread_index() * bytes;
-#pragma unroll
-    for (int i = 0; i < bytes; i += 128) prefetch(next + i);
-  }
 }
 
-// The same one element at a time, in two halves that go through the exchange: ragged, strided or without a base.
+// Asks for W0 of a whole tile, 128 bytes a time. Early enough is between drawing and the transform: the further ahead,
+// the more of it has left the second-level cache again when it is wanted (docs/kernels.md).
+HSAID_DEVICE void prefetch_base(const ForwardPiece& piece, int t) {
+  if (t >= piece.whole_tiles) return;
+  const int size = item_size(piece.base.dtype);
+  const char* share = (const char*)piece.base.data + ((int64_t)t * kTile + (int64_t)thread_index() * kPerThread) * size;
+  prefetch(share);
+  if (size == 4) prefetch(share + 128);
+}
+
+// The same by elements, in fours where the piece allows it, in two halves that go through the exchange: ragged,
+// strided, misaligned or without a base.
 HSAID_DEVICE void write_elements(const ForwardPiece& piece, Dtype dtype, int t, const float (&x)[kPerThread],
                                  float factor) {
 #pragma unroll
@@ -80,6 +84,16 @@ HSAID_DEVICE void write_elements(const ForwardPiece& piece, Dtype dtype, int t, 
       exchange().store((int)(own | register_position_c(i & 31)), float4{x[i], x[i + 1], x[i + 2], x[i + 3]});
     sync_block();
     const int64_t first = (int64_t)t * kTile + half * (kTile / 2);
+    if (piece.base.fours) {
+#pragma unroll 1
+      for (int at = thread_index() * 4; at < kTile / 2 && first + at < piece.base.count; at += kThreads * 4) {
+        const int64_t offset = element(piece.base, first + at);
+        const float4 w = load_four(piece.base, offset), v = exchange().load<float4>(at);
+        store_four(piece.out, dtype, offset,
+                   {w.x + factor * v.x, w.y + factor * v.y, w.z + factor * v.z, w.w + factor * v.w});
+      }
+      continue;
+    }
 #pragma unroll 1
     for (int at = thread_index(); at < kTile / 2 && first + at < piece.base.count; at += kThreads) {
       const int64_t offset = element(piece.base, first + at);
@@ -106,9 +120,35 @@ HSAID_DEVICE void write_tile(const ForwardPiece& piece, Dtype dtype, int t, cons
 
 HSAID_DEVICE void copy_hole(const ForwardPiece& piece, Dtype dtype, int t) {
   const int64_t first = (int64_t)t * kTile;
+  if (piece.base.fours) {
+    for (int at = thread_index() * 4; at < kTile && first + at < piece.base.count; at += kThreads * 4) {
+      const int64_t offset = element(piece.base, first + at);
+      store_four(piece.out, dtype, offset, load_four(piece.base, offset));
+    }
+    return;
+  }
   for (int at = thread_index(); at < kTile && first + at < piece.base.count; at += kThreads) {
     const int64_t offset = element(piece.base, first + at);
     store_element(piece.out, dtype, offset, load_element(piece.base, offset));
+  }
+}
+
+// z of every chunk of every piece.
+__global__ void __launch_bounds__(kThreads, 2) forward_z_kernel(const __grid_constant__ ForwardParams a) {
+  start_next_kernel();
+  const int piece = (int)block_index().x, chunk = (int)block_index().y;
+  if (a.pieces[piece].factor < 0) return;
+  make_z<true>(a.params, a.theta, a.pieces[piece].stream, chunk);
+  float* z = a.z + ((int64_t)(piece * a.params.chunks + chunk) << kTileBits);
+  const uint32_t n = 1u << a.params.q;
+  if (n < 64) {  // a vector has positions 48 apart
+    for (uint32_t k = thread_index(); k < n; k += kThreads) z[place_of(k)] = kept().load(place_of(k));
+    return;
+  }
+#pragma unroll
+  for (int v = 0; v < 16; ++v) {
+    const int place = vector_place(v, thread_index());
+    if (position_a(a_register(v, 0)) < n) *(float4*)(z + place) = kept().load<float4>(place);
   }
 }
 
@@ -121,7 +161,11 @@ __global__ void __launch_bounds__(kThreads, 2) fastfood_forward_kernel(const __g
   const auto share = [&](unsigned block) {  // the first tile of a block of threads
     return (int)item_at(cost_before(a.num_pieces) * block / grid_width(), a.num_pieces, kZCost, cost_before);
   };
-  prepare_normals();  // make_z has the barrier
+  prepare_normals();
+  if (kGeneral) {  // else make_z has the barrier
+    sync_block();
+    wait_for_previous_kernel();
+  }
 
   // Once a piece, all but the number of the tile is found again: registers are short where z is made.
   for (int tile = share(block_index().x);;) {
@@ -138,33 +182,34 @@ __global__ void __launch_bounds__(kThreads, 2) fastfood_forward_kernel(const __g
       for (; t < t_end; ++t) copy_hole(piece, a.out_dtype, t);
       continue;
     }
-    while (t < t_end) {
-      const int run = t, run_end = p.chunks > 1 && t + a.run_tiles < t_end ? t + a.run_tiles : t_end;
-      for (int chunk = 0; chunk < p.chunks; ++chunk) {
-        make_z<kGeneral>(p, a.theta, piece.stream, chunk);
-        for (t = run; t < run_end; ++t) {
-          float x[kPerThread];
-          const Draws draws = {p, piece.stream, kDiagonal, (int64_t)t << (kTileBits - p.q), 1, chunk};
-          draw<kRademacher, kGeneral>(draws, [&](int v, const auto(&d)[4]) {
-            const float4 z = kept_vector<kGeneral>(v, p.q);
-            x[a_register(v, 0)] = d[0].times(z.x);
-            x[a_register(v, 1)] = d[1].times(z.y);
-            x[a_register(v, 2)] = d[2].times(z.z);
-            x[a_register(v, 3)] = d[3].times(z.w);
-          });
-          if (p.chunks > 1) {
-            float* sum = a.sums + ((int64_t)block_index().x * a.run_tiles + t - run) * kTile + thread_index();
+    if constexpr (!kGeneral) make_z<false>(p, a.theta, piece.stream, 0);
+    for (; t < t_end; ++t) {
+      float x[kPerThread];
+      Draws draws = {p, piece.stream, kDiagonal, (int64_t)t << (kTileBits - p.q), 1, 0};
+      const auto add_product = [&](int v, const auto(&d)[4], float4 z) {
+        const float product[4] = {d[0].times(z.x), d[1].times(z.y), d[2].times(z.z), d[3].times(z.w)};
 #pragma unroll
-            for (int j = 0; j < kPerThread; ++j) {
-              if (chunk > 0) x[j] = sum[j * kThreads] + x[j];
-              if (chunk + 1 < p.chunks) sum[j * kThreads] = x[j];
-            }
-            if (chunk + 1 < p.chunks) continue;
-          }
-          transform(x, p.q);
-          write_tile(piece, a.out_dtype, t, x, factor);
+        for (int j = 0; j < 4; ++j) {
+          float& sum = x[a_register(v, j)];
+          sum = kGeneral ? sum + product[j] : product[j];
         }
+      };
+      if constexpr (kGeneral) {
+#pragma unroll
+        for (int j = 0; j < kPerThread; ++j) x[j] = -0.0f;  // which changes no product
+#pragma unroll 1
+        for (; draws.chunk < p.chunks; ++draws.chunk) {
+          const float* z = a.z + ((int64_t)(i * p.chunks + draws.chunk) << kTileBits);
+          draw<kRademacher, true>(draws,
+                                  [&](int v, const auto(&d)[4]) { add_product(v, d, z_vector<true>(z, v, p.q)); });
+        }
+      } else {
+        draw<kRademacher, false>(draws,
+                                 [&](int v, const auto(&d)[4]) { add_product(v, d, z_vector<false>(kept(), v, p.q)); });
       }
+      prefetch_base(piece, t);
+      transform(x, p.q);
+      write_tile(piece, a.out_dtype, t, x, factor);
     }
   }
 }
@@ -172,11 +217,14 @@ __global__ void __launch_bounds__(kThreads, 2) fastfood_forward_kernel(const __g
 // All pieces of a call, in launches of at most kMaxPieces.
 std::vector<ForwardPiece> pieces_of(const Forward& f) {
   std::vector<ForwardPiece> pieces;
+  pieces.reserve(f.num_segments + f.num_holes);
   const auto add = [&](const Segment& s, int factor) {
-    const DeviceTensor base = f.base && s.tensor >= 0 ? f.base[s.tensor] : DeviceTensor{nullptr, Dtype::kFloat};
+    const DeviceTensor base = f.base && s.tensor >= 0 ? f.base[s.tensor] : DeviceTensor{nullptr, f.out_dtype};
     ForwardPiece piece{
         piece_of(s, base), (void*)address(f.out, f.out_dtype, s.out_offset), (uint64_t)s.stream, factor, 0, 0};
-    if (is_vectors(piece.base) && is_aligned(piece.out, f.out_dtype))
+    if (!is_aligned(piece.out, f.out_dtype))
+      piece.base.fours = false;
+    else if (base.data && piece.base.cols == 0 && is_aligned(piece.base.data, base.dtype))
       piece.whole_tiles = (int)(s.rows * s.cols / kTile);
     pieces.push_back(piece);
   };
@@ -188,23 +236,31 @@ std::vector<ForwardPiece> pieces_of(const Forward& f) {
 void launch_forward(void (*kernel)(ForwardParams), const Forward& f, const Workspace& workspace, cudaStream_t stream) {
   const char* name = "fastfood_forward_kernel";
   const std::vector<ForwardPiece> pieces = pieces_of(f);
-  const int resident = resident_blocks(kernel, name, kThreads, kSharedBytes);
-  ForwardParams a{f.params, f.theta, f.factors, f.out_dtype, 0, nullptr, 0, 0, {}};
-  if (f.params.chunks > 1) {
-    const int64_t tiles = (int64_t)resident * kTile;  // one of each block of threads
-    a.run_tiles = (int)std::clamp<int64_t>(kWorkspaceFloats / tiles, 1, 16);
-    a.sums = workspace(tiles * a.run_tiles);
+  const int resident = resident_blocks(kernel, name, kThreads, kSharedBytes), chunks = f.params.chunks;
+  ForwardParams a{f.params, f.theta, f.factors, f.out_dtype, nullptr, 0, 0, {}};
+  size_t most = kMaxPieces;
+  const bool general = kind_of(f.params) == Kind::kGeneral;
+  if (general) {
+    const int64_t floats = (int64_t)chunks * kTile;
+    most = (size_t)std::clamp<int64_t>(kWorkspaceFloats / floats, 1, std::min<int64_t>(kMaxPieces, pieces.size()));
+    a.z = workspace(most * floats);
   }
-  for (size_t begin = 0; begin < pieces.size(); begin += kMaxPieces) {
-    a.num_pieces = (int)std::min<size_t>(kMaxPieces, pieces.size() - begin);
+  for (size_t begin = 0; begin < pieces.size(); begin += most) {
+    a.num_pieces = (int)std::min(most, pieces.size() - begin);
     a.num_tiles = 0;
     for (int i = 0; i < a.num_pieces; ++i) {
       a.pieces[i] = pieces[begin + i];
       a.pieces[i].first_tile = a.num_tiles;
       a.num_tiles += (int)num_tiles(a.pieces[i].base);
     }
-    const unsigned grid = (unsigned)std::min(resident, a.num_tiles);
-    launch(kernel, name, dim3(grid), kThreads, kSharedBytes, stream, a);
+    const dim3 grid((unsigned)std::min(resident, a.num_tiles));
+    if (!general) {
+      launch(kernel, name, grid, kThreads, kSharedBytes, stream, a);
+      continue;
+    }
+    launch(forward_z_kernel, "forward_z_kernel", dim3((unsigned)a.num_pieces, (unsigned)chunks), kThreads, kSharedBytes,
+           stream, a);
+    launch_next(kernel, name, grid, kThreads, kSharedBytes, stream, a);
   }
 }
 

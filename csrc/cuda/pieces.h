@@ -13,12 +13,14 @@ struct Piece {
   int64_t count;
   int64_t cols, row_stride;  // cols 0: dense
   Dtype dtype;
+  bool fours;  // element 4i and the three behind it are a vector in memory
 };
 
 constexpr int kParameterBytes = 32764;  // of a kernel, at most
-constexpr int kMaxPieces = 400;         // in one launch
+constexpr int kMaxPieces = 384;         // in one launch
 
-constexpr int64_t kWorkspaceFloats = 10'000'000;  // that a call takes, unless it cannot do with so few
+constexpr int64_t kSegmentFloats = 6'000'000;     // of z and Pi in the adjoint, unless one segment's take more
+constexpr int64_t kWorkspaceFloats = 11'000'000;  // that a call takes, unless it cannot do with so few
 
 // Element e as an offset.
 HSAID_INLINE int64_t element(const Piece& p, int64_t e) {
@@ -34,14 +36,15 @@ HSAID_INLINE const void* address(const void* data, Dtype dtype, int64_t element)
   return data ? (const char*)data + element * item_size(dtype) : nullptr;
 }
 
-inline Piece piece_of(const Segment& s, DeviceTensor tensor) {
-  return {address(tensor.data, tensor.dtype, s.offset), s.rows * s.cols, is_dense(s) ? 0 : s.cols, s.row_stride,
-          tensor.dtype};
-}
-
 // Vectors of four values, 16 or 8 bytes, lie on multiples of their size.
 HSAID_INLINE bool is_aligned(const void* p, Dtype dtype) { return (uintptr_t)p % (4 * item_size(dtype)) == 0; }
-HSAID_INLINE bool is_vectors(const Piece& p) { return p.data && p.cols == 0 && is_aligned(p.data, p.dtype); }
+
+inline Piece piece_of(const Segment& s, DeviceTensor tensor) {
+  const void* data = address(tensor.data, tensor.dtype, s.offset);
+  const int64_t count = s.rows * s.cols, cols = is_dense(s) ? 0 : s.cols;
+  const bool fours = is_aligned(data, tensor.dtype) && (cols == 0 ? count : cols | s.row_stride) % 4 == 0;
+  return {data, count, cols, s.row_stride, tensor.dtype, fours};
+}
 
 HSAID_DEVICE float load_element(const Piece& p, int64_t offset) {
   if (!p.data) return 0.0f;
@@ -85,24 +88,56 @@ struct Quad<float> {
   HSAID_DEVICE float4 narrowed(float4 v) { return v; }
 };
 
+HSAID_DEVICE float4 load_four(const Piece& p, int64_t offset) {
+  if (!p.data) return {0.0f, 0.0f, 0.0f, 0.0f};
+  const uint16_t* halves = (const uint16_t*)p.data + offset;
+  switch (p.dtype) {
+    case Dtype::kFloat:
+      return load_once((const float4*)((const float*)p.data + offset));
+    case Dtype::kBfloat16:
+      return Quad<bf16>::widened(load_once((const uint2*)halves));
+    default:
+      return Quad<fp16>::widened(load_once((const uint2*)halves));
+  }
+}
+
+HSAID_DEVICE void store_four(void* data, Dtype dtype, int64_t i, float4 values) {
+  switch (dtype) {
+    case Dtype::kFloat:
+      store_once((float4*)((float*)data + i), values);
+      return;
+    case Dtype::kBfloat16:
+      store_once((uint2*)((uint16_t*)data + i), Quad<bf16>::narrowed(values));
+      return;
+    default:
+      store_once((uint2*)((uint16_t*)data + i), Quad<fp16>::narrowed(values));
+  }
+}
+
 // Where tile t of a dense piece begins, in 32-bit factors.
 template <class T>
 HSAID_DEVICE T* tile_address(T* data, int t) {
   return (T*)((uintptr_t)data + (uint64_t)(uint32_t)t * (uint32_t)(kTile * sizeof(T)));
 }
 
-// Vector v of what `kept` has of a value for each position of a block: the thread's share of it.
-template <bool kGeneral>
-HSAID_DEVICE float4 kept_vector(int v, int q) {
+// Memory that other threads have written in an earlier kernel, in place of a block's own.
+HSAID_DEVICE float4 vector_at(const float* z, int place) { return *(const float4*)(z + place); }
+HSAID_DEVICE float4 vector_at(Shared z, int place) { return z.load<float4>(place); }
+HSAID_DEVICE float value_at(const float* z, int place) { return z[place]; }
+HSAID_DEVICE float value_at(Shared z, int place) { return z.load(place); }
+
+// Vector v of z as make_z leaves it: the thread's share of a tile.
+template <bool kGeneral, class Memory>
+HSAID_DEVICE float4 z_vector(Memory memory, int v, int q) {
   const uint32_t mask = (1u << q) - 1;
   if (kGeneral && q < kFastDrawBits) {
     const uint32_t own = opaque(position_a(0));
     float x[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) x[j] = kept().load(place_of((own | (uint32_t)a_register(v, j) << 2) & mask));
+    for (int j = 0; j < 4; ++j) x[j] = value_at(memory, place_of((own | (uint32_t)a_register(v, j) << 2) & mask));
     return {x[0], x[1], x[2], x[3]};
   }
-  return kept().load<float4>(vector_place(v, place_of(position_a(0) & mask) / 4));
+  return vector_at(memory, vector_place(v, place_of(position_a(0) & mask) / 4));
 }
 
 }  // namespace hsaid::cuda

@@ -382,9 +382,9 @@ HSAID_DEVICE void multiply_signs(const Params& p, uint64_t stream, int chunk, fl
   });
 }
 
-// z of a segment's chunk into `kept`, value k at place_of(k).
-template <bool kGeneral>
-HSAID_DEVICE void make_z(const Params& p, const float* theta, uint64_t stream, int chunk) {
+// z of a segment's chunk into `kept`, value k at place_of(k); note(j, k) of all k = pi^-1(j).
+template <bool kGeneral, class Note>
+HSAID_DEVICE void make_z(const Params& p, const float* theta, uint64_t stream, int chunk, Note&& note) {
   const uint32_t mask = (1u << p.q) - 1;
   const uint32_t dim = (uint32_t)p.dim - ((uint32_t)chunk << p.q), own_c = opaque(position_c(0));
   theta += (int64_t)chunk << p.q;
@@ -399,25 +399,42 @@ HSAID_DEVICE void make_z(const Params& p, const float* theta, uint64_t stream, i
   multiply_signs<kGeneral>(p, stream, (int)opaque(chunk), x);
   transform(x, p.q);
 
-  const Shared h = kept();
-  sync_block();  // nobody uses what was kept any more
+  // Value j goes to pi^-1(j). In two halves through the exchange, in loops: unrolled, the network of 64 positions would
+  // be more instructions than all the rest, and a kernel that makes one z would spend its time fetching them.
+  const PermutationKeys pi = permutation_keys(p.seed, stream, (int)opaque(chunk));
 #pragma unroll
-  for (int i = 0; i < kPerThread; i += 4) {
-    const uint32_t k = own_c | register_position_c(i);
-    if (k <= mask) h.store((int)k, float4{x[i], x[i + 1], x[i + 2], x[i + 3]});
+  for (int half = 0; half < 2; ++half) {
+    sync_block();  // nobody uses what was kept any more, nor the exchange
+#pragma unroll
+    for (int i = half * 32; i < half * 32 + 32; i += 4)
+      exchange().store((int)(own_c | register_position_c(i & 31)), float4{x[i], x[i + 1], x[i + 2], x[i + 3]});
+    sync_block();
+    constexpr int kBatch = 8;  // networks side by side
+    const uint32_t first = (uint32_t)half * (kTile / 2);
+#pragma unroll 1
+    for (uint32_t at = thread_index(); at < kTile / 2 && (first | at) <= mask; at += kBatch * kThreads) {
+      float values[kBatch];
+      uint32_t to[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const uint32_t j = at + i * kThreads;
+        values[i] = exchange().load((int)j);
+        to[i] = permute_back((first | j) & mask, p.q, pi);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const uint32_t j = first | (at + i * kThreads);
+        if (j > mask) break;
+        kept().store(place_of(to[i]), values[i]);
+        note(j, to[i]);
+      }
+    }
   }
   sync_block();
-  const PermutationKeys pi = permutation_keys(p.seed, stream, (int)opaque(chunk));
-  const uint32_t own = opaque(position_a(0));
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) x[i] = h.load((int)permute((own | i << 2) & mask, p.q, pi));
-  sync_block();
-#pragma unroll
-  for (int v = 0; v < 16; ++v)
-    if (position_a(a_register(v, 0)) <= mask)
-      h.store(vector_place(v, thread_index()),
-              float4{x[a_register(v, 0)], x[a_register(v, 1)], x[a_register(v, 2)], x[a_register(v, 3)]});
-  sync_block();
+}
+template <bool kGeneral>
+HSAID_DEVICE void make_z(const Params& p, const float* theta, uint64_t stream, int chunk) {
+  make_z<kGeneral>(p, theta, stream, chunk, [](uint32_t, uint32_t) {});
 }
 
 }  // namespace hsaid::cuda

@@ -123,9 +123,8 @@ inline const hsaid::Segment* check_written(const CheckedPlan& plan, const std::v
   return hole_rows;
 }
 
-inline void check_group_blocks(int64_t group_blocks) {
-  STD_TORCH_CHECK(group_blocks >= 1 && group_blocks <= 1 << 28, "group_blocks: expected at least 1, got ",
-                  group_blocks);
+inline void check_run_blocks(int64_t run_blocks) {
+  STD_TORCH_CHECK(run_blocks >= 1 && run_blocks <= 1 << 28, "run_blocks: expected at least 1, got ", run_blocks);
 }
 
 // Checks that all that an adjoint reads is there.

@@ -70,11 +70,11 @@ Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, 
 
 std::tuple<Tensor, Tensor> fastfood_adjoint(Tensor theta, Tensor factors, std::vector<std::optional<Tensor>> grads,
                                             Tensor segments, int64_t seed, int64_t width, bool rademacher,
-                                            int64_t group_blocks) {
+                                            int64_t run_blocks) {
   theta = torch::stable::contiguous(theta);
   factors = torch::stable::contiguous(factors);
   const CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, grads.size());
-  check_group_blocks(group_blocks);
+  check_run_blocks(run_blocks);
   std::vector<hsaid::TensorView> views;
   for (const std::optional<Tensor>& t : grads)
     views.push_back(t ? view_of(*t, "grads")
@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor> fastfood_adjoint(Tensor theta, Tensor factors, std::v
   Tensor dfactors = torch::stable::empty_like(factors);
   hsaid::fastfood_adjoint(
       {plan.params, floats(theta, plan.params.dim, "theta"), floats(factors, plan.num_segments, "factors"),
-       plan.segments, plan.num_segments, views.data(), group_blocks},
+       plan.segments, plan.num_segments, views.data(), run_blocks},
       padded.mutable_data_ptr<float>(), dfactors.mutable_data_ptr<float>(), torch_threads());
   Tensor dtheta = torch::stable::empty_like(theta);
   std::memcpy(dtheta.mutable_data_ptr(), padded.const_data_ptr(), plan.params.dim * sizeof(float));

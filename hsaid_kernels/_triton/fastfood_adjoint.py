@@ -1,8 +1,9 @@
 """dtheta and dfactors from the gradients of all tensors, each of which is read once for every chunk of theta.
 
-A program takes an item (tables.py), a group of blocks of a segment or several groups side by side, and leaves the
-group's sum sum_b G_b H^T g_b.  Three small kernels then add the groups of each segment, transform the sums, and add the
-segments, all in the order of the plan, so that the bits depend on nothing else (docs/rng.md).
+A program takes an item (tables.py), a run of blocks of a segment or several runs side by side, and leaves the sum
+sum_b G_b H^T g_b of each.  Three small kernels then add the runs of each group and the groups of each segment,
+transform the sums, and add the segments, all in the order of the plan, so that the bits depend on nothing else
+(docs/rng.md).
 """
 
 import triton
@@ -35,23 +36,22 @@ def read_tile(
     cols,
     row_stride,
     first,
-    step,
     scratch,
     GRADS: tl.constexpr,
     Q: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Blocks that begin at the piece's elements first, first + step, ..., in natural order; 0 beyond the piece."""
+    """The piece's elements first, first + 1, ..., 0 beyond the piece."""
     ROWS: tl.constexpr = 1 << (T - Q)
-    if (cols == 0) & (grad % 16 == 0) & (first + (ROWS - 1) * step + (1 << Q) <= count):
-        at = tl.arange(0, ROWS)[:, None] * step + tl.arange(0, 1 << Q)[None, :]
+    if (cols == 0) & (grad % 16 == 0) & (first + (1 << T) <= count):
+        at = tl.arange(0, ROWS)[:, None] * (1 << Q) + tl.arange(0, 1 << Q)[None, :]
         x = tl.reshape(load_floats(grad, code, first, at, None, GRADS, 2), (1 << T,))
     else:
         STEP: tl.constexpr = 1 << (T - 4)
         tl.debug_barrier()
         for i in range(0, 1 << T, STEP):
             e = i + tl.arange(0, STEP)
-            at = first + (e >> Q) * step + (e & ((1 << Q) - 1))
+            at = first + e
             offsets = element(at, cols, row_stride)
             tl.store(scratch + e, load_floats(grad, code, 0, offsets, at < count, GRADS, 0))
         tl.debug_barrier()
@@ -59,7 +59,7 @@ def read_tile(
     return x
 
 
-@triton.jit(do_not_specialize=["seed", "chunk", "group_blocks"])
+@triton.jit(do_not_specialize=["seed", "chunk", "run_blocks"])
 def adjoint_groups_kernel(
     grads,  # table_of the tensors
     seed: tl.int64,
@@ -67,9 +67,10 @@ def adjoint_groups_kernel(
     items,  # [programs, COLUMNS]
     sums,  # [programs, 2^T]
     lines,
-    group_blocks: tl.int32,
+    run_blocks: tl.int32,
     GRADS: tl.constexpr,
     RADEMACHER: tl.constexpr,
+    RUNS: tl.constexpr,  # of a group: 2^(14-Q)
     Q: tl.constexpr,
     T: tl.constexpr,
 ):
@@ -80,19 +81,19 @@ def adjoint_groups_kernel(
     if grad != 0:
         count, cols, row_stride = tl.load(row + COUNT), tl.load(row + COLS), tl.load(row + ROW_STRIDE)
         stream, first = tl.load(row + STREAM), tl.load(row + FIRST)
-        groups = (tl.load(row + LAST) - first).to(tl.int32)
-        first_block = (first * group_blocks).to(tl.int32)
+        runs = (tl.load(row + LAST) - first).to(tl.int32)
+        first_block = (first // RUNS * run_blocks * RUNS + first % RUNS).to(tl.int32)
         blocks = ((count + (1 << Q) - 1) >> Q).to(tl.int32)
         out = sums + (item.to(tl.int64) << T)
         u = tl.zeros((64, 1 << (T - 6)), tl.float32)
-        for block in range(first_block, tl.minimum(first_block + group_blocks, blocks)):
+        for block in range(first_block, tl.minimum(first_block + run_blocks * RUNS, blocks), RUNS):
             at = tl.cast(block, tl.int64) << Q
-            x = read_tile(grad, code, count, cols, row_stride, at, group_blocks << Q, out, GRADS, Q, T)
+            x = read_tile(grad, code, count, cols, row_stride, at, out, GRADS, Q, T)
             x = transform_reversed(x, Q, T)
-            u += times_diagonal(x, seed, stream, block, group_blocks, chunk, lines, RADEMACHER, Q, T)
+            u += times_diagonal(x, seed, stream, block, 1, chunk, lines, RADEMACHER, Q, T)
         tl.debug_barrier()
         e = tl.arange(0, 1 << T)
-        tl.store(out + e, a_to_natural(u, T), mask=e < groups << Q)
+        tl.store(out + e, a_to_natural(u, T), mask=e < runs << Q)
 
 
 @triton.jit
@@ -101,10 +102,11 @@ def adjoint_sums_kernel(
     parts,  # [programs, COLUMNS]
     sums,
     carry,  # [2, 2^Q]
+    RUNS: tl.constexpr,
     Q: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """The groups of a part in order, into the place of the first one, or on to the next wave."""
+    """The runs of each group and the groups of a part in order, into the first one's place, or on to the next wave."""
     row = parts + tl.program_id(0) * COLUMNS
     grad, _ = tensor_at(grads, tl.load(row + TENSOR), 0)
     at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
@@ -112,8 +114,15 @@ def adjoint_sums_kernel(
     before, after = tl.load(row + FROM), tl.load(row + TO)
     if grad != 0:
         sum = tl.load(carry + (before << Q) + at, mask=at < tl.where(before < 0, 0, 1 << Q), other=0.0)
-        for i in tl.range(first, last, loop_unroll_factor=8):
-            sum += tl.load(sums + (i << Q) + at)
+        if RUNS == 1:
+            for i in tl.range(first, last, loop_unroll_factor=8):
+                sum += tl.load(sums + (i << Q) + at)
+        else:
+            for group in range(first, last, RUNS):
+                of_group = tl.zeros((SIZE,), tl.float32)
+                for i in tl.range(group, tl.minimum(group + RUNS, last), loop_unroll_factor=8):
+                    of_group += tl.load(sums + (i << Q) + at)
+                sum += of_group
         if after < 0:
             tl.store(sums + (first << Q) + at, sum)
         else:

@@ -1,8 +1,8 @@
-"""W = W0 + factor * H(sum_c G_c z_c) for every tensor in one launch.
+"""W = W0 + factor * H(sum_c G_c z_c) for every tensor in one launch, behind one that makes z.
 
-Persistent programs: each takes its runs of tiles (tables.py), all programs an equal share, makes z when it comes to a
-run, keeps it in its own `scratch`, and needs nothing of the others.  With several chunks of theta a run's tiles share
-the z of each chunk and keep their sums in `sums` meanwhile.
+Persistent programs: each takes its runs of tiles (tables.py), all programs an equal share, and needs nothing of the
+others.  z of all pieces comes from a launch of its own: a program that made it when it came to a piece would spend most
+of its time so where tensors are small, because here, unlike in CUDA, it goes through memory step by step.
 """
 
 import triton
@@ -15,6 +15,7 @@ from hsaid_kernels._triton.tables import (
     COLUMNS,
     COUNT,
     FIRST,
+    FROM,
     LAST,
     OFFSET,
     OUT_OFFSET,
@@ -78,10 +79,31 @@ def write_tile(
         write_elements(out, base, code, count, cols, row_stride, first, scratch, factor, OUT, BASES, T)
 
 
-@triton.jit(do_not_specialize=["seed", "dim"], do_not_specialize_on_alignment=["chunks"])
-def fastfood_forward_kernel(
+@triton.jit(do_not_specialize=["seed", "dim", "chunks", "count"])
+def forward_z_kernel(
     theta,
-    dim,
+    dim: tl.int32,
+    chunks: tl.int32,
+    seed: tl.int64,
+    pieces,  # [pieces, COLUMNS]
+    count: tl.int32,  # pieces times chunks
+    zs,  # [pieces, chunks, 2^T]
+    scratch,  # [programs, 2^T]
+    Q: tl.constexpr,
+    T: tl.constexpr,
+):
+    program = tl.program_id(0)
+    seed = seed.to(tl.int64)
+    scratch += program.to(tl.int64) << T
+    for i in range(program, count, tl.num_programs(0)):
+        row = pieces + i // chunks * COLUMNS
+        if tl.load(row + SEGMENT) >= 0:  # no hole
+            z = zs + (tl.cast(i, tl.int64) << T)
+            make_z(theta, dim, seed, tl.load(row + STREAM), i % chunks, scratch, z, Q, T)
+
+
+@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["chunks"])
+def fastfood_forward_kernel(
     chunks,
     factors,
     seed: tl.int64,
@@ -90,9 +112,8 @@ def fastfood_forward_kernel(
     bases,  # table_of the tensors
     out,
     lines,
-    scratch,  # [programs, 2, 2^T]
-    sums,  # [programs, tiles of a run, 2^T] where there are several chunks
-    run_tiles,
+    zs,  # [pieces, chunks, 2^T]
+    scratch,  # [programs, 2^T]
     OUT: tl.constexpr,
     BASES: tl.constexpr,
     RADEMACHER: tl.constexpr,
@@ -102,9 +123,7 @@ def fastfood_forward_kernel(
     program = tl.program_id(0).to(tl.int64)
     seed = seed.to(tl.int64)
     own = kept(T)
-    scratch += program << (T + 1)
-    z = scratch + (1 << T)
-    sums += (program * run_tiles << T) + own
+    scratch += program << T
     for i in range(tl.load(first_runs + program), tl.load(first_runs + program + 1)):
         row = runs + i * COLUMNS
         base, code = tensor_at(bases, tl.load(row + TENSOR), tl.load(row + OFFSET))
@@ -118,15 +137,12 @@ def fastfood_forward_kernel(
                 write_elements(to, base, code, count, cols, row_stride, at, None, None, OUT, BASES, T)
         else:
             factor = tl.load(factors + segment)
-            for chunk in range(chunks):
-                make_z(theta, dim, seed, stream, chunk, scratch, z, Q, T)
-                for t in range(first, last):
-                    x = times_diagonal(tl.load(z + own), seed, stream, t << (T - Q), 1, chunk, lines, RADEMACHER, Q, T)
-                    sum = sums + (t - first << T)
-                    if chunk > 0:
-                        x = tl.load(sum) + x
-                    if chunk + 1 < chunks:
-                        tl.store(sum, x)
-                    else:
-                        w = transform(x, Q, T)
-                        write_tile(to, base, code, count, cols, row_stride, t, w, factor, scratch, OUT, BASES, T)
+            z = zs + (tl.load(row + FROM) * chunks << T) + own
+            for t in range(first, last):
+                block = t << (T - Q)
+                x = times_diagonal(tl.load(z), seed, stream, block, 1, 0, lines, RADEMACHER, Q, T)
+                for chunk in range(1, chunks):
+                    of_chunk = tl.load(z + (tl.cast(chunk, tl.int64) << T))
+                    x += times_diagonal(of_chunk, seed, stream, block, 1, chunk, lines, RADEMACHER, Q, T)
+                w = transform(x, Q, T)
+                write_tile(to, base, code, count, cols, row_stride, t, w, factor, scratch, OUT, BASES, T)

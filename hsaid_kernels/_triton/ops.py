@@ -19,7 +19,7 @@ from hsaid_kernels import plan
 from hsaid_kernels._triton import fastfood_adjoint as adjoint_kernels
 from hsaid_kernels._triton import hadamard_transform as hadamard_kernels
 from hsaid_kernels._triton import memory, streams, tables, tile
-from hsaid_kernels._triton.fastfood_forward import fastfood_forward_kernel
+from hsaid_kernels._triton.fastfood_forward import fastfood_forward_kernel, forward_z_kernel
 from hsaid_kernels._triton.stream_values import stream_values_kernel
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -116,17 +116,29 @@ def _bits(width: int) -> int:
 
 class _Forward(NamedTuple):
     needed: list[int]
-    runs: tables.Runs
+    waves: list[tables.Runs]
 
 
-def _make_forward(
-    device: torch.device, segments: Tensor, holes: Tensor, q: int, chunks: int, num_base: int | None, numel: int
+def _forward_tables(
+    device: torch.device, segments: Tensor, holes: Tensor, q: int, chunks: int, num_base: int, numel: int
 ) -> _Forward:
-    rows, _ = tables.check_segments(segments, 1 << q, num_base)
-    hole_rows, needed = tables.check_holes(holes, rows, num_base, numel)
-    most = tables.RUN_TILES if chunks > 1 else None
-    pieces = tables.pieces_of(rows, hole_rows)
-    return _Forward(needed, tables.runs_of(pieces, tile.tile_bits(q), _programs(device, q), most, device))
+    def make() -> _Forward:
+        rows, _ = tables.check_segments(segments, 1 << q, num_base or None)
+        hole_rows, needed = tables.check_holes(holes, rows, num_base or None, numel)
+        pieces = tables.pieces_of(rows, hole_rows)
+        waves = tables.forward_waves_of(pieces, tile.tile_bits(q), _programs(device, q), chunks, device)
+        return _Forward(needed, waves)
+
+    return _once(segments, (device, q, chunks, num_base, numel, holes.shape, holes.numpy().tobytes()), make)
+
+
+def prepare(of: plan.Plan, device: torch.device) -> None:
+    """Makes a plan's tables on a device, which the first call would else make: torch.compile(mode="reduce-overhead")
+    makes that call where memory is taken back afterwards."""
+    q = _bits(of.width)
+    _normal_lines(device)
+    _forward_tables(device, of.segments, of.holes, q, of.chunks, len(of.names), of.numel)
+    _adjoint_tables(device, of.segments, q, len(of.names), of.run_blocks)
 
 
 def fastfood_forward(
@@ -144,40 +156,40 @@ def fastfood_forward(
     theta, q, t = _theta(theta), _bits(width), tile.tile_bits(_bits(width))
     device, chunks = theta.device, -(-theta.numel() // width)
     _check(dtype in memory.CODES, f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-    key = (device, q, chunks > 1, len(base), numel, holes.shape, holes.numpy().tobytes())
-    made = _once(segments, key, lambda: _make_forward(device, segments, holes, q, chunks, len(base) or None, numel))
+    made = _forward_tables(device, segments, holes, q, chunks, len(base), numel)
     factors = _floats(factors, theta, len(segments), "factors")
 
     out = torch.empty(numel, dtype=dtype, device=device)
-    programs = len(made.runs.first) - 1
-    run_tiles = tables.RUN_TILES if chunks > 1 else 1
-    sums = _workspace(programs * run_tiles << t if chunks > 1 else 1, device)
-    scratch = _workspace(programs << (t + 1), device)
+    most = max(len(wave.pieces) for wave in made.waves)
+    zs, scratch = _workspace(most * chunks << t, device), _workspace(_programs(device, q) << t, device)
+    options = _options(tile.threads(q), 128)
     with _on(device):
         bases = memory.table_of(base or [None] * len(made.needed), made.needed, device, "base")
         allowed = 1 | 1 << memory.CODES[dtype]
         _check(bases.codes & ~allowed == 0, "base: expected tensors in float32 or in the dtype of the weights")
-        fastfood_forward_kernel[(programs,)](
-            theta,
-            theta.numel(),
-            chunks,
-            factors,
-            seed,
-            made.runs.rows,
-            made.runs.first,
-            bases.words,
-            out,
-            _normal_lines(device),
-            scratch,
-            sums,
-            run_tiles,
-            OUT=memory.CODES[dtype],
-            BASES=bases.codes,
-            RADEMACHER=rademacher,
-            Q=q,
-            T=t,
-            **_options(tile.threads(q), 128),
-        )
+        for rows, first, pieces in made.waves:
+            count = len(pieces) * chunks
+            forward_z_kernel[(min(_programs(device, q), count),)](
+                theta, theta.numel(), chunks, seed, pieces, count, zs, scratch, Q=q, T=t, **options
+            )
+            fastfood_forward_kernel[(len(first) - 1,)](
+                chunks,
+                factors,
+                seed,
+                rows,
+                first,
+                bases.words,
+                out,
+                _normal_lines(device),
+                zs,
+                scratch,
+                OUT=memory.CODES[dtype],
+                BASES=bases.codes,
+                RADEMACHER=rademacher,
+                Q=q,
+                T=t,
+                **options,
+            )
     return out
 
 
@@ -186,9 +198,17 @@ class _Adjoint(NamedTuple):
     waves: list[tables.Wave]
 
 
-def _make_adjoint(device: torch.device, segments: Tensor, q: int, num_grads: int, group_blocks: int) -> _Adjoint:
-    rows, needed = tables.check_segments(segments, 1 << q, num_grads)
-    return _Adjoint(needed, tables.waves_of(tables.pieces_of(rows), q, tile.tile_bits(q), group_blocks, device))
+def _adjoint_tables(device: torch.device, segments: Tensor, q: int, num_grads: int, run_blocks: int) -> _Adjoint:
+    def make() -> _Adjoint:
+        t = tile.tile_bits(q)
+        good = 1 <= run_blocks <= plan.MAX_BLOCKS
+        _check(good, f"run_blocks: expected 1 to {plan.MAX_BLOCKS}, got {run_blocks}")
+        # Kernels count the values of a group in 32 bits.
+        _check(run_blocks << t < 2**31, f"run_blocks: Triton expects at most {(2**31 - 1) >> t}, got {run_blocks}")
+        rows, needed = tables.check_segments(segments, 1 << q, num_grads)
+        return _Adjoint(needed, tables.waves_of(tables.pieces_of(rows), q, t, run_blocks, device))
+
+    return _once(segments, (device, q, num_grads, run_blocks), make)
 
 
 def fastfood_adjoint(
@@ -199,16 +219,11 @@ def fastfood_adjoint(
     seed: int,
     width: int,
     rademacher: bool,
-    group_blocks: int,
+    run_blocks: int,
 ) -> tuple[Tensor, Tensor]:
     theta, q, t = _theta(theta), _bits(width), tile.tile_bits(_bits(width))
     device, dim = theta.device, theta.numel()
-    good = 1 <= group_blocks <= plan.MAX_BLOCKS
-    _check(good, f"group_blocks: expected 1 to {plan.MAX_BLOCKS}, got {group_blocks}")
-    # Kernels count the values of a tile's groups in 32 bits.
-    _check(group_blocks << t < 2**31, f"group_blocks: Triton expects at most {(2**31 - 1) >> t}, got {group_blocks}")
-    key = (device, q, len(grads), group_blocks)
-    made = _once(segments, key, lambda: _make_adjoint(device, segments, q, len(grads), group_blocks))
+    made = _adjoint_tables(device, segments, q, len(grads), run_blocks)
     factors = _floats(factors, theta, len(segments), "factors")
 
     dtheta, dfactors = torch.zeros_like(theta), torch.zeros_like(factors)
@@ -218,7 +233,7 @@ def fastfood_adjoint(
     carry = _workspace(2 << q if len(made.waves) > 1 else 1, device)
     scratch = _workspace(min(SEGMENT_PROGRAMS, max(wave.finished for wave in made.waves)) << (t + 1), device)
     lines, small = _normal_lines(device), _options(128)
-    size = min(SIZE, width)
+    size, runs = min(SIZE, width), plan.MAX_WIDTH // width
     with _on(device):
         table = memory.table_of(grads, made.needed, device, "grads")
         for chunk in range(-(-dim // width)):
@@ -232,15 +247,16 @@ def fastfood_adjoint(
                     items,
                     sums,
                     lines,
-                    group_blocks,
+                    run_blocks,
                     GRADS=table.codes,
                     RADEMACHER=rademacher,
+                    RUNS=runs,
                     Q=q,
                     T=t,
                     **_options(tile.threads(q)),
                 )
                 adjoint_kernels.adjoint_sums_kernel[(len(parts), width // size)](
-                    table.words, parts, sums, carry, Q=q, SIZE=size, **small
+                    table.words, parts, sums, carry, RUNS=runs, Q=q, SIZE=size, **small
                 )
                 if finished == 0:
                     continue

@@ -15,23 +15,24 @@ from torch import Tensor
 
 from hsaid_kernels import plan
 
-# Columns. COLS is 0 for a dense piece; SEGMENT is -1 for a hole. FIRST, LAST are the tiles of a run, the groups of an
-# item or the places of a part's groups; FROM, TO are where a part's sum comes from and goes on, -1 where it does not.
+# Columns. COLS is 0 for a dense piece; SEGMENT is -1 for a hole. FIRST, LAST are the tiles of a share of the forward,
+# the runs of an item or the places of a part's runs; FROM, TO are where a part's sum comes from and goes on, -1 where
+# it does not; of the forward FROM is the place of z.
 COLUMNS = tl.constexpr(12)
 TENSOR, OFFSET, OUT_OFFSET, COUNT, COLS, ROW_STRIDE, STREAM, SEGMENT, FIRST, LAST, FROM, TO = (
     tl.constexpr(i) for i in range(COLUMNS.value)
 )
 
-Z_COST = 3  # tiles whose work is as much as making z
-RUN_TILES = 2  # that share the z of every chunk where theta has several
-SUMS_FLOATS = 10_000_000  # of the groups' sums, at most, unless one item's take more
+PIECE_COST = 1  # tiles whose work is as much as coming to another piece
+SUMS_FLOATS = 11_000_000  # of the runs' sums, at most, unless one group's take more
 
 
 class Runs(NamedTuple):
-    """The forward: program p does runs first[p] ... first[p + 1] - 1."""
+    """As much of the forward as has place for its z: program p does runs first[p] ... first[p + 1] - 1."""
 
-    rows: Tensor  # int64 [runs, COLUMNS]
+    rows: Tensor  # int64 [runs, COLUMNS]; FROM is the place of the piece's z
     first: Tensor  # int64 [programs + 1]
+    pieces: Tensor  # int64 [pieces, COLUMNS], whose z are made before
 
 
 class Wave(NamedTuple):
@@ -127,52 +128,59 @@ def pieces_of(segments: np.ndarray, holes: np.ndarray | None = None) -> np.ndarr
     return pieces
 
 
-def runs_of(pieces: np.ndarray, t: int, programs: int, most: int | None, device: torch.device) -> Runs:
-    """Equal shares for the programs, cut where pieces end and every `most` tiles."""
+def runs_of(pieces: np.ndarray, t: int, programs: int, device: torch.device) -> Runs:
+    """Equal shares for the programs, cut where pieces end."""
     tiles = -(-pieces[:, COUNT.value] // (1 << t))
     first_tile = np.concatenate([[0], np.cumsum(tiles)])
-    cost = first_tile + Z_COST * np.arange(len(pieces) + 1)
+    cost = first_tile + PIECE_COST * np.arange(len(pieces) + 1)
     programs = min(programs, int(first_tile[-1]))
     at = cost[-1] * np.arange(programs + 1) // programs
     row = np.searchsorted(cost[1:-1], at, side="right")
-    shares = first_tile[row] + np.clip(at - cost[row] - Z_COST, 0, tiles[row])
+    shares = first_tile[row] + np.clip(at - cost[row] - PIECE_COST, 0, tiles[row])
     shares[-1] = first_tile[-1]
     cuts = np.unique(np.concatenate([first_tile, shares]))
-    if most is not None:
-        cuts = np.concatenate([np.arange(a, b, most) for a, b in zip(cuts[:-1], cuts[1:])] + [cuts[-1:]])
     begin, end = cuts[:-1], cuts[1:]
     piece = np.searchsorted(first_tile, begin, side="right") - 1
     rows = pieces[piece].copy()
     rows[:, FIRST.value] = begin - first_tile[piece]
     rows[:, LAST.value] = end - first_tile[piece]
-    return Runs(*_on(device, rows, np.searchsorted(begin, shares)))
+    rows[:, FROM.value] = piece
+    return Runs(*_on(device, rows, np.searchsorted(begin, shares), pieces))
 
 
-def waves_of(pieces: np.ndarray, q: int, t: int, group_blocks: int, device: torch.device) -> list[Wave]:
-    """An item takes 2^(t-q) groups side by side, and has a tile of place for their sums."""
-    side_by_side, most = 1 << (t - q), max(1, SUMS_FLOATS >> t)
+def forward_waves_of(pieces: np.ndarray, t: int, programs: int, chunks: int, device: torch.device) -> list[Runs]:
+    most = max(1, SUMS_FLOATS // (chunks << t))
+    return [runs_of(pieces[i : i + most], t, programs, device) for i in range(0, len(pieces), most)]
+
+
+def waves_of(pieces: np.ndarray, q: int, t: int, run_blocks: int, device: torch.device) -> list[Wave]:
+    """An item takes 2^(t-q) runs side by side, and has a tile of place for their sums. Waves end where groups do."""
+    side_by_side, of_group = 1 << (t - q), plan.MAX_WIDTH >> q
+    most = max(of_group // side_by_side, SUMS_FLOATS >> t)
     waves: list[tuple[list, list]] = []
     free, carries = 0, 0
     for piece in pieces:
         blocks = -(-int(piece[COUNT.value]) // (1 << q))
-        groups, group = -(-blocks // group_blocks), 0
-        while group < groups:
-            if free == 0:
+        whole, rest = divmod(blocks, run_blocks * of_group)  # groups, blocks of one more
+        runs, run = whole * of_group + min(rest, of_group), 0
+        while run < runs:
+            taken = min(runs - run, free * side_by_side // of_group * of_group)
+            if taken == 0:
                 waves.append(([], []))
                 free = most
+                continue
             items, parts = waves[-1]
-            taken = min(groups - group, free * side_by_side)
             part = piece.copy()
             part[FIRST.value] = len(items) * side_by_side
             part[LAST.value] = part[FIRST.value] + taken
-            part[FROM.value] = carries % 2 if group else -1  # two places, as a wave may read one and write one
-            for first in range(group, group + taken, side_by_side):
+            part[FROM.value] = carries % 2 if run else -1  # two places, as a wave may read one and write one
+            for first in range(run, run + taken, side_by_side):
                 item = piece.copy()
-                item[FIRST.value], item[LAST.value] = first, min(first + side_by_side, group + taken)
+                item[FIRST.value], item[LAST.value] = first, min(first + side_by_side, run + taken)
                 items.append(item)
                 free -= 1
-            group += taken
-            if group < groups:
+            run += taken
+            if run < runs:
                 carries += 1
                 part[TO.value] = carries % 2
             parts.append(part)

@@ -283,6 +283,7 @@ void* shared_access(int first, int words, bool write) {
 
 void run(const char* name, dim3 grid, int threads, int shared_bytes, const std::function<void()>& body) {
   Machine& m = machine();
+  if (m.device.idle) return;
   const std::string what = std::string(name) + ", grid " + std::to_string(grid.x) + " x " + std::to_string(grid.y) +
                            ", " + std::to_string(threads) + " threads, " + std::to_string(shared_bytes) + " bytes";
   m.device.launches.push_back(what);

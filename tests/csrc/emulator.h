@@ -51,6 +51,7 @@ struct Device {
   bool last_thread_first = false;  // the order in which threads run, and blocks
   bool last_block_first = false;
   int64_t only_block = -1;  // of the grid's first dimension, where not all
+  bool idle = false;        // launches do nothing: what is left is the host's time
   std::vector<std::string> launches;
   bool count_wavefronts = false;                                      // slow
   int64_t shared_accesses = 0, wavefronts = 0, least_wavefronts = 0;  // of warps, on 32 banks
@@ -127,6 +128,8 @@ HSAID_DEVICE float widen(uint16_t half, T) {
 HSAID_DEVICE uint32_t below(uint32_t top, uint32_t word, int half) {
   return top << 16 | (half ? word >> 16 : word & 0xffffu);
 }
+HSAID_DEVICE void wait_for_previous_kernel() {}
+HSAID_DEVICE void start_next_kernel() {}
 HSAID_DEVICE uint32_t opaque(uint32_t value) { return value; }
 
 // --- host
@@ -141,6 +144,11 @@ int resident_blocks(void (*)(P), const char*, int, int) {
 template <class P>
 void launch(void (*kernel)(P), const char* name, dim3 grid, int threads, int shared, cudaStream_t, const P& params) {
   emulator::run(name, grid, threads, shared, [&] { kernel(params); });
+}
+template <class P>
+void launch_next(void (*kernel)(P), const char* name, dim3 grid, int threads, int shared, cudaStream_t stream,
+                 const P& params) {
+  launch(kernel, name, grid, threads, shared, stream, params);
 }
 
 }  // namespace hsaid::cuda

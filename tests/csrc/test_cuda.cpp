@@ -89,14 +89,15 @@ void check_forward(const Plan& c, const std::string& what, int64_t shift = 0) {
                             holes, based ? tensors.data() : nullptr, out.data() + shift, kDtype<Out>},
                            workspace(), {});
     check_same_bits(out.data(), expected.data(), out.size(), what + ", " + on);
-    CHECK(device().launches.size() == 1, "%s: %zu launches", what.c_str(), device().launches.size());
-    CHECK(workspace_floats * 4 <= (c.params.chunks > 1 ? 40'000'000 : 0), "%s: takes %lld floats", what.c_str(),
+    const bool general = c.params.chunks > 1 || c.params.q < 8;  // z comes from a kernel of its own
+    CHECK(device().launches.size() == (general ? 2 : 1), "%s: %zu launches", what.c_str(), device().launches.size());
+    CHECK(workspace_floats * 4 <= (general ? 44'000'000 : 0), "%s: takes %lld floats", what.c_str(),
           (long long)workspace_floats);
   });
 }
 
 template <class Grad>
-void check_adjoint(const Plan& c, int64_t group_blocks, int64_t missing, const std::string& what) {
+void check_adjoint(const Plan& c, int64_t run_blocks, int64_t missing, const std::string& what) {
   const auto grads = tensors_of<Grad>(c, true);
   auto views = views_of(grads);
   auto tensors = device_tensors(grads);
@@ -106,22 +107,21 @@ void check_adjoint(const Plan& c, int64_t group_blocks, int64_t missing, const s
   }
   const int64_t segments = c.segments.size();
   std::vector<float> padded((int64_t)c.params.chunks << c.params.q), expected(segments);
-  fastfood_adjoint(
-      {c.params, c.theta.data(), c.factors.data(), c.segments.data(), segments, views.data(), group_blocks},
-      padded.data(), expected.data(), fake_threads(1));
+  fastfood_adjoint({c.params, c.theta.data(), c.factors.data(), c.segments.data(), segments, views.data(), run_blocks},
+                   padded.data(), expected.data(), fake_threads(1));
   on_devices([&](const std::string& on) {
     std::vector<float> dtheta(c.params.dim + 2, NAN), dfactors(segments + 2, NAN);
     dtheta.front() = dtheta.back() = dfactors.front() = dfactors.back() = kGuard<float>;
     device().launches.clear();
     cuda::fastfood_adjoint(
-        {c.params, c.theta.data(), c.factors.data(), c.segments.data(), segments, tensors.data(), group_blocks},
+        {c.params, c.theta.data(), c.factors.data(), c.segments.data(), segments, tensors.data(), run_blocks},
         dtheta.data() + 1, dfactors.data() + 1, workspace(), {});
     check_same_bits(dtheta.data() + 1, padded.data(), c.params.dim, what + ", dtheta, " + on);
     check_same_bits(dfactors.data() + 1, expected.data(), segments, what + ", dfactors, " + on);
     for (float guard : {dtheta.front(), dtheta.back(), dfactors.front(), dfactors.back()})
       CHECK(guard == kGuard<float>, "%s: written outside", what.c_str());
-    CHECK(workspace_floats * 4 <= 40'000'000, "%s: takes %lld floats", what.c_str(), (long long)workspace_floats);
-    CHECK(device().launches.size() == 4, "%s: %zu launches", what.c_str(), device().launches.size());
+    CHECK(workspace_floats * 4 <= 68'000'000, "%s: takes %lld floats", what.c_str(), (long long)workspace_floats);
+    CHECK(device().launches.size() <= 4, "%s: %zu launches", what.c_str(), device().launches.size());
   });
 }
 
@@ -202,7 +202,7 @@ void test_many_pieces() {
                           tensors.data(), out.data(), Dtype::kFloat},
                          workspace(), {});
   check_same_bits(out.data(), expected.data(), out.size(), "many pieces");
-  CHECK(device().launches.size() == 2, "%zu launches", device().launches.size());
+  CHECK(device().launches.size() == 4, "%zu launches", device().launches.size());
   device().last_thread_first = device().last_block_first = false;
   std::vector<float> padded(32), dfactors_expected(count), dtheta(c.params.dim), dfactors(count);
   fastfood_adjoint({c.params, c.theta.data(), c.factors.data(), c.segments.data(), count, views.data(), 24},
@@ -212,7 +212,7 @@ void test_many_pieces() {
                          dtheta.data(), dfactors.data(), workspace(), {});
   check_same_bits(dtheta.data(), padded.data(), c.params.dim, "many pieces, dtheta");
   check_same_bits(dfactors.data(), dfactors_expected.data(), count, "many pieces, dfactors");
-  CHECK(device().launches.size() == 8, "%zu launches", device().launches.size());
+  CHECK(device().launches.size() == 6, "%zu launches", device().launches.size());
 }
 
 // More groups than have a place: 64 chunks of 64 KB leave seven.
@@ -236,7 +236,7 @@ void test_waves() {
                          dtheta.data(), dfactors.data(), workspace(), {});
   check_same_bits(dtheta.data(), padded.data(), c.params.dim, "waves, dtheta");
   check_same_bits(dfactors.data(), expected.data(), 2, "waves, dfactors");
-  CHECK(workspace_floats * 4 <= 40'000'000, "%lld floats", (long long)workspace_floats);
+  CHECK(workspace_floats * 4 <= 68'000'000, "%lld floats", (long long)workspace_floats);
   CHECK(device().launches.size() == 7, "%zu launches", device().launches.size());
 }
 

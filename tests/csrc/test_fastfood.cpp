@@ -69,25 +69,33 @@ struct Gradients {
 
 // grad(segment, e): the gradient of element e of a segment, as a float.
 template <class Grad>
-Gradients scalar_adjoint(const Case& c, int64_t group_blocks, int64_t missing, Grad&& grad) {
+Gradients scalar_adjoint(const Case& c, int64_t run_blocks, int64_t missing, Grad&& grad) {
   const Params& p = c.params;
   const int64_t n = width(p);
   Gradients sums{std::vector<float>(p.chunks * n), std::vector<float>(c.segments.size())};
   for (size_t i = 0; i < c.segments.size(); ++i) {
     const Segment& s = c.segments[i];
     if (s.tensor == missing) continue;
-    std::vector<float> u(p.chunks * n), group(p.chunks * n);
+    std::vector<float> u(p.chunks * n), group(p.chunks * n), run(p.chunks * n);
+    const auto add = [](std::vector<float>& to, std::vector<float>& from) {
+      for (size_t k = 0; k < to.size(); ++k) to[k] += from[k];
+      std::fill(from.begin(), from.end(), 0.0f);
+    };
     const int64_t blocks = num_blocks(p, s);
-    for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t runs = 16384 / n, of_group = runs * run_blocks;
+    for (int64_t i = 0; i < (blocks + of_group - 1) / of_group * of_group; ++i) {  // group by group, run by run
+      const int64_t block = i / of_group * of_group + i % run_blocks * runs + i % of_group / run_blocks;
+      if (i % run_blocks == 0) add(group, run);
+      if (i % of_group == 0) add(u, group);
+      if (block >= blocks) continue;
       std::vector<float> y(n);
       for (int64_t k = 0; k < n && block * n + k < s.rows * s.cols; ++k) y[k] = grad(s, block * n + k);
       scalar_transposed(y.data(), p.q);
       for (int chunk = 0; chunk < p.chunks; ++chunk)
-        for (int64_t k = 0; k < n; ++k) group[chunk * n + k] += diagonal_at(p, s, block, chunk, k) * y[k];
-      if ((block + 1) % group_blocks && block + 1 < blocks) continue;
-      for (size_t k = 0; k < u.size(); ++k) u[k] += group[k];
-      std::fill(group.begin(), group.end(), 0.0f);
+        for (int64_t k = 0; k < n; ++k) run[chunk * n + k] += diagonal_at(p, s, block, chunk, k) * y[k];
     }
+    add(group, run);
+    add(u, group);
     for (int chunk = 0; chunk < p.chunks; ++chunk) {
       const std::vector<float> z = scalar_z(c, s, chunk);
       std::vector<float> products(n), v(n);
@@ -141,18 +149,18 @@ void check_forward(const Case& c, const std::vector<float>& steps, bool dense, c
 }
 
 template <class Grad>
-void check_adjoint(const Case& c, int64_t group_blocks, bool dense, int64_t missing, const std::string& what) {
+void check_adjoint(const Case& c, int64_t run_blocks, bool dense, int64_t missing, const std::string& what) {
   const auto grads = tensors_of<Grad>(c, dense);
   auto views = views_of(grads);
   if (missing >= 0) views[missing].data = nullptr;
   const Gradients expected = scalar_adjoint(
-      c, group_blocks, missing, [&](const Segment& s, int64_t e) { return grads[s.tensor].at(element(s, e)); });
+      c, run_blocks, missing, [&](const Segment& s, int64_t e) { return grads[s.tensor].at(element(s, e)); });
   const int64_t size = expected.dtheta.size(), segments = c.segments.size();
   for_each_isa([&](const std::string& isa) {
     for (int64_t threads : {1, 3}) {
       std::vector<float> dtheta(size + 2, kGuard<float>), dfactors(segments + 2, kGuard<float>);
       fastfood_adjoint(
-          {c.params, c.theta.data(), c.factors.data(), c.segments.data(), segments, views.data(), group_blocks},
+          {c.params, c.theta.data(), c.factors.data(), c.segments.data(), segments, views.data(), run_blocks},
           dtheta.data() + 1, dfactors.data() + 1, fake_threads(threads));
       const std::string name = what + ", " + isa + ", threads " + std::to_string(threads);
       check_same_bits(dtheta.data() + 1, expected.dtheta.data(), size, name + ", dtheta");
