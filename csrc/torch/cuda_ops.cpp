@@ -2,8 +2,6 @@
 // Schemas and their meaning stand in hsaid_kernels/ops.py. The plan's tables are on the CPU: they are checked here and
 // travel as kernel parameters.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -12,49 +10,58 @@
 
 #include "../cuda/fastfood.h"
 #include "arguments.h"
+#if defined(USE_CUDA)
+#include "cuda_device.h"
+#else
+#include "emulated_device.h"  // of tests/csrc: the same ops on the CPU, over the emulated device
+#endif
 
 namespace {
 
 namespace cuda = hsaid::cuda;
 
-cudaStream_t current_stream(const Tensor& like) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-  return (cudaStream_t)stream;
-}
+// Of the arguments of a call, which all lie on theta's device. A call has hundreds: each is asked as little as will do.
+struct Arguments {
+  explicit Arguments(const Tensor& theta) : device(theta.get_device_index()) {}
 
-void check_device(const Tensor& t, const Tensor& theta, const char* what) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == theta.get_device_index(), what,
-                  ": expected a tensor on CUDA device ", theta.get_device_index(), ", where theta is, got one on ",
-                  t.is_cuda() ? "another CUDA device" : "the CPU");
-}
+  void check_device(const Tensor& t, const char* what) const {
+    const bool there = is_on_device(t);
+    STD_TORCH_CHECK(there && t.get_device_index() == device, what, ": expected a tensor on ", kDeviceName, " ", device,
+                    ", where theta is, got one on ", there ? "another one" : "the CPU");
+  }
+
+  const float* floats(const Tensor& t, int64_t count, const char* what) const {
+    check_device(t, what);
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.numel() == count, what,
+                    ": expected a float32 tensor of ", count, " values");
+    return t.const_data_ptr<float>();
+  }
+
+  // The tensor itself, or a row-major copy of one with other strides.
+  cuda::DeviceTensor dense(const Tensor& t, const char* what) {
+    check_device(t, what);
+    const hsaid::Dtype dtype = dtype_of(t.scalar_type(), what);
+    if (t.is_contiguous()) return {t.const_data_ptr(), dtype};  // contiguous() would be a call of torch's dispatcher
+    kept.push_back(torch::stable::contiguous(t));
+    return {kept.back().const_data_ptr(), dtype};
+  }
+
+  // Memory of torch's allocator, which may take it back once the stream has come as far as the call.
+  cuda::Workspace workspace(const Tensor& like) {
+    return [&like, this](int64_t floats) {
+      kept.push_back(torch::stable::new_empty(like, {floats}, ScalarType::Float));
+      return kept.back().mutable_data_ptr<float>();
+    };
+  }
+
+  const int32_t device;
+  std::vector<Tensor> kept;
+};
 
 // Makes theta's device the current one.
-torch::stable::accelerator::DeviceGuard guard_for(const Tensor& theta, const char* what) {
-  STD_TORCH_CHECK(theta.is_cuda(), what, ": expected a tensor on a CUDA device, got one on the CPU");
-  return torch::stable::accelerator::DeviceGuard(theta.get_device_index());
-}
-
-const float* floats(const Tensor& t, const Tensor& theta, int64_t count, const char* what) {
-  check_device(t, theta, what);
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.numel() == count, what,
-                  ": expected a float32 tensor of ", count, " values");
-  return t.const_data_ptr<float>();
-}
-
-// The tensor itself, or row-major copies in `kept` of one with other strides.
-cuda::DeviceTensor dense(const Tensor& t, const Tensor& theta, const char* what, std::vector<Tensor>& kept) {
-  check_device(t, theta, what);
-  kept.push_back(torch::stable::contiguous(t));
-  return {kept.back().const_data_ptr(), dtype_of(t.scalar_type(), what)};
-}
-
-// Memory of torch's allocator, which may take it back once the stream has come as far as the call.
-cuda::Workspace workspace(const Tensor& like, std::vector<Tensor>& kept) {
-  return [&like, &kept](int64_t floats) {
-    kept.push_back(torch::stable::new_empty(like, {floats}, ScalarType::Float));
-    return kept.back().mutable_data_ptr<float>();
-  };
+DeviceGuard guard_for(const Tensor& theta, const char* what) {
+  STD_TORCH_CHECK(is_on_device(theta), what, ": expected a tensor on a ", kDeviceName, ", got one on the CPU");
+  return DeviceGuard(theta.get_device_index());
 }
 
 Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, Tensor segments, int64_t seed,
@@ -65,41 +72,43 @@ Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, 
   const CheckedPlan plan =
       check_plan(theta, segments, seed, width, rademacher, base.empty() ? -1 : (int64_t)base.size());
   const hsaid::Dtype out_dtype = dtype_of(dtype, "dtype");
-  std::vector<Tensor> kept;
+  Arguments arguments(theta);
   std::vector<cuda::DeviceTensor> tensors;
+  tensors.reserve(base.size());
   for (const Tensor& t : base) {
-    tensors.push_back(dense(t, theta, "base", kept));
+    tensors.push_back(arguments.dense(t, "base"));
     check_base_dtype(tensors.back().dtype, out_dtype);
   }
   const hsaid::Segment* hole_rows = check_written(plan, base, holes, numel);
   Tensor out = torch::stable::new_empty(theta, {numel}, dtype);
   cuda::fastfood_forward(
-      {plan.params, floats(theta, theta, plan.params.dim, "theta"),
-       floats(factors, theta, plan.num_segments, "factors"), plan.segments, plan.num_segments, hole_rows, holes.size(0),
-       tensors.empty() ? nullptr : tensors.data(), out.mutable_data_ptr(), out_dtype},
-      workspace(theta, kept), current_stream(theta));
+      {plan.params, arguments.floats(theta, plan.params.dim, "theta"),
+       arguments.floats(factors, plan.num_segments, "factors"), plan.segments, plan.num_segments, hole_rows,
+       holes.size(0), tensors.empty() ? nullptr : tensors.data(), out.mutable_data_ptr(), out_dtype},
+      arguments.workspace(theta), current_stream(theta));
   return out;
 }
 
 std::tuple<Tensor, Tensor> fastfood_adjoint(Tensor theta, Tensor factors, std::vector<std::optional<Tensor>> grads,
                                             Tensor segments, int64_t seed, int64_t width, bool rademacher,
-                                            int64_t group_blocks) {
+                                            int64_t run_blocks) {
   const auto guard = guard_for(theta, "theta");
   theta = torch::stable::contiguous(theta);
   factors = torch::stable::contiguous(factors);
   const CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, grads.size());
-  check_group_blocks(group_blocks);
-  std::vector<Tensor> kept;
+  check_run_blocks(run_blocks);
+  Arguments arguments(theta);
   std::vector<cuda::DeviceTensor> tensors;
+  tensors.reserve(grads.size());
   for (const std::optional<Tensor>& t : grads)
-    tensors.push_back(t ? dense(*t, theta, "grads", kept) : cuda::DeviceTensor{nullptr, hsaid::Dtype::kFloat});
+    tensors.push_back(t ? arguments.dense(*t, "grads") : cuda::DeviceTensor{nullptr, hsaid::Dtype::kFloat});
   check_read(plan, grads);
   Tensor dtheta = torch::stable::empty_like(theta), dfactors = torch::stable::empty_like(factors);
-  cuda::fastfood_adjoint({plan.params, floats(theta, theta, plan.params.dim, "theta"),
-                          floats(factors, theta, plan.num_segments, "factors"), plan.segments, plan.num_segments,
-                          tensors.data(), group_blocks},
-                         dtheta.mutable_data_ptr<float>(), dfactors.mutable_data_ptr<float>(), workspace(theta, kept),
-                         current_stream(theta));
+  cuda::fastfood_adjoint({plan.params, arguments.floats(theta, plan.params.dim, "theta"),
+                          arguments.floats(factors, plan.num_segments, "factors"), plan.segments, plan.num_segments,
+                          tensors.data(), run_blocks},
+                         dtheta.mutable_data_ptr<float>(), dfactors.mutable_data_ptr<float>(),
+                         arguments.workspace(theta), current_stream(theta));
   return {dtheta, dfactors};
 }
 
@@ -109,9 +118,9 @@ Tensor hadamard_transform(Tensor x, double scale) {
   Tensor out = torch::stable::empty_like(x);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x: expected a last dimension of at least 1");
   const int64_t dim = x.size(x.dim() - 1);
-  std::vector<Tensor> kept;
+  Arguments arguments(x);
   cuda::hadamard_transform(x.const_data_ptr(), out.mutable_data_ptr(), dtype_of(x.scalar_type(), "x"), x.numel() / dim,
-                           dim, scale, workspace(x, kept), current_stream(x));
+                           dim, scale, arguments.workspace(x), current_stream(x));
   return out;
 }
 
@@ -127,7 +136,7 @@ Tensor stream_values(Tensor like, int64_t seed, int64_t stream, int64_t purpose,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(hsaid_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(HSAID_NAMESPACE, HSAID_DISPATCH_KEY, m) {
   m.impl("fastfood_forward", TORCH_BOX(&fastfood_forward));
   m.impl("fastfood_adjoint", TORCH_BOX(&fastfood_adjoint));
   m.impl("hadamard_transform", TORCH_BOX(&hadamard_transform));
