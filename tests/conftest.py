@@ -20,6 +20,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     InterpretedFunction.__call__ = call
 
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu-backend", choices=("cuda", "triton"), help="in tests/test_gpu.py, this one only")
+
+
 NO_CPU = pytest.param("none", marks=pytest.mark.skip(reason=f"cpu: {available_backends()['cpu']}"))
 
 

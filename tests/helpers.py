@@ -80,9 +80,9 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact.double()).norm() / exact.double().norm())
 
 
-def poison(numel: int, dtype: torch.dtype = torch.float32) -> None:
+def poison(numel: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
     """Leaves NaN in memory that the next tensor of this size is likely to get, so that unwritten elements show."""
-    for tensor in [torch.full((numel,), torch.nan, dtype=dtype) for _ in range(4)]:
+    for tensor in [torch.full((numel,), torch.nan, dtype=dtype, device=device) for _ in range(4)]:
         del tensor
 
 

@@ -1,16 +1,19 @@
 """The GPU backends, CUDA and Triton: the CPU backend's bits, determinism, graphs, streams, devices, bad input.
 
     pytest -m gpu                                on a machine with a GPU
-    TRITON_INTERPRET=1 pytest tests/test_gpu.py  the Triton kernels on the CPU, by Triton's interpreter, at small sizes
+    HSAID_EMULATED=1 pytest tests/test_gpu.py    CUDA's ops and kernels on the CPU over the emulated device, small sizes
+    TRITON_INTERPRET=1 pytest tests/test_gpu.py  Triton's, by its interpreter
 
 What of the CUDA kernels needs no device, every width and kind of segment under sanitizers, is tests/csrc/test_cuda.cpp.
 """
 
+import math
 import os
 
 import pytest
 import shapes
 import torch
+from emulated import emulate_cuda
 from helpers import assert_same_bits, poison
 from torch import nn
 
@@ -19,14 +22,16 @@ from hsaid_kernels.attention import find_attention
 from hsaid_kernels.plan import Plan, Segment, whole
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-on_a_device = pytest.mark.skipif(
-    INTERPRETED, reason="for a device: too large for the interpreter, or not to be had there"
-)
+EMULATED = os.environ.get("HSAID_EMULATED") == "1"
+ON_CPU = INTERPRETED or EMULATED
+DEVICE = torch.device("cpu") if ON_CPU else torch.device("cuda", 0)
+pytestmark = [] if ON_CPU else [pytest.mark.gpu]
+on_a_device = pytest.mark.skipif(ON_CPU, reason="for a device: too large for a CPU, or not to be had there")
+if EMULATED:
+    emulate_cuda()
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SMALL = {"a": (3, 2000 if INTERPRETED else 12000), "b": (1003,), "c": (7,), "w": (70, 96)}
+SMALL = {"a": (3, 2000 if ON_CPU else 12000), "b": (1003,), "c": (7,), "w": (70, 96)}
 BANDS = [
     whole("a", SMALL["a"]),
     whole("b", SMALL["b"]),
@@ -35,16 +40,20 @@ BANDS = [
 ]
 
 
-@pytest.fixture(params=["triton"] if INTERPRETED else ["cuda", "triton"])
+@pytest.fixture(params=["triton"] if INTERPRETED else ["cuda"] if EMULATED else ["cuda", "triton"])
 def backend(request):
+    wanted = request.config.getoption("--gpu-backend")
+    if wanted not in (None, request.param):
+        pytest.skip(f"left out: --gpu-backend={wanted}")
     reason = available_backends()[request.param]
     if reason is not True:
+        if ON_CPU or torch.cuda.is_available():  # where there is a GPU, its backends are to be there
+            pytest.fail(f"{request.param}: {reason}")
         pytest.skip(f"{request.param}: {reason}")
     return request.param
 
 
-def kernels(backend: str):
-    return torch.ops.hsaid_kernels_triton if backend == "triton" else torch.ops.hsaid_kernels
+kernels = ops._kernels
 
 
 def values(plan: Plan, dtype: torch.dtype) -> torch.Tensor:
@@ -61,6 +70,7 @@ def both(plan: Plan, dtype: torch.dtype, backend: str, missing: tuple[int, ...] 
         tensors = plan.views(flat.to(device))
         grads = [None if i in missing else t for i, t in enumerate(tensors)]
         on = theta.to(device), factors.to(device)
+        poison(plan.numel, dtype, device)
         yield (
             ops.fastfood_forward(plan, *on, tensors, dtype, name).cpu(),
             *(x.cpu() for x in ops.fastfood_adjoint(plan, *on, grads, name)),
@@ -81,6 +91,37 @@ def test_all_of_mbert(dim, diagonal, dtype, backend):
     assert_same_everywhere(Plan(shapes.mbert(), dim, seed=5, diagonal=diagonal), dtype, backend)
 
 
+@pytest.mark.skipif(not EMULATED, reason="where there is a device, mBERT is not scaled down")
+def test_all_of_a_small_mbert(backend):
+    small = shapes._bert("bert.", 1000, 64, 2, 12, 32, 128) | {"classifier.weight": (2, 32), "classifier.bias": (2,)}
+    assert list(small) == list(shapes.mbert())
+    plan = Plan(small, 500, seed=5)
+    plan.run_blocks = 2
+    assert_same_everywhere(plan, torch.bfloat16, backend, missing=(3, 200))
+
+
+def test_gradients_of_every_kind(backend):
+    """Expanded, transposed, sparse, of a slice, lazily negated and missing ones."""
+    plan = Plan({"a": (70, 30), "b": (40, 25), "c": (50, 8), "d": (6, 11), "e": (90,), "f": (3,)}, 60, seed=3)
+    rows = torch.tensor([[7, 3, 7]])
+    grads = [
+        torch.randn(1).expand(70, 30),
+        torch.randn(25, 40).T,
+        torch.sparse_coo_tensor(rows, torch.randn(3, 8), (50, 8)),
+        torch.randn(6, 30)[:, 4:15],
+        torch.randn(90, dtype=torch.complex64).conj().imag,
+        None,
+    ]
+    assert grads[4].is_neg()
+    theta, factors = torch.randn(60), plan.scales
+    expected = ops.fastfood_adjoint(plan, theta, factors, grads, "reference")
+    got = ops.fastfood_adjoint(
+        plan, theta.to(DEVICE), factors.to(DEVICE), [g if g is None else g.to(DEVICE) for g in grads], backend
+    )
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a.cpu(), b)
+
+
 @pytest.mark.parametrize("dim, diagonal", [(1000, "gaussian"), (16384, "rademacher")])
 def test_a_tensor_of_mbert(dim, diagonal, backend):
     names = ["bert.pooler.dense.weight", "bert.pooler.dense.bias"]
@@ -98,11 +139,14 @@ def test_every_width(q, diagonal, segments, backend):
         if segments is None or (diagonal == "gaussian") != (q % 2 == 0):
             pytest.skip("left out: the interpreter takes seconds for each, the compiler too")
         cases = [cases[q % 6]]
-    if INTERPRETED:
+    elif EMULATED:  # tests/csrc/test_cuda.cpp has the others
+        cases = [cases[q % 6]]
+    if ON_CPU:
         tensors = SMALL | {"a": (3, 2 * max(width, 4096) // 3)}
         segments = [whole("a", tensors["a"]), *BANDS[1:]]
     for dim, dtype in cases:
         plan = Plan(tensors, dim, seed=2**64 - 5, width=width, diagonal=diagonal, segments=segments)
+        plan.run_blocks = 1 + q % 3
         assert_same_everywhere(plan, dtype, backend)
 
 
@@ -143,16 +187,16 @@ def test_missing_gradients(backend):
     assert_same_everywhere(plan, torch.float32, backend, missing=(0, 1, 2, 3))
 
 
-def test_sums_that_do_not_fit_come_in_waves(monkeypatch):
+def test_sums_that_do_not_fit_come_in_waves(monkeypatch, backend):
     """Segments that end in the same wave, go on in the next and in one after that."""
-    if available_backends()["triton"] is not True:
-        pytest.skip(f"triton: {available_backends()['triton']}")
+    if backend != "triton":
+        pytest.skip("Triton's: its tables can be made for less memory than there is")
     from hsaid_kernels._triton import tables
 
     for most in (1, 2, 5):
         monkeypatch.setattr(tables, "SUMS_FLOATS", most << 12)
         plan = Plan({"a": (9 * 4096 + 5,), "b": (7,), "c": (3 * 4096,)}, 3000, seed=5, width=4096)
-        plan.group_blocks = 2
+        plan.run_blocks = 2
         assert_same_everywhere(plan, torch.float32, "triton", missing=() if most == 2 else (1,))
 
 
@@ -169,7 +213,7 @@ def test_no_base(backend, bfloat16_by_default):
         plan = Plan(SMALL, 500, segments=BANDS)
     theta, factors = torch.randn(500, dtype=torch.float32), plan.scales.clone()
     for dtype in DTYPES:
-        poison(plan.numel, dtype)
+        poison(plan.numel, dtype, DEVICE)
         got = ops.fastfood_forward(plan, theta.to(DEVICE), factors.to(DEVICE), [], dtype, backend)
         assert_same_bits(got.cpu(), ops.fastfood_forward(plan, theta, factors, [], dtype, "cpu"))
 
@@ -198,7 +242,7 @@ def test_odd_values(value, backend):
     for t in tensors:
         t[::3] = value
     on = theta.to(DEVICE), factors.to(DEVICE)
-    for dtype in [torch.bfloat16] if INTERPRETED else DTYPES:
+    for dtype in [torch.bfloat16] if ON_CPU else DTYPES:
         of_dtype = [t.to(dtype) for t in tensors]
         moved = [t.to(DEVICE) for t in of_dtype]
         got = ops.fastfood_forward(plan, *on, moved, dtype, backend), *ops.fastfood_adjoint(plan, *on, moved, backend)
@@ -231,7 +275,7 @@ def test_theta_of_many_chunks_in_little_memory(backend):
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     ops.fastfood_adjoint(plan, theta, factors, tensors, backend)
-    assert torch.cuda.max_memory_allocated() - before <= 45e6
+    assert torch.cuda.max_memory_allocated() - before <= 70e6
 
 
 @on_a_device
@@ -273,11 +317,11 @@ def test_twenty_runs_of_all_that_goes_through_memory(width, backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 31, 64, 500, 1024, 3000, 16384, 32768, 40000, 2**17, 2**20, 2**21])
 def test_hadamard_transform(dim, dtype, backend):
-    if INTERPRETED and dim > 2**17:
-        pytest.skip("too long for the interpreter")
+    if ON_CPU and dim > 2**17:
+        pytest.skip("too long for a CPU")
     x = torch.randn(3, dim).to(dtype)
-    poison(3 * dim)
     on = x.to(DEVICE)
+    poison(3 * dim, dtype, DEVICE)
     assert_same_bits(hadamard_transform(on, 0.3, backend).cpu(), hadamard_transform(x, 0.3))
     if dim > 1:  # rows that begin anywhere
         assert_same_bits(hadamard_transform(on[:, :-1], 0.3, backend).cpu(), hadamard_transform(x[:, :-1], 0.3))
@@ -306,7 +350,7 @@ def test_stream_values(width, backend):
 
 def model() -> nn.Module:
     torch.manual_seed(3)
-    hidden = [] if INTERPRETED else [nn.Linear(300, 300), nn.ReLU()]
+    hidden = [] if ON_CPU else [nn.Linear(300, 300), nn.ReLU()]
     return nn.Sequential(nn.Linear(40, 300), nn.ReLU(), *hidden, nn.Linear(300, 4))
 
 
@@ -316,14 +360,14 @@ def test_training_ends_where_it_does_on_the_cpu_within_rounding(backend):
     for name, device in (("cpu", torch.device("cpu")), (backend, DEVICE)):
         hsaid = HSAID(model().to(device), intrinsic_dim=300, partition="said", backend=name)
         optimizer = torch.optim.SGD(hsaid.parameters(), lr=0.5)
-        for _ in range(2 if INTERPRETED else 5):
+        for _ in range(2 if ON_CPU else 5):
             loss = nn.functional.cross_entropy(hsaid(x.to(device)), y.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         losses[name] = loss.item()
         assert hsaid.theta.device.type == device.type
-    assert losses[backend] == pytest.approx(losses["cpu"], rel=0 if INTERPRETED else 1e-4)
+    assert losses[backend] == pytest.approx(losses["cpu"], rel=0 if ON_CPU else 1e-4)
 
 
 @on_a_device
@@ -374,7 +418,7 @@ def test_compiled_into_cuda_graphs(backend, monkeypatch):
         torch.manual_seed(0)
         hsaid = HSAID(model().to(DEVICE), intrinsic_dim=300, partition="said", backend=backend)
         module = torch.compile(hsaid, mode=mode, fullgraph=True) if mode else hsaid
-        optimizer = torch.optim.SGD(hsaid.parameters(), lr=0.5)
+        optimizer = torch.optim.SGD(hsaid.parameters(), lr=0.05)
         for _ in range(8):
             if mode:
                 torch.compiler.cudagraph_mark_step_begin()
@@ -383,7 +427,7 @@ def test_compiled_into_cuda_graphs(backend, monkeypatch):
             loss.backward()
             optimizer.step()
         losses.append(loss.item())
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert math.isfinite(losses[0]) and losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert recorded, "inductor found something that no CUDA graph can hold"
 
 
@@ -428,7 +472,7 @@ def test_opcheck(backend):
     torch.library.opcheck(
         op.fastfood_forward.default, (theta, factors, tensors, *table, plan.holes, plan.numel, torch.float32)
     )
-    torch.library.opcheck(op.fastfood_adjoint.default, (theta, factors, [tensors[0], None], *table, plan.group_blocks))
+    torch.library.opcheck(op.fastfood_adjoint.default, (theta, factors, [tensors[0], None], *table, plan.run_blocks))
     torch.library.opcheck(op.hadamard_transform.default, (torch.randn(2, 5, device=DEVICE, requires_grad=True), 0.5))
     torch.library.opcheck(op.stream_values.default, (theta, 7, -5, 0, 3, 1, 64, False))
 
@@ -500,17 +544,17 @@ def test_bad_arguments(changes, message, backend):
     given = arguments()
     with pytest.raises(RuntimeError, match=message):
         kernels(backend).fastfood_forward(**(given | changes(given)))
-    if not INTERPRETED:
+    if not ON_CPU:
         torch.cuda.synchronize()
 
 
 def test_bad_arguments_of_the_others(backend):
     plan, op = Plan(SMALL, 200), kernels(backend)
     theta, factors, grads = torch.ones(200, device=DEVICE), plan.scales.to(DEVICE), [None] * 4
-    with pytest.raises(RuntimeError, match="group_blocks: expected .*1.*, got 0"):
+    with pytest.raises(RuntimeError, match="run_blocks: expected .*1.*, got 0"):
         op.fastfood_adjoint(theta, factors, grads, plan.segments, 0, 256, False, 0)
     if backend == "triton":
-        with pytest.raises(RuntimeError, match="group_blocks: Triton expects at most 524287, got 67108864"):
+        with pytest.raises(RuntimeError, match="run_blocks: Triton expects at most 524287, got 67108864"):
             op.fastfood_adjoint(theta, factors, grads, plan.segments, 0, 256, False, 2**26)
     with pytest.raises(RuntimeError, match="grads: tensor 1 has 1002 elements, the plan needs 1003"):
         short = [None, torch.ones(1002, device=DEVICE), None, None]
