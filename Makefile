@@ -9,9 +9,14 @@
 #   make bench-full    all of them, twenty minutes: writes benchmarks/results/<cpu>.json
 #   make report        from the results there to README's table, docs/benchmarks.md and docs/plots/
 #
-# On a machine with an NVIDIA GPU and nvcc, with the python3 that is there and has torch and pytest, installing nothing:
+# On a machine with an NVIDIA GPU and nvcc, with the python3 that is there and has torch, pytest and pytest-xdist,
+# installing nothing:
 #
-#   make gpu      build for this GPU, test and sanitize the kernels, measure, write benchmarks/results/<gpu>.json
+#   make gpu          build for this GPU, test, measure, sanitize: benchmarks/stages.py says which stages there are
+#
+# Without a GPU, but with nvcc and gigabytes to fetch:
+#
+#   make cuda-check   build with, and load into, the oldest and the newest torch for CUDA
 #
 # PYTHON chooses the interpreter (3.10 or newer), VENV the folder of the virtual environment.
 
@@ -22,13 +27,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CMAKE := $(abspath $(BIN))/cmake
 
-.PHONY: train test triton-versions lint bench bench-full report gpu clean
+.PHONY: train test triton-versions cuda-check lint bench bench-full report gpu clean
 
 train: $(VENV)/.installed
 	$(BIN)/hsaid train $(ARGS)
 
 test: $(VENV)/.installed-test lint build/cmake/test_core
 	$(BIN)/python -m pytest $(ARGS)
+	@echo "The CUDA ops and kernels, over the emulated device:"
+	HSAID_EMULATED=1 $(BIN)/python -m pytest -q tests/test_gpu.py
 	@echo "The Triton kernels, by Triton's interpreter:"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_gpu.py
 
@@ -40,6 +47,9 @@ triton-versions: $(VENV)/.installed-test
 	  PYTHONPATH=$$folder $(BIN)/python -m pytest -q tests/test_triton.py || exit 1; \
 	  PYTHONPATH=$$folder TRITON_INTERPRET=1 $(BIN)/python -W ignore -m pytest -q tests/test_gpu.py || exit 1; \
 	done
+
+cuda-check:
+	PYTHON="$(PYTHON)" .ci/cuda-check
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -56,16 +66,8 @@ bench-full: $(VENV)/.installed-test
 report: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/report.py
 
-gpu: export PYTHONPATH := .
 gpu:
-	cmake -S . -B build/gpu -G Ninja -DHSAID_CUDA=ON -DHSAID_CUDA_ARCHITECTURES=native -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
-	cmake --build build/gpu --target _cpu _cuda
-	cmake --install build/gpu --prefix "$(CURDIR)/hsaid_kernels"
-	$(PYTHON) -m pytest -m gpu tests/test_gpu.py $(ARGS)
-	for tool in memcheck racecheck synccheck initcheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 --print-limit 5 $(PYTHON) benchmarks/gpu.py --small || exit 1; \
-	done
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/stages.py
 
 # The libraries go into hsaid_kernels/, where the editable installation finds them.
 $(VENV)/.installed: constraints.txt $(SOURCES)
@@ -81,8 +83,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 build/cmake/test_core: $(VENV)/.installed $(wildcard tests/csrc/*)
-	@$(CMAKE) -B build/cmake -DHSAID_TESTS=ON > /dev/null
-	@$(CMAKE) --build build/cmake --target test_core test_cuda test_cuda_sanitized
+	@$(CMAKE) -B build/cmake -DHSAID_TESTS=ON -DPython_EXECUTABLE="$(abspath $(BIN))/python" > /dev/null
+	@$(CMAKE) --build build/cmake --target test_core test_cuda test_cuda_sanitized _emulated
 	@touch $@
 
 clean:

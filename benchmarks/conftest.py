@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import gpu
 import pytest
 import report
 import results
@@ -37,7 +36,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: takes long; only with --full")
-    config.stash[ABOUT] = gpu.machine() if gpu.BACKENDS else results.machine()  # now: files may change while it runs
+    config.stash[ABOUT] = results.machine()  # now: files may change while it runs
     config.stash[ROWS] = []
     config.stash[CUT_SHORT] = False
     config.option.benchmark_quiet = True  # our table has the ratios

@@ -75,7 +75,7 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "hsaid_kernels": hsaid_kernels.__version__,
-        "commit": output("git", "rev-parse", "HEAD"),
+        "commit": os.environ.get("HSAID_COMMIT") or output("git", "rev-parse", "HEAD"),
         "changed_since": output("git", "status", "--porcelain", "--untracked-files=no") not in ("", "unknown"),
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
     }

@@ -5,15 +5,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import gpu
 import peers
 import pytest
 import report
 import results
+import schedule
 import scipy.linalg
 import shapes
+import stages
 import torch
 from helpers import ISAS
+
+from hsaid_kernels import available_backends
 
 ROOT = Path(__file__).parent.parent
 
@@ -170,3 +176,82 @@ def test_no_speed_of_wrong_kernels(tmp_path, part):
     else:
         assert run.returncode == 0, run.stdout
         assert "The transform alone" in run.stdout
+
+
+# --- `make gpu`, without a GPU
+
+
+def run_stages(out: Path, **variables: str) -> subprocess.CompletedProcess:
+    environment = os.environ | variables | {"OUT": str(out)}
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "stages.py"], env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.skipif(available_backends()["cuda"] is True, reason="the CUDA backend is here")
+def test_stages_end_with_the_reason_where_there_is_no_cuda_backend(tmp_path):
+    run = run_stages(tmp_path, STAGES="1 2 3", HSAID_BUILT="1")
+    assert run.returncode == 1
+    assert f"cuda: {available_backends()['cuda']}" in run.stdout
+    assert "nothing to test or measure" in run.stdout and "[2]" not in run.stdout
+    assert "cuda:" in (tmp_path / "1.log").read_text()
+
+
+def test_stages_that_are_not_there(tmp_path):
+    run = run_stages(tmp_path, STAGES="1 7")
+    assert run.returncode == 1 and "STAGES: expected some of 1 2 3 4 5, got '7'" in run.stderr
+
+
+def test_a_stage_goes_on_after_a_failure_and_ends_in_time(tmp_path, monkeypatch, capsys):
+    python = [sys.executable, "-c"]
+    steps = [
+        stages.Step("fails", 60, [*python, "print('why'); raise SystemExit(3)"]),
+        stages.Step("hangs", 1, [*python, "import time; time.sleep(60)"]),
+        stages.Step("is not there", 60, ["no-such-command"]),
+        stages.Step("works", 60, [*python, "print('rows')"]),
+    ]
+    monkeypatch.setattr(stages, "stages", lambda out: {"2": steps})
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.delenv("STAGES", raising=False)
+    assert stages.main() == 1
+    said = capsys.readouterr().out
+    assert "fails: failed with 3" in said and "why" in said
+    assert "hangs: not done after 1 s" in said and "no-such-command does not start" in said
+    assert "works: ok" in said and "Failed: 2 fails, 2 hangs, 2 is not there." in said
+    assert "rows" in (tmp_path / "2.log").read_text()
+
+
+def test_a_row_that_fails_does_not_end_the_rest(tmp_path, monkeypatch, capsys):
+    def row(number):
+        if number == 2:
+            raise RuntimeError("no such row")
+        return {"what": "row", "number": number}
+
+    for name, value in {
+        "measurements": lambda backend: [(row, (i,)) for i in (1, 2, 3)],
+        "gate": lambda backends: None,
+        "machine": lambda: {"gpu": "A card"},
+        "card": lambda: {"watts": 70.0},
+    }.items():
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(gpu.ops, "choose_backend", lambda *_: "cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"no row from row\(2,\)"):
+        gpu.main()
+    about, rows = results.load(tmp_path / "a-card.json")
+    assert about == {"gpu": "A card"} and [r["number"] for r in rows] == [1, 3] and rows[0]["watts"] == 70.0
+    assert "no such row" in capsys.readouterr().err
+
+
+def test_time_in_which_a_kernel_runs():
+    """One that waits for the one in front of it counts once."""
+    times = [(0, 100), (50, 120), (300, 400), (310, 320)]
+    events = [SimpleNamespace(time_range=SimpleNamespace(start=a, end=b)) for a, b in times]
+    assert gpu.busy(events) == pytest.approx(0.22)
+    assert gpu.busy([]) == 0
+
+
+def test_places_are_taken_as_they_become_free():
+    assert schedule.groups_of([5 * 2**14 + 1, 3, 4 * 2**14], 2) == [2, 2, 2, 2, 2, 1]
+    assert schedule.time_until_done([2, 2, 1], 2) == pytest.approx(3 + 2 * schedule.BESIDE)
