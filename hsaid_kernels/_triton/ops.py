@@ -117,6 +117,7 @@ def _bits(width: int) -> int:
 class _Forward(NamedTuple):
     needed: list[int]
     waves: list[tables.Runs]
+    programs: int  # at most, in a launch
 
 
 def _forward_tables(
@@ -126,8 +127,9 @@ def _forward_tables(
         rows, _ = tables.check_segments(segments, 1 << q, num_base or None)
         hole_rows, needed = tables.check_holes(holes, rows, num_base or None, numel)
         pieces = tables.pieces_of(rows, hole_rows)
-        waves = tables.forward_waves_of(pieces, tile.tile_bits(q), _programs(device, q), chunks, device)
-        return _Forward(needed, waves)
+        programs = _programs(device, q)
+        waves = tables.forward_waves_of(pieces, tile.tile_bits(q), programs, chunks, device)
+        return _Forward(needed, waves, programs)
 
     return _once(segments, (device, q, chunks, num_base, numel, holes.shape, holes.numpy().tobytes()), make)
 
@@ -161,7 +163,7 @@ def fastfood_forward(
 
     out = torch.empty(numel, dtype=dtype, device=device)
     most = max(len(wave.pieces) for wave in made.waves)
-    zs, scratch = _workspace(most * chunks << t, device), _workspace(_programs(device, q) << t, device)
+    zs, scratch = _workspace(most * chunks << t, device), _workspace(made.programs << t, device)
     options = _options(tile.threads(q), 128)
     with _on(device):
         bases = memory.table_of(base or [None] * len(made.needed), made.needed, device, "base")
@@ -169,7 +171,7 @@ def fastfood_forward(
         _check(bases.codes & ~allowed == 0, "base: expected tensors in float32 or in the dtype of the weights")
         for rows, first, pieces in made.waves:
             count = len(pieces) * chunks
-            forward_z_kernel[(min(_programs(device, q), count),)](
+            forward_z_kernel[(min(made.programs, count),)](
                 theta, theta.numel(), chunks, seed, pieces, count, zs, scratch, Q=q, T=t, **options
             )
             fastfood_forward_kernel[(len(first) - 1,)](
