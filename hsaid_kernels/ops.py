@@ -96,9 +96,9 @@ def _kernels(backend: str):
     return getattr(torch.ops, _NAMESPACES[backend])
 
 
-def _load(library: str, key: str, folder: Path = Path(__file__).parent) -> bool | str:
+def _load(library: str, key: str, folder: Path | None = None) -> bool | str:
     """True once the compiled library's kernels are registered under a dispatch key, or the reason why they are not."""
-    path = folder / f"{library}.so"
+    path = (folder or Path(__file__).parent) / f"{library}.so"
     if not path.exists():
         return f"{library} is not built: install the package with a C++ compiler (and nvcc for CUDA) at hand"
     try:

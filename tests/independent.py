@@ -159,20 +159,25 @@ class Model:
         return base + np.concatenate(values)[: len(base)]
 
     def adjoint(self, theta: np.ndarray, factors: dict, grads: dict) -> tuple:
-        """(dtheta, dfactors), the blocks of a tensor added in groups of 24."""
+        """(dtheta, dfactors), the blocks of a tensor added run by run, the runs group by group."""
+        weights = sum(math.prod(shape) for shape in self.shapes.values())
+        run_length, runs = min(22, max(1, weights // 2**14 // 108)), 2**14 // self.n
         dtheta, dfactors = np.zeros((self.chunks, self.n), dtype=F), []
         for name, grad in grads.items():
             padded = np.zeros(-(-len(grad) // self.n) * self.n, dtype=F)
             padded[: len(grad)] = grad
-            u, group = np.zeros((2, self.chunks, self.n), dtype=F)
+            u = np.zeros((self.chunks, self.n), dtype=F)
             blocks = padded.reshape(-1, self.n)
-            for block, g in enumerate(blocks):
-                hg = walsh_hadamard(g, transposed=True)
-                for chunk in range(self.chunks):
-                    group[chunk] += self.g(name, block, chunk) * hg
-                if block % 24 == 23 or block + 1 == len(blocks):
-                    u += group
-                    group[:] = 0
+            for group in range(0, len(blocks), runs * run_length):
+                of_group = np.zeros_like(u)
+                for first in range(group, group + runs):
+                    of_run = np.zeros_like(u)
+                    for block in range(first, min(group + runs * run_length, len(blocks)), runs):
+                        hg = walsh_hadamard(blocks[block], transposed=True)
+                        for chunk in range(self.chunks):
+                            of_run[chunk] += self.g(name, block, chunk) * hg
+                    of_group += of_run
+                u += of_group
             dot = F(0)
             for chunk in range(self.chunks):
                 products = u[chunk] * self.z(name, chunk, theta)

@@ -297,7 +297,9 @@ def test_missing_library(monkeypatch, tmp_path):
 def test_broken_library(monkeypatch, tmp_path):
     (tmp_path / "_cpu.so").write_text("no library")
     monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
-    assert str(ops._load("_cpu", "CPU")).startswith("_cpu.so does not load: ")
+    assert str(ops._load("_cpu", "CPU")).startswith(
+        f"_cpu.so does not load into torch {torch.__version__}, build the package again: "
+    )
 
 
 @needs_cpu
