@@ -144,10 +144,17 @@ _AVAILABLE: dict[str, bool | str] = {
     "triton": _find_triton(),
     "reference": True,
 }
-if "does not load" in str(_AVAILABLE["cuda"]) and _AVAILABLE["triton"] is True:  # a slower one takes its place: why?
-    warnings.warn(f"hsaid_kernels: Triton serves CUDA tensors, because {_AVAILABLE['cuda']}", stacklevel=2)
 _DEVICE_TYPES = {"cuda": "cuda", "cpu": "cpu", "reference": "cpu"}
 _AUTO = {"cuda": ("cuda", "triton"), "xpu": ("triton",), "cpu": ("cpu",)}  # by device type, the first one first
+
+
+def _warn_of_a_broken_library(available: dict[str, bool | str]) -> None:
+    """Says why a slower backend serves CUDA tensors, where that is not because nobody wanted the CUDA library."""
+    if "does not load" in str(available["cuda"]) and available["triton"] is True:
+        warnings.warn(f"hsaid_kernels: Triton serves CUDA tensors, because {available['cuda']}", stacklevel=2)
+
+
+_warn_of_a_broken_library(_AVAILABLE)
 
 
 def available_backends() -> dict[str, bool | str]:

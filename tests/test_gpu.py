@@ -200,6 +200,19 @@ def test_sums_that_do_not_fit_come_in_waves(monkeypatch, backend):
         assert_same_everywhere(plan, torch.float32, "triton", missing=() if most == 2 else (1,))
 
 
+def test_sums_of_many_chunks_come_in_waves(backend):
+    """Of more groups than have a place in CUDA's workspace: a segment goes on in the next wave."""
+    if INTERPRETED:
+        pytest.skip("too long for the interpreter")
+    plan = Plan({"a": (9 * 16384,), "b": (40,)}, 2**20, seed=5, diagonal="rademacher")
+    assert plan.run_blocks == 1
+    theta, factors, tensors = torch.randn(plan.dim), plan.scales, plan.views(values(plan, torch.float32))
+    expected = ops.fastfood_adjoint(plan, theta, factors, tensors, "cpu")
+    got = ops.fastfood_adjoint(plan, theta.to(DEVICE), factors.to(DEVICE), [t.to(DEVICE) for t in tensors], backend)
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a.cpu(), b)
+
+
 @pytest.fixture
 def bfloat16_by_default():
     torch.set_default_dtype(torch.bfloat16)

@@ -302,6 +302,15 @@ def test_broken_library(monkeypatch, tmp_path):
     )
 
 
+def test_a_slower_backend_does_not_serve_unexplained(recwarn):
+    reason = "_cuda.so does not load into torch 2.11.0: undefined symbol: of_ours"
+    ops._warn_of_a_broken_library({"cuda": "_cuda is not built: ...", "triton": True})
+    ops._warn_of_a_broken_library({"cuda": reason, "triton": "no GPU"})
+    assert not recwarn
+    with pytest.warns(UserWarning, match=f"Triton serves CUDA tensors, because {reason}"):
+        ops._warn_of_a_broken_library({"cuda": reason, "triton": True})
+
+
 @needs_cpu
 def test_unknown_instruction_set():
     names = ", ".join(ISAS)
