@@ -157,7 +157,7 @@ def step(report: Report, axes: Axes) -> bool:
     axes.invert_yaxis()
     axes.set(xlabel="milliseconds", title="A training step on mBERT, 16 texts of 16 tokens")
     axes.set_xlim(0, end)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.15), ncols=len(PARTS), frameon=False)  # on no bar
     return True
 
 
