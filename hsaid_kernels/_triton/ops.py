@@ -7,6 +7,7 @@ tensors, has no meaning for tensors without memory.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -55,6 +56,7 @@ def _normal_lines(device: torch.device) -> Tensor:
     return _lines[device]
 
 
+@functools.cache  # the driver takes its time to say what it runs
 def _options(threads: int, registers: int | None = None) -> dict:
     """How to compile a kernel. No multiplication is fused with an addition (docs/rng.md)."""
     if INTERPRETED:
