@@ -132,8 +132,8 @@ void fastfood_adjoint(const Adjoint& a, float* dtheta, float* dfactors, const Th
   std::fill(dtheta, dtheta + size, 0.0f);
   // What stays in the cache, but several groups for each thread while that is not much, and one at least.
   const int64_t several = std::min<int64_t>(4 * threads.count, kMostBytes / (size * 4));
-  const int64_t wave = std::min<int64_t>(
-      std::max({kWaveBytes / (size * 4), several, kMinWave, (int64_t)threads.count}), groups.size());
+  const int64_t wave =
+      std::min<int64_t>(std::max({kWaveBytes / (size * 4), several, kMinWave, (int64_t)threads.count}), groups.size());
   const std::unique_ptr<float[]> partial(new float[wave * size]);  // each group clears its own
   std::vector<float> carried(size, 0.0f);
 

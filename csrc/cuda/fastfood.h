@@ -36,8 +36,8 @@ struct Forward {
   Dtype out_dtype;
 };
 
-// One launch for every kMaxPieces segments and holes. Takes memory only for theta of more than one chunk: at most 40
-// MB, or 64 KB for each block of threads where that is more.
+// One launch for every kMaxPieces segments and holes. Where theta has several chunks or n < 256, two for as many as z
+// fits for into 44 MB, or for one.
 void fastfood_forward(const Forward&, const Workspace&, cudaStream_t);
 
 struct Adjoint {
@@ -50,8 +50,8 @@ struct Adjoint {
   int64_t run_blocks;         // of the first of the sums (docs/rng.md)
 };
 
-// dtheta [dim] and dfactors [num_segments]; the same bits on every device. Takes at most 68 MB, or what the sums of one
-// group need where that is more.
+// dtheta [dim] and dfactors [num_segments]; the same bits on every device. Takes at most 68 MB, or what one group and
+// one segment need where that is more.
 void fastfood_adjoint(const Adjoint&, float* dtheta, float* dfactors, const Workspace&, cudaStream_t);
 
 // rows x dim values with a row stride of dim -> scale * H x, in float32, bfloat16 or float16. Takes memory for

@@ -28,7 +28,7 @@ struct ForwardParams {
   const float* theta;
   const float* factors;
   Dtype out_dtype;
-  float* z;  // of the general kernel: [pieces, chunks, 2^14], as make_z leaves them
+  float* z;  // of the general kernel: [pieces, chunks, n], as store_z leaves them
   int num_tiles;
   int num_pieces;
   ForwardPiece pieces[kMaxPieces];
@@ -139,17 +139,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_z_kernel(const __grid_con
   const int piece = (int)block_index().x, chunk = (int)block_index().y;
   if (a.pieces[piece].factor < 0) return;
   make_z<true>(a.params, a.theta, a.pieces[piece].stream, chunk);
-  float* z = a.z + ((int64_t)(piece * a.params.chunks + chunk) << kTileBits);
-  const uint32_t n = 1u << a.params.q;
-  if (n < 64) {  // a vector has positions 48 apart
-    for (uint32_t k = thread_index(); k < n; k += kThreads) z[place_of(k)] = kept().load(place_of(k));
-    return;
-  }
-#pragma unroll
-  for (int v = 0; v < 16; ++v) {
-    const int place = vector_place(v, thread_index());
-    if (position_a(a_register(v, 0)) < n) *(float4*)(z + place) = kept().load<float4>(place);
-  }
+  store_z(a.z + ((int64_t)(piece * a.params.chunks + chunk) << a.params.q), a.params.q);
 }
 
 template <bool kRademacher, Kind kKind>
@@ -199,13 +189,11 @@ __global__ void __launch_bounds__(kThreads, 2) fastfood_forward_kernel(const __g
         for (int j = 0; j < kPerThread; ++j) x[j] = -0.0f;  // which changes no product
 #pragma unroll 1
         for (; draws.chunk < p.chunks; ++draws.chunk) {
-          const float* z = a.z + ((int64_t)(i * p.chunks + draws.chunk) << kTileBits);
-          draw<kRademacher, true>(draws,
-                                  [&](int v, const auto(&d)[4]) { add_product(v, d, z_vector<true>(z, v, p.q)); });
+          const float* z = a.z + ((int64_t)(i * p.chunks + draws.chunk) << p.q);
+          draw<kRademacher, true>(draws, [&](int v, const auto(&d)[4]) { add_product(v, d, z_vector(z, v, p.q)); });
         }
       } else {
-        draw<kRademacher, false>(draws,
-                                 [&](int v, const auto(&d)[4]) { add_product(v, d, z_vector<false>(kept(), v, p.q)); });
+        draw<kRademacher, false>(draws, [&](int v, const auto(&d)[4]) { add_product(v, d, z_vector(v, p.q)); });
       }
       prefetch_base(piece, t);
       transform(x, p.q);
@@ -241,7 +229,7 @@ void launch_forward(void (*kernel)(ForwardParams), const Forward& f, const Works
   size_t most = kMaxPieces;
   const bool general = kind_of(f.params) == Kind::kGeneral;
   if (general) {
-    const int64_t floats = (int64_t)chunks * kTile;
+    const int64_t floats = width(f.params) * chunks;
     most = (size_t)std::clamp<int64_t>(kWorkspaceFloats / floats, 1, std::min<int64_t>(kMaxPieces, pieces.size()));
     a.z = workspace(most * floats);
   }

@@ -120,24 +120,37 @@ HSAID_DEVICE T* tile_address(T* data, int t) {
   return (T*)((uintptr_t)data + (uint64_t)(uint32_t)t * (uint32_t)(kTile * sizeof(T)));
 }
 
-// Memory that other threads have written in an earlier kernel, in place of a block's own.
-HSAID_DEVICE float4 vector_at(const float* z, int place) { return *(const float4*)(z + place); }
-HSAID_DEVICE float4 vector_at(Shared z, int place) { return z.load<float4>(place); }
-HSAID_DEVICE float value_at(const float* z, int place) { return z[place]; }
-HSAID_DEVICE float value_at(Shared z, int place) { return z.load(place); }
+// Vector v of z as make_z leaves it in `kept`: the thread's share of a tile. n >= 256.
+HSAID_DEVICE float4 z_vector(int v, int q) {
+  return kept().load<float4>(vector_place(v, place_of(position_a(0) & ((1u << q) - 1)) / 4));
+}
 
-// Vector v of z as make_z leaves it: the thread's share of a tile.
-template <bool kGeneral, class Memory>
-HSAID_DEVICE float4 z_vector(Memory memory, int v, int q) {
-  const uint32_t mask = (1u << q) - 1;
-  if (kGeneral && q < kFastDrawBits) {
-    const uint32_t own = opaque(position_a(0));
-    float x[4];
+// The same in n floats of global memory: vectors side by side as threads read them; natural order where n < 256.
+HSAID_DEVICE int dense_place(int v, int q) {
+  const uint32_t k = position_a(0) & ((1u << q) - 1);
+  const int lane_bits = q - 8 < 5 ? q - 8 : 5;
+  const uint32_t owner = (k >> 8 & 31) | (k & 3) << lane_bits | (k >> 13 & 1) << 7;  // of n / 64
+  return (int)(((uint32_t)v << (q - 6) | owner) * 4);
+}
+HSAID_DEVICE float4 z_vector(const float* z, int v, int q) {
+  if (q >= kFastDrawBits) return *(const float4*)(z + dense_place(v, q));
+  const uint32_t own = opaque(position_a(0)), mask = (1u << q) - 1;
+  float x[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) x[j] = value_at(memory, place_of((own | (uint32_t)a_register(v, j) << 2) & mask));
-    return {x[0], x[1], x[2], x[3]};
+  for (int j = 0; j < 4; ++j) x[j] = z[(own | (uint32_t)a_register(v, j) << 2) & mask];
+  return {x[0], x[1], x[2], x[3]};
+}
+
+// z from `kept` to there, by the threads of the first block of the tile.
+HSAID_DEVICE void store_z(float* z, int q) {
+  const uint32_t n = 1u << q;
+  if (q < kFastDrawBits) {
+    for (uint32_t k = thread_index(); k < n; k += kThreads) z[k] = kept().load(place_of(k));
+    return;
   }
-  return vector_at(memory, vector_place(v, place_of(position_a(0) & mask) / 4));
+  if (position_a(0) >= n) return;
+#pragma unroll
+  for (int v = 0; v < 16; ++v) *(float4*)(z + dense_place(v, q)) = z_vector(v, q);
 }
 
 }  // namespace hsaid::cuda
