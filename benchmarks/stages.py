@@ -10,8 +10,9 @@ one has failed.
     5  the sanitizers over the CUDA kernels
 
 Every step has a time limit. A log for each stage, and the benchmarks' rows as they come, go into $OUT (build/gpu-out by
-default). HSAID_BUILT=1 takes the libraries that are in the package; HSAID_COMMIT says which commit this is where there
-is no repository. Ends with 1 if a step failed.
+default); copied to benchmarks/results/, rows get into the tables of `make report`. HSAID_BUILT=1 takes the libraries
+that are in the package; HSAID_COMMIT says which commit this is where there is no repository. Ends with 1 if a step
+failed.
 """
 
 import os
@@ -40,35 +41,14 @@ class Step(NamedTuple):
 
 
 def pytest(backend: str) -> list[str]:
-    processes = str(min(PROCESSES, os.cpu_count() or 1))
-    return [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-n",
-        processes,
-        "--durations=8",
-        "tests/test_gpu.py",
-        f"--gpu-backend={backend}",
-    ]
+    processes = min(PROCESSES, os.cpu_count() or 1)
+    options = f"-q -m gpu -n {processes} --durations=8 tests/test_gpu.py --gpu-backend={backend}"
+    return [sys.executable, "-m", "pytest", *options.split()]
 
 
 def stages(out: Path) -> dict[str, list[Step]]:
     python = sys.executable
-    configure = [
-        "cmake",
-        "-S",
-        ".",
-        "-B",
-        "build/gpu",
-        "-G",
-        "Ninja",
-        "-DHSAID_CUDA=ON",
-        f"-DPython_EXECUTABLE={python}",
-    ]
+    configure = [*"cmake -S . -B build/gpu -G Ninja -DHSAID_CUDA=ON".split(), f"-DPython_EXECUTABLE={python}"]
     small = [python, "benchmarks/gpu.py", "--small"]
     gpu = [python, "benchmarks/gpu.py", "--out", str(out)]
     return {

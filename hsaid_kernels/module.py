@@ -358,11 +358,13 @@ class HSAID(Tasks):
         checkpoint.check_ranks(found)
         self._ranks_agree = True
 
-    @torch.compiler.assume_constant_result
     def _ranks_checked(self) -> bool:
         """For torch.compile, which calls this once, while it traces."""
         self._check_ranks()
         return True
+
+    # What torch.compiler.assume_constant_result sets, which as a decorator would import all of torch._dynamo here.
+    _ranks_checked._dynamo_marked_constant = True
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
