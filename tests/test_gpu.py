@@ -107,7 +107,7 @@ def test_gradients_of_every_kind(backend):
     grads = [
         torch.randn(1).expand(70, 30),
         torch.randn(25, 40).T,
-        torch.sparse_coo_tensor(rows, torch.randn(3, 8), (50, 8)),
+        torch.sparse_coo_tensor(rows, torch.randn(3, 8), (50, 8), check_invariants=True),
         torch.randn(6, 30)[:, 4:15],
         torch.randn(90, dtype=torch.complex64).conj().imag,
         None,
