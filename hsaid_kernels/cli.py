@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import tempfile
 import textwrap
@@ -47,7 +48,18 @@ class RunError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, 1 for a run that went wrong, 2 for bad input, 130 for Ctrl-C."""
+    """Runs a command; returns 0, 1 for a run that went wrong, 2 for bad input, 130 for Ctrl-C, 141 if nobody reads."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, where it can be noticed that nobody reads any more
+    except BrokenPipeError:  # hsaid info ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 141  # as shells say of a process that SIGPIPE has ended
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         arguments.run(arguments)
@@ -188,6 +200,8 @@ def _input() -> Iterator[None]:
     """What the library refuses in here is the user's to change."""
     try:
         yield
+    except BrokenPipeError:  # of what is printed
+        raise
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
 

@@ -4,7 +4,10 @@ import errno
 import itertools
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -162,6 +165,20 @@ def test_info_of_a_checkpoint(trained, capsys):
     assert "d = 300 numbers: 281 in theta, m = 19 multipliers" in said
     assert re.search(r"seed +0\n", said)
     check_multipliers(said, trained)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "CHECKPOINT"], ["info", "MODEL"]], ids=lambda a: a[0])
+def test_nobody_reads_to_the_end(arguments, files, trained):
+    """As in `hsaid info ... | head`: no traceback, and the exit code that shells give such a process."""
+    places = {"CHECKPOINT": str(trained), "MODEL": str(files / "model")}
+    program = "import sys; from hsaid_kernels.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, *(places.get(a, a) for a in arguments)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}  # argparse hides what goes wrong while it prints
+    run = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (141, "")
 
 
 def check_multipliers(said: str, checkpoint_at):
