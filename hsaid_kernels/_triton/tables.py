@@ -149,6 +149,7 @@ def runs_of(pieces: np.ndarray, t: int, programs: int, device: torch.device) -> 
 
 
 def forward_waves_of(pieces: np.ndarray, t: int, programs: int, chunks: int, device: torch.device) -> list[Runs]:
+    """As many pieces at a time as z fits for, or one."""
     most = max(1, SUMS_FLOATS // (chunks << t))
     return [runs_of(pieces[i : i + most], t, programs, device) for i in range(0, len(pieces), most)]
 
