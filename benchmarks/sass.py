@@ -21,8 +21,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 VALUES = 64  # that a thread holds
 BUTTERFLIES = 14
-KINDS = ("n = 2^14", "n >= 256", "general")
-KERNEL = re.compile(r"\d+([a-z_]+_kernel)(?:I(?:Lb([01])E)?(?:LNS\w*?4KindE([012])E)?)?")
+KINDS = ("n = 2^14", "n = 2^14, chunks", "n = 1024", "n >= 256", "general")
+KERNEL = re.compile(r"\d+([a-z_]+_kernel)(?:I(?:Lb([01])E)?(?:LNS\w*?4KindE([0-4])E)?)?")
 
 
 class Instruction(NamedTuple):
@@ -177,12 +177,10 @@ def cuda_tables(library: Path, arch: str) -> None:
     main_kernels = {}
     for name, instructions in sorted(code.items()):
         kernel, diagonal, kind = KERNEL.search(name).groups()
-        title = kernel if kind is None else f"{kernel}, {('gaussian', 'rademacher')[int(diagonal)]}"
-        if kind is None and diagonal is not None:
-            kind = "2" if diagonal == "1" else "1"
+        title = kernel if diagonal is None else f"{kernel}, {('gaussian', 'rademacher')[int(diagonal)]}"
         widths = KINDS[int(kind)] if kind is not None else ""
         print(f"| {title} | {widths} | {used[name][0]} | {used[name][1]} | {spills(instructions)} |")
-        if kind == "0":
+        if kind == "0" and diagonal is not None:
             main_kernels[kernel, diagonal] = instructions
 
     print(f"\n| loop body, n = 2^14, {arch} | {COLUMNS} |")

@@ -60,6 +60,8 @@ def kernels(qs: tuple[int, ...] = (14, 10), codes: tuple[int, ...] = (0, 1)) -> 
 
 def compiled(kernel: Kernel, backend: str = "cuda", arch: int | str = 90, warp_size: int = 32):
     names, constants = kernel.function.arg_names, kernel.constants
+    if "PREFETCH" in names:
+        constants = constants | dict(PREFETCH=backend == "cuda")
     types = {name: TYPES.get(name, "i32") for name in names} | {"out": OUT_TYPES[constants.get("OUT", 0)]}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}

@@ -24,12 +24,17 @@ HSAID_INLINE uint32_t feistel_mix(uint32_t x, uint32_t key) {
   return (x ^ x >> 15) * 0x85EBCA77u;
 }
 
+// What round r, keyed by `key`, adds to the other half, of `bits` bits. At most 2^7 halves: a table does as well.
+HSAID_INLINE uint32_t feistel_round(uint32_t half, uint32_t key, int bits) {
+  return feistel_mix(half, key) >> (32 - bits);
+}
+
 HSAID_INLINE uint32_t permute(uint32_t k, int q, const PermutationKeys& keys) {
   const int low_bits = q / 2, high_bits = q - q / 2;
   uint32_t low = k & ((1u << low_bits) - 1), high = k >> low_bits;
   for (int r = 0; r < kFeistelRounds; r += 2) {
-    high ^= feistel_mix(low, keys.key[r]) >> (32 - high_bits);
-    low ^= feistel_mix(high, keys.key[r + 1]) >> (32 - low_bits);
+    high ^= feistel_round(low, keys.key[r], high_bits);
+    low ^= feistel_round(high, keys.key[r + 1], low_bits);
   }
   return high << low_bits | low;
 }
@@ -39,8 +44,8 @@ HSAID_INLINE uint32_t permute_back(uint32_t k, int q, const PermutationKeys& key
   const int low_bits = q / 2, high_bits = q - q / 2;
   uint32_t low = k & ((1u << low_bits) - 1), high = k >> low_bits;
   for (int r = kFeistelRounds - 2; r >= 0; r -= 2) {
-    low ^= feistel_mix(high, keys.key[r + 1]) >> (32 - low_bits);
-    high ^= feistel_mix(low, keys.key[r]) >> (32 - high_bits);
+    low ^= feistel_round(high, keys.key[r + 1], low_bits);
+    high ^= feistel_round(low, keys.key[r], high_bits);
   }
   return high << low_bits | low;
 }

@@ -45,6 +45,9 @@ class Shared {
     *(V*)(at_ + i) = value;
   }
 
+  // Byte i from here.
+  HSAID_MEMBER uint32_t byte(uint32_t i) const { return ((const uint8_t*)at_)[i]; }
+
   // Float i mod 64 of the 64-float window `kWindow`, where the first window begins on a multiple of 256 bytes: one
   // instruction for the address, which the compiler does not find.
   template <int kWindow>
@@ -69,6 +72,8 @@ HSAID_DEVICE float4 load_once(const float4* p) { return __ldcs(p); }
 HSAID_DEVICE uint2 load_once(const uint2* p) { return __ldcs(p); }
 HSAID_DEVICE void store_once(float4* p, float4 v) { __stcs(p, v); }
 HSAID_DEVICE void store_once(uint2* p, uint2 v) { __stcs(p, v); }
+// Adds 1 for all blocks of threads to see; returns what was there.
+HSAID_DEVICE int add_one(int* p) { return atomicAdd(p, 1); }
 HSAID_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // In a kernel that was started by launch_next: waits until the kernel in front of it has ended and what it wrote can be

@@ -36,8 +36,7 @@ struct Forward {
   Dtype out_dtype;
 };
 
-// One launch for every kMaxPieces segments and holes. Where theta has several chunks or n < 256, two for as many as z
-// fits for into 44 MB, or for one.
+// Two launches for every kMaxPieces segments and holes, or for as many as have place for z in 44 MB.
 void fastfood_forward(const Forward&, const Workspace&, cudaStream_t);
 
 struct Adjoint {

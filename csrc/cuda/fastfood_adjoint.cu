@@ -46,7 +46,7 @@ struct AdjointParams {
 };
 static_assert(sizeof(AdjointParams) <= kParameterBytes, "kMaxPieces is too large");
 
-constexpr int kSlotNumber = kNormalFloats - 1;  // where it waits in the window `normals` while registers are short
+constexpr int kSlotNumber = kTableFloats - 1;  // where it waits in the window `tables` while registers are short
 
 HSAID_DEVICE float* slot(const AdjointParams& a, int chunk, int number) {
   return a.sums + (((int64_t)chunk * a.slots + number) << a.params.q);
@@ -73,12 +73,13 @@ HSAID_DEVICE float added(float sum, int count, Load&& load) {
 
 // --- z and Pi of a segment
 
-template <bool kGeneral>
+template <Kind kKind>
 HSAID_DEVICE void make_segment(const AdjointParams& a, const Params& p, int number, int chunk) {
   const int64_t first = (int64_t)(number * p.chunks + chunk) << p.q;
   uint16_t* back = a.pi_back + first;
-  make_z<kGeneral>(p, a.theta, a.pieces[number].stream, chunk, [&](uint32_t j, uint32_t k) { back[j] = (uint16_t)k; });
-#pragma unroll 4
+  make_z<kKind>(p, a.theta, a.pieces[number].stream, chunk,
+                [&](uint32_t j, uint4 k) { *(uint2*)(back + j) = {k.x | k.y << 16, k.z | k.w << 16}; });
+#pragma unroll 16
   for (int k = thread_index(); k < 1 << p.q; k += kThreads) a.z[first + k] = kept().load(place_of((uint32_t)k));
 }
 
@@ -158,22 +159,22 @@ HSAID_DEVICE void prefetch_tile(const Piece& p, int64_t first) {
 
 template <bool kRademacher, Kind kKind>
 __global__ void __launch_bounds__(kThreads, 2) adjoint_groups_kernel(const __grid_constant__ AdjointParams a) {
-  constexpr bool kGeneral = kKind == Kind::kGeneral;
   start_next_kernel();
   const Params p = specialised<kKind>(a.params);
   const int item = (int)block_index().x, chunk = (int)block_index().y;
-  if (item >= a.groups) return make_segment<kGeneral>(a, p, item - a.groups, chunk);
+  if (item >= a.groups) return make_segment<kKind>(a, p, item - a.groups, chunk);
   const bool whole = item < a.whole_groups;
   const int number = row_of(whole ? item : item - a.whole_groups, a.num_pieces,
                             [&](int64_t i) { return whole ? a.pieces[i].first_whole : a.pieces[i].first_rest; });
   const AdjointPiece& piece = a.pieces[number];
   // Of the piece; what is not whole is the last one.
   const int group = whole ? item - piece.first_whole : piece.groups - 1;
-  if (thread_index() == 0) normals().store(kSlotNumber, float_from_bits((uint32_t)(piece.first_slot + group)));
+  if (thread_index() == 0) tables().store(kSlotNumber, float_from_bits((uint32_t)(piece.first_slot + group)));
   const int64_t tiles = (piece.grad.count + kTile - 1) >> kTileBits;
   const int first_tile = (int)((piece.first_group + group) * a.run_blocks);
   const int last_tile = (int)(tiles < first_tile + a.run_blocks ? tiles : first_tile + a.run_blocks);
 
+  if (is_vectors(piece.grad)) prefetch_tile(piece.grad, (int64_t)first_tile << kTileBits);
   prepare_normals();
 #pragma unroll
   for (int v = 0; v < 16; ++v) kept().store(vector_place(v, thread_index()), float4{});
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_groups_kernel(const __gri
     if (is_vectors(piece.grad) && tile + 1 < last_tile) prefetch_tile(piece.grad, first + kTile);
     transform_reversed(x, p.q);
     const Draws draws = {p, piece.stream, kDiagonal, (int64_t)tile << (kTileBits - p.q), 1, chunk};
-    draw<kRademacher, kGeneral>(draws, [&](int v, const auto(&d)[4]) {
+    draw<kRademacher, kKind>(draws, [&](int v, const auto(&d)[4]) {
       const int place = vector_place(v, thread_index());
       const float4 u = kept().load<float4>(place);
       kept().store(place, float4{u.x + d[0].times(x[a_register(v, 0)]), u.y + d[1].times(x[a_register(v, 1)]),
@@ -209,8 +210,8 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_groups_kernel(const __gri
   }
   a_to_b(x);
   b_to_c(x);
-  float* sum = slot(a, (int)block_index().y, (int)bits_from_float(normals().load(kSlotNumber)));
-  if constexpr (kKind == Kind::kTile) {
+  float* sum = slot(a, (int)block_index().y, (int)bits_from_float(tables().load(kSlotNumber)));
+  if constexpr (is_tile(kKind)) {
 #pragma unroll
     for (int i = 0; i < kPerThread; i += 4) *(float4*)(sum + position_c(i)) = {x[i], x[i + 1], x[i + 2], x[i + 3]};
   } else {
@@ -283,10 +284,10 @@ HSAID_DEVICE float fold_tile(const float4 (&halves)[8]) {
   return (sum.x + sum.z) + (sum.y + sum.w);
 }
 
-template <bool kGeneral>
+template <Kind kKind>
 __global__ void __launch_bounds__(kThreads, 2) adjoint_segments_kernel(const __grid_constant__ AdjointParams a) {
   start_next_kernel();
-  const Params p = a.params;
+  const Params p = specialised<kKind>(a.params);
   const int number = (int)block_index().x, chunk = (int)block_index().y, n = 1 << p.q;
   const AdjointPiece& piece = a.pieces[number];
   float* sum = slot(a, chunk, piece.first_slot);
@@ -321,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_segments_kernel(const __g
     x[i + 3] = kept().load((int)(from.y >> 16));
   }
   transform_reversed(x, p.q);
-  multiply_signs<kGeneral>(p, piece.stream, chunk, x);
+  multiply_signs<kKind>(p, piece.stream, chunk, x);
   a_to_b(x);
   b_to_c(x);
   const float factor = a.factors[piece.factor];
@@ -430,7 +431,7 @@ void fastfood_adjoint(const Adjoint& f, float* dtheta, float* dfactors, const Wo
   const auto groups_kernel = choose<AdjointParams>(
       p, [](auto rademacher, auto kind) { return adjoint_groups_kernel<rademacher.value, kind.value>; });
   const auto segments_kernel =
-      kind_of(p) == Kind::kGeneral ? adjoint_segments_kernel<true> : adjoint_segments_kernel<false>;
+      choose<AdjointParams>(p, [](auto, auto kind) { return adjoint_segments_kernel<kind.value>; });
   const int64_t group_values = f.run_blocks << kTileBits;
   for (size_t w = 0; w < waves.size(); ++w) {
     int whole = 0, rest = 0, added = 0;

@@ -1,7 +1,6 @@
-// W = W0 + factor * H(sum_c G_c z_c) for every tensor in one launch. A persistent grid: each block of threads takes a
-// run of tiles, all of equal length, makes z_i when it comes to segment i, and needs nothing of the other blocks. Where
-// theta has several chunks, whose z do not fit into a block's memory together, or n < 256, a small kernel in front
-// makes them all.
+// W = W0 + factor * H(sum_c G_c z_c) for every tensor, in two launches: z of all pieces, then all tiles. The second is
+// a persistent grid: each block of threads takes a run of tiles, all of equal length, then tiles of a common pool,
+// because multiprocessors are not equally fast; and needs nothing of the other blocks.
 
 #include <algorithm>
 #include <vector>
@@ -12,7 +11,7 @@ namespace hsaid::cuda {
 
 namespace {
 
-constexpr int64_t kZCost = 3;  // tiles whose work is as much as making z
+constexpr int kTicket = kTableFloats - 1;  // where what a block takes from the pool waits in the window `tables`
 
 struct ForwardPiece {
   Piece base;
@@ -28,7 +27,10 @@ struct ForwardParams {
   const float* theta;
   const float* factors;
   Dtype out_dtype;
-  float* z;  // of the general kernel: [pieces, chunks, n], as store_z leaves them
+  float* z;       // [pieces, chunks, n], as store_z leaves them
+  int* taken;     // tickets so far
+  int pool;       // tiles that are taken by ticket, the first ones
+  int runs, run;  // the first tickets are for runs of so many tiles, the others for one
   int num_tiles;
   int num_pieces;
   ForwardPiece pieces[kMaxPieces];
@@ -134,33 +136,42 @@ HSAID_DEVICE void copy_hole(const ForwardPiece& piece, Dtype dtype, int t) {
 }
 
 // z of every chunk of every piece.
+template <Kind kKind>
 __global__ void __launch_bounds__(kThreads, 2) forward_z_kernel(const __grid_constant__ ForwardParams a) {
   start_next_kernel();
+  const Params p = specialised<kKind>(a.params);
   const int piece = (int)block_index().x, chunk = (int)block_index().y;
+  if (piece == 0 && chunk == 0 && thread_index() == 0) *a.taken = 0;
   if (a.pieces[piece].factor < 0) return;
-  make_z<true>(a.params, a.theta, a.pieces[piece].stream, chunk);
-  store_z(a.z + ((int64_t)(piece * a.params.chunks + chunk) << a.params.q), a.params.q);
+  make_z<kKind>(p, a.theta, a.pieces[piece].stream, chunk);
+  store_z(a.z + ((int64_t)(piece * p.chunks + chunk) << p.q), p.q);
 }
 
 template <bool kRademacher, Kind kKind>
 __global__ void __launch_bounds__(kThreads, 2) fastfood_forward_kernel(const __grid_constant__ ForwardParams a) {
-  constexpr bool kGeneral = kKind == Kind::kGeneral;
+  constexpr bool kChunks = has_chunks(kKind);
   const Params p = specialised<kKind>(a.params);
   const auto first_tile = [&](int64_t i) { return i < a.num_pieces ? a.pieces[i].first_tile : a.num_tiles; };
-  const auto cost_before = [&](int64_t i) { return first_tile(i) + kZCost * i; };
   const auto share = [&](unsigned block) {  // the first tile of a block of threads
-    return (int)item_at(cost_before(a.num_pieces) * block / grid_width(), a.num_pieces, kZCost, cost_before);
+    return a.pool + (int)((int64_t)(a.num_tiles - a.pool) * block / grid_width());
   };
+  const auto z_of = [&](int piece, int chunk) { return a.z + ((int64_t)(piece * p.chunks + chunk) << p.q); };
   prepare_normals();
-  if (kGeneral) {  // else make_z has the barrier
-    sync_block();
-    wait_for_previous_kernel();
-  }
+  sync_block();
+  wait_for_previous_kernel();
 
-  // Once a piece, all but the number of the tile is found again: registers are short where z is made.
-  for (int tile = share(block_index().x);;) {
-    const int last = share(block_index().x + 1);
-    if (tile >= last) return;
+  int tile = share(block_index().x), last = share(block_index().x + 1), ready = -1;  // the piece whose z is in `kept`
+  for (;;) {
+    if (tile == last) {
+      sync_block();
+      if (thread_index() == 0) tables().store(kTicket, float_from_bits((uint32_t)add_one(a.taken)));
+      sync_block();
+      const int ticket = (int)bits_from_float(tables().load(kTicket));
+      const bool in_run = ticket < a.runs;
+      tile = in_run ? ticket * a.run : a.runs * (a.run - 1) + ticket;
+      if (tile >= a.pool) return;
+      last = tile + (in_run ? a.run : 1);
+    }
     const int i = row_of(tile, a.num_pieces, first_tile);
     const ForwardPiece& piece = a.pieces[i];
     const int end = last < first_tile(i + 1) ? last : first_tile(i + 1);
@@ -172,7 +183,11 @@ __global__ void __launch_bounds__(kThreads, 2) fastfood_forward_kernel(const __g
       for (; t < t_end; ++t) copy_hole(piece, a.out_dtype, t);
       continue;
     }
-    if constexpr (!kGeneral) make_z<false>(p, a.theta, piece.stream, 0);
+    if (!kChunks && i != ready) {
+#pragma unroll
+      for (int v = 0; v < 16; ++v) kept().store(vector_place(v, thread_index()), z_vector(z_of(i, 0), v, p.q));
+      ready = i;
+    }
     for (; t < t_end; ++t) {
       float x[kPerThread];
       Draws draws = {p, piece.stream, kDiagonal, (int64_t)t << (kTileBits - p.q), 1, 0};
@@ -181,19 +196,21 @@ __global__ void __launch_bounds__(kThreads, 2) fastfood_forward_kernel(const __g
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           float& sum = x[a_register(v, j)];
-          sum = kGeneral ? sum + product[j] : product[j];
+          sum = kChunks ? sum + product[j] : product[j];
         }
       };
-      if constexpr (kGeneral) {
+      if constexpr (kChunks) {
 #pragma unroll
         for (int j = 0; j < kPerThread; ++j) x[j] = -0.0f;  // which changes no product
 #pragma unroll 1
         for (; draws.chunk < p.chunks; ++draws.chunk) {
-          const float* z = a.z + ((int64_t)(i * p.chunks + draws.chunk) << p.q);
-          draw<kRademacher, true>(draws, [&](int v, const auto(&d)[4]) { add_product(v, d, z_vector(z, v, p.q)); });
+          const float* z = z_of(i, draws.chunk);
+          draw<kRademacher, kKind>(draws, [&](int v, const auto(&d)[4]) { add_product(v, d, z_vector(z, v, p.q)); });
         }
       } else {
-        draw<kRademacher, false>(draws, [&](int v, const auto(&d)[4]) { add_product(v, d, z_vector(v, p.q)); });
+        draw<kRademacher, kKind>(draws, [&](int v, const auto(&d)[4]) {
+          add_product(v, d, kept().load<float4>(vector_place(v, thread_index())));
+        });
       }
       prefetch_base(piece, t);
       transform(x, p.q);
@@ -221,18 +238,21 @@ std::vector<ForwardPiece> pieces_of(const Forward& f) {
   return pieces;
 }
 
-void launch_forward(void (*kernel)(ForwardParams), const Forward& f, const Workspace& workspace, cudaStream_t stream) {
+void launch_forward(void (*z_kernel)(ForwardParams), void (*kernel)(ForwardParams), const Forward& f,
+                    const Workspace& workspace, cudaStream_t stream) {
   const char* name = "fastfood_forward_kernel";
   const std::vector<ForwardPiece> pieces = pieces_of(f);
   const int resident = resident_blocks(kernel, name, kThreads, kSharedBytes), chunks = f.params.chunks;
-  ForwardParams a{f.params, f.theta, f.factors, f.out_dtype, nullptr, 0, 0, {}};
-  size_t most = kMaxPieces;
-  const bool general = kind_of(f.params) == Kind::kGeneral;
-  if (general) {
-    const int64_t floats = width(f.params) * chunks;
-    most = (size_t)std::clamp<int64_t>(kWorkspaceFloats / floats, 1, std::min<int64_t>(kMaxPieces, pieces.size()));
-    a.z = workspace(most * floats);
-  }
+  const int64_t z_floats = width(f.params) * chunks;
+  const size_t most =
+      (size_t)std::clamp<int64_t>(kWorkspaceFloats / z_floats, 1, std::min<int64_t>(kMaxPieces, pieces.size()));
+  ForwardParams a{};
+  a.params = f.params;
+  a.theta = f.theta;
+  a.factors = f.factors;
+  a.out_dtype = f.out_dtype;
+  a.z = workspace(most * z_floats + 1);
+  a.taken = (int*)(a.z + most * z_floats);
   for (size_t begin = 0; begin < pieces.size(); begin += most) {
     a.num_pieces = (int)std::min(most, pieces.size() - begin);
     a.num_tiles = 0;
@@ -241,23 +261,23 @@ void launch_forward(void (*kernel)(ForwardParams), const Forward& f, const Works
       a.pieces[i].first_tile = a.num_tiles;
       a.num_tiles += (int)num_tiles(a.pieces[i].base);
     }
-    const dim3 grid((unsigned)std::min(resident, a.num_tiles));
-    if (!general) {
-      launch(kernel, name, grid, kThreads, kSharedBytes, stream, a);
-      continue;
-    }
-    launch(forward_z_kernel, "forward_z_kernel", dim3((unsigned)a.num_pieces, (unsigned)chunks), kThreads, kSharedBytes,
-           stream, a);
-    launch_next(kernel, name, grid, kThreads, kSharedBytes, stream, a);
+    // Tiles of 16-bit weights take less time, so that coming to the pool for each would tell; but the last go singly.
+    a.pool = a.num_tiles > resident ? a.num_tiles / 2 : 0;
+    a.run = f.out_dtype == Dtype::kFloat ? 1 : 4;
+    a.runs = a.pool / 4 * 3 / a.run;
+    launch(z_kernel, "forward_z_kernel", dim3((unsigned)a.num_pieces, (unsigned)chunks), kThreads, kSharedBytes, stream,
+           a);
+    launch_next(kernel, name, dim3((unsigned)std::min(resident, a.num_tiles)), kThreads, kSharedBytes, stream, a);
   }
 }
 
 }  // namespace
 
 void fastfood_forward(const Forward& f, const Workspace& workspace, cudaStream_t stream) {
+  const auto z_kernel = choose<ForwardParams>(f.params, [](auto, auto kind) { return forward_z_kernel<kind.value>; });
   const auto kernel = choose<ForwardParams>(
       f.params, [](auto rademacher, auto kind) { return fastfood_forward_kernel<rademacher.value, kind.value>; });
-  launch_forward(kernel, f, workspace, stream);
+  launch_forward(z_kernel, kernel, f, workspace, stream);
 }
 
 }  // namespace hsaid::cuda

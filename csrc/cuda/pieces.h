@@ -120,12 +120,8 @@ HSAID_DEVICE T* tile_address(T* data, int t) {
   return (T*)((uintptr_t)data + (uint64_t)(uint32_t)t * (uint32_t)(kTile * sizeof(T)));
 }
 
-// Vector v of z as make_z leaves it in `kept`: the thread's share of a tile. n >= 256.
-HSAID_DEVICE float4 z_vector(int v, int q) {
-  return kept().load<float4>(vector_place(v, place_of(position_a(0) & ((1u << q) - 1)) / 4));
-}
-
-// The same in n floats of global memory: vectors side by side as threads read them; natural order where n < 256.
+// Vector v of z, the thread's share of a tile, in n floats of global memory: vectors side by side as threads read them;
+// natural order where n < 256.
 HSAID_DEVICE int dense_place(int v, int q) {
   const uint32_t k = position_a(0) & ((1u << q) - 1);
   const int lane_bits = q - 8 < 5 ? q - 8 : 5;
@@ -150,7 +146,12 @@ HSAID_DEVICE void store_z(float* z, int q) {
   }
   if (position_a(0) >= n) return;
 #pragma unroll
-  for (int v = 0; v < 16; ++v) *(float4*)(z + dense_place(v, q)) = z_vector(v, q);
+  for (int v = 0; v < 16; ++v) {
+    float x[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[j] = kept().load(place_in_a(a_register(v, j), n - 1));
+    *(float4*)(z + dense_place(v, q)) = {x[0], x[1], x[2], x[3]};
+  }
 }
 
 }  // namespace hsaid::cuda

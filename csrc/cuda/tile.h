@@ -21,14 +21,14 @@ namespace hsaid::cuda {
 constexpr int kThreads = 256, kTileBits = kMaxWidthBits, kTile = 1 << kTileBits, kPerThread = kTile / kThreads;
 constexpr int kRowFloats = 34;                          // of the exchange between A and B: 32 and padding
 constexpr int kExchangeFloats = kThreads * kRowFloats;  // a row a thread
-constexpr int kNormalFloats = 2 * 64 + 4;               // what normals are made with
-constexpr int kSharedFloats = kTile + kExchangeFloats + kNormalFloats;  // 2^14 values that a kernel keeps, and these
-constexpr int kSharedBytes = kSharedFloats * (int)sizeof(float);        // 98 KB, within the 99 of the smaller devices
+constexpr int kTableFloats = 32 * kFeistelRounds;       // what pi^-1 is made with, or normals
+constexpr int kSharedFloats = kTile + kExchangeFloats + kTableFloats;  // 2^14 values that a kernel keeps, and these
+constexpr int kSharedBytes = kSharedFloats * (int)sizeof(float);       // 98 KB, within the 99 of the smaller devices
 
 // The shared memory of a block of threads.
 HSAID_DEVICE Shared kept() { return shared_memory(); }
 HSAID_DEVICE Shared exchange() { return shared_memory() + kTile; }
-HSAID_DEVICE Shared normals() { return shared_memory() + (kTile + kExchangeFloats); }
+HSAID_DEVICE Shared tables() { return shared_memory() + (kTile + kExchangeFloats); }
 
 HSAID_DEVICE int lane() { return thread_index() & 31; }
 HSAID_DEVICE int warp() { return thread_index() >> 5 & (kThreads / 32 - 1); }  // the mask tells the compiler the range
@@ -209,15 +209,17 @@ HSAID_DEVICE void transform_reversed(float (&x)[kPerThread], int q) {
 }
 
 // A value of every register of A, as 16 vectors over e4 and e5: vector v has e2 e3 e7 e6 for its bits, and component j
-// of it is register a_register(v, j). vector_place says where `kept` has it, `owner` being the thread.
+// of it is register a_register(v, j). vector_place says where `kept` has those of a thread.
 HSAID_DEVICE constexpr int a_register(int v, int j) { return (v & 3) | j << 2 | (v >> 3 & 1) << 4 | (v >> 2 & 1) << 5; }
 HSAID_DEVICE int vector_place(int v, int owner) { return (v * kThreads + owner) * 4; }
 
-// The place in `kept` of position k of a block.
-HSAID_DEVICE int place_of(uint32_t k) {
-  const int vector = (int)((k >> 2 & 3) | (k >> 7 & 1) << 2 | (k >> 6 & 1) << 3);
-  const int owner = (int)((k >> 8 & 31) | (k & 3) << 5 | (k >> 13 & 1) << 7);
-  return vector_place(vector, owner) + (int)(k >> 4 & 3);
+// The place in `kept` of value k of a block in its natural order, so that both 32 values in a row and what the lanes of
+// a warp have in A lie in banks of their own.
+HSAID_DEVICE int place_of(uint32_t k) { return (int)(k ^ (k >> 8 & 31)); }
+// That of what register i holds in A.
+HSAID_DEVICE int place_in_a(int i, uint32_t mask) {
+  const uint32_t own = (uint32_t)place_of(position_a(0) & mask), e = (uint32_t)i << 2 & mask;
+  return (int)((own ^ (e & 31)) + (e & ~31u));
 }
 
 // --- random streams
@@ -245,24 +247,24 @@ HSAID_DEVICE Stream stream_at(const Draws& d, uint32_t position) {
   return {d.params.seed, d.stream, d.purpose, d.block + (int64_t)(position >> d.params.q) * d.block_step, d.chunk};
 }
 
-// Of the windows `normals`, the first holds the 32 words of A and the second those of B, each in a bank of its own, so
+// Of the windows `tables`, the first holds the 32 words of A and the second those of B, each in a bank of its own, so
 // that no look-ups of a warp collide. Then the top of kNormalMagic, which must come from memory: the compiler spends a
 // move a normal on a constant that it knows. Once, before the first draw, and before a barrier.
 HSAID_DEVICE void prepare_normals() {
   const uint32_t i = thread_index(), s = kFirstLine + (i & 31);
-  if (i < 64) normals().store((int)((i & 32) << 1 | (s & 63)), normal_table((i & 32) | (s & 31)));
-  if (i == 64) normals().store(128, float_from_bits(kNormalMagic >> 16));
+  if (i < 64) tables().store((int)((i & 32) << 1 | (s & 63)), normal_table((i & 32) | (s & 31)));
+  if (i == 64) tables().store(128, float_from_bits(kNormalMagic >> 16));
 }
 
 HSAID_DEVICE Normal draw_normal(uint32_t magic) {
   return {normal_from_magic(
-      magic, [](uint32_t s) { return normals().look_up<0>(s); }, [](uint32_t s) { return normals().look_up<1>(s); })};
+      magic, [](uint32_t s) { return tables().look_up<0>(s); }, [](uint32_t s) { return tables().look_up<1>(s); })};
 }
 
 // use(v, d) for vectors v = 0 ... 15 of A with the draws d[4] of their components. n >= 256: one block a thread.
 template <class Use>
 HSAID_DEVICE void draw_normals(const Draws& d, Use&& use) {
-  const uint32_t magic = bits_from_float(normals().load(128));
+  const uint32_t magic = bits_from_float(tables().load(128));
   const uint32_t own = position_a(0), k = own & ((1u << d.params.q) - 1);
   const Stream s = stream_at(d, own);
   PhiloxPrefix prefix = philox_prefix(s.seed, counter(s.purpose, s.block, s.chunk, s.id, 0));
@@ -329,19 +331,24 @@ HSAID_DEVICE void draw_slowly(const Draws& d, Use&& use) {
 
 constexpr int kFastDrawBits = 8;  // from here on a thread's values are all of one block
 
-// What a kernel is compiled for. kTile: n = 2^14; kWide: n >= 256; in both theta is one chunk. kGeneral: everything.
-enum class Kind { kTile, kWide, kGeneral };
+// What a kernel is compiled for. n = 2^14: kTile where theta is one chunk, kChunks. k1024: n = 1024. kWide: other
+// n >= 256. In the last two theta is one chunk. kGeneral: everything.
+enum class Kind { kTile, kChunks, k1024, kWide, kGeneral };
 
 inline Kind kind_of(const Params& p) {
+  if (p.q == kTileBits) return p.chunks == 1 ? Kind::kTile : Kind::kChunks;
   if (p.chunks > 1 || p.q < kFastDrawBits) return Kind::kGeneral;
-  return p.q == kTileBits ? Kind::kTile : Kind::kWide;
+  return p.q == 10 ? Kind::k1024 : Kind::kWide;
 }
+HSAID_INLINE constexpr bool has_chunks(Kind kind) { return kind == Kind::kChunks || kind == Kind::kGeneral; }
+HSAID_INLINE constexpr bool is_tile(Kind kind) { return kind == Kind::kTile || kind == Kind::kChunks; }
 
 // The parameters, with what the kind fixes as constants.
 template <Kind kKind>
 HSAID_DEVICE Params specialised(Params p) {
-  if (kKind == Kind::kTile) p.q = kTileBits;
-  if (kKind != Kind::kGeneral) p.chunks = 1;
+  if (is_tile(kKind)) p.q = kTileBits;
+  if (kKind == Kind::k1024) p.q = 10;
+  if (!has_chunks(kKind)) p.chunks = 1;
   return p;
 }
 
@@ -352,6 +359,10 @@ auto choose(const Params& p, Kernel&& kernel) -> void (*)(P) {
     switch (kind_of(p)) {
       case Kind::kTile:
         return kernel(rademacher, std::integral_constant<Kind, Kind::kTile>{});
+      case Kind::kChunks:
+        return kernel(rademacher, std::integral_constant<Kind, Kind::kChunks>{});
+      case Kind::k1024:
+        return kernel(rademacher, std::integral_constant<Kind, Kind::k1024>{});
       case Kind::kWide:
         return kernel(rademacher, std::integral_constant<Kind, Kind::kWide>{});
       default:
@@ -361,9 +372,9 @@ auto choose(const Params& p, Kernel&& kernel) -> void (*)(P) {
   return p.rademacher ? of_kind(std::true_type{}) : of_kind(std::false_type{});
 }
 
-template <bool kRademacher, bool kGeneral, class Use>
+template <bool kRademacher, Kind kKind, class Use>
 HSAID_DEVICE void draw(const Draws& d, Use&& use) {
-  if (kGeneral && d.params.q < kFastDrawBits)
+  if (kKind == Kind::kGeneral && d.params.q < kFastDrawBits)
     draw_slowly(d, use);
   else if constexpr (kRademacher)
     draw_signs(d, use);
@@ -374,67 +385,91 @@ HSAID_DEVICE void draw(const Draws& d, Use&& use) {
 // --- z
 
 // The signs B of a segment's chunk times x, in A. Every block of the tile gets them, as if it were the segment's first.
-template <bool kGeneral>
+template <Kind kKind>
 HSAID_DEVICE void multiply_signs(const Params& p, uint64_t stream, int chunk, float (&x)[kPerThread]) {
-  draw<true, kGeneral>({p, stream, kSigns, 0, 0, chunk}, [&](int v, const auto(&d)[4]) {
+  draw<true, kKind>({p, stream, kSigns, 0, 0, chunk}, [&](int v, const auto(&d)[4]) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) x[a_register(v, j)] = d[j].times(x[a_register(v, j)]);
   });
 }
 
-// z of a segment's chunk into `kept`, value k at place_of(k); note(j, k) of all k = pi^-1(j).
-template <bool kGeneral, class Note>
+// pi^-1 by `tables`: what each of its rounds adds, a byte for each of at most 128 halves. The words of a table lie in
+// banks of their own, so that no look-ups of a warp collide. Where no normals are drawn, and before a barrier.
+HSAID_DEVICE void prepare_permutation(const PermutationKeys& keys, int q) {
+  const uint32_t i = thread_index();
+  if (i >= kTableFloats) return;
+  const uint32_t round = opaque(i / 32), *key = keys.key;
+  const uint32_t even = round < 2 ? key[0] : round < 4 ? key[2] : key[4];
+  const uint32_t odd = round < 2 ? key[1] : round < 4 ? key[3] : key[5];
+  uint32_t word = 0;
+#pragma unroll
+  for (uint32_t j = 0; j < 4; ++j)
+    word |= feistel_round(i % 32 * 4 + j, round & 1 ? odd : even, round & 1 ? q / 2 : q - q / 2) << j * 8;
+  tables().store((int)i, float_from_bits(word));
+}
+
+// k[i] = pi^-1(j[i]), round by round, so that no look-up waits for the one before it.
+template <int kCount>
+HSAID_DEVICE void permute_back(const uint32_t (&j)[kCount], int q, uint32_t (&k)[kCount]) {
+  uint32_t low[kCount], high[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    low[i] = j[i] & ((1u << q / 2) - 1);
+    high[i] = j[i] >> q / 2;
+  }
+#pragma unroll
+  for (int r = kFeistelRounds - 2; r >= 0; r -= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) low[i] ^= (tables() + (r + 1) * 32).byte(high[i]);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) high[i] ^= (tables() + r * 32).byte(low[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) k[i] = high[i] << q / 2 | low[i];
+}
+
+// z of a segment's chunk into `kept`, value k at place_of(k); note(j, k) of each four j in a row,
+// k being their pi^-1.
+template <Kind kKind, class Note>
 HSAID_DEVICE void make_z(const Params& p, const float* theta, uint64_t stream, int chunk, Note&& note) {
   const uint32_t mask = (1u << p.q) - 1;
-  const uint32_t dim = (uint32_t)p.dim - ((uint32_t)chunk << p.q), own_c = opaque(position_c(0));
+  const uint32_t dim = (uint32_t)p.dim - ((uint32_t)chunk << p.q);
   theta += (int64_t)chunk << p.q;
+  prepare_permutation(permutation_keys(p.seed, stream, chunk), p.q);
+#pragma unroll 1
+  for (uint32_t first = thread_index(); first <= mask; first += 16 * kThreads) {
+    float values[16];
+#pragma unroll
+    for (uint32_t i = 0; i < 16; ++i) values[i] = first + i * kThreads < dim ? theta[first + i * kThreads] : 0.0f;
+#pragma unroll
+    for (uint32_t i = 0; i < 16; ++i)
+      if (first + i * kThreads <= mask) kept().store(place_of(first + i * kThreads), values[i]);
+  }
+  sync_block();
   float x[kPerThread];
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const uint32_t k = (own_c | register_position_c(i)) & mask;
-    x[i] = k < dim ? theta[k] : 0.0f;
-  }
-  c_to_b(x);
-  b_to_a(x);
-  multiply_signs<kGeneral>(p, stream, (int)opaque(chunk), x);
+  for (int i = 0; i < kPerThread; ++i) x[i] = kept().load(place_in_a(i, mask));
+  multiply_signs<kKind>(p, stream, chunk, x);
   transform(x, p.q);
-
-  // Value j goes to pi^-1(j). In two halves through the exchange, in loops: unrolled, the network of 64 positions would
-  // be more instructions than all the rest, and a kernel that makes one z would spend its time fetching them.
-  const PermutationKeys pi = permutation_keys(p.seed, stream, (int)opaque(chunk));
+  constexpr int kBatch = 8;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    sync_block();  // nobody uses what was kept any more, nor the exchange
+  for (int first = 0; first < kPerThread; first += kBatch) {
+    uint32_t j[kBatch], k[kBatch];
 #pragma unroll
-    for (int i = half * 32; i < half * 32 + 32; i += 4)
-      exchange().store((int)(own_c | register_position_c(i & 31)), float4{x[i], x[i + 1], x[i + 2], x[i + 3]});
-    sync_block();
-    constexpr int kBatch = 8;  // networks side by side
-    const uint32_t first = (uint32_t)half * (kTile / 2);
-#pragma unroll 1
-    for (uint32_t at = thread_index(); at < kTile / 2 && (first | at) <= mask; at += kBatch * kThreads) {
-      float values[kBatch];
-      uint32_t to[kBatch];
+    for (int i = 0; i < kBatch; ++i) j[i] = position_c(first + i) & mask;
+    permute_back(j, p.q, k);
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const uint32_t j = at + i * kThreads;
-        values[i] = exchange().load((int)j);
-        to[i] = permute_back((first | j) & mask, p.q, pi);
-      }
+    for (int i = 0; i < kBatch; ++i)
+      if (position_c(first + i) <= mask) kept().store(place_of(k[i]), x[first + i]);
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const uint32_t j = first | (at + i * kThreads);
-        if (j > mask) break;
-        kept().store(place_of(to[i]), values[i]);
-        note(j, to[i]);
-      }
-    }
+    for (int i = 0; i < kBatch; i += 4)
+      if (position_c(first + i) <= mask) note(j[i], {k[i], k[i + 1], k[i + 2], k[i + 3]});
   }
   sync_block();
 }
-template <bool kGeneral>
+template <Kind kKind>
 HSAID_DEVICE void make_z(const Params& p, const float* theta, uint64_t stream, int chunk) {
-  make_z<kGeneral>(p, theta, stream, chunk, [](uint32_t, uint32_t) {});
+  make_z<kKind>(p, theta, stream, chunk, [](uint32_t, uint4) {});
 }
 
 }  // namespace hsaid::cuda

@@ -25,7 +25,7 @@ from hsaid_kernels._triton.tables import (
     TENSOR,
     TO,
 )
-from hsaid_kernels._triton.tile import a_to_natural, make_z, place_in_a, transform_reversed
+from hsaid_kernels._triton.tile import a_to_natural, make_z, place_in_z, transform_reversed
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def adjoint_segments_kernel(
             for first in range(0, 1 << Q, STEP):
                 e = first + tl.arange(0, STEP)
                 inside = e < 1 << Q
-                product = tl.load(u + e, mask=inside) * tl.load(z + place_in_a(e, T), mask=inside)
+                product = tl.load(u + e, mask=inside) * tl.load(z + place_in_z(e, T), mask=inside)
                 tl.store(scratch + e, product, mask=inside)
             tl.debug_barrier()
             dot = fold(scratch, Q, STEP)

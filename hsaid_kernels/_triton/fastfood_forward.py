@@ -8,7 +8,7 @@ of its time so where tensors are small, because here, unlike in CUDA, it goes th
 import triton
 import triton.language as tl
 
-from hsaid_kernels._triton.memory import element, load_floats, store_floats, tensor_at
+from hsaid_kernels._triton.memory import element, load_floats, prefetch, store_floats, tensor_at
 from hsaid_kernels._triton.streams import times_diagonal
 from hsaid_kernels._triton.tables import (
     COLS,
@@ -24,7 +24,7 @@ from hsaid_kernels._triton.tables import (
     STREAM,
     TENSOR,
 )
-from hsaid_kernels._triton.tile import kept, make_z, transform
+from hsaid_kernels._triton.tile import load_z, make_z, transform
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def write_elements(
 ):
     """base + factor * x, or the base where factor is None, into the piece's elements first ... first + 2^T - 1."""
     STEP: tl.constexpr = 1 << (T - 4)  # four values a thread at a time: offsets take many registers
-    for i in range(0, 1 << T, STEP):
+    for i in range(0, tl.minimum(count - first, 1 << T).to(tl.int32), STEP):
         at = i + tl.arange(0, STEP)
         mask = first + at < count
         offsets = element(first + at, cols, row_stride)
@@ -44,6 +44,14 @@ def write_elements(
         if factor is not None:
             w += factor * tl.load(x + at)
         store_floats(out, 0, offsets, w, mask, OUT, 0)
+
+
+@triton.jit
+def prefetch_base(base, code, count, cols, t, BASES: tl.constexpr, T: tl.constexpr):
+    """Has the base of a whole tile on its way while the tile is drawn and transformed."""
+    if (cols == 0) & (base != 0) & ((tl.cast(t, tl.int64) + 1 << T) <= count):
+        bytes = tl.where(code == 0, 4, 2) << T
+        prefetch(base + tl.cast(t, tl.int64) * bytes, bytes, (4 if BASES & 1 else 2) << T)
 
 
 @triton.jit
@@ -116,13 +124,13 @@ def fastfood_forward_kernel(
     scratch,  # [programs, 2^T]
     OUT: tl.constexpr,
     BASES: tl.constexpr,
+    PREFETCH: tl.constexpr,
     RADEMACHER: tl.constexpr,
     Q: tl.constexpr,
     T: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     seed = seed.to(tl.int64)
-    own = kept(T)
     scratch += program << T
     for i in range(tl.load(first_runs + program), tl.load(first_runs + program + 1)):
         row = runs + i * COLUMNS
@@ -137,12 +145,14 @@ def fastfood_forward_kernel(
                 write_elements(to, base, code, count, cols, row_stride, at, None, None, OUT, BASES, T)
         else:
             factor = tl.load(factors + segment)
-            z = zs + (tl.load(row + FROM) * chunks << T) + own
+            z = zs + (tl.load(row + FROM) * chunks << T)
             for t in range(first, last):
+                if PREFETCH and BASES != 0:
+                    prefetch_base(base, code, count, cols, t, BASES, T)
                 block = t << (T - Q)
-                x = times_diagonal(tl.load(z), seed, stream, block, 1, 0, lines, RADEMACHER, Q, T)
+                x = times_diagonal(load_z(z, T), seed, stream, block, 1, 0, lines, RADEMACHER, Q, T)
                 for chunk in range(1, chunks):
-                    of_chunk = tl.load(z + (tl.cast(chunk, tl.int64) << T))
+                    of_chunk = load_z(z + (tl.cast(chunk, tl.int64) << T), T)
                     x += times_diagonal(of_chunk, seed, stream, block, 1, chunk, lines, RADEMACHER, Q, T)
                 w = transform(x, Q, T)
                 write_tile(to, base, code, count, cols, row_stride, t, w, factor, scratch, OUT, BASES, T)

@@ -111,6 +111,13 @@ def pointer(address, first, CODE: tl.constexpr):
 
 
 @triton.jit
+def prefetch(address, bytes, MOST: tl.constexpr):
+    """Has so many bytes, a power of two and at most MOST, come to the second-level cache of an NVIDIA GPU."""
+    lines = address + (tl.arange(0, MOST // 128) * 128 & (bytes - 1))
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], tl.int32, False, 1)
+
+
+@triton.jit
 def load_as(address, first, offsets, mask, CODE: tl.constexpr, FOURS: tl.constexpr):
     FOUR: tl.constexpr = 16 if CODE == 0 else 8  # bytes
     p = pointer(address, first, CODE) + offsets

@@ -57,13 +57,18 @@ def _normal_lines(device: torch.device) -> Tensor:
 
 
 @functools.cache  # the driver takes its time to say what it runs
+def _is_cuda() -> bool:
+    return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+
+
+@functools.cache
 def _options(threads: int, registers: int | None = None) -> dict:
     """How to compile a kernel. No multiplication is fused with an addition (docs/rng.md)."""
     if INTERPRETED:
         return {}
     target = triton.runtime.driver.active.get_current_target()
     options = dict(num_warps=max(1, threads // target.warp_size), enable_fp_fusion=False)
-    return options | dict(maxnreg=registers) if registers and target.backend == "cuda" else options
+    return options | dict(maxnreg=registers) if registers and _is_cuda() else options
 
 
 def _programs(device: torch.device, q: int) -> int:
@@ -189,6 +194,7 @@ def fastfood_forward(
                 scratch,
                 OUT=memory.CODES[dtype],
                 BASES=bases.codes,
+                PREFETCH=_is_cuda(),
                 RADEMACHER=rademacher,
                 Q=q,
                 T=t,

@@ -107,44 +107,39 @@ def transform_reversed(x, Q: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def index_a(T: tl.constexpr):
-    """The positions of a tile in order A: int32 [64, 2^(T-6)]."""
-    return position(tl.arange(0, 64)[:, None], tl.arange(0, 1 << (T - 6))[None, :])
+def place_in_z(e, T: tl.constexpr):
+    """Where z keeps position e: in order A with registers in fours, which a thread reads at once (load_z)."""
+    return (e >> 4 & 15) << (T - 4) | e >> 8 << 4 | (e & 3) << 2 | (e >> 2 & 3)
 
 
 @triton.jit
-def place_in_a(e, T: tl.constexpr):
-    """The index in order A of position e."""
-    return (e >> 2 & 63) << (T - 6) | e >> 8 << 2 | (e & 3)
+def position_in_z(i, T: tl.constexpr):
+    """The position at place i, the other way."""
+    return position(i >> (T - 4) << 2 | (i & 3), i >> 2 & ((1 << (T - 6)) - 1))
 
 
 @triton.jit
-def kept(T: tl.constexpr):
-    """Where a program keeps values of order A in memory: int32 [64, 2^(T-6)]."""
-    r, t = tl.arange(0, 64)[:, None], tl.arange(0, 1 << (T - 6))[None, :]
-    # Triton must not see that lanes are side by side: it would give each four values, and exchange them all.
-    return tl.max_contiguous(r << (T - 6) | t, [1, 1])
+def load_z(z, T: tl.constexpr):
+    """z in order A: [64, 2^(T-6)]."""
+    x = tl.reshape(tl.load(z + tl.arange(0, 1 << T)), (16, 1 << (T - 6), 4))
+    return tl.reshape(tl.permute(x, (0, 2, 1)), (64, 1 << (T - 6)))
 
 
 @triton.jit
 def make_z(theta, dim, seed, stream, chunk, scratch, z, Q: tl.constexpr, T: tl.constexpr):
-    """z of a segment's chunk for every block of the tile into z [2^T], in order A. Uses scratch [2^T]."""
-    STEP: tl.constexpr = 1 << (T - 4)  # four positions a thread at a time, where each takes several registers
-    tl.debug_barrier()  # nobody needs any more what is there
-    for i in range(0, 1 << T, STEP):
-        e = i + tl.arange(0, STEP)
-        k = (chunk << Q) + (e & ((1 << Q) - 1))
-        tl.store(scratch + e, tl.load(theta + k, mask=k < dim, other=0.0))
-    tl.debug_barrier()
+    """z of a segment's chunk for every block of the tile into z [2^T], as load_z takes it. Uses scratch [2^T]."""
+    STEP: tl.constexpr = 1 << (T - 2)  # sixteen positions a thread at a time, where each takes several registers
+    of_theta = (chunk << Q) + (tl.arange(0, 1 << T) & ((1 << Q) - 1))
+    x = natural_to_a(tl.load(theta + of_theta, mask=of_theta < dim, other=0.0), T)
     first = tl.full([], 0, tl.int32)
     signs = sign_bits(seed, stream, SIGNS, first, 0, chunk, Q, T)
-    x = transform(with_signs(tl.load(scratch + index_a(T)), signs), Q, T)
-    tl.debug_barrier()
+    x = transform(with_signs(x, signs), Q, T)
+    tl.debug_barrier()  # nobody needs any more what is there
     tl.store(scratch + tl.arange(0, 1 << T), x)
     tl.debug_barrier()
     keys = permutation_keys(seed, stream, chunk)
     for i in range(0, 1 << T, STEP):
-        a = i + tl.arange(0, STEP)
-        k = position(a >> (T - 6), a & ((1 << (T - 6)) - 1)) & ((1 << Q) - 1)
-        tl.store(z + a, tl.load(scratch + permute(k, keys, Q)))
+        at = i + tl.arange(0, STEP)
+        k = position_in_z(at, T) & ((1 << Q) - 1)
+        tl.store(z + at, tl.load(scratch + permute(k, keys, Q)))
     tl.debug_barrier()

@@ -295,7 +295,7 @@ void run(const char* name, dim3 grid, int threads, int shared_bytes, const std::
   const int64_t blocks = (int64_t)grid.x * grid.y;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t number = m.device.last_block_first ? blocks - 1 - i : i;
-    if (m.device.only_block >= 0 && number % grid.x != m.device.only_block) continue;
+    if (grid.x > m.device.only_block && m.device.only_block >= 0 && number % grid.x != m.device.only_block) continue;
     m.block = {(unsigned)(number % grid.x), (unsigned)(number / grid.x), 0};
     m.start_block(threads, shared_bytes);
     m.run_block();

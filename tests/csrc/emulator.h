@@ -41,6 +41,9 @@ struct alignas(16) float4 {
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
 typedef struct CUstream_st* cudaStream_t;
 
 namespace hsaid::emulator {
@@ -50,7 +53,7 @@ struct Device {
   int resident_blocks = 3;
   bool last_thread_first = false;  // the order in which threads run, and blocks
   bool last_block_first = false;
-  int64_t only_block = -1;  // of the grid's first dimension, where not all
+  int64_t only_block = -1;  // of the grid's first dimension, where it has so many; -1: all
   bool idle = false;        // launches do nothing: what is left is the host's time
   std::vector<std::string> launches;
   bool count_wavefronts = false;                                      // slow
@@ -95,6 +98,7 @@ class Shared {
   void store(int i, V value) const {
     *(V*)emulator::shared_access(first_ + i, sizeof(V) / 4, true) = value;
   }
+  uint32_t byte(uint32_t i) const { return bits_from_float(load((int)(i / 4))) >> (i % 4 * 8) & 0xff; }
   template <int kWindow>
   float look_up(uint32_t i) const {
     if (first_ % 64) throw std::logic_error("look_up: the windows do not begin on a multiple of 256 bytes");
@@ -111,6 +115,7 @@ HSAID_DEVICE float4 load_once(const float4* p) { return *p; }
 HSAID_DEVICE uint2 load_once(const uint2* p) { return *p; }
 HSAID_DEVICE void store_once(float4* p, float4 v) { *p = v; }
 HSAID_DEVICE void store_once(uint2* p, uint2 v) { *p = v; }
+HSAID_DEVICE int add_one(int* p) { return (*p)++; }
 HSAID_DEVICE void prefetch(const void* p) { (void)*(const volatile char*)p; }
 
 template <class T>
