@@ -74,6 +74,24 @@ def _define(namespace: str) -> None:
     # The leading block of the symmetric H is symmetric, so the transform is its own adjoint.
     torch.library.register_autograd(f"{namespace}::hadamard_transform", backward, setup_context=setup)
 
+    def plain_adjoint(theta, factors, grads, *plan):
+        return getattr(torch.ops, namespace).fastfood_adjoint(theta, factors, [_plain(grad) for grad in grads], *plan)
+
+    for key in (
+        "Negative",
+        "SparseCPU",
+        "SparseCUDA",
+        "SparseXPU",
+    ):  # which the dispatcher finds among hundreds of gradients
+        torch.library.impl(f"{namespace}::fastfood_adjoint", key)(plain_adjoint)
+
+
+def _plain(tensor: Tensor | None) -> Tensor | None:
+    """Dense (embeddings may have sparse gradients), and without lazy negation, which no list of arguments resolves."""
+    if tensor is None:
+        return None
+    return (tensor if tensor.layout == torch.strided else tensor.to_dense()).resolve_neg()
+
 
 def _in_triton(name: str) -> None:
     def run(*arguments):  # Triton takes a second to import
@@ -202,13 +220,6 @@ def prepare(plan: Plan, device: torch.device, backend: str) -> None:
             importlib.import_module("hsaid_kernels._triton.ops").prepare(plan, device)
 
 
-def _plain(tensor: Tensor | None) -> Tensor | None:
-    """Dense (embeddings may have sparse gradients), and without lazy negation, which no list of arguments resolves."""
-    if tensor is None or (tensor.layout is torch.strided and not tensor.is_neg()):  # hundreds in a call, nearly all so
-        return tensor
-    return (tensor if tensor.layout == torch.strided else tensor.to_dense()).resolve_neg()
-
-
 def _signed(seed: int) -> int:
     """The 64 bits of `seed` as the int64 that an op takes."""
     return seed - 2**64 if seed >= 2**63 else seed
@@ -241,9 +252,8 @@ def fastfood_adjoint(
     """
     if torch.compiler.is_compiling():
         return torch.ops.hsaid_kernels.planned_adjoint(theta, factors, list(grads), plan.key, backend)
-    grads = [_plain(grad) for grad in grads]
     if backend == "reference":
-        return reference.adjoint(plan, theta, factors, grads)
+        return reference.adjoint(plan, theta, factors, [_plain(grad) for grad in grads])
     return _kernels(backend).fastfood_adjoint(
         theta, factors, grads, plan.segments, _signed(plan.seed), plan.width, plan.rademacher, plan.run_blocks
     )

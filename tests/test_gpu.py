@@ -100,19 +100,23 @@ def test_all_of_a_small_mbert(backend):
     assert_same_everywhere(plan, torch.bfloat16, backend, missing=(3, 200))
 
 
-def test_gradients_of_every_kind(backend):
-    """Expanded, transposed, sparse, of a slice, lazily negated and missing ones."""
-    plan = Plan({"a": (70, 30), "b": (40, 25), "c": (50, 8), "d": (6, 11), "e": (90,), "f": (3,)}, 60, seed=3)
-    rows = torch.tensor([[7, 3, 7]])
-    grads = [
-        torch.randn(1).expand(70, 30),
-        torch.randn(25, 40).T,
-        torch.sparse_coo_tensor(rows, torch.randn(3, 8), (50, 8), check_invariants=True),
-        torch.randn(6, 30)[:, 4:15],
-        torch.randn(90, dtype=torch.complex64).conj().imag,
-        None,
-    ]
-    assert grads[4].is_neg()
+KINDS = {
+    "expanded": lambda: torch.randn(1).expand(50, 8),
+    "transposed": lambda: torch.randn(8, 50).T,
+    "sparse": lambda: torch.sparse_coo_tensor(
+        torch.tensor([[7, 3, 7]]), torch.randn(3, 8), (50, 8), check_invariants=True
+    ),
+    "sliced": lambda: torch.randn(50, 30)[:, 4:12],
+    "negated": lambda: torch.randn(50, 8, dtype=torch.complex64).conj().imag,
+    "missing": lambda: None,
+}
+
+
+@pytest.mark.parametrize("kinds", [list(KINDS), *([kind] for kind in KINDS)], ids=lambda kinds: "-".join(kinds))
+def test_gradients_of_every_kind(kinds, backend):
+    plan = Plan(dict.fromkeys(["plain", *kinds], (50, 8)), 60, seed=3)
+    grads = [torch.randn(50, 8), *(KINDS[kind]() for kind in kinds)]
+    assert [grad.is_neg() for grad in grads if grad is not None].count(True) == ("negated" in kinds)
     theta, factors = torch.randn(60), plan.scales
     expected = ops.fastfood_adjoint(plan, theta, factors, grads, "reference")
     got = ops.fastfood_adjoint(

@@ -4,6 +4,8 @@ A launch has a table with a word for each tensor: address << 3 | dtype << 1 | 1,
 more than 32 bits, so that Triton, which looks at the values of arguments, compiles one kernel for all of them.
 """
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPE = operator.attrgetter("dtype")
 WORDS = 256  # that a launch of write_words takes
 MISSING = 1 << 62 | 1  # an address that nothing has
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -30,20 +33,32 @@ def write_words(table, words):
         tl.store(table + i, words[i])
 
 
-def table_of(tensors: Sequence[Tensor | None], needed: Sequence[int], device: torch.device, what: str) -> Table:
-    """The table of tensors that need so many elements; of those that are not dense, of row-major copies.
+def _ordinary(
+    tensors: Sequence[Tensor | None], needed: Sequence[int], index: int
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """(addresses, codes) of tensors that all are there, dense and large enough; None where one is not.
 
-    The words travel as kernel parameters: without a copy that the host would have to wait for, and as a CUDA graph can
-    capture it. This runs for every tensor of a model in every step, so it asks each as little as it can.
-
-    Raises:
-        RuntimeError: a tensor on another device, of another dtype than the three, or with too few elements.
+    This runs for every tensor of a model in every step: each is asked as little as it can, all one thing at a time.
     """
-    index = -1 if device.type == "cpu" else device.index
-    words, codes, kept = [], 0, []
+    try:
+        addresses = tuple(map(Tensor.data_ptr, tensors))
+        dense = all(map(Tensor.is_contiguous, tensors)) and all(map(operator.ge, map(Tensor.numel, tensors), needed))
+        if dense and set(map(Tensor.get_device, tensors)) <= {index}:
+            return addresses, tuple(map(CODES.__getitem__, map(_DTYPE, tensors)))
+    except (TypeError, AttributeError, KeyError):  # a missing tensor, another dtype
+        pass
+    return None
+
+
+def _any(
+    tensors: Sequence[Tensor | None], needed: Sequence[int], device: torch.device, index: int, what: str
+) -> tuple[tuple[int | None, ...], tuple[int, ...], list[Tensor]]:
+    """(addresses, codes, row-major copies of those that are not dense); addresses of missing tensors are None."""
+    found: list[tuple[int | None, int]] = []
+    kept = []
     for number, (tensor, count) in enumerate(zip(tensors, needed)):
         if tensor is None:
-            words.append(MISSING)
+            found.append((None, 0))
             continue
         if tensor.get_device() != index:
             got = tensor.device
@@ -57,16 +72,42 @@ def table_of(tensors: Sequence[Tensor | None], needed: Sequence[int], device: to
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
             kept.append(tensor)
-        codes |= 1 << code
-        address = tensor.data_ptr()
-        if address >= 1 << 63:  # as a signed number
-            address -= 1 << 64
-        words.append(address << 3 | code << 1 | 1)
+        found.append((tensor.data_ptr(), code))
+    return tuple(address for address, _ in found), tuple(code for _, code in found), kept
+
+
+@functools.lru_cache(maxsize=64)  # W0 lies where it lay in the step before, and gradients often do
+def _words_of(addresses: tuple[int | None, ...], codes: tuple[int, ...]) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """(a bit for the code of each dtype, the words in launches of WORDS)."""
+    words, bits = [], 0
+    for address, code in zip(addresses, codes):
+        if address is None:
+            words.append(MISSING)
+            continue
+        bits |= 1 << code
+        words.append((address - (1 << 64 if address >= 1 << 63 else 0)) << 3 | code << 1 | 1)  # as a signed number
     words += [MISSING] * (-len(words) % WORDS or WORDS * (not words))
-    table = torch.empty(len(words), dtype=torch.int64, device=device)
-    for i in range(0, len(words), WORDS):
-        write_words[(1,)](table[i:], tuple(words[i : i + WORDS]), num_warps=1, enable_fp_fusion=False)
-    return Table(table, codes, kept)
+    return bits, tuple(tuple(words[i : i + WORDS]) for i in range(0, len(words), WORDS))
+
+
+def table_of(tensors: Sequence[Tensor | None], needed: Sequence[int], device: torch.device, what: str) -> Table:
+    """The table of tensors that need so many elements; of those that are not dense, of row-major copies.
+
+    The words travel as kernel parameters: without a copy that the host would have to wait for, and as a CUDA graph can
+    capture it.
+
+    Raises:
+        RuntimeError: a tensor on another device, of another dtype than the three, or with too few elements.
+    """
+    index = -1 if device.type == "cpu" else device.index
+    tensors = tensors[: len(needed)]
+    found = _ordinary(tensors, needed, index)
+    addresses, codes, kept = (*found, []) if found else _any(tensors, needed, device, index, what)
+    bits, launches = _words_of(addresses, codes)
+    table = torch.empty(len(launches) * WORDS, dtype=torch.int64, device=device)
+    for i, words in enumerate(launches):
+        write_words[(1,)](table[i * WORDS :] if i else table, words, num_warps=1, enable_fp_fusion=False)
+    return Table(table, bits, kept)
 
 
 @triton.jit

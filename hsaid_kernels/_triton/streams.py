@@ -88,7 +88,7 @@ def gaussian(seed, stream, first, step, chunk, lines, Q: tl.constexpr, T: tl.con
     halves = tl.join((w & 0xFFFF) | 0x4B000001, w >> 16 | 0x4B000001)
     halves = tl.reshape(halves, (1 << (5 - S), 1 << (S - 2), THREADS, 2, 2, 2))
     halves = tl.reshape(tl.permute(halves, (0, 3, 4, 5, 1, 2)), (64, THREADS))
-    # With the threads first: of dimensions along which no addresses are contiguous, Triton 3.6 gives the first to lanes.
+    # Threads first: where addresses are contiguous along no dimension, Triton 3.6 gives the first one to lanes.
     return tl.permute(normal(tl.permute(halves, (1, 0)), lines), (1, 0))
 
 
