@@ -361,7 +361,7 @@ def small(backend: str) -> None:
     dtypes = list(DTYPES.values())[: 2 if backend == "triton" else 3]
     tensors = {"a": (3, 12000), "b": (1003,), "w": (70, 96)}
     bands = [whole("a", (3, 12000)), whole("b", (1003,)), Segment("w", 32, 70, 32, 96)]
-    for dim, width in ((30, 32), (1000, 1024), (16384, 16384), (40, 32), (20000, 16384))[backend == "triton" :]:
+    for dim, width in ((30, 32), (1000, 1024), (16384, 16384), (40, 32), (20000, 16384), (500, 512))[backend == "triton" :]:
         for diagonal in ("gaussian", "rademacher"):
             plan = Plan(tensors, dim, width=width, diagonal=diagonal, segments=bands)
             theta, factors = torch.randn(dim, device="cuda"), plan.scales.cuda()
@@ -371,6 +371,10 @@ def small(backend: str) -> None:
                 ops.fastfood_forward(plan, theta, factors, [], dtype, backend)
                 ops.fastfood_adjoint(plan, theta, factors, [None, *values[1:]], backend)
                 ops.fastfood_adjoint(plan, theta, factors, values, backend)
+    plan = Plan({"many tiles": (300, 16384)}, 16384)  # more than a device has places: some come from the pool
+    theta, factors = torch.randn(16384, device="cuda"), plan.scales.cuda()
+    for dtype in dtypes[:2]:
+        ops.fastfood_forward(plan, theta, factors, plan.views(random_values(plan, dtype)), dtype, backend)
     for dim in (5, 500, 4096, 30000, 65536):
         for dtype in dtypes:
             hadamard_transform(torch.randn(3, dim, device="cuda").to(dtype), 1.0, backend)

@@ -27,6 +27,7 @@ struct RowParams {
   int q, row_bits, tile_bits;     // row_bits: at least 2, so that a vector is of one row
   bool last;                      // does stages 0 and 1 and the scale
   bool vectors;                   // rows can be read and written four values at a time
+  bool whole;                     // and are as long as the transform: a tile is as many values in a row
   float scale;
 };
 
@@ -115,11 +116,21 @@ __global__ void __launch_bounds__(512) hadamard_rows_kernel(const __grid_constan
   const int64_t mask = ((int64_t)1 << a.row_bits) - 1, end = a.rows << a.row_bits;
   for (int64_t first = (int64_t)block_index().x << a.tile_bits; first < end;
        first += (int64_t)grid_width() << a.tile_bits) {
+    const bool whole = a.whole && first + ((int64_t)1 << a.tile_bits) <= end;
     float x[kPerThread];
+    if (whole) {  // without a condition between one load and the next
+      typename Quad<In>::Bits loaded[16];
 #pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      const int64_t at = first + first_place(j), row = at >> a.row_bits;
-      load_four((const In*)a.in + row * a.in_dim, at & mask, row < a.rows ? a.in_dim : 0, a.vectors, x + 4 * j);
+      for (int j = 0; j < 16; ++j)
+        loaded[j] = *(const typename Quad<In>::Bits*)((const In*)a.in + first + first_place(j));
+#pragma unroll
+      for (int j = 0; j < 16; ++j) *(float4*)(x + 4 * j) = Quad<In>::widened(loaded[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        const int64_t at = first + first_place(j), row = at >> a.row_bits;
+        load_four((const In*)a.in + row * a.in_dim, at & mask, row < a.rows ? a.in_dim : 0, a.vectors, x + 4 * j);
+      }
     }
     if (q > 2) lane_stage<0>(x);
     if (q > 3) lane_stage<1>(x);
@@ -144,7 +155,10 @@ __global__ void __launch_bounds__(512) hadamard_rows_kernel(const __grid_constan
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
       const int64_t at = first + then_place(j, warp_bits), row = at >> a.row_bits;
-      store_four((Out*)a.out + row * a.out_dim, at & mask, row < a.rows ? a.out_dim : 0, a.vectors, x + 4 * j);
+      if (whole)
+        store_four((Out*)a.out, at, INT64_MAX, true, x + 4 * j);
+      else
+        store_four((Out*)a.out + row * a.out_dim, at & mask, row < a.rows ? a.out_dim : 0, a.vectors, x + 4 * j);
     }
   }
 }
@@ -201,7 +215,18 @@ void transform_rows(const void* x, void* out, Dtype dtype, int64_t rows, int64_t
   while (((int64_t)1 << q) < dim) ++q;
   const bool aligned = dim % 4 == 0 && is_aligned(x, dtype) && is_aligned(out, dtype);
   const int tile_bits = std::clamp(q, kMinTileBits, kMaxTileBits);
-  RowParams a{x, out, rows, dim, dim, q, std::max(q, 2), tile_bits, true, aligned, scale};
+  RowParams a{x,
+              out,
+              rows,
+              dim,
+              dim,
+              q,
+              std::max(q, 2),
+              tile_bits,
+              true,
+              aligned,
+              aligned && dim == (int64_t)1 << std::max(q, 2),
+              scale};
   const dim3 grid(grid_for(((rows << a.row_bits) + ((int64_t)1 << tile_bits) - 1) >> tile_bits));
   const int threads = 1 << (tile_bits - 6), shared = tile_bits == kMinTileBits ? 0 : 2 << tile_bits;
   if (q <= kMaxTileBits) {
