@@ -361,7 +361,9 @@ def small(backend: str) -> None:
     dtypes = list(DTYPES.values())[: 2 if backend == "triton" else 3]
     tensors = {"a": (3, 12000), "b": (1003,), "w": (70, 96)}
     bands = [whole("a", (3, 12000)), whole("b", (1003,)), Segment("w", 32, 70, 32, 96)]
-    for dim, width in ((30, 32), (1000, 1024), (16384, 16384), (40, 32), (20000, 16384), (500, 512))[backend == "triton" :]:
+    for dim, width in ((30, 32), (1000, 1024), (16384, 16384), (40, 32), (20000, 16384), (500, 512))[
+        backend == "triton" :
+    ]:
         for diagonal in ("gaussian", "rademacher"):
             plan = Plan(tensors, dim, width=width, diagonal=diagonal, segments=bands)
             theta, factors = torch.randn(dim, device="cuda"), plan.scales.cuda()
