@@ -32,7 +32,7 @@ import results
 import shapes
 import torch
 
-from hsaid_kernels import HSAID, hadamard_transform, ops, training
+from hsaid_kernels import HSAID, hadamard_transform, module, ops, training
 from hsaid_kernels.plan import Plan, Segment, whole
 from hsaid_kernels.projection import Part
 
@@ -168,31 +168,33 @@ def projection_rows(backends: tuple[str, ...], name: str, diagonal: str, dim: in
     return rows
 
 
-def blocks() -> list[list[str]]:
-    """mBERT's tensors by the block of the model that they belong to, as `HSAID` calls the adjoint for them."""
+def blocks() -> dict[str, list[str]]:
+    """mBERT's tensors by the block of the model that they belong to."""
     found: dict[str, list[str]] = {}
     for name in shapes.mbert():
         steps = name.removeprefix("bert.").split(".")
         found.setdefault(".".join(steps[:3]) if steps[0] == "encoder" else steps[0], []).append(name)
-    return list(found.values())
+    return found
 
 
 def blockwise_row(backend: str, name: str, diagonal: str, dim: int) -> dict:
-    """The fifteen adjoint calls of a training step against one over everything."""
+    """The adjoint calls of a training step, and one for each block of the model, against one over everything."""
     dtype = DTYPES[name]
     plan = Plan(shapes.mbert(), dim, diagonal=diagonal)
     theta, factors = torch.randn(dim, device="cuda"), plan.scales.cuda()
     tensors = plan.views(random_values(plan, dtype))
     by_name = dict(zip(plan.names, tensors))
-    calls = []
-    for names in blocks():
+
+    def call_for(names: list[str]) -> tuple:
         part = Part(plan, names)
-        calls.append(
-            (part.plan, theta, factors[part.rows_on(theta.device)], [by_name[n] for n in part.plan.names], backend)
-        )
+        return part.plan, theta, factors[part.rows_on(theta.device)], [by_name[n] for n in part.plan.names], backend
+
+    calls = [call_for(names) for names in blocks().values()]
+    joined = [call_for(names) for _, names in module._joined(blocks().items(), plan.shapes)]  # as HSAID does
     layer = calls[1]
     parts = {
         "one": lambda: ops.fastfood_adjoint(plan, theta, factors, tensors, backend),
+        "joined": lambda: [ops.fastfood_adjoint(*call) for call in joined],
         "blocks": lambda: [ops.fastfood_adjoint(*call) for call in calls],
         "layer": lambda: ops.fastfood_adjoint(*layer),
     }
@@ -204,10 +206,12 @@ def blockwise_row(backend: str, name: str, diagonal: str, dim: int) -> dict:
         "diagonal": diagonal,
         "d": dim,
         "calls": len(calls),
+        "joined_calls": len(joined),
         "layer_run_blocks": layer[0].run_blocks,
         **{f"{part}_ms": statistics.median(times[part].device) for part in parts},
         **{f"{part}_host_ms": statistics.median(times[part].host) for part in parts},
         "blocks/one": ratio(times["blocks"].device, times["one"].device),
+        "joined/one": ratio(times["joined"].device, times["one"].device),
     }
 
 

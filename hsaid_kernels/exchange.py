@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-Late = tuple[nn.Module, Sequence[str], Callable[[], Sequence[Tensor]]]
+Late = tuple[Sequence[nn.Module], Sequence[str], Callable[[], Sequence[Tensor]]]
 
 
 class Places:
@@ -70,9 +70,9 @@ class Exchange:
     Args:
         tensors: what stands in, by the parameter's name; the other parameters are detached.
         lock: held inside, because the model is one for all threads.
-        late: (module, names, make): from the first call of the module, or of another one that has one of the names, on,
-            what `make` gives stands in for these. Autograd runs what was made last first, so a node that is made just
-            before a block of the model runs is reached as soon as backward leaves the block.
+        late: (modules, names, make): from the first call of one of the modules, or of another one that has one of the
+            names, on, what `make` gives stands in for these. Autograd runs what was made last first, so a node that is
+            made just before blocks of the model run is reached as soon as backward leaves the first of them.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class Exchange:
         self._places.fill(self._tensors)
         for module, key in self._checkpoints:
             module[key] = functools.partial(module[key], use_reentrant=False, context_fn=self._contexts)
-        for module, names, make in self._late:
+        for modules, names, make in self._late:
             hook, tied = self._once(names, make), self._places.tied
-            for place in {module, *(owner for name in names if name in tied for owner in tied[name])}:
+            for place in {*modules, *(owner for name in names if name in tied for owner in tied[name])}:
                 self._handles.append(place.register_forward_pre_hook(hook, prepend=True))
         self._late = ()
 

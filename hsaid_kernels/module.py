@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
+import math
 import os
 import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class HSAID(Tasks):
         self.given_dtype = dtype
         self.backend = backend
         self._whole = Part(self.plan)
-        self._parts = [(module, Part(self.plan, names)) for module, names in _blocks(model, tensors)]
+        self._parts = [(modules, Part(self.plan, names)) for modules, names in _joined(_blocks(model, shapes), shapes)]
         self._kept: dict[str, Tensor] | None = None  # W0, while the model holds the projected weights
         self._aliases = _aliases(model)
         self._masked = [(module, hook._tensor_name) for module, hook in masks(model.modules())]
@@ -418,8 +419,12 @@ class HSAID(Tasks):
                 made = join(self._whole)
                 if wanted:
                     late = [
-                        (self.model.get_submodule(module), part.plan.names, functools.partial(_join, join, part))
-                        for module, part in self._parts
+                        (
+                            [self.model.get_submodule(name) for name in modules],
+                            part.plan.names,
+                            partial(_join, join, part),
+                        )
+                        for modules, part in self._parts
                     ]
                 else:
                     self._cache = Cache(trained, w0, made)
@@ -493,6 +498,24 @@ def _blocks(model: nn.Module, names: Iterable[str]) -> list[tuple[str, list[str]
             module = module.rpartition(".")[0]
         found.append((module, block))
     return found
+
+
+def _joined(blocks: Iterable[tuple[str, list[str]]], shapes: Mapping[str, torch.Size]) -> list[tuple[list, list]]:
+    """(modules, their tensors): neighbouring blocks joined as long as they are no larger than the largest block.
+
+    Each call of the adjoint has a cost of its own, and the gradients of the largest block have to be held anyway.
+    """
+    sized = [(module, names, sum(math.prod(shapes[name]) for name in names)) for module, names in blocks]
+    largest, room = max(size for *_, size in sized), 0
+    joined: list[tuple[list[str], list[str]]] = []
+    for module, names, size in sized:
+        if size > room:
+            joined.append(([], []))
+            room = largest
+        joined[-1][0].append(module)
+        joined[-1][1].extend(names)
+        room -= size
+    return joined
 
 
 def _is_called(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ Run as a script, this file is a process whose memory is measured.
 """
 
 import os
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from hsaid_kernels import HSAID, ops
 
 MARGIN = 64e6  # bytes
+BLOCK = re.compile(r"(?:bert\.)?(?:encoder\.)?(layer\.\d+|\w+)")
+LAYERS = [f"layer.{i}" for i in range(4)]
 
 
 @pytest.fixture
@@ -40,9 +43,9 @@ def deep_bert(**changes) -> nn.Module:
     return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
 
 
-def blocks(calls: list) -> list[str]:
-    """Of each call, what its tensors' names begin with, less "bert.encoder"."""
-    return [os.path.commonprefix(names).removeprefix("bert.").removeprefix("encoder.") for names, _ in calls]
+def blocks(calls: list) -> list[list[str]]:
+    """Of each call, the blocks of the model that it is for."""
+    return [list(dict.fromkeys(BLOCK.match(name)[1] for name in names)) for names, _ in calls]
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -55,9 +58,28 @@ def test_backward_uses_the_gradients_of_a_block_before_it_enters_the_next(adjoin
     for i, layer in enumerate(model.bert.encoder.layer):
         layer.output.dense.register_full_backward_hook(lambda *_, i=i: entered.append((i, len(adjoints))))
     hsaid(IDS, labels=torch.tensor([0, 1])).loss.backward()
-    assert blocks(adjoints) == ["classifier.", "pooler.dense.", *(f"layer.{i}." for i in (3, 2, 1, 0)), "embeddings."]
-    assert entered == [(3, 2), (2, 3), (1, 4), (0, 5)]
-    assert [alive for _, alive in adjoints] == [0] * 7
+    assert blocks(adjoints) == [["pooler", "classifier"], *([layer] for layer in reversed(LAYERS)), ["embeddings"]]
+    assert entered == [(3, 1), (2, 2), (1, 3), (0, 4)]
+    assert [alive for _, alive in adjoints] == [0] * 6
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_neighbours_share_a_call_where_the_largest_block_is_no_smaller(adjoints, checkpointed):
+    layer = sum(parameter.numel() for parameter in deep_bert().bert.encoder.layer[0].parameters())
+    no_dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = deep_bert(vocab_size=3 * layer // SIZES["hidden_size"], **no_dropout)
+    hsaid = moved(HSAID(model, 100))
+    labels = torch.tensor([0, 1])
+    torch.func.functional_call(model, hsaid.weights(), (IDS,), {"labels": labels}).loss.backward()  # one node for all
+    expected = hsaid.theta.grad.clone()
+    hsaid.zero_grad()
+    adjoints.clear()
+    if checkpointed:
+        model.activation_checkpointing_enable()
+    hsaid(IDS, labels=labels).loss.backward()
+    assert blocks(adjoints) == [["layer.3", "pooler", "classifier"], LAYERS[:3], ["embeddings"]]
+    assert [alive for _, alive in adjoints] == [0] * 3
+    assert (hsaid.theta.grad - expected).norm() <= 1e-6 * expected.norm()
 
 
 def test_the_sum_over_the_blocks_is_the_gradient(adjoints):
