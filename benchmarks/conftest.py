@@ -20,7 +20,7 @@ import torch
 from helpers import ISAS, cpu_isa
 
 from hsaid_kernels import Projection, empty_cache
-from hsaid_kernels.plan import Plan
+from hsaid_kernels.fastfood.plan import Plan
 
 ABOUT = pytest.StashKey[dict]()
 ROWS = pytest.StashKey[list[dict]]()

@@ -32,9 +32,12 @@ import results
 import shapes
 import torch
 
-from hsaid_kernels import HSAID, hadamard_transform, module, ops, training
-from hsaid_kernels.plan import Plan, Segment, whole
-from hsaid_kernels.projection import Part
+from hsaid_kernels import HSAID, hadamard_transform
+from hsaid_kernels.app import training
+from hsaid_kernels.fastfood import ops
+from hsaid_kernels.fastfood.plan import Plan, Segment, whole
+from hsaid_kernels.fastfood.projection import Part
+from hsaid_kernels.wrapper.blocks import joined
 
 ROUNDS = 21
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -190,11 +193,11 @@ def blockwise_row(backend: str, name: str, diagonal: str, dim: int) -> dict:
         return part.plan, theta, factors[part.rows_on(theta.device)], [by_name[n] for n in part.plan.names], backend
 
     calls = [call_for(names) for names in blocks().values()]
-    joined = [call_for(names) for _, names in module._joined(blocks().items(), plan.shapes)]  # as HSAID does
+    together = [call_for(names) for _, names in joined(blocks().items(), plan.shapes)]  # as HSAID does
     layer = calls[1]
     parts = {
         "one": lambda: ops.fastfood_adjoint(plan, theta, factors, tensors, backend),
-        "joined": lambda: [ops.fastfood_adjoint(*call) for call in joined],
+        "joined": lambda: [ops.fastfood_adjoint(*call) for call in together],
         "blocks": lambda: [ops.fastfood_adjoint(*call) for call in calls],
         "layer": lambda: ops.fastfood_adjoint(*layer),
     }
@@ -206,7 +209,7 @@ def blockwise_row(backend: str, name: str, diagonal: str, dim: int) -> dict:
         "diagonal": diagonal,
         "d": dim,
         "calls": len(calls),
-        "joined_calls": len(joined),
+        "joined_calls": len(together),
         "layer_run_blocks": layer[0].run_blocks,
         **{f"{part}_ms": statistics.median(times[part].device) for part in parts},
         **{f"{part}_host_ms": statistics.median(times[part].host) for part in parts},
@@ -297,8 +300,8 @@ def seconds_of(f: Callable[[], object]) -> float:
 
 FIRST_CALL = """
 import time, torch, shapes
-from hsaid_kernels import ops
-from hsaid_kernels.plan import Plan
+from hsaid_kernels.fastfood import ops
+from hsaid_kernels.fastfood.plan import Plan
 plan = Plan(shapes.mbert(), {dim})
 tensors = plan.views(torch.zeros(plan.numel, device="cuda"))
 theta, factors = torch.ones({dim}, device="cuda"), plan.scales.cuda()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from results import pick
 
-from hsaid_kernels.plan import default_width
+from hsaid_kernels.fastfood.plan import default_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

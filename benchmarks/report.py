@@ -16,7 +16,7 @@ import plots
 import results
 from results import pick
 
-from hsaid_kernels.plan import default_width
+from hsaid_kernels.fastfood.plan import default_width
 
 ROOT = results.HERE.parent
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"

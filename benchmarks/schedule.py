@@ -13,7 +13,7 @@ import math
 
 import shapes
 
-from hsaid_kernels.plan import MAX_RUN_BLOCKS, MAX_WIDTH, Plan
+from hsaid_kernels.fastfood.plan import MAX_RUN_BLOCKS, MAX_WIDTH, Plan
 
 BESIDE = 0.7  # of a tile
 

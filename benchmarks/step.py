@@ -18,7 +18,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from hsaid_kernels import HSAID, data, training
+from hsaid_kernels import HSAID
+from hsaid_kernels.app import data, training
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ import shapes
 import torch
 from helpers import ISAS, cpu_isa, threads
 
-from hsaid_kernels import ops
-from hsaid_kernels.plan import Plan
+from hsaid_kernels.fastfood import ops
+from hsaid_kernels.fastfood.plan import Plan
 
 DIAGONALS = ("gaussian", "rademacher")
 ALL_THREADS = torch.get_num_threads()

@@ -11,8 +11,8 @@ FIRST_CALL = """
 import sys; sys.path[:0] = {path}
 import json, time, torch
 from helpers import memory
-from hsaid_kernels import ops
-from hsaid_kernels.plan import Plan
+from hsaid_kernels.fastfood import ops
+from hsaid_kernels.fastfood.plan import Plan
 import shapes
 
 start = time.perf_counter()

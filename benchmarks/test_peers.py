@@ -11,8 +11,9 @@ import pytest
 import shapes
 import torch
 
-from hsaid_kernels import Projection, ops
-from hsaid_kernels.plan import Plan
+from hsaid_kernels import Projection
+from hsaid_kernels.fastfood import ops
+from hsaid_kernels.fastfood.plan import Plan
 
 MATRIX, EMBEDDINGS = "bert.encoder.layer.0.intermediate.dense.weight", "bert.embeddings.word_embeddings.weight"
 DIM = 1000

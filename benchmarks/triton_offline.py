@@ -6,11 +6,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import hsaid_kernels._triton.fastfood_adjoint as adjoint
-import hsaid_kernels._triton.fastfood_forward as forward
-import hsaid_kernels._triton.hadamard_transform as hadamard
-from hsaid_kernels._triton import memory, tile
-from hsaid_kernels.plan import MAX_WIDTH
+import hsaid_kernels.fastfood.triton.fastfood_adjoint as adjoint
+import hsaid_kernels.fastfood.triton.fastfood_forward as forward
+import hsaid_kernels.fastfood.triton.hadamard_transform as hadamard
+from hsaid_kernels.fastfood.plan import MAX_WIDTH
+from hsaid_kernels.fastfood.triton import memory, tile
 
 FLOATS = "theta factors scratch zs sums carry dfactors dtheta x".split()
 TABLES = "runs first_runs pieces bases grads items parts lines table".split()
@@ -19,7 +19,7 @@ OUT_TYPES = ("*fp32", "*bf16", "*fp16")
 
 
 class Kernel(NamedTuple):
-    """A kernel as hsaid_kernels/_triton/ops.py launches it."""
+    """A kernel as hsaid_kernels/fastfood/triton/ops.py launches it."""
 
     title: str
     function: triton.JITFunction

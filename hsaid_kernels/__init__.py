@@ -1,11 +1,16 @@
 """Fused Fastfood projections for fine-tuning inside a small random subspace (DID, SAID and H-SAID)."""
 
-from hsaid_kernels.checkpoint import last_checkpoint
-from hsaid_kernels.hierarchy import Hierarchy
-from hsaid_kernels.module import HSAID
-from hsaid_kernels.ops import available_backends, empty_cache, hadamard_transform
-from hsaid_kernels.projection import Projection
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from hsaid_kernels.version import __version__
+
+if TYPE_CHECKING:
+    from hsaid_kernels.fastfood.ops import available_backends, empty_cache, hadamard_transform
+    from hsaid_kernels.fastfood.projection import Projection
+    from hsaid_kernels.hierarchy import Hierarchy
+    from hsaid_kernels.wrapper.checkpoint import last_checkpoint
+    from hsaid_kernels.wrapper.hsaid import HSAID
 
 __all__ = [
     "HSAID",
@@ -17,3 +22,26 @@ __all__ = [
     "hadamard_transform",
     "last_checkpoint",
 ]
+
+# Imported when they are first asked for: `hsaid --help` need not wait for torch.
+_MODULES = {
+    "HSAID": "wrapper.hsaid",
+    "Hierarchy": "hierarchy",
+    "Projection": "fastfood.projection",
+    "available_backends": "fastfood.ops",
+    "empty_cache": "fastfood.ops",
+    "hadamard_transform": "fastfood.ops",
+    "last_checkpoint": "wrapper.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

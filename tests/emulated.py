@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from hsaid_kernels import ops
+from hsaid_kernels.fastfood import ops
 
 LIBRARY = Path(__file__).parent.parent / "build" / "cmake" / "_emulated.so"
 NAMESPACE = "hsaid_kernels_emulated"

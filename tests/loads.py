@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from hsaid_kernels import ops
+from hsaid_kernels.fastfood import ops
 
 folder, what = Path(sys.argv[1]), f"torch {torch.__version__}"
 failed = False

@@ -5,7 +5,7 @@ import transformers
 from torch import nn
 
 from hsaid_kernels import available_backends
-from hsaid_kernels.module import HSAID
+from hsaid_kernels.wrapper.hsaid import HSAID
 
 BACKENDS = [name for name in ("cpu", "reference") if available_backends()[name] is True]  # those of models on the CPU
 SIZES = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)

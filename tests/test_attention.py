@@ -6,10 +6,10 @@ import transformers
 from torch import nn
 
 from hsaid_kernels import Hierarchy
-from hsaid_kernels.attention import find_attention, find_attentions
-from hsaid_kernels.heads import pruned_heads
-from hsaid_kernels.module import HSAID
-from hsaid_kernels.plan import Plan, Segment
+from hsaid_kernels.fastfood.plan import Plan, Segment
+from hsaid_kernels.hierarchy.attention import find_attention, find_attentions
+from hsaid_kernels.wrapper.heads import pruned_heads
+from hsaid_kernels.wrapper.hsaid import HSAID
 
 CASES = {  # model, configuration: (attention modules, heads, key/value heads, size of a head, segments of all of them)
     "BertModel": ({"vocab_size": 119547}, (12, 12, 12, 64, 12 * 7 * 12)),

@@ -141,7 +141,7 @@ def test_readme_between_marks():
 
 
 PLANTED = """
-from hsaid_kernels import ops
+from hsaid_kernels.fastfood import ops
 exact = ops.fastfood_{part}
 
 def wrong(*args):

@@ -14,9 +14,10 @@ import transformers
 from models import BACKENDS
 from torch import nn
 
-from hsaid_kernels import checkpoint
-from hsaid_kernels.checkpoint import CONFIG_FILE, VALUES_FILE, differences, read_config
-from hsaid_kernels.module import HSAID
+from hsaid_kernels.wrapper import checkpoint, configuration
+from hsaid_kernels.wrapper.checkpoint import CONFIG_FILE, VALUES_FILE, read_config
+from hsaid_kernels.wrapper.comparison import differences
+from hsaid_kernels.wrapper.hsaid import HSAID
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +81,7 @@ def test_the_same_weights_bit_for_bit(tmp_path, backend, options):
     assert loaded.backend == backend and values(loaded) == values(hsaid)
     expected, got = hsaid.weights(), loaded.weights()
     assert list(got) == list(expected) and all(torch.equal(got[name], w) for name, w in expected.items())
-    assert checkpoint.describe(loaded) == checkpoint.describe(hsaid)
+    assert configuration.describe(loaded) == configuration.describe(hsaid)
     assert all(p.requires_grad for p in loaded.parameters() if len(p))
 
 
@@ -142,13 +143,13 @@ def test_mbert_fits_in_16_kilobytes(tmp_path):
     ],
 )
 def test_names_and_shapes_are_packed_without_loss(shapes):
-    packed = json.loads(json.dumps(checkpoint._pack(shapes)))
-    assert list(checkpoint._unpack(packed).items()) == list(shapes.items())
+    packed = json.loads(json.dumps(configuration._pack(shapes)))
+    assert list(configuration._unpack(packed).items()) == list(shapes.items())
 
 
 def test_equal_neighbours_are_packed_into_one():
     shapes = {f"layer.{i}.weight": (4, 4) for i in range(12)}
-    assert checkpoint._pack(shapes) == {"layer": {"0..11": {"weight": "4x4"}}}
+    assert configuration._pack(shapes) == {"layer": {"0..11": {"weight": "4x4"}}}
 
 
 # --- what saving can meet

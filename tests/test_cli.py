@@ -13,10 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hsaid_kernels import checkpoint, cli, training
-from hsaid_kernels.data import load_files
-from hsaid_kernels.heads import prune_heads, remove
-from hsaid_kernels.module import HSAID
+from hsaid_kernels import files as files_module
+from hsaid_kernels.app import architecture, cli, command_train, training
+from hsaid_kernels.app import trained as trained_runs
+from hsaid_kernels.app.data import load_files
+from hsaid_kernels.wrapper import checkpoint
+from hsaid_kernels.wrapper.heads import prune_heads, remove
+from hsaid_kernels.wrapper.hsaid import HSAID
 
 FRUIT = ("apple", "banana", "cherry", "grape", "lemon", "mango")
 ANIMALS = ("cat", "dog", "horse", "mouse", "sheep", "tiger")
@@ -70,7 +73,7 @@ def test_train_learns_and_reloads(files, trained, tmp_path, capsys):
     assert re.search(r"trained +d = 300 numbers: 281 in theta, 19 multipliers", said)
     assert re.search(r"step +\d+ ms: projection +\d+\.\d%", said)
     again = re.search(r"reloaded .* accuracy (\S+), the same to the last digit", said)[1]
-    assert json.loads((tmp_path / "out" / training.RUN_FILE).read_text())["test_accuracy"] == float(again)
+    assert json.loads((tmp_path / "out" / trained_runs.RUN_FILE).read_text())["test_accuracy"] == float(again)
     size = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     assert f"checkpoint   {size:,} bytes" in said
     assert size < 16384
@@ -137,8 +140,8 @@ def test_load_trained_refuses_another_w0(files, trained, tmp_path):
     """The head is random: with another seed theta would be added to something else."""
     for file in trained.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    run = json.loads((trained / training.RUN_FILE).read_text())
-    (tmp_path / training.RUN_FILE).write_text(json.dumps(run | {"seed": 1}))
+    run = json.loads((trained / trained_runs.RUN_FILE).read_text())
+    (tmp_path / trained_runs.RUN_FILE).write_text(json.dumps(run | {"seed": 1}))
     with pytest.raises(ValueError, match=r"W0 is not what was trained from.*classifier\.weight"):
         training.load_trained(tmp_path)
 
@@ -154,7 +157,7 @@ def test_load_trained_refuses_another_w0(files, trained, tmp_path):
 )
 def test_load_trained_says_what_is_missing(tmp_path, content, error, message):
     if content is not None:
-        (tmp_path / training.RUN_FILE).write_text(content)
+        (tmp_path / trained_runs.RUN_FILE).write_text(content)
     with pytest.raises(error, match=message):
         training.load_trained(tmp_path)
 
@@ -171,7 +174,7 @@ def test_info_of_a_checkpoint(trained, capsys):
 def test_nobody_reads_to_the_end(arguments, files, trained):
     """As in `hsaid info ... | head`: no traceback, and the exit code that shells give such a process."""
     places = {"CHECKPOINT": str(trained), "MODEL": str(files / "model")}
-    program = "import sys; from hsaid_kernels.cli import main; sys.exit(main(sys.argv[1:]))"
+    program = "import sys; from hsaid_kernels.app.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, *(places.get(a, a) for a in arguments)]
     reader, writer = os.pipe()
     os.close(reader)
@@ -223,10 +226,10 @@ def test_graph_of_mbert(tmp_path, capsys, monkeypatch):
         (["--no-fold", "--partition", "L1+L2|L3|L4"], "28 nodes, 49 multipliers"),
         (["--partition", "said"], "17 nodes, 201 multipliers"),
     ):
-        assert cli.main(["graph", training.MBERT, "--out", "mbert.dot", *more]) == 0
+        assert cli.main(["graph", architecture.MBERT, "--out", "mbert.dot", *more]) == 0
         assert capsys.readouterr().out == f"graph        mbert.dot: 201 tensors, 201 paths, {counts}\n"
     pytest.importorskip("pygraphviz")
-    assert cli.main(["graph", training.MBERT]) == 0
+    assert cli.main(["graph", architecture.MBERT]) == 0
     assert b"201 tensors, 201 paths" in (tmp_path / "graph.svg").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["graph.svg", "mbert.dot"]
 
@@ -252,9 +255,9 @@ def test_graph_and_info_of_heads(files, tmp_path, capsys):
         (["--partition", "L1+L5|L3|L4"], "18 nodes, 169 multipliers"),
         (["--partition", "L1+L2|L3|L4|L5", "--no-fold"], "40 nodes, 61 multipliers"),
     ):
-        assert cli.main(["graph", training.MBERT, "--out", str(tmp_path / "a.dot"), *arguments]) == 0
+        assert cli.main(["graph", architecture.MBERT, "--out", str(tmp_path / "a.dot"), *arguments]) == 0
         assert f"201 tensors, 1125 paths, {counts}\n" in capsys.readouterr().out
-    assert cli.main(["info", training.MBERT, "--heads"]) == 0
+    assert cli.main(["info", architecture.MBERT, "--heads"]) == 0
     said = capsys.readouterr().out
     assert "201 tensors in 1125 segments, 177,854,978 weights; nodes: L1 15, L2 3, L3 8, L4 2, L5 12\n" in said
     assert "L1+L5|L3|L4  L1+L5: 159, L3: 8, L4: 2 -> 169 multipliers\n" in said
@@ -294,7 +297,7 @@ def test_info_of_a_model(files, capsys):
 
 
 def test_info_of_mbert_needs_no_hub(capsys):
-    assert cli.main(["info", training.MBERT]) == 0
+    assert cli.main(["info", architecture.MBERT]) == 0
     said = capsys.readouterr().out
     assert said.startswith("201 tensors, 177,854,978 weights")
     assert "L1+L2: 39, L3: 8, L4: 2 -> 49 multipliers" in said
@@ -314,7 +317,7 @@ def test_graph_refuses(files, trained, by_hand, tmp_path, capsys):
     assert "--model: expected the one that " in refused(by_hand)
     model = str(files / "model")
     assert f"--model: expected with a checkpoint only, got it with {model!r}" in refused(model, "--model", model)
-    message = refused(by_hand, "--model", training.MBERT)
+    message = refused(by_hand, "--model", architecture.MBERT)
     assert "model: expected the 41 tensors that were trained, got others: 'bert.embeddings.word_emb" in message
     assert "in place of (20, 32)" in message
     assert "with unknown 'L9'" in refused(model, "--partition", "L9")
@@ -402,13 +405,13 @@ def test_out_without_permission(files, tmp_path, capsys, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(command_train.tempfile, "TemporaryFile", refuse)
     message = refusal(capsys, command(files, tmp_path / "out"))
     assert message.endswith(f"got {tmp_path / 'out'}: Permission denied")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("where", [(training.Path, "write_text"), (checkpoint.os, "fsync")], ids=["run", "values"])
+@pytest.mark.parametrize("where", [(training.Path, "write_text"), (files_module.os, "fsync")], ids=["run", "values"])
 def test_disk_full_while_saving(files, trained, tmp_path, capsys, monkeypatch, where):
     """One sentence, no half-written file, and the older checkpoint is still there."""
     for file in trained.iterdir():

@@ -16,7 +16,7 @@ from models import IDS, bert, mlp, same, snapshot, tied_models
 from torch import nn
 
 from hsaid_kernels import HSAID, Projection
-from hsaid_kernels.compat import FastfoodWrap, intrinsic_dimension, intrinsic_dimension_said
+from hsaid_kernels.wrapper.compat import FastfoodWrap, intrinsic_dimension, intrinsic_dimension_said
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

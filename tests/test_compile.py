@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hsaid_kernels import HSAID
-from hsaid_kernels.plan import Plan, find_plan
+from hsaid_kernels.fastfood.plan import Plan, find_plan
 
 LABELS = torch.tensor([0, 1])
 

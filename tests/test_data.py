@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from babel import Locale
 
-from hsaid_kernels.data import (
+from hsaid_kernels.app.data import (
     LANGUAGES,
     TEST_LANGUAGES,
     TRAIN_LANGUAGES,

@@ -20,8 +20,8 @@ import torch
 from models import same
 from safetensors.torch import load_file
 
-from hsaid_kernels.checkpoint import last_checkpoint
-from hsaid_kernels.module import HSAID
+from hsaid_kernels.wrapper.checkpoint import last_checkpoint
+from hsaid_kernels.wrapper.hsaid import HSAID
 
 for needed in ("transformers", "accelerate", "datasets", "babel"):
     pytest.importorskip(needed)

@@ -10,7 +10,7 @@ import torch
 from models import BACKENDS, IDS, bert, mlp, moved, same, snapshot, tied_models
 from torch import nn
 
-from hsaid_kernels.module import HSAID
+from hsaid_kernels.wrapper.hsaid import HSAID
 
 
 @pytest.fixture(params=BACKENDS)

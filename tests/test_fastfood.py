@@ -11,9 +11,10 @@ import torch
 from helpers import ISAS, assert_same_bits, poison, relative_error, sequence, threads
 from torch import Tensor
 
-from hsaid_kernels import available_backends, ops, reference
-from hsaid_kernels.plan import MAX_DIM, Plan, Segment, stream_id, whole
-from hsaid_kernels.projection import Projection
+from hsaid_kernels import available_backends
+from hsaid_kernels.fastfood import ops, reference
+from hsaid_kernels.fastfood.plan import MAX_DIM, Plan, Segment, stream_id, whole
+from hsaid_kernels.fastfood.projection import Projection
 
 pytestmark = [
     pytest.mark.skipif(not ISAS, reason=f"cpu: {available_backends()['cpu']}"),
@@ -489,8 +490,8 @@ MEMORY = """
 import sys; sys.path[:0] = {path}
 import torch
 from helpers import memory
-from hsaid_kernels import ops
-from hsaid_kernels.plan import Plan
+from hsaid_kernels.fastfood import ops
+from hsaid_kernels.fastfood.plan import Plan
 
 torch.set_num_threads(2)
 shapes, dim = {shapes}, {dim}

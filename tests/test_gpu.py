@@ -17,9 +17,10 @@ from emulated import emulate_cuda
 from helpers import assert_same_bits, poison
 from torch import nn
 
-from hsaid_kernels import HSAID, Hierarchy, Projection, available_backends, hadamard_transform, ops
-from hsaid_kernels.attention import find_attention
-from hsaid_kernels.plan import Plan, Segment, whole
+from hsaid_kernels import HSAID, Hierarchy, Projection, available_backends, hadamard_transform
+from hsaid_kernels.fastfood import ops
+from hsaid_kernels.fastfood.plan import Plan, Segment, whole
+from hsaid_kernels.hierarchy.attention import find_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = os.environ.get("HSAID_EMULATED") == "1"
@@ -195,7 +196,7 @@ def test_sums_that_do_not_fit_come_in_waves(monkeypatch, backend):
     """Segments that end in the same wave, go on in the next and in one after that."""
     if backend != "triton":
         pytest.skip("Triton's: its tables can be made for less memory than there is")
-    from hsaid_kernels._triton import tables
+    from hsaid_kernels.fastfood.triton import tables
 
     for most in (1, 2, 5):
         monkeypatch.setattr(tables, "SUMS_FLOATS", most << 12)

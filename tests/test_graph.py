@@ -14,8 +14,8 @@ import torch
 from models import bert, mlp
 from torch import nn
 
-from hsaid_kernels import graph
-from hsaid_kernels.hierarchy import Hierarchy
+from hsaid_kernels.hierarchy import graph
+from hsaid_kernels.hierarchy.hierarchy import Hierarchy
 
 pygraphviz = pytest.importorskip("pygraphviz")
 transformers = pytest.importorskip("transformers")
@@ -374,7 +374,7 @@ def test_same_bytes_for_every_seed_of_hashes(tmp_path):
     code = """if True:
         import sys, torch
         from torch import nn
-        from hsaid_kernels.hierarchy import Hierarchy
+        from hsaid_kernels.hierarchy.hierarchy import Hierarchy
         items = [nn.ModuleDict({name: nn.Linear(2, 2) for name in "abcde"}) for _ in range(3)]
         hierarchy = Hierarchy.from_model(nn.ModuleList(items))
         hierarchy.draw(sys.argv[1], "hsaid-3")

@@ -13,9 +13,10 @@ from models import FAMILIES, family, mlp, same, snapshot
 from torch import nn
 from torch.nn.utils import prune
 
-from hsaid_kernels import Hierarchy, heads
-from hsaid_kernels.attention import find_attention, find_attentions
-from hsaid_kernels.heads import HeadStructured, head_slices, prune_heads, pruned_heads, remove_heads
+from hsaid_kernels import Hierarchy
+from hsaid_kernels.hierarchy.attention import find_attention, find_attentions
+from hsaid_kernels.wrapper import heads
+from hsaid_kernels.wrapper.heads import HeadStructured, head_slices, prune_heads, pruned_heads, remove_heads
 
 
 def run(model: nn.Module) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hsaid_kernels.hierarchy import Hierarchy
+from hsaid_kernels.hierarchy.hierarchy import Hierarchy
 
 transformers = pytest.importorskip("transformers")
 

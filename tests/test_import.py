@@ -1,20 +1,59 @@
-"""What `import hsaid_kernels` costs: nothing of what only some of it needs."""
+"""What imports cost: nothing of what only some of it needs."""
 
 import subprocess
 import sys
 
-PROGRAM = """
+import pytest
+
+import hsaid_kernels
+
+HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed", "transformers", "triton", "accelerate", "sympy")
+LOADED_BY = """
 import sys
 import torch
 before = set(sys.modules)
-import hsaid_kernels
+{}
 print(*sorted(set(sys.modules) - before))
 """
 
 
+def modules(program: str) -> list[str]:
+    run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    return run.stdout.splitlines()[-1].split()
+
+
 def test_heavy_packages_are_not_imported():
-    run = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True)
-    loaded = run.stdout.split()
-    assert "hsaid_kernels.ops" in loaded
-    heavy = ("torch._dynamo", "torch._inductor", "torch.distributed", "transformers", "triton", "accelerate", "sympy")
-    assert [name for name in loaded if name.startswith(heavy)] == []
+    loaded = modules(
+        LOADED_BY.format("from hsaid_kernels import *\nfrom hsaid_kernels import compat, heads, reference")
+    )
+    assert "hsaid_kernels.wrapper.hsaid" in loaded and "hsaid_kernels.fastfood.ops" in loaded
+    assert [name for name in loaded if name.startswith(HEAVY)] == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["info", "--help"], ["--version"], ["nonsense"]]
+)
+def test_help_does_not_wait_for_torch(arguments):
+    program = f"""
+import sys
+from hsaid_kernels.app.cli import main
+try:
+    main({arguments!r})
+except SystemExit:
+    pass
+print(*sys.modules)
+"""
+    assert [name for name in modules(program) if name.startswith(("torch", "numpy", "transformers", "tqdm"))] == []
+
+
+def test_public_names():
+    for name in hsaid_kernels.__all__:
+        assert getattr(hsaid_kernels, name) is not None and name in dir(hsaid_kernels)
+    with pytest.raises(AttributeError, match="module 'hsaid_kernels' has no attribute 'nonsense'"):
+        hsaid_kernels.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["compat", "heads", "reference", "checkpoint", "data", "training"])
+def test_modules_that_hand_on_public_names(name):
+    program = f"import hsaid_kernels.{name} as m; print(*(n for n in m.__all__ if not hasattr(m, n)), 'end')"
+    assert modules(program) == ["end"]

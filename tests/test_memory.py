@@ -16,7 +16,8 @@ from models import IDS, SIZES, bert, mlp, moved, tied_models
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hsaid_kernels import HSAID, ops
+from hsaid_kernels import HSAID
+from hsaid_kernels.fastfood import ops
 
 MARGIN = 64e6  # bytes
 BLOCK = re.compile(r"(?:bert\.)?(?:encoder\.)?(layer\.\d+|\w+)")

@@ -11,9 +11,9 @@ from models import BACKENDS, IDS, bert, mlp, moved, same, snapshot, tied_models
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hsaid_kernels import ops
-from hsaid_kernels.module import HSAID
-from hsaid_kernels.projection import Projection
+from hsaid_kernels.fastfood import ops
+from hsaid_kernels.fastfood.projection import Projection
+from hsaid_kernels.wrapper.hsaid import HSAID
 
 
 @pytest.fixture(params=BACKENDS)

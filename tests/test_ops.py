@@ -10,9 +10,10 @@ import torch
 from helpers import ISAS, assert_same_bits, cpu_isa, poison
 from torch import Tensor
 
-from hsaid_kernels import available_backends, hadamard_transform, ops, reference
-from hsaid_kernels.plan import COLUMNS, Plan, stream_id
-from hsaid_kernels.projection import Projection
+from hsaid_kernels import available_backends, hadamard_transform
+from hsaid_kernels.fastfood import ops, reference
+from hsaid_kernels.fastfood.plan import COLUMNS, Plan, stream_id
+from hsaid_kernels.fastfood.projection import Projection
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,7 +8,7 @@ import shapes
 import torch
 from helpers import assert_same_bits
 
-from hsaid_kernels.plan import ALIGNMENT, COLUMNS, Plan, Segment, default_width, stream_id, whole
+from hsaid_kernels.fastfood.plan import ALIGNMENT, COLUMNS, Plan, Segment, default_width, stream_id, whole
 
 SHAPES = {"a": (40, 128), "b": (768,), "c": (3, 7), "scalar": ()}
 

@@ -12,9 +12,11 @@ import torch
 from helpers import ISAS, assert_same_bits, relative_error, sequence
 from torch import Tensor, nn
 
-from hsaid_kernels import Projection, reference
-from hsaid_kernels.plan import Plan, stream_id
-from hsaid_kernels.projection import Part, select_tensors
+from hsaid_kernels import Projection
+from hsaid_kernels.fastfood import reference
+from hsaid_kernels.fastfood.plan import Plan, stream_id
+from hsaid_kernels.fastfood.projection import Part
+from hsaid_kernels.fastfood.selection import select_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

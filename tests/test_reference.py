@@ -19,10 +19,10 @@ import torch
 from helpers import assert_same_bits, sequence
 from torch import Tensor
 
-from hsaid_kernels import reference
-from hsaid_kernels.plan import GENERATOR, Plan, stream_id
-from hsaid_kernels.projection import Projection
-from hsaid_kernels.reference import DIAGONAL, SIGNS
+from hsaid_kernels.fastfood import reference
+from hsaid_kernels.fastfood.plan import GENERATOR, Plan, stream_id
+from hsaid_kernels.fastfood.projection import Projection
+from hsaid_kernels.fastfood.reference import DIAGONAL, SIGNS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

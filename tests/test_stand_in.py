@@ -9,7 +9,8 @@ from models import IDS, bert, moved, tied_models
 from torch import nn
 from transformers.utils.generic import can_return_loss, find_labels
 
-from hsaid_kernels import HSAID, ops
+from hsaid_kernels import HSAID
+from hsaid_kernels.fastfood import ops
 
 
 class Holding(nn.Module):

@@ -10,7 +10,8 @@ import transformers
 from models import IDS, bert, moved, same, snapshot, tied_models
 from torch import Tensor, nn
 
-from hsaid_kernels import HSAID, last_checkpoint, ops
+from hsaid_kernels import HSAID, last_checkpoint
+from hsaid_kernels.fastfood import ops
 
 ROWS = [  # the label is whether the tokens are 10 or 20
     {

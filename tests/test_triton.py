@@ -17,7 +17,7 @@ import pytest
 import shapes
 import torch
 
-from hsaid_kernels.plan import COLUMNS, Plan, Segment, whole
+from hsaid_kernels.fastfood.plan import COLUMNS, Plan, Segment, whole
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -27,7 +27,7 @@ import triton
 import triton_offline
 from triton.backends.compiler import GPUTarget
 
-from hsaid_kernels._triton import memory, ops, tables, tile
+from hsaid_kernels.fastfood.triton import memory, ops, tables, tile
 
 CPU = torch.device("cpu")
 MBERT = Plan(shapes.mbert(), 1000)

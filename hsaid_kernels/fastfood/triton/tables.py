@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from hsaid_kernels import plan
+from hsaid_kernels.fastfood import plan
 
 # Columns. COLS is 0 for a dense piece; SEGMENT is -1 for a hole. FIRST, LAST are the tiles of a share of the forward,
 # the runs of an item or the places of a part's runs; FROM, TO are where a part's sum comes from and goes on, -1 where

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hsaid_kernels.plan import Segment
+from hsaid_kernels.fastfood.plan import Segment
 
 SEPARATE = (
     ("query", "key", "value"),  # BERT, RoBERTa, ELECTRA, ALBERT

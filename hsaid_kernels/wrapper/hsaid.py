@@ -7,12 +7,9 @@ weights stand in their places; before and after, the model is what it was.
 from __future__ import annotations
 
 import contextlib
-import copy
-import math
 import os
 import threading
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,15 +19,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hsaid_kernels import checkpoint, ops
-from hsaid_kernels.attention import pieces_of
-from hsaid_kernels.exchange import Cache, Exchange, Late, Places, apply_masks, masks
-from hsaid_kernels.heads import Heads, check_heads, pruned_heads
-from hsaid_kernels.hierarchy import HEADS, Hierarchy
-from hsaid_kernels.ops import WEIGHT_DTYPES
-from hsaid_kernels.plan import MAX_DIM, Plan, check_int
-from hsaid_kernels.projection import Part, Patterns, Projection, split_tensors
-from hsaid_kernels.tasks import Tasks, check_task
+from hsaid_kernels.fastfood import ops
+from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
+from hsaid_kernels.fastfood.plan import MAX_DIM, Plan, check_int
+from hsaid_kernels.fastfood.projection import Part, Projection
+from hsaid_kernels.fastfood.selection import Patterns, split_tensors
+from hsaid_kernels.hierarchy import Hierarchy
+from hsaid_kernels.hierarchy.attention import pieces_of
+from hsaid_kernels.hierarchy.paths import HEADS
+from hsaid_kernels.wrapper import checkpoint
+from hsaid_kernels.wrapper.blocks import blocks_of, joined
+from hsaid_kernels.wrapper.comparison import check_ranks, check_state, differences
+from hsaid_kernels.wrapper.configuration import TASK, Config, describe, encode_state
+from hsaid_kernels.wrapper.exchange import Cache, Exchange, Late, Places, aliases_of, apply_masks, masks, merged_copy
+from hsaid_kernels.wrapper.heads import Heads, check_heads, pruned_heads
+from hsaid_kernels.wrapper.tasks import Tasks, check_task
 
 _wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[HSAID]] = weakref.WeakKeyDictionary()
 
@@ -100,7 +103,7 @@ class HSAID(Tasks):
         pruned: Heads | None = None,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
-        task: str = checkpoint.TASK,
+        task: str = TASK,
     ):
         super().__init__()
         if isinstance(model, nn.Module) and any(isinstance(module, HSAID) for module in model.modules()):
@@ -129,9 +132,9 @@ class HSAID(Tasks):
         self.given_dtype = dtype
         self.backend = backend
         self._whole = Part(self.plan)
-        self._parts = [(modules, Part(self.plan, names)) for modules, names in _joined(_blocks(model, shapes), shapes)]
+        self._parts = [(modules, Part(self.plan, names)) for modules, names in joined(blocks_of(model, shapes), shapes)]
         self._kept: dict[str, Tensor] | None = None  # W0, while the model holds the projected weights
-        self._aliases = _aliases(model)
+        self._aliases = aliases_of(model)
         self._masked = [(module, hook._tensor_name) for module, hook in masks(model.modules())]
         self.task, self._tasks, self._full_names = check_task(task), {}, tuple(full)
         self.training = model.training
@@ -196,20 +199,13 @@ class HSAID(Tasks):
             self._refuse_merged("merge()")
             own, values = self._own(), self._weights()[0] | self.full
             self._cache = None
-            if inplace:
-                self._kept = {name: own[name].data for name in values}
-                for name, value in values.items():  # those trained fully are not to change with the model
-                    own[name].data = value.data if name in self.plan.shapes else value.data.clone()
-                apply_masks(self.model)
-                return self.model
-            # deepcopy takes what it finds in the memo for the copy already made, so W0 itself is not copied.
-            memo = {id(own[name]): nn.Parameter(v.clone(), own[name].requires_grad) for name, v in values.items()}
-            for module, hook in masks(self.model.modules()):  # what torch.nn.utils.prune has made of W0
-                made = getattr(module, hook._tensor_name)
-                memo[id(made)] = made.detach()
-            merged = copy.deepcopy(self.model, memo)
-            apply_masks(merged)
-            return merged
+            if not inplace:
+                return merged_copy(self.model, own, values)
+            self._kept = {name: own[name].data for name in values}
+            for name, value in values.items():  # those trained fully are not to change with the model
+                own[name].data = value.data if name in self.plan.shapes else value.data.clone()
+            apply_masks(self.model)
+            return self.model
 
     def unmerge(self) -> None:
         """Gives the model W0 back, bit for bit, after `merge(inplace=True)`; RuntimeError without that."""
@@ -252,7 +248,7 @@ class HSAID(Tasks):
         return super().train(mode)
 
     def get_extra_state(self) -> Tensor:
-        return checkpoint.encode_state(checkpoint.describe(self))
+        return encode_state(describe(self))
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing to set: `_load_from_state_dict` has compared it."""
@@ -262,7 +258,7 @@ class HSAID(Tasks):
         try:
             self._refuse_merged("load_state_dict()")
             if (key := f"{prefix}_extra_state") in state_dict:
-                checkpoint.check_state(state_dict[key], self)
+                check_state(state_dict[key], self)
         except (RuntimeError, ValueError) as error:
             errors.append(str(error))
         else:
@@ -354,9 +350,9 @@ class HSAID(Tasks):
         here = ddp is not None and bool({self, self.model} & set(ddp.module.modules()))
         if self._ranks_agree or not here or not torch.is_grad_enabled():  # one rank alone may evaluate
             return
-        found: list[checkpoint.Config] = [{}] * dist.get_world_size(ddp.process_group)
-        dist.all_gather_object(found, checkpoint.describe(self), ddp.process_group)
-        checkpoint.check_ranks(found)
+        found: list[Config] = [{}] * dist.get_world_size(ddp.process_group)
+        dist.all_gather_object(found, describe(self), ddp.process_group)
+        check_ranks(found)
         self._ranks_agree = True
 
     def _ranks_checked(self) -> bool:
@@ -400,7 +396,7 @@ class HSAID(Tasks):
             )
         shapes = {name: own[name].shape for name in self.plan.names if name in own}
         if shapes != self.plan.shapes:
-            reason = checkpoint.differences(self.plan.shapes, shapes)
+            reason = differences(self.plan.shapes, shapes)
             raise ValueError(f"model: expected the tensors that it had when it was wrapped, got others: {reason}")
         return own
 
@@ -467,59 +463,6 @@ class HSAID(Tasks):
 def _patterns(given: Patterns) -> str | list[str] | None:
     """As a checkpoint's JSON has them."""
     return given if given is None or isinstance(given, str) else list(given)
-
-
-def _aliases(model: nn.Module) -> dict[str, str]:
-    """{place: name} for the places of tied parameters that do not have the name of the parameter."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    places = (
-        (f"{prefix}.{key}" if prefix else key, names[id(parameter)])
-        for prefix, module in model.named_modules()
-        for key, parameter in module._parameters.items()
-        if parameter is not None
-    )
-    return {place: name for place, name in places if place != name}
-
-
-def _blocks(model: nn.Module, names: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """(module, its tensors) for each block of the model, which is what the hierarchy has on its first level.
-
-    The module is the innermost one that holds them all and is called (a ModuleList is not).
-    """
-    hierarchy = Hierarchy.from_model(model).select(names)
-    blocks: dict[str | None, list[str]] = defaultdict(list)
-    for name, (block, *_) in zip(hierarchy.tensors, hierarchy.paths, strict=True):
-        blocks[block].append(name)
-    found = []
-    for block in blocks.values():
-        # os.path.commonprefix compares items of any kind, here the steps of the modules' names
-        module = ".".join(os.path.commonprefix([name.split(".")[:-1] for name in block]))
-        while module and not _is_called(model.get_submodule(module)):
-            module = module.rpartition(".")[0]
-        found.append((module, block))
-    return found
-
-
-def _joined(blocks: Iterable[tuple[str, list[str]]], shapes: Mapping[str, torch.Size]) -> list[tuple[list, list]]:
-    """(modules, their tensors): neighbouring blocks joined as long as they are no larger than the largest block.
-
-    Each call of the adjoint has a cost of its own, and the gradients of the largest block have to be held anyway.
-    """
-    sized = [(module, names, sum(math.prod(shapes[name]) for name in names)) for module, names in blocks]
-    largest, room = max(size for *_, size in sized), 0
-    joined: list[tuple[list[str], list[str]]] = []
-    for module, names, size in sized:
-        if size > room:
-            joined.append(([], []))
-            room = largest
-        joined[-1][0].append(module)
-        joined[-1][1].extend(names)
-        room -= size
-    return joined
-
-
-def _is_called(module: nn.Module) -> bool:
-    return "forward" in module.__dict__ or type(module).forward is not nn.Module.forward
 
 
 def _join(join: Callable[[Part], Sequence[Tensor]], part: Part) -> Sequence[Tensor]:

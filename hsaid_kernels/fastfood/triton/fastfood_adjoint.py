@@ -9,9 +9,16 @@ transform the sums, and add the segments, all in the order of the plan, so that 
 import triton
 import triton.language as tl
 
-from hsaid_kernels._triton.memory import element, load_floats, tensor_at
-from hsaid_kernels._triton.streams import SIGNS, permutation_keys, permute, sign_bits, times_diagonal, with_signs
-from hsaid_kernels._triton.tables import (
+from hsaid_kernels.fastfood.triton.memory import element, load_floats, tensor_at
+from hsaid_kernels.fastfood.triton.streams import (
+    SIGNS,
+    permutation_keys,
+    permute,
+    sign_bits,
+    times_diagonal,
+    with_signs,
+)
+from hsaid_kernels.fastfood.triton.tables import (
     COLS,
     COLUMNS,
     COUNT,
@@ -25,7 +32,7 @@ from hsaid_kernels._triton.tables import (
     TENSOR,
     TO,
 )
-from hsaid_kernels._triton.tile import a_to_natural, make_z, place_in_z, transform_reversed
+from hsaid_kernels.fastfood.triton.tile import a_to_natural, make_z, place_in_z, transform_reversed
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The H-SAID hierarchy: tensor names -> levels -> paths -> partition -> which multipliers make which factor.
+"""A model's hierarchy: its tensors as paths through levels, which partitions cut into components.
 
 A model's tensor names form a graph of nodes on four levels, and every tensor is a path through it:
 
@@ -13,120 +13,24 @@ A level is passed over (None) where a tensor has no node for it. A partition cut
 multiplier stands for each distinct path within a component, and a tensor's factor combines its components' multipliers.
 All levels in one component is SAID, a multiplier per tensor (Aghajanyan et al. 2020, arXiv 2012.13255); H-SAID is any
 other cut.
-
-How a tensor's name becomes a path, for any model (only names, shapes and module structure are looked at):
-
-1.  A number is no name of its own and stays with the name before it: "layer.0" is one step.
-2.  L1 is the item of the outermost nn.ModuleList on the path. Modules above such items ("bert", "bert.encoder") are
-    containers. Without a list L1 is the first step that is no container ("pooler", or "net.0" of a Sequential), or the
-    container itself where that owns the parameter; a parameter of the root has no L1. Containers are left out of the
-    name, save for the few that tell one list or module from another ("encoder.block.0", "decoder.block.0").
-3.  L4 is the parameter's name. L3 is the step that owns it, unless that is the block. L2 is the first step under the
-    block, unless that is the L3 step. What lies between (BERT's `self` and inner `output`) is passed over.
-4.  An L2 step that is an item of a list is called by what tells it from the other items: by the one child that only it
-    has, if every item has just one such child (T5's "layer.0" is SelfAttention, in encoder and decoder), else by list
-    and number. An only item of an only child tells nothing apart and is passed over (ALBERT's "albert_layers.0").
-5.  Where tensors still share a path, L2 is all that lies between block and owner, as in the name ("mlp.experts.0"), for
-    every tensor whose name goes on after its block with the same module or list. So there are always as many paths as
-    tensors.
+paths.py has the rule by which a tensor's name becomes a path, for any model.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
-import re
-from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hsaid_kernels.attention import find_attentions
-from hsaid_kernels.plan import Segment, whole
-
-LEVELS = ("L1", "L2", "L3", "L4")
-HEADS = "L5"
-NAMED_PARTITIONS = {"said": "+".join(LEVELS), "hsaid-3": "L1+L2|L3|L4"}  # and "did" or "none": no component
-
-Path = tuple[str | None, ...]
-
-
-@dataclass(frozen=True)
-class Component:
-    """One component of a partition: its levels, and its distinct paths (a multiplier each) in order of appearance."""
-
-    levels: tuple[str, ...]
-    paths: tuple[Path, ...]
-
-    def __str__(self) -> str:
-        return f"{'+'.join(self.levels)}: {len(self.paths)}"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Partition:
-    """Which multipliers make which factor. A segment is what has a factor of its own: a tensor, or a head's part of it.
-
-    spec              canonical string: `hierarchy.partition(spec, combine)` makes the partition again
-    combine           "product": a factor is the product of its components' multipliers.
-                      "sum": it is their sum divided by how many they are. The division belongs to the factor, not to
-                      the multipliers' start (1/number), because tensors with different numbers of components share
-                      multipliers (mBERT's classifier.weight has no L3): no such start makes all their factors 1.
-    components        their levels and paths, in the order of the specification
-    multiplier_index  int64 [segments, components], into one vector of multipliers [m] that starts with component 0's;
-                      -1 where the segment has no node in the component
-    """
-
-    spec: str
-    combine: str
-    components: tuple[Component, ...]
-    multiplier_index: Tensor
-    _gather_index: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
-
-    @property
-    def num_multipliers(self) -> int:
-        return sum(len(component.paths) for component in self.components)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_gather_index": {}}  # a copy may be loaded where there is no such device
-
-    def __str__(self) -> str:
-        summed = ", summed" if self.combine == "sum" else ""
-        return f"{', '.join(map(str, self.components)) or self.spec} -> {self.num_multipliers} multipliers{summed}"
-
-    def initial(self) -> Tensor:
-        """The multipliers to start from, float32 [m]: ones, which make every factor exactly 1 for either `combine`."""
-        return torch.ones(self.num_multipliers, dtype=torch.float32)
-
-    def factors(self, multipliers: Tensor) -> Tensor:
-        """Multipliers [m] -> factors [segments], of their dtype, on their device; 1 for a segment without components.
-
-        Equivalent to multipliers[row].prod(), or .mean() for "sum", where row is the segment's row without its -1s.
-        Differentiable; forward and backward are bit-identical from run to run. Raises ValueError for another shape.
-        """
-        if multipliers.shape != (self.num_multipliers,):
-            raise ValueError(f"multipliers must have shape [{self.num_multipliers}], got {list(multipliers.shape)}")
-        product = self.combine == "product"
-        index = self._gather_index_on(multipliers.device)
-        table = torch.cat([multipliers, multipliers.new_full((1,), 1.0 if product else 0.0)])  # [m + 1]
-        # embedding, not index_select: the latter's backward adds with atomics on CUDA, in another order every time.
-        gathered = nn.functional.embedding(index, table.unsqueeze(1)).squeeze(2)  # [segments, components]
-        columns = gathered.unbind(1)  # combined in their order, where prod() and sum() promise none
-        if product:
-            return functools.reduce(torch.mul, columns, multipliers.new_ones(len(index)))
-        present = (index < self.num_multipliers).sum(1)  # [segments]
-        return functools.reduce(torch.add, columns, (present == 0).to(multipliers.dtype)) / present.clamp(min=1)
-
-    def _gather_index_on(self, device: torch.device) -> Tensor:
-        """multiplier_index with m (the neutral element, after the multipliers) for -1; uploaded once per device."""
-        if device not in self._gather_index:
-            index = self.multiplier_index
-            with torch.inference_mode(False):  # what an evaluation uploads must serve the training that follows
-                self._gather_index[device] = torch.where(index < 0, self.num_multipliers, index).to(device)
-        return self._gather_index[device]
+from hsaid_kernels.fastfood.plan import Segment, whole
+from hsaid_kernels.hierarchy.attention import find_attentions
+from hsaid_kernels.hierarchy.graph import Graph
+from hsaid_kernels.hierarchy.partition import Component, Partition, parse_partition
+from hsaid_kernels.hierarchy.paths import HEADS, LEVELS, Path, paths_of, split_number
 
 
 @dataclass(frozen=True, repr=False)
@@ -184,7 +88,7 @@ class Hierarchy:
             raise TypeError(f"merge must map new names to lists of node names, got {merge!r}")
         merge = {new: _strings(f"merge[{new!r}]", "node names", nodes) for new, nodes in merge.items()}
         segments = tuple(whole(name, shape) for name, shape in shapes.items())
-        plain = cls(tuple(shapes), shapes, segments, _paths(_unmasked(model), lists))
+        plain = cls(tuple(shapes), shapes, segments, paths_of(_unmasked(model), lists))
         if heads:
             plain = plain._with_heads(model)
         renamed = plain._renamed(skip, merge)
@@ -227,7 +131,7 @@ class Hierarchy:
         if combine not in ("product", "sum"):
             raise ValueError(f"combine must be 'product' or 'sum', got {combine!r}")
         components, columns, first = [], [], 0
-        for levels in _parse_partition(spec, self.levels):
+        for levels in parse_partition(spec, self.levels):
             cut = [tuple(path[self.levels.index(level)] for level in levels) for path in self.paths]
             paths = tuple(dict.fromkeys(path for path in cut if any(path)))
             number = dict(zip(paths, itertools.count(first)))
@@ -255,8 +159,6 @@ class Hierarchy:
         Raises ValueError for a partition of another hierarchy, and for multipliers that do not belong to it or are not
         finite; TypeError for another type of partition.
         """
-        from hsaid_kernels.graph import Graph
-
         return Graph.of(self, partition, fold=fold, multipliers=multipliers).dot()
 
     def draw(
@@ -272,8 +174,6 @@ class Hierarchy:
         Raises what `to_dot` raises; ValueError for another ending, OSError where the file cannot be written, and
         ImportError where pygraphviz is missing, which all but .dot needs.
         """
-        from hsaid_kernels.graph import Graph
-
         Graph.of(self, partition, fold=fold, multipliers=multipliers).write(path)
 
     def __str__(self) -> str:
@@ -346,102 +246,6 @@ def _strings(argument: str, what: str, value: Iterable[str]) -> list[str]:
     if strings is None or not all(isinstance(string, str) for string in strings):
         raise TypeError(f"{argument} must be a list of {what}, got {value!r}")
     return strings
-
-
-def _parse_partition(spec: str, known: Sequence[str]) -> list[tuple[str, ...]]:
-    """Specification -> the levels of each component, within a component in the hierarchy's order."""
-    expected = (
-        f"partition must be did, none, {', '.join(NAMED_PARTITIONS)} or each of {', '.join(known)} at most once, "
-        f"as in 'L1+L2|L3|L4'; got {spec!r}"
-    )
-    if not isinstance(spec, str):
-        raise TypeError(expected)
-    text = spec.strip()
-    if text in ("did", "none"):
-        return []
-    text = NAMED_PARTITIONS.get(text, text)
-    components = [[level.strip() for level in component.split("+")] for component in text.split("|")]
-    for level, times in Counter(itertools.chain(*components)).items():
-        if level == HEADS and HEADS not in known:
-            raise ValueError(f"{expected} without heads: {HEADS} is there with heads=True")
-        if level not in known:
-            raise ValueError(f"{expected} with " + (f"unknown {level!r}" if level else "an empty place"))
-        if times > 1:
-            raise ValueError(f"{expected} with {level} {times} times")
-    return [tuple(sorted(component, key=known.index)) for component in components]
-
-
-def _paths(names: tuple[str, ...], lists: set[str]) -> tuple[Path, ...]:
-    """Names of the tensors and of the model's module lists -> a path per tensor, by the rule at the top of the file."""
-    children = defaultdict(set)  # module -> its modules and parameters, as far as on some tensor's path
-    for prefix in itertools.chain(*map(_prefixes, names)):
-        parent, _, child = prefix.rpartition(".")
-        children[parent].add(child)
-    owners = [name.rpartition(".")[0] for name in names]
-    chains = [_prefixes(owner) for owner in owners]  # the modules on each tensor's path
-    items = {next((module for module in chain if module.rpartition(".")[0] in lists), "") for chain in chains}
-    containers = set(itertools.chain(*(_prefixes(item)[:-1] for item in items)))
-    blocks = [_block(chain, items, containers) for chain in chains]
-    short = _short_names(blocks)
-    steps = [re.findall(r"[^.]+(?:\.\d+(?=\.|$))*", owner[len(block) :]) for owner, block in zip(owners, blocks)]
-    in_full: set[str] = set()
-    while True:
-        paths = []
-        for name, block, (*between, owner) in zip(names, blocks, [under or [None] for under in steps]):
-            if between and split_number(between[0])[0] in in_full:
-                sublayer = ".".join(between)
-            else:
-                labels = (_label(block, between[: end + 1], children) for end in range(len(between)))
-                sublayer = next(filter(None, labels), None)
-            paths.append((short[block] or None, sublayer, owner, name.rpartition(".")[2]))
-        count = Counter(paths)
-        clashing = {split_number(under[0])[0] for under, path in zip(steps, paths) if count[path] > 1}
-        if not clashing:
-            return tuple(paths)
-        in_full |= clashing  # grows every time: paths in full are distinct, so one that clashes was not in full yet
-
-
-def _prefixes(name: str) -> list[str]:
-    """Of "a.b.c": "a", "a.b", "a.b.c"."""
-    return list(itertools.accumulate(name.split("."), "{}.{}".format)) if name else []
-
-
-def split_number(name: str) -> tuple[str, str]:
-    """Of "encoder.layer.0": "encoder.layer", ".0"."""
-    stem = re.sub(r"((^|\.)\d+)+$", "", name)
-    return stem, name[len(stem) :]
-
-
-def _block(chain: list[str], items: set[str], containers: set[str]) -> str:
-    """The block among the modules on a tensor's path; "" for the root."""
-    for module, deeper in itertools.zip_longest(chain, chain[1:], fillvalue=""):
-        if module in items or (module not in containers and not deeper.rpartition(".")[2].isdigit()):
-            return module
-    return chain[-1] if chain else ""
-
-
-def _short_names(blocks: Iterable[str]) -> dict[str, str]:
-    """Block -> the shortest end of its name, less the number, that no other block's name ends in; with the number."""
-    stems = dict.fromkeys(split_number(block)[0] for block in blocks)
-    for stem in stems:
-        parts = stem.split(".")
-        ends = [".".join(parts[first:]) for first in reversed(range(len(parts)))]
-        others = [f".{other}" for other in stems if other != stem]
-        stems[stem] = next((end for end in ends if not any(other.endswith(f".{end}") for other in others)), stem)
-    return {block: stems[split_number(block)[0]] + split_number(block)[1] for block in blocks}
-
-
-def _label(block: str, steps: list[str], children: Mapping[str, set[str]]) -> str | None:
-    """What the last of these steps under the block is called on L2; None where it is passed over."""
-    parent, _, number = ".".join([block, *steps]).rpartition(".")
-    siblings = children[parent]
-    if not number.isdigit():
-        return steps[-1]
-    if len(siblings) == 1:
-        return None if len(children[parent.rpartition(".")[0]]) == 1 else steps[-1]
-    count = Counter(child for item in siblings for child in children[f"{parent}.{item}"])
-    own = {item: [child for child in children[f"{parent}.{item}"] if count[child] == 1] for item in siblings}
-    return own[number][0] if all(len(only) == 1 for only in own.values()) else steps[-1]
 
 
 def _tree(rows: list[tuple[tuple, int]], depth: int = 0) -> list[tuple]:

@@ -16,7 +16,7 @@ C and natural differ in the numbers of registers only, so each tile crosses thre
 import triton
 import triton.language as tl
 
-from hsaid_kernels._triton.streams import SIGNS, permutation_keys, permute, position, sign_bits, with_signs
+from hsaid_kernels.fastfood.triton.streams import SIGNS, permutation_keys, permute, position, sign_bits, with_signs
 
 
 def tile_bits(q: int) -> int:

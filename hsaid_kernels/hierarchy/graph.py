@@ -17,11 +17,14 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
-from hsaid_kernels.checkpoint import replace_files
-from hsaid_kernels.hierarchy import Hierarchy, Partition, split_number
+from hsaid_kernels.fastfood.plan import Segment
+from hsaid_kernels.files import replace_files
+from hsaid_kernels.hierarchy.partition import Partition
+from hsaid_kernels.hierarchy.paths import split_number
 
 FORMATS = (".svg", ".png", ".dot", ".html")
 MEANINGS = {"L1": "block", "L2": "sublayer", "L3": "module", "L4": "parameter", "L5": "head"}
@@ -58,6 +61,23 @@ PAGE = """\
 Names = tuple[str, ...]  # what one step of a path is called: several names where nodes are folded into one
 
 
+class Drawn(Protocol):
+    """What a picture needs of a `Hierarchy`, which draws itself with this module."""
+
+    @property
+    def tensors(self) -> tuple[str, ...]: ...
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    @property
+    def segments(self) -> tuple[Segment, ...]: ...
+    @property
+    def paths(self) -> tuple[tuple[str | None, ...], ...]: ...
+    @property
+    def levels(self) -> tuple[str, ...]: ...
+    def nodes(self, level: str) -> tuple[str, ...]: ...
+    def partition(self, spec: str, combine: str = "product") -> Partition: ...
+
+
 @dataclass(frozen=True)
 class Node:
     """A node of the picture.
@@ -88,7 +108,7 @@ class Node:
 class Graph:
     """What is drawn: nodes, in the model's order on each level, and edges between them as pairs of their numbers."""
 
-    hierarchy: Hierarchy
+    hierarchy: Drawn
     partition: Partition | None
     nodes: tuple[Node, ...]
     edges: tuple[tuple[int, int], ...]
@@ -96,7 +116,7 @@ class Graph:
     @classmethod
     def of(
         cls,
-        hierarchy: Hierarchy,
+        hierarchy: Drawn,
         partition: Partition | str | None = None,
         *,
         fold: bool | None = None,
@@ -220,12 +240,12 @@ class Graph:
         return "<TABLE BORDER='0' CELLSPACING='0' CELLPADDING='0'>" + "".join(map(_legend, rows)) + GAP + "</TABLE>"
 
 
-def _rows(hierarchy: Hierarchy) -> list[tuple[tuple[str | None, ...], str]]:
+def _rows(hierarchy: Drawn) -> list[tuple[tuple[str | None, ...], str]]:
     """Path and tensor of each segment, in the order of a partition's multiplier_index."""
     return [(path, segment.tensor) for path, segment in zip(hierarchy.paths, hierarchy.segments)]
 
 
-def _check_partition(hierarchy: Hierarchy, partition: Partition | None) -> None:
+def _check_partition(hierarchy: Drawn, partition: Partition | None) -> None:
     if partition is None:
         return
     if not isinstance(partition, Partition):
@@ -248,7 +268,7 @@ def _values(partition: Partition | None, multipliers: Tensor | Sequence[float]) 
     return values
 
 
-def _fold(hierarchy: Hierarchy, own: Sequence[tuple]) -> dict[tuple[str, str], Names]:
+def _fold(hierarchy: Drawn, own: Sequence[tuple]) -> dict[tuple[str, str], Names]:
     """(level, name) -> the names that become one node: neighbours that differ in nothing but their number.
 
     own   for each segment what must be the same besides the rest of its path

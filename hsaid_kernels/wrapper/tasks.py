@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.hierarchy import Partition
-from hsaid_kernels.plan import Plan
-from hsaid_kernels.stand_in import StandIn
+from hsaid_kernels.wrapper.stand_in import StandIn
 
 FULL = "full/"  # before the name of a tensor that is trained fully; a parameter's name cannot have dots in it
 
@@ -94,6 +94,12 @@ class Tasks(StandIn):
             self._parameters.update(self._tasks[name])
             self.task = name
             self._cache = None
+
+    def remove_task(self, name: str) -> None:
+        """Forgets what a task has trained, unless it is the set one. An optimizer for it goes on with nothing."""
+        if self._known(name) == self.task:
+            raise ValueError(f"name: expected a task that is not set, got {name!r}: set_task() another one first")
+        del self._tasks[name]
 
     def _start_task(self) -> None:
         """The parameters of `self.task`, where training starts."""

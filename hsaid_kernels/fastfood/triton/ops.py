@@ -16,12 +16,12 @@ import triton
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hsaid_kernels import plan
-from hsaid_kernels._triton import fastfood_adjoint as adjoint_kernels
-from hsaid_kernels._triton import hadamard_transform as hadamard_kernels
-from hsaid_kernels._triton import memory, streams, tables, tile
-from hsaid_kernels._triton.fastfood_forward import fastfood_forward_kernel, forward_z_kernel
-from hsaid_kernels._triton.stream_values import stream_values_kernel
+from hsaid_kernels.fastfood import plan
+from hsaid_kernels.fastfood.triton import fastfood_adjoint as adjoint_kernels
+from hsaid_kernels.fastfood.triton import hadamard_transform as hadamard_kernels
+from hsaid_kernels.fastfood.triton import memory, streams, tables, tile
+from hsaid_kernels.fastfood.triton.fastfood_forward import fastfood_forward_kernel, forward_z_kernel
+from hsaid_kernels.fastfood.triton.stream_values import stream_values_kernel
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 SIZE = 256  # values of a program in the kernels that add sums up

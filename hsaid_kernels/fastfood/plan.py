@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from hsaid_kernels.fastfood.limits import DIAGONALS, MAX_DIM, MAX_WIDTH, MIN_WIDTH, NORMALIZATIONS
+
 GENERATOR = "philox4x32-10.v1"
-MIN_WIDTH, MAX_WIDTH = 32, 16384
-MAX_DIM = 2**20
 MAX_BLOCKS = 2**28  # the block number shares a counter word with 4 bits of purpose
 ALIGNMENT = 64  # elements; every tensor starts on a whole cache line of the flat buffer in any dtype
 # The adjoint adds up runs of blocks, then 2^14 / n runs as a group, then the groups of a segment. Groups of 22 tiles of
@@ -26,8 +26,6 @@ ALIGNMENT = 64  # elements; every tensor starts on a whole cache line of the fla
 # what is smaller is cut finer, so that a GPU has work everywhere.
 MAX_RUN_BLOCKS = 22
 RUN_SHARES = 108  # of the plan, at least, where runs are shorter
-DIAGONALS = ("gaussian", "rademacher")
-NORMALIZATIONS = ("tensor", "global")
 
 # Columns of Plan.segments and Plan.holes, in the order of struct Segment in csrc/core/plan.h.
 COLUMNS = ("tensor", "offset", "out_offset", "rows", "cols", "row_stride", "stream", "first_block")

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from hsaid_kernels._triton.streams import DIAGONAL, PERMUTATION, gaussian, permutation_keys, permute, sign_bits
-from hsaid_kernels._triton.tile import a_to_natural
+from hsaid_kernels.fastfood.triton.streams import DIAGONAL, PERMUTATION, gaussian, permutation_keys, permute, sign_bits
+from hsaid_kernels.fastfood.triton.tile import a_to_natural
 
 
 @triton.jit(do_not_specialize=["seed", "stream", "block", "chunk"])

@@ -8,9 +8,9 @@ of its time so where tensors are small, because here, unlike in CUDA, it goes th
 import triton
 import triton.language as tl
 
-from hsaid_kernels._triton.memory import element, load_floats, prefetch, store_floats, tensor_at
-from hsaid_kernels._triton.streams import times_diagonal
-from hsaid_kernels._triton.tables import (
+from hsaid_kernels.fastfood.triton.memory import element, load_floats, prefetch, store_floats, tensor_at
+from hsaid_kernels.fastfood.triton.streams import times_diagonal
+from hsaid_kernels.fastfood.triton.tables import (
     COLS,
     COLUMNS,
     COUNT,
@@ -24,7 +24,7 @@ from hsaid_kernels._triton.tables import (
     STREAM,
     TENSOR,
 )
-from hsaid_kernels._triton.tile import load_z, make_z, transform
+from hsaid_kernels.fastfood.triton.tile import load_z, make_z, transform
 
 
 @triton.jit

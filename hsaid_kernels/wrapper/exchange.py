@@ -5,6 +5,7 @@ keeping what fills them until something that it was made from changes.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import operator
 import threading
@@ -59,6 +60,18 @@ class Places:
             # Not left to torch's hook: torch.nn.MultiheadAttention reads weights of layers that it never calls.
             for module, key in self.masks.get(name, ()):
                 setattr(module, key, _Masked.apply(tensor, module._buffers[f"{key}_mask"]))
+
+
+def aliases_of(model: nn.Module) -> dict[str, str]:
+    """{place: name} for the places of tied parameters that do not have the name of the parameter."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    places = (
+        (f"{prefix}.{key}" if prefix else key, names[id(parameter)])
+        for prefix, module in model.named_modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    )
+    return {place: name for place, name in places if place != name}
 
 
 class Exchange:
@@ -160,6 +173,21 @@ def apply_masks(model: nn.Module) -> None:
     """Makes what torch.nn.utils.prune leaves in modules that it masks from their parameters as they are now."""
     for module, hook in masks(model.modules()):
         hook(module, None)
+
+
+@torch.no_grad()
+def merged_copy(model: nn.Module, own: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model, whose parameters are `own`, with copies of `values` in the place of those of these names."""
+    # deepcopy takes what it finds in the memo for the copy already made, so the model's own are not copied.
+    memo: dict[int, Any] = {
+        id(own[name]): nn.Parameter(value.clone(), own[name].requires_grad) for name, value in values.items()
+    }
+    for module, hook in masks(model.modules()):  # what torch.nn.utils.prune has made of them
+        made = getattr(module, hook._tensor_name)
+        memo[id(made)] = made.detach()
+    merged = copy.deepcopy(model, memo)
+    apply_masks(merged)
+    return merged
 
 
 class Cache:

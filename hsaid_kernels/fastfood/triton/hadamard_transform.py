@@ -8,8 +8,8 @@ in between they are in float32 in memory.
 import triton
 import triton.language as tl
 
-from hsaid_kernels._triton.memory import narrowed, widened
-from hsaid_kernels._triton.tile import natural_to_a, stages, transform
+from hsaid_kernels.fastfood.triton.memory import narrowed, widened
+from hsaid_kernels.fastfood.triton.tile import natural_to_a, stages, transform
 
 COLUMN_BITS = 6  # stages of a later pass, at most
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hsaid_kernels import reference
-from hsaid_kernels.plan import Plan, check_choice, find_plan
+from hsaid_kernels.fastfood import reference
+from hsaid_kernels.fastfood.plan import Plan, check_choice, find_plan
 
 NAMESPACE, TRITON_NAMESPACE = "hsaid_kernels", "hsaid_kernels_triton"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,7 +95,7 @@ def _plain(tensor: Tensor | None) -> Tensor | None:
 
 def _in_triton(name: str) -> None:
     def run(*arguments):  # Triton takes a second to import
-        return getattr(importlib.import_module("hsaid_kernels._triton.ops"), name)(*arguments)
+        return getattr(importlib.import_module("hsaid_kernels.fastfood.triton.ops"), name)(*arguments)
 
     torch.library.impl(f"{TRITON_NAMESPACE}::{name}", "CompositeExplicitAutograd")(run)
 
@@ -116,7 +116,7 @@ def _kernels(backend: str):
 
 def _load(library: str, key: str, folder: Path | None = None) -> bool | str:
     """True once the compiled library's kernels are registered under a dispatch key, or the reason why they are not."""
-    path = (folder or Path(__file__).parent) / f"{library}.so"
+    path = (folder or Path(__file__).parents[1]) / f"{library}.so"
     if not path.exists():
         return f"{library} is not built: install the package with a C++ compiler (and nvcc for CUDA) at hand"
     try:
@@ -217,7 +217,7 @@ def prepare(plan: Plan, device: torch.device, backend: str) -> None:
     """Makes what a backend keeps of a plan on a device, ahead of the first call. No backend there: nothing."""
     with contextlib.suppress(RuntimeError):  # which the first call raises
         if choose_backend(backend, device) == "triton":
-            importlib.import_module("hsaid_kernels._triton.ops").prepare(plan, device)
+            importlib.import_module("hsaid_kernels.fastfood.triton.ops").prepare(plan, device)
 
 
 def _signed(seed: int) -> int:

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hsaid_kernels import reference
+from hsaid_kernels.fastfood import reference
 
 DIAGONAL = tl.constexpr(reference.DIAGONAL)
 SIGNS = tl.constexpr(reference.SIGNS)

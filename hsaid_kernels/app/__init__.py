@@ -1,0 +1,1 @@
+"""A person: the command line, and what it trains on."""

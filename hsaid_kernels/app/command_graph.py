@@ -1,0 +1,29 @@
+"""`hsaid graph`: a model's hierarchy as a picture, or what a checkpoint has learned on it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hsaid_kernels.app import trained
+from hsaid_kernels.app.terminal import say, user_input
+from hsaid_kernels.hierarchy.graph import Graph
+from hsaid_kernels.hierarchy.paths import HEADS
+
+
+def graph(arguments: argparse.Namespace) -> None:
+    """Writes the picture, and says how much is in it."""
+    with user_input():
+        partition, multipliers = arguments.partition, None
+        if trained.is_checkpoint(arguments.source, arguments.model, arguments.heads):
+            if partition is not None:
+                raise ValueError(f"--partition: expected none, as a checkpoint has its own, got {partition!r}")
+            hierarchy, partition, multipliers = trained.load_multipliers(Path(arguments.source), arguments.model)
+        else:
+            hierarchy = trained.hierarchy_of_model(arguments.source, arguments.heads or HEADS in (partition or ""))
+        drawn = Graph.of(hierarchy, partition, fold=arguments.fold, multipliers=multipliers)
+        drawn.write(arguments.out)
+    counts = [f"{len(hierarchy.tensors)} tensors", f"{drawn.num_paths} paths", f"{len(drawn.nodes)} nodes"]
+    if drawn.partition:
+        counts.append(f"{drawn.partition.num_multipliers} multipliers")
+    say("graph", f"{arguments.out}: {', '.join(counts)}")

@@ -1,0 +1,68 @@
+"""`hsaid info`: what a checkpoint or a model's hierarchy holds. Of a checkpoint that `hsaid train` wrote no model is
+needed: the run says what the multipliers belong to."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from hsaid_kernels.app import trained
+from hsaid_kernels.app.terminal import num_weights, say, user_input
+from hsaid_kernels.hierarchy import Component
+from hsaid_kernels.wrapper.checkpoint import VALUES_FILE, read_config
+from hsaid_kernels.wrapper.configuration import BASIS
+
+PARTITIONS = ("did", "L1+L2+L3+L4", "L1+L2+L3|L4", "L1+L2|L3+L4", "L1+L2|L3|L4", "L1|L2|L3|L4")
+HEAD_PARTITIONS = ("L1+L2|L3|L4|L5", "L1+L5|L3|L4", "L1+L2+L3+L4+L5")
+
+
+def info(arguments: argparse.Namespace) -> None:
+    """Prints what there is to know."""
+    with user_input():
+        if trained.is_checkpoint(arguments.source, arguments.model, arguments.heads):
+            _describe_checkpoint(Path(arguments.source), arguments.model)
+            return
+        hierarchy = trained.hierarchy_of_model(arguments.source, arguments.heads)
+    print(hierarchy, end="\n\n")
+    for spec in PARTITIONS + HEAD_PARTITIONS * arguments.heads:
+        say(spec, str(hierarchy.partition(spec)))
+
+
+def _describe_checkpoint(directory: Path, model: str | None) -> None:
+    config = read_config(directory)
+    theta, multipliers = map(load_file(directory / VALUES_FILE).__getitem__, ("theta", "multipliers"))
+    say("checkpoint", f"{trained.size(directory):,} bytes in {directory}")
+    say("model", f"{len(config['tensors'])} tensors, {num_weights(config['tensors']):,} weights")
+    say(
+        "trained",
+        f"d = {config['intrinsic_dim']:,} numbers: {len(theta):,} in theta, m = {len(multipliers)} multipliers",
+    )
+    for key in (*BASIS[1:], "include", "exclude", "dtype", "generator"):
+        if config[key] not in (None, [], {}):
+            say(key, str(config[key]))
+    say("theta", f"norm {theta.norm():.4g}")
+    if (directory / trained.RUN_FILE).exists():
+        run = trained.read_run(directory)
+        for key in ("model", "data", "steps", "lr", "test_accuracy"):
+            say(key, str(run.get(key)))
+    elif model is None:
+        say("multipliers", "--model MODEL, the one that was trained, tells their names")
+        return
+    if len(multipliers):
+        _describe_multipliers(trained.components(directory, model), multipliers.tolist())
+
+
+def _describe_multipliers(components: Iterable[Component], multipliers: list[float]) -> None:
+    say("multipliers", "by component, the largest change from 1 first")
+    values = iter(multipliers)
+    for component in components:
+        learned = sorted(zip(component.paths, values), key=lambda item: -abs(item[1] - 1))
+        # Hard spaces, so that lines break between multipliers only.
+        shown = [" ".join([*filter(None, path), f"{value:.3f}"]).replace(" ", "\xa0") for path, value in learned]
+        first, others = f"{'+'.join(component.levels):<12} ", " " * 13
+        text = textwrap.fill(", ".join(shown), 118, initial_indent=first, subsequent_indent=others)
+        print(text.replace("\xa0", " "))

@@ -1,0 +1,201 @@
+"""`hsaid train`: a text classifier through H-SAID, on the embedded data or the user's own."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hsaid_kernels.app import data, trained, training
+from hsaid_kernels.app.architecture import FALLBACK, MBERT
+from hsaid_kernels.app.cli import LARGE, MBERT_STEPS, STEPS, STEPS_IF_LARGE
+from hsaid_kernels.app.terminal import RunError, num_weights, progress, say, user_input
+from hsaid_kernels.fastfood.ops import choose_backend, choose_device
+from hsaid_kernels.wrapper.hsaid import HSAID
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Trains, saves, loads again and compares."""
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    with user_input():
+        dataset = _dataset(arguments)
+        _check_writable(arguments.out)
+        source, classifier = _classifier(arguments, dataset.labels)
+        classifier.model = _wrap(classifier.model, arguments)
+    _describe_model(source, classifier.model)
+    _describe_data(dataset)
+
+    steps = _steps(classifier.model, dataset, arguments)
+    seconds = _fit(classifier, dataset, steps, arguments)
+    result = training.evaluate(classifier, dataset.test)
+    run = {"model": source, "seed": arguments.seed, "data": dataset.name, "steps": steps, "lr": arguments.lr}
+    with user_input():
+        training.save_trained(classifier, arguments.out, **run, test_accuracy=result.accuracy)
+
+    device = classifier.model.theta.device
+    _describe_accuracy(result, dataset)
+    if dataset.validation:
+        validation = training.evaluate(classifier, dataset.validation).accuracy
+        say("", f"{validation:.3f}{_languages(dataset.validation)}, by which to choose settings")
+    say("step", _shares(seconds, steps))
+    say("memory", f"{training.peak_memory(device) / 2**20:,.0f} MiB at the peak")
+    say("checkpoint", f"{trained.size(arguments.out):,} bytes in {arguments.out}")
+
+    del classifier  # two models at once may be more than the machine holds
+    fresh = training.load_trained(arguments.out)
+    fresh.model.to(device)
+    again = training.evaluate(fresh, dataset.test)
+    if again.predictions != result.predictions:
+        before, after = result.accuracy, again.accuracy
+        raise RunError(f"expected the accuracy {before!r} after reloading {arguments.out}, got {after!r}")
+    say("reloaded", f"into a fresh model: accuracy {again.accuracy!r}, the same to the last digit")
+
+    del fresh
+    mbert_steps = arguments.mbert_steps
+    if mbert_steps is None:
+        mbert_steps = MBERT_STEPS if arguments.model is None and source == FALLBACK else 0
+    if mbert_steps:
+        _time_mbert(mbert_steps, dataset.train, arguments)
+
+
+def _steps(hsaid: HSAID, dataset: data.Dataset, arguments: argparse.Namespace) -> int:
+    if arguments.epochs:
+        return arguments.epochs * math.ceil(len(dataset.train) / arguments.batch_size)
+    return arguments.steps or (STEPS if num_weights(hsaid.plan.shapes) < LARGE else STEPS_IF_LARGE)
+
+
+def _fit(
+    classifier: training.Classifier, dataset: data.Dataset, steps: int, arguments: argparse.Namespace
+) -> Counter[str]:
+    """Trains, and returns the seconds that each part of all steps took."""
+    seed, lr, dropout = arguments.seed, arguments.lr, arguments.dropout
+    batches = training.training_batches(classifier, dataset.train, arguments.batch_size, seed)
+    losses, seconds = [], Counter()
+    with progress(steps, "training") as advance:
+        for step in training.training_steps(classifier.model, batches, steps=steps, lr=lr, seed=seed, dropout=dropout):
+            losses.append(step.loss)
+            if not math.isfinite(step.loss):
+                raise RunError(f"the loss is {step.loss} at step {len(losses)}: try an --lr lower than {lr}")
+            seconds.update(step.seconds)
+            advance(f"loss={sum(losses[-20:]) / len(losses[-20:]):.3f}")
+    return seconds
+
+
+def _dataset(arguments: argparse.Namespace) -> data.Dataset:
+    if arguments.data is None:
+        if arguments.test_data is not None:
+            raise ValueError(f"--test-data: expected --data FILE to train on, got only {arguments.test_data}")
+        validation = [
+            language
+            for language in data.VALIDATION_LANGUAGES
+            if language not in (*arguments.train_languages, *arguments.test_languages)
+        ]
+        return data.load_cldr(arguments.train_languages, validation, arguments.test_languages, seed=arguments.seed)
+    columns = {"text": arguments.text_column, "label": arguments.label_column}
+    return data.load_files(arguments.data, arguments.test_data, **columns, seed=arguments.seed)
+
+
+def _check_writable(directory: Path) -> None:
+    """Before training, and without making anything: raises OSError unless a file can be made in the directory-to-be."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"--out: expected a directory that can be written to, got {directory}: {error.strerror}"
+        ) from error
+
+
+def _classifier(arguments: argparse.Namespace, labels: Sequence[str]) -> tuple[str, training.Classifier]:
+    """The model asked for, or mBERT, or what stands in for it."""
+    options = (labels, arguments.seed, arguments.max_length)
+    if arguments.model is not None:
+        is_directory = Path(arguments.model).is_dir()
+        source = str(Path(arguments.model).absolute()) if is_directory else arguments.model
+        return source, training.build_classifier(source, *options)
+    try:
+        return MBERT, training.build_classifier(MBERT, *options)
+    except ValueError:
+        print(f"{MBERT} is not to be had here (directory, cache, hub): {FALLBACK} stands in for it.")
+        return FALLBACK, training.build_classifier(FALLBACK, *options)
+
+
+def _wrap(model: nn.Module, arguments: argparse.Namespace) -> HSAID:
+    """On the GPU where there is one that the kernels can use."""
+    device = choose_device()
+    choose_backend("auto", device)
+    return HSAID(
+        model.to(device),
+        arguments.intrinsic_dim,
+        arguments.partition,
+        arguments.seed,
+        normalize=arguments.normalize,
+        diagonal=arguments.diagonal,
+        dtype=getattr(torch, arguments.dtype),
+    )
+
+
+def _describe_model(source: str, hsaid: HSAID) -> None:
+    say("model", f"{source}: {len(hsaid.plan.shapes)} tensors, {num_weights(hsaid.plan.shapes):,} weights")
+    say("partition", f"{hsaid.partition.spec}: {hsaid.partition}")
+    say(
+        "trained",
+        f"d = {hsaid.intrinsic_dim:,} numbers: {len(hsaid.theta):,} in theta, {len(hsaid.multipliers)} multipliers",
+    )
+
+
+def _describe_data(dataset: data.Dataset) -> None:
+    say("data", f"{dataset.name}: which of {len(dataset.labels)} labels? {_shortened(dataset.labels)}")
+    say("  train", f"{len(dataset.train):,} texts{_languages(dataset.train)}")
+    say("  test", f"{len(dataset.test):,} texts{_languages(dataset.test)}")
+
+
+def _languages(examples: Sequence[data.Example]) -> str:
+    codes = " ".join(dict.fromkeys(example.language for example in examples))
+    return codes and f" in {codes}"
+
+
+def _shortened(labels: Sequence[str], most: int = 10) -> str:
+    return ", ".join(labels[:most]) + (", ..." if len(labels) > most else "")
+
+
+def _describe_accuracy(result: training.Evaluation, dataset: data.Dataset) -> None:
+    baseline = training.majority_baseline(dataset.train, dataset.test)
+    where = "on texts not trained on" if "" in result.by_language else "in languages not trained on"
+    say(
+        "accuracy",
+        f"{result.accuracy:.3f} {where}; {baseline.accuracy:.3f} by always saying {baseline.predictions[0]!r}",
+    )
+    if len(result.by_language) > 1:
+        say("", "  ".join(f"{language} {accuracy:.2f}" for language, accuracy in result.by_language.items()))
+
+
+def _shares(seconds: Counter[str], steps: int) -> str:
+    total = seconds.total()
+    projection = seconds["projection"] + seconds["adjoint"]
+    rest = [f"{part} {seconds[part] / total:.1%}" for part in ("forward", "backward", "optimiser", "data")]
+    each = f"{seconds['projection'] / steps * 1e3:.0f} ms and its adjoint {seconds['adjoint'] / steps * 1e3:.0f} ms"
+    return f"{total / steps * 1e3:.0f} ms: projection {projection / total:.1%} ({each}), {', '.join(rest)}"
+
+
+def _time_mbert(steps: int, examples: Sequence[data.Example], arguments: argparse.Namespace) -> None:
+    """A few steps of the whole architecture, row by row; the losses say only that it runs."""
+    print("\nmBERT's architecture with fresh weights, 16 texts of 16 hashed tokens a step, times in seconds")
+    with user_input():
+        hsaid = _wrap(training.build_mbert(arguments.seed), arguments)
+    _describe_model("mBERT", hsaid)
+    batches = training.hashed_batches(examples, hsaid.theta.device)
+    columns = ("projection", "adjoint", "forward", "backward", "optimiser")
+    print("  ".join(["step", "  loss", *(f"{column:>10}" for column in columns)]))
+    taken = training.training_steps(hsaid, batches, steps=steps, lr=arguments.lr, seed=arguments.seed)
+    for number, step in enumerate(taken, 1):
+        print("  ".join([f"{number:4}", f"{step.loss:6.3f}", *(f"{step.seconds[column]:10.4f}" for column in columns)]))
+    say("memory", f"{training.peak_memory(hsaid.theta.device) / 2**20:,.0f} MiB at the peak")

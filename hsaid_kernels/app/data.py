@@ -1,0 +1,260 @@
+"""Labelled text: a multilingual task from Unicode CLDR that needs no download, and readers for csv, tsv and jsonl.
+
+The embedded task: the text is the name of a thing in some language, the label says what kind of thing it is. CLDR's
+names come with Babel. Training, validation and test use different *languages*, so that accuracy is about languages
+never trained on; settings are chosen on the validation languages, never on the test languages.
+"""
+
+import csv
+import json
+import random
+import unicodedata
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+# Languages with names of all six kinds; 57 of them, in the scripts of Europe and of the Near, South and East of Asia.
+_CODES = """
+    ar az bg bn bs ca cs da de el en es et eu fa fi fr ga gd gu he hi hr hu id is it ja ka kk ko lt mk ml mr ms nb ne nl
+    nn pl pt ro ru sl so sq sr sv ta te th tr uk vi zh zu
+"""
+LANGUAGES = tuple(_CODES.split())
+# All in Latin script, because the model that stands in for mBERT reads English word pieces; each part mixes families.
+TRAIN_LANGUAGES = ("en", "de", "fr", "es", "pl", "fi", "tr", "id")
+VALIDATION_LANGUAGES = ("pt", "sv", "sl", "ms")
+TEST_LANGUAGES = ("it", "nl", "da", "nb", "cs", "ro", "et", "ca")
+TEST_FRACTION = 0.2
+
+
+class DataError(ValueError):
+    """Data that cannot be used. The message names the file and line, what was expected and what came."""
+
+
+@dataclass(frozen=True)
+class Example:
+    text: str
+    label: str
+    language: str = ""  # empty for files
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples in three parts; validation is empty for files. `labels` are those of the training part, sorted."""
+
+    name: str
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(sorted({example.label for example in self.train}))
+
+
+def load_cldr(
+    train: Sequence[str] = TRAIN_LANGUAGES,
+    validation: Sequence[str] = VALIDATION_LANGUAGES,
+    test: Sequence[str] = TEST_LANGUAGES,
+    *,
+    per_label: int = 100,
+    held_out_per_label: int = 50,
+    seed: int = 0,
+) -> Dataset:
+    """Names of countries, currencies, languages, scripts, time zones and units; the same ones for the same seed.
+
+    At most `per_label` names of each kind are drawn from each training language, `held_out_per_label` from the others,
+    because CLDR has four times as many languages as scripts: uncapped, guessing "language" would be right for two
+    names in five. A spelling (case and accents aside, which uncased models do not see) counts once, for the first
+    language that has it, so no test name is spelled as any name in a training language. Names that stand for two kinds
+    in any of these languages or English ("Thai", a language and a script) have no right answer and are left out.
+
+    Raises DataError for an unknown language, or one named twice.
+    """
+    chosen = [*train, *validation, *test]
+    for language in chosen:
+        if language not in LANGUAGES:
+            raise DataError(f"languages: expected any of {' '.join(LANGUAGES)}; got {language!r}")
+        if chosen.count(language) > 1:
+            raise DataError(
+                f"languages: expected each language once, in one part; got {language!r} {chosen.count(language)} times"
+            )
+    names = {language: _names(language) for language in dict.fromkeys(["en", *chosen])}
+    labels_of: dict[str, set[str]] = {}
+    for by_label in names.values():
+        for label, texts in by_label.items():
+            for text in texts:
+                labels_of.setdefault(_spelling(text), set()).add(label)
+
+    seen: set[str] = set()
+
+    def draw(language: str, most: int) -> Iterator[Example]:
+        fresh = {
+            _spelling(text): Example(text, label, language)
+            for label, texts in names[language].items()
+            for text in texts
+        }
+        for label in names[language]:
+            pool = [e for key, e in fresh.items() if e.label == label and key not in seen and len(labels_of[key]) == 1]
+            random.Random(f"{seed} {language} {label}").shuffle(pool)
+            yield from pool[:most]
+        seen.update(fresh)
+
+    parts = [
+        (train, per_label),
+        (validation, held_out_per_label),
+        (test, held_out_per_label),
+    ]  # in this order, for `seen`
+    drawn = [tuple(example for language in part for example in draw(language, most)) for part, most in parts]
+    return Dataset("Unicode CLDR names", *drawn)
+
+
+def load_files(
+    data: str | Path, test_data: str | Path | None = None, *, text: str = "text", label: str = "label", seed: int = 0
+) -> Dataset:
+    """Training examples from one file and test examples from another, or a fifth of each label in the only file.
+
+    A test text that is also a training text is dropped: accuracy is about texts not trained on. Raises DataError as
+    `read_examples` does, for a test label that training lacks, for a single label, and where nothing is left to test.
+    """
+    train = read_examples(data, text=text, label=label)
+    labels = sorted({example.label for example in train})
+    if len(labels) < 2:
+        raise DataError(f"{data}: expected at least two labels to tell apart, got only {labels[0]!r}")
+    if test_data is None:
+        name = Path(data).name
+        train, test = _split(train, seed)
+    else:
+        name = f"{Path(data).name}, {Path(test_data).name}"
+        test = read_examples(test_data, text=text, label=label, labels=labels)
+    trained = {example.text for example in train}
+    unseen = tuple(example for example in test if example.text not in trained)
+    if not unseen:
+        raise DataError(f"{test_data or data}: expected test examples whose text is not trained on, got none")
+    return Dataset(name, tuple(train), (), unseen)
+
+
+def _split(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:
+    """(train, test), both in the file's order; a label with less than 1 / TEST_FRACTION examples is all training."""
+    shuffled = list(enumerate(examples))
+    random.Random(seed).shuffle(shuffled)
+    by_label: dict[str, list[int]] = {}
+    for index, example in shuffled:
+        by_label.setdefault(example.label, []).append(index)
+    held_out = {i for indices in by_label.values() for i in indices[: int(TEST_FRACTION * len(indices))]}
+    parts: tuple[list[Example], list[Example]] = ([], [])
+    for index, example in enumerate(examples):
+        parts[index in held_out].append(example)
+    return parts
+
+
+def read_examples(
+    path: str | Path, *, text: str = "text", label: str = "label", labels: Collection[str] | None = None
+) -> list[Example]:
+    """Examples from the columns (or keys) `text` and `label` of a UTF-8 file: .csv, .tsv or .jsonl by its name.
+
+    csv and tsv start with a line of column names; csv quotes as RFC 4180 does, tsv not at all. jsonl has an object a
+    line, whose label may be an integer. Blank lines are skipped. Raises DataError, with file and line, for anything
+    else, and for a label that is not one of `labels` where these are given.
+    """
+    path = Path(path)
+    ending = path.suffix.lower()
+    if ending not in _READERS:
+        raise DataError(f"{path}: expected a file name ending in {', '.join(_READERS)}, got {ending or 'no ending'!r}")
+    examples = []
+    try:
+        # A byte order mark is what spreadsheets put first; newline="" because quoted csv fields may contain line ends.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for line, row in _READERS[ending](path, file, (text, label)):
+                for column in (text, label):
+                    if not isinstance(row[column], str) or not row[column].strip():
+                        raise DataError(f"{path}, line {line}: expected text in {column!r}, got {row[column]!r}")
+                example = Example(row[text].strip(), row[label].strip())
+                if labels is not None and example.label not in labels:
+                    known = ", ".join(labels)
+                    raise DataError(
+                        f"{path}, line {line}: expected a label of training ({known}), got {example.label!r}"
+                    )
+                examples.append(example)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected text in UTF-8, got byte {error.object[error.start]:#04x}") from None
+    except OSError as error:
+        raise DataError(f"{path}: expected a file that can be read, got: {error.strerror}") from None
+    if not examples:
+        raise DataError(f"{path}: expected at least one example, got none")
+    return examples
+
+
+_Rows = Iterator[tuple[int, dict]]  # line number, column -> value
+
+
+def _read_table(path: Path, file: TextIO, columns: Sequence[str], **dialect) -> _Rows:
+    reader = csv.reader(file, **dialect)
+    try:
+        header = next(reader, [])
+        for column in columns:
+            if column not in header:
+                raise DataError(f"{path}, line 1: expected a column {column!r}, got {', '.join(header) or 'nothing'}")
+        for row in filter(None, reader):
+            if len(row) != len(header):
+                raise DataError(f"{path}, line {reader.line_num}: expected {len(header)} columns, got {len(row)}")
+            yield reader.line_num, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: expected a row of a table, got: {error}") from None
+
+
+def _read_jsonl(path: Path, file: TextIO, columns: Sequence[str]) -> _Rows:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}, line {number}: expected a JSON object, got {line.strip()[:40]!r} ({error.msg})"
+            ) from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: expected a JSON object, got {line.strip()[:40]!r}")
+        for column in columns:
+            if column not in row:
+                raise DataError(f"{path}, line {number}: expected a key {column!r}, got {', '.join(row) or 'nothing'}")
+        _, label = columns
+        yield number, row | ({label: str(row[label])} if type(row[label]) is int else {})
+
+
+_READERS = {
+    ".csv": partial(_read_table, strict=True),
+    ".tsv": partial(_read_table, delimiter="\t", quoting=csv.QUOTE_NONE),
+    ".jsonl": _read_jsonl,
+}
+
+
+def _names(language: str) -> dict[str, list[str]]:
+    """Label -> names in this language, without what gives the label away or is not a name."""
+    from babel import Locale
+    from babel.units import get_unit_name
+
+    locale = Locale.parse(language)
+    zones = {zone: names.get("long", {}) for zone, names in locale.meta_zones.items()}
+    by_label = {
+        # Two letters: countries, not the world's numbered regions. XA, XB and ZZ, like scripts in Z, are not real ones.
+        "country": {c: n for c, n in locale.territories.items() if len(c) == 2 and c not in ("XA", "XB", "ZZ")},
+        # XTS is for tests, XXX for no currency.
+        "currency": {c: n for c, n in locale.currencies.items() if c not in ("XTS", "XXX")},
+        # "en_GB" and the like name a country too; mul, und and zxx name no language.
+        "language": {c: n for c, n in locale.languages.items() if "_" not in c and c not in ("mul", "und", "zxx")},
+        "script": {c: n for c, n in locale.scripts.items() if not c.startswith("Z")},
+        "time zone": {zone: names.get("standard") or names.get("generic") for zone, names in zones.items()},
+        "unit": {unit: get_unit_name(unit, "long", locale) for unit in locale.unit_display_names},
+    }
+    # A missing name falls back to its code. Brackets hold years (of currencies) and variants: they give the label away.
+    return {
+        label: [n for c, n in sorted(items.items()) if n and n.casefold() != c.casefold() and not set(n) & set("(（")]
+        for label, items in by_label.items()
+    }
+
+
+def _spelling(text: str) -> str:
+    """The text without case and accents."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))

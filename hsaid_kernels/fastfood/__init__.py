@@ -1,0 +1,1 @@
+"""Numbers: theta to weights and back, on every backend. Knows no layers and no models."""

@@ -1,0 +1,221 @@
+"""The definition of the projection in plain torch, in any float dtype: slow, short, and the judge of every backend.
+
+    z_ic     = Pi_ic H B_ic theta_c                      one vector [n] per segment i and chunk c of theta
+    W_i      = W0_i + f_i * concat_b H(sum_c G_ibc z_ic)  cut to D_i values;  f_i = s_i * factor_i
+    u_ic     = sum_b G_ibc . (H g_ib)                     the adjoint's only pass over the gradients
+    df_i     = sum_c <u_ic, z_ic>
+    dtheta_c = sum_i f_i * B_ic H Pi_ic^T u_ic
+
+The random streams are those of docs/rng.md bit for bit.  In float32 the order of all operations is the contract too, so
+float32 results equal the kernels' to the last bit; in float64 this is what errors are measured against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hsaid_kernels.fastfood.plan import MAX_WIDTH, Plan, Segment, stream_id
+
+DIAGONAL, SIGNS, PERMUTATION = range(3)  # purposes: what a Philox call is for
+MASK32 = 0xFFFFFFFF
+SLICE = 2**22  # values made at a time, to bound the memory
+
+
+def _table(bits: str) -> Tensor:
+    return torch.tensor([int(b, 16) for b in bits.split()], dtype=torch.int64).to(torch.int32).view(torch.float32)
+
+
+# 32 float32 bit patterns each, fitted to the normal quantile and scaled to unit variance (docs/rng.md).
+TABLE_A = _table("""
+    38bebad1 38b777fe 38b1fb4f 38ad9167 38a853d4 38a2af6c 389e2841 389a5ea8 3895bb09 389094f5 388c5ba4 3888c61a
+    3884574c 387eb7e8 38767b8f 386f7583 3866c44e 385ce404 3854a76a 384d8a70 3844a637 3839eea5 38303f0c 3827d33b
+    3820b527 3948c35c 390e0f82 38fb72b6 38e5c2fe 38d64b5d 38ccce68 38c60bb6
+""")
+TABLE_B = _table("""
+    b2ceaf73 b2a00b00 b282b4f9 b25cfd44 b2339c16 b20f61ff b1ee5bef b1cbac86 b1a70aae b185fb8d b15ece91 b13dfb3c
+    b11af7d9 b0f5f0a6 b0c9e6dd b0a9bacf b08760f2 b04f44cb b0233125 b002964c afbec636 af736134 af0b562c ae7596a6
+    ac1146f2 b5000d54 b44466a4 b3f2a1de b39cc491 b355fc93 b3233672 b3043cd3
+""")
+
+
+def philox(seed: int, counter: Sequence[Tensor | int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al. 2011): four words in [0, 2**32) as int64, for counters of four such words."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) for c in counter))
+    k0, k1 = seed & MASK32, seed >> 32
+    for _ in range(10):
+        # int64 products wrap, but their 64 bits are those of the unsigned product
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32 & MASK32) ^ c1 ^ k0, p1 & MASK32, (p0 >> 32 & MASK32) ^ c3 ^ k1, p0 & MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+    return c0, c1, c2, c3
+
+
+def words(seed: int, stream: int, purpose: int, block: Tensor | int, chunk: int, ctr: Tensor) -> Tensor:
+    """The four words of the calls at `ctr`: [..., 4]. Counter: block | purpose << 28, ctr | chunk << 16, stream."""
+    counter = (torch.as_tensor(block) | purpose << 28, ctr | chunk << 16, stream & MASK32, stream >> 32 & MASK32)
+    return torch.stack(philox(seed, counter), -1)
+
+
+def normal(half: Tensor) -> Tensor:
+    """float32 standard normals from 16-bit integers: each operation one float32 operation, rounded by itself."""
+    y = ((half | 1) - 32768).to(torch.float32)
+    v = 32928.0 - y.abs()
+    s = (v.view(torch.int32) >> 21) & 31
+    return y * (TABLE_A[s] + TABLE_B[s] * v)
+
+
+def gaussian(seed: int, stream: int, block: Tensor, chunk: int, n: int) -> Tensor:
+    """G: [blocks, n] for block numbers [blocks]. Eight 16-bit halves a call, at positions 2**s apart."""
+    k = torch.arange(n)
+    s = min(4, n.bit_length() - 4)
+    slot = k >> s & 7
+    ctr = k & (1 << s) - 1 | k >> s + 3 << s
+    w = words(seed, stream, DIAGONAL, block[:, None], chunk, torch.arange(n // 8))  # [blocks, n / 8, 4]
+    return normal(w[:, ctr, slot >> 1] >> 16 * (slot & 1) & 0xFFFF)
+
+
+def rademacher(seed: int, stream: int, purpose: int, block: Tensor, chunk: int, n: int) -> Tensor:
+    """Signs +1 or -1: [blocks, n], one bit each."""
+    k = torch.arange(n)
+    ctr = k & 3 | k >> 9 << 2
+    b = k >> 2 & 127
+    w = words(seed, stream, purpose, block[:, None], chunk, torch.arange(max(4, n // 128)))
+    return 1.0 - 2.0 * (w[:, ctr, b >> 5] >> (b & 31) & 1).to(torch.float32)
+
+
+def permutation(seed: int, stream: int, chunk: int, n: int) -> Tensor:
+    """pi as int64 [n]; (Pi h)[k] = h[pi(k)]. A six-round Feistel network on the q bits of k."""
+    q = n.bit_length() - 1
+    low_bits, high_bits = q // 2, q - q // 2
+    keys = words(seed, stream, PERMUTATION, 0, chunk, torch.arange(2)).flatten()[:6]
+    k = torch.arange(n)
+    low, high = k & (1 << low_bits) - 1, k >> low_bits
+
+    def mix(x: Tensor, key: Tensor) -> Tensor:
+        x = (x ^ key) * 0x9E3779B1 & MASK32
+        return (x ^ x >> 15) * 0x85EBCA77 & MASK32
+
+    for r in range(6):
+        if r % 2 == 0:
+            high = high ^ mix(low, keys[r]) >> 32 - high_bits
+        else:
+            low = low ^ mix(high, keys[r]) >> 32 - low_bits
+    return high << low_bits | low
+
+
+def walsh_hadamard(x: Tensor, transpose: bool = False) -> Tensor:
+    """H x over the last dimension [..., n], unnormalised: stages at bits 2 ... q-1, 0, 1; reversed if `transpose`."""
+    n = x.shape[-1]
+    q = n.bit_length() - 1
+    order = [*range(2, q), *range(min(2, q))]
+    for bit in reversed(order) if transpose else order:
+        pairs = x.reshape(*x.shape[:-1], -1, 2, 1 << bit)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        x = torch.stack((a + b, a - b), -2).reshape(x.shape)
+    return x
+
+
+def _diagonal(plan: Plan, stream: int, block: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+    if plan.rademacher:
+        return rademacher(plan.seed, stream, DIAGONAL, block, chunk, plan.width).to(dtype)
+    return gaussian(plan.seed, stream, block, chunk, plan.width).to(dtype)
+
+
+def _chunk_streams(plan: Plan, stream: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """(signs, permutation) of each chunk of theta."""
+    for chunk in range(plan.chunks):
+        signs = rademacher(plan.seed, stream, SIGNS, torch.zeros(1, dtype=torch.int64), chunk, plan.width)[0]
+        yield signs.to(dtype), permutation(plan.seed, stream, chunk, plan.width)
+
+
+def _z(plan: Plan, stream: int, theta: Tensor) -> Tensor:
+    """z_i: [chunks, n]."""
+    n = plan.width
+    padded = torch.nn.functional.pad(theta, (0, plan.chunks * n - plan.dim)).view(plan.chunks, n)
+    streams = _chunk_streams(plan, stream, theta.dtype)
+    return torch.stack([walsh_hadamard(t * signs)[pi] for t, (signs, pi) in zip(padded, streams, strict=True)])
+
+
+def _slices(plan: Plan, piece: Segment) -> Iterator[Tensor]:
+    return torch.arange(plan.blocks(piece)).split(max(plan.run_blocks, SLICE // plan.width))
+
+
+def _elements(piece: Segment, tensor: Tensor) -> Tensor:
+    """The piece of `tensor` as a 2-D view; of a strided tensor a copy."""
+    return tensor.contiguous().view(-1)[piece.offset :].as_strided((piece.rows, piece.cols), (piece.row_stride, 1))
+
+
+def forward(
+    plan: Plan, theta: Tensor, factors: Tensor, base: Sequence[Tensor], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Flat buffer [plan.numel] of W_i = base_i + factors_i * (P_i theta / s_i), factors [S] with s_i inside.
+
+    `base` has a tensor per tensor of the plan, or is empty for zeros. Arithmetic is in theta's dtype, on the CPU.
+    """
+    flat = torch.zeros(plan.numel, dtype=theta.dtype)
+    weights = plan.views(flat)
+    for w, b in zip(weights, base):
+        w.copy_(b)
+    for i, piece in enumerate(plan.pieces):
+        stream = stream_id(piece.tensor, piece.label)
+        z = _z(plan, stream, theta)
+        values = []
+        for block in _slices(plan, piece):
+            x = torch.zeros(len(block), plan.width, dtype=theta.dtype)
+            for chunk in range(plan.chunks):
+                gz = _diagonal(plan, stream, block, chunk, theta.dtype) * z[chunk]
+                x = x + gz if chunk else gz
+            values.append(factors[i] * walsh_hadamard(x).flatten())
+        target = _elements(piece, weights[plan.names.index(piece.tensor)])
+        target += torch.cat(values)[: piece.numel].view(target.shape)
+    return flat.to(dtype)
+
+
+def adjoint(plan: Plan, theta: Tensor, factors: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """(dtheta [dim], dfactors [S]) for gradients of the weights; None counts as zero. In theta's dtype, on the CPU."""
+    n, dtype = plan.width, theta.dtype
+    dtheta, dfactors = torch.zeros(plan.chunks, n, dtype=dtype), torch.zeros(len(plan.pieces), dtype=dtype)
+    for i, piece in enumerate(plan.pieces):
+        grad = grads[plan.names.index(piece.tensor)]
+        if grad is None:
+            continue
+        stream = stream_id(piece.tensor, piece.label)
+        g = _elements(piece, grad).to(dtype).flatten()
+        g = torch.nn.functional.pad(g, (0, plan.blocks(piece) * n - piece.numel)).view(-1, n)
+        u = torch.zeros(plan.chunks, n, dtype=dtype)
+        runs = MAX_WIDTH // n  # of a group
+        for group_blocks in torch.arange(len(g)).split(plan.run_blocks * runs):
+            group = torch.zeros_like(u)
+            for block in (group_blocks[i::runs] for i in range(min(runs, len(group_blocks)))):
+                hg = walsh_hadamard(g[block], transpose=True)
+                run = torch.zeros_like(u)
+                for chunk in range(plan.chunks):
+                    for product in _diagonal(plan, stream, block, chunk, dtype) * hg:
+                        run[chunk] += product
+                group += run
+            u += group
+        for p in fold(u * _z(plan, stream, theta)):
+            dfactors[i] += p
+        for chunk, (signs, pi) in enumerate(_chunk_streams(plan, stream, dtype)):
+            scattered = torch.empty(n, dtype=dtype)
+            scattered[pi] = u[chunk]
+            dtheta[chunk] += factors[i] * (signs * walsh_hadamard(scattered, transpose=True))
+    return dtheta.flatten()[: plan.dim].clone(), dfactors
+
+
+def fold(x: Tensor) -> Tensor:
+    """Sum over the last dimension [..., n] -> [...], adding the upper half to the lower until one value is left."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
+
+
+def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
+    """H x * scale along the last dimension, zero-padded to a power of two and cut back."""
+    dim = x.shape[-1]
+    n = 1 << max(0, dim - 1).bit_length()
+    return (walsh_hadamard(torch.nn.functional.pad(x, (0, n - dim)))[..., :dim] * scale).contiguous()

@@ -1,0 +1,1 @@
+"""A model: HSAID, what it trains, and its checkpoints."""
