@@ -14,14 +14,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hsaid_kernels.app import data
+from hsaid_kernels.app.defaults import (
+    BATCH_SIZE,
+    INTRINSIC_DIM,
+    LARGE,
+    LEARNING_RATE,
+    MAX_LENGTH,
+    MBERT_STEPS,
+    STEPS,
+    STEPS_IF_LARGE,
+)
 from hsaid_kernels.app.terminal import RunError, UsageError
 from hsaid_kernels.fastfood.limits import DIAGONALS, MAX_DIM, NORMALIZATIONS
 from hsaid_kernels.version import __version__
 
-# Chosen on the embedded data's validation languages (docs/method.md); STEPS_IF_LARGE by what two cores do in minutes.
-STEPS, BATCH_SIZE, LEARNING_RATE, INTRINSIC_DIM, MAX_LENGTH = 300, 32, 0.05, 5000, 32
-LARGE, STEPS_IF_LARGE = 50_000_000, 60  # weights
-MBERT_STEPS = 5
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from hsaid_kernels.app import data, trained, training
 from hsaid_kernels.app.architecture import FALLBACK, MBERT
-from hsaid_kernels.app.cli import LARGE, MBERT_STEPS, STEPS, STEPS_IF_LARGE
+from hsaid_kernels.app.defaults import LARGE, MBERT_STEPS, STEPS, STEPS_IF_LARGE
 from hsaid_kernels.app.terminal import RunError, num_weights, progress, say, user_input
 from hsaid_kernels.fastfood.ops import choose_backend, choose_device
 from hsaid_kernels.wrapper.hsaid import HSAID
