@@ -1,7 +1,11 @@
 # Two commands do everything, set-up included:
 #
 #   make train    train the default model on the embedded data, then a few steps on the whole of mBERT
-#   make test     lint, C++ tests, Python tests
+#   make test     lint, types, C++ tests, Python tests
+#
+# While working, in under two minutes:
+#
+#   make check    lint, types, the tests that touch no kernel
 #
 # Measure (docs/benchmarks.md):
 #
@@ -26,26 +30,31 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CMAKE := $(abspath $(BIN))/cmake
+# As many processes as cores, each with a thread.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
-.PHONY: train test triton-versions cuda-check lint bench bench-full report gpu clean
+.PHONY: train test check triton-versions cuda-check lint types bench bench-full report gpu clean
 
 train: $(VENV)/.installed
 	$(BIN)/hsaid train $(ARGS)
 
-test: $(VENV)/.installed-test lint build/cmake/test_core
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-test lint types build/cmake/test_core
+	$(TESTS) tests $(ARGS)
 	@echo "The CUDA ops and kernels, over the emulated device:"
-	HSAID_EMULATED=1 $(BIN)/python -m pytest -q tests/test_gpu.py
+	HSAID_EMULATED=1 $(TESTS) tests/fastfood/test_gpu.py
 	@echo "The Triton kernels, by Triton's interpreter:"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_gpu.py
+	TRITON_INTERPRET=1 $(TESTS) tests/fastfood/test_gpu.py
+
+check: $(VENV)/.installed-test lint types
+	$(TESTS) tests/hierarchy tests/app/test_data.py tests/app/test_fuzz.py tests/fastfood/test_plan.py tests/test_import.py tests/test_readme.py
 
 # With the oldest and the newest Triton that are known to work, which pip does not install beside this torch.
 triton-versions: $(VENV)/.installed-test
 	for version in 3.6.0 3.9.0; do \
 	  folder=build/triton-$$version; \
 	  $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $$folder triton==$$version 'numpy<2.4' || exit 1; \
-	  PYTHONPATH=$$folder $(BIN)/python -m pytest -q tests/test_triton.py || exit 1; \
-	  PYTHONPATH=$$folder TRITON_INTERPRET=1 $(BIN)/python -W ignore -m pytest -q tests/test_gpu.py || exit 1; \
+	  PYTHONPATH=$$folder $(BIN)/python -m pytest -q tests/fastfood/test_triton.py || exit 1; \
+	  PYTHONPATH=$$folder TRITON_INTERPRET=1 $(BIN)/python -W ignore -m pytest -q tests/fastfood/test_gpu.py || exit 1; \
 	done
 
 cuda-check:
@@ -54,7 +63,11 @@ cuda-check:
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q benchmarks --results build/bench/rows.json $(ARGS)
@@ -79,7 +92,7 @@ $(VENV)/.installed: constraints.txt $(SOURCES)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(PIP) pytest pytest-benchmark matplotlib scipy ruff clang-format triton accelerate datasets
+	@$(PIP) pytest pytest-benchmark pytest-xdist matplotlib scipy ruff clang-format import-linter mypy triton accelerate datasets
 	@touch $@
 
 build/cmake/test_core: $(VENV)/.installed $(wildcard tests/csrc/*)

@@ -42,7 +42,7 @@ class Step(NamedTuple):
 
 def pytest(backend: str) -> list[str]:
     processes = min(PROCESSES, os.cpu_count() or 1)
-    options = f"-q -m gpu -n {processes} --durations=8 tests/test_gpu.py --gpu-backend={backend}"
+    options = f"-q -m gpu -n {processes} --durations=8 tests/fastfood/test_gpu.py --gpu-backend={backend}"
     return [sys.executable, "-m", "pytest", *options.split()]
 
 

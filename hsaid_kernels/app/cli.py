@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from hsaid_kernels.app import data
 from hsaid_kernels.app.defaults import (
@@ -48,7 +49,8 @@ def _run(argv: Sequence[str] | None) -> int:
         arguments = _parser().parse_args(argv)
         arguments.run(arguments)
     except (UsageError, RunError) as error:
-        print(f"hsaid: {' '.join(str(error).split())}", file=sys.stderr)
+        sentence = " ".join(str(error).split())
+        print(f"hsaid: {sentence.encode(errors='backslashreplace').decode()}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("\nhsaid: interrupted", file=sys.stderr)
@@ -57,7 +59,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 

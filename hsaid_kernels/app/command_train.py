@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ def train(arguments: argparse.Namespace) -> None:
     _describe_data(dataset)
 
     steps = _steps(classifier.model, dataset, arguments)
-    seconds = _fit(classifier, dataset, steps, arguments)
+    seconds = _fit(classifier.model, classifier, dataset, steps, arguments)
     result = training.evaluate(classifier, dataset.test)
     run = {"model": source, "seed": arguments.seed, "data": dataset.name, "steps": steps, "lr": arguments.lr}
     with user_input():
@@ -72,18 +72,20 @@ def _steps(hsaid: HSAID, dataset: data.Dataset, arguments: argparse.Namespace) -
 
 
 def _fit(
-    classifier: training.Classifier, dataset: data.Dataset, steps: int, arguments: argparse.Namespace
-) -> Counter[str]:
-    """Trains, and returns the seconds that each part of all steps took."""
+    hsaid: HSAID, classifier: training.Classifier, dataset: data.Dataset, steps: int, arguments: argparse.Namespace
+) -> dict[str, float]:
+    """Trains the classifier's model, and returns the seconds that each part of all steps took."""
     seed, lr, dropout = arguments.seed, arguments.lr, arguments.dropout
     batches = training.training_batches(classifier, dataset.train, arguments.batch_size, seed)
-    losses, seconds = [], Counter()
+    losses: list[float] = []
+    seconds: dict[str, float] = defaultdict(float)
     with progress(steps, "training") as advance:
-        for step in training.training_steps(classifier.model, batches, steps=steps, lr=lr, seed=seed, dropout=dropout):
+        for step in training.training_steps(hsaid, batches, steps=steps, lr=lr, seed=seed, dropout=dropout):
             losses.append(step.loss)
             if not math.isfinite(step.loss):
                 raise RunError(f"the loss is {step.loss} at step {len(losses)}: try an --lr lower than {lr}")
-            seconds.update(step.seconds)
+            for part, took in step.seconds.items():
+                seconds[part] += took
             advance(f"loss={sum(losses[-20:]) / len(losses[-20:]):.3f}")
     return seconds
 
@@ -178,8 +180,8 @@ def _describe_accuracy(result: training.Evaluation, dataset: data.Dataset) -> No
         say("", "  ".join(f"{language} {accuracy:.2f}" for language, accuracy in result.by_language.items()))
 
 
-def _shares(seconds: Counter[str], steps: int) -> str:
-    total = seconds.total()
+def _shares(seconds: Mapping[str, float], steps: int) -> str:
+    total = sum(seconds.values())
     projection = seconds["projection"] + seconds["adjoint"]
     rest = [f"{part} {seconds[part] / total:.1%}" for part in ("forward", "backward", "optimiser", "data")]
     each = f"{seconds['projection'] / steps * 1e3:.0f} ms and its adjoint {seconds['adjoint'] / steps * 1e3:.0f} ms"

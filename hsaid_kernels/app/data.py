@@ -9,11 +9,11 @@ import csv
 import json
 import random
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 # Languages with names of all six kinds; 57 of them, in the scripts of Europe and of the Near, South and East of Asia.
 _CODES = """
@@ -186,10 +186,10 @@ def read_examples(
     return examples
 
 
-_Rows = Iterator[tuple[int, dict]]  # line number, column -> value
+_Rows = Iterator[tuple[int, dict[str, Any]]]  # line number, column -> value
 
 
-def _read_table(path: Path, file: TextIO, columns: Sequence[str], **dialect) -> _Rows:
+def _read_table(path: Path, file: TextIO, columns: Sequence[str], **dialect: Any) -> _Rows:
     reader = csv.reader(file, **dialect)
     try:
         header = next(reader, [])
@@ -223,7 +223,7 @@ def _read_jsonl(path: Path, file: TextIO, columns: Sequence[str]) -> _Rows:
         yield number, row | ({label: str(row[label])} if type(row[label]) is int else {})
 
 
-_READERS = {
+_READERS: dict[str, Callable[[Path, TextIO, Sequence[str]], _Rows]] = {
     ".csv": partial(_read_table, strict=True),
     ".tsv": partial(_read_table, delimiter="\t", quoting=csv.QUOTE_NONE),
     ".jsonl": _read_jsonl,
@@ -246,7 +246,7 @@ def _names(language: str) -> dict[str, list[str]]:
         "language": {c: n for c, n in locale.languages.items() if "_" not in c and c not in ("mul", "und", "zxx")},
         "script": {c: n for c, n in locale.scripts.items() if not c.startswith("Z")},
         "time zone": {zone: names.get("standard") or names.get("generic") for zone, names in zones.items()},
-        "unit": {unit: get_unit_name(unit, "long", locale) for unit in locale.unit_display_names},
+        "unit": {unit: get_unit_name(unit, "long", locale) for unit in map(str, locale.unit_display_names)},
     }
     # A missing name falls back to its code. Brackets hold years (of currencies) and variants: they give the label away.
     return {

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hsaid_kernels.app.architecture import build_architecture
+from hsaid_kernels.files import read_file
 from hsaid_kernels.hierarchy import Component, Hierarchy, Partition
 from hsaid_kernels.wrapper.checkpoint import CONFIG_FILE, VALUES_FILE, hierarchy_of, read_config
 
@@ -23,18 +24,18 @@ def described(partition: Partition) -> list[dict[str, Any]]:
     return [{"levels": component.levels, "paths": component.paths} for component in partition.components]
 
 
-def read_run(directory: str | os.PathLike) -> dict[str, Any]:
+def read_run(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """What `save_trained` was given. Raises FileNotFoundError where there is none, ValueError where it is damaged."""
     path = Path(directory, RUN_FILE)
     try:
-        run = json.loads(path.read_bytes())
+        run = json.loads(read_file(path))
         if missing := {"model", "seed", "labels", "max_length"}.difference(run):
             raise ValueError(f"no {', '.join(sorted(missing))}")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"directory: expected one that `hsaid train` wrote, got no file {str(path)!r}"
         ) from None
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"directory: expected one that `hsaid train` wrote, got a damaged {str(path)!r}: {error}"
         ) from None

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,8 +101,9 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Batches without end: every pass over the examples is in an order of its own, decided by `seed`."""
     generator = torch.Generator().manual_seed(seed)
+    dataset = cast("torch.utils.data.Dataset[Example]", examples)  # a sequence is one: it has items and a length
     loader = torch.utils.data.DataLoader(
-        examples, batch_size, shuffle=True, collate_fn=classifier.encode, generator=generator
+        dataset, batch_size, shuffle=True, collate_fn=classifier.encode, generator=generator
     )
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
@@ -146,7 +147,7 @@ class _Stopwatch:
     def __init__(self, device: torch.device):
         self._device = device
         self._part, self._since = "", 0.0
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
 
     def switch(self, part: str) -> None:
         """The running part ends, `part` begins."""
@@ -171,7 +172,8 @@ class _Stopwatch:
             self.switch("forward")
 
         def computed(model: nn.Module, args: tuple, output: Any) -> None:
-            for node in {weight.grad_fn for weight in model.parameters()} - {None}:  # one for each block of the model
+            nodes = {weight.grad_fn for weight in model.parameters()}  # one for each block of the model
+            for node in filter(None, nodes):
                 node.register_prehook(lambda _: self.switch("adjoint"))
                 node.register_hook(lambda *_: self.switch("backward"))
 
@@ -223,26 +225,27 @@ def _score(predictions: Sequence[str], examples: Sequence[Example]) -> Evaluatio
     return Evaluation(tuple(predictions), sum(map(sum, hits.values())) / len(examples), by_language)
 
 
-def save_trained(classifier: Classifier, directory: str | os.PathLike, **run: Any) -> None:
+def save_trained(classifier: Classifier, directory: str | os.PathLike[str], **run: Any) -> None:
     """Writes the HSAID's checkpoint and a small JSON file with what else `load_trained` needs.
 
     `run` must have `model` and `seed` as given to `build_classifier`, and may have more to remember.
     """
     run |= {"max_length": classifier.max_length, "labels": classifier.labels}
-    run["components"] = described(classifier.model.partition)
+    hsaid = cast(HSAID, classifier.model)  # or what compiles one, and has its attributes
+    run["components"] = described(hsaid.partition)
     path = Path(directory, RUN_FILE)
     unfinished = path.with_name(f".{RUN_FILE}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         # Both files are on the disk before either is put in place: they mean nothing without one another.
         unfinished.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        classifier.model.save_pretrained(directory)
+        hsaid.save_pretrained(directory)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def load_trained(directory: str | os.PathLike, model: str | None = None) -> Classifier:
+def load_trained(directory: str | os.PathLike[str], model: str | None = None) -> Classifier:
     """The classifier that `hsaid train` saved, on the CPU: `load_trained("runs/train").predict(["Islande"])`.
 
     `model` is where its pretrained weights are now, if not where they were. Raises as `read_run`, `build_classifier`

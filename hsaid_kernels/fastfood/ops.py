@@ -13,8 +13,9 @@ import importlib.util
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,8 @@ def _fake_stream(like, seed, stream, purpose, block, chunk, width, rademacher):
 
 
 def _define(namespace: str) -> None:
-    fakes = (_fake_forward, _fake_adjoint, _fake_hadamard, _fake_stream)
+    fakes: list[Callable[..., Tensor | tuple[Tensor, Tensor]]]
+    fakes = [_fake_forward, _fake_adjoint, _fake_hadamard, _fake_stream]
     for (name, schema), fake in zip(_SCHEMAS.items(), fakes, strict=True):
         torch.library.define(f"{namespace}::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(f"{namespace}::{name}", fake)
@@ -109,7 +111,7 @@ for _name in _SCHEMAS:
 _NAMESPACES = {"cpu": NAMESPACE, "cuda": NAMESPACE, "triton": TRITON_NAMESPACE}
 
 
-def _kernels(backend: str):
+def _kernels(backend: str) -> Any:
     """The namespace of torch.ops with a backend's kernels."""
     return getattr(torch.ops, _NAMESPACES[backend])
 

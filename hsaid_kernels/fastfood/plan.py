@@ -80,13 +80,13 @@ def check_int(name: str, value: object, low: int, high: int) -> int:
     """`value` as an int in [low, high]; TypeError or ValueError that names the argument otherwise."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}")
-    value = value.__index__()
-    if not low <= value <= high:
-        raise ValueError(f"{name}: expected an integer from {low} to {high}, got {value}")
-    return value
+    number: int = value.__index__()
+    if not low <= number <= high:
+        raise ValueError(f"{name}: expected an integer from {low} to {high}, got {number}")
+    return number
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
@@ -216,8 +216,15 @@ class Plan:
         """The plan of some of the tensors, each on the basis and at the scale that it has here."""
         shapes = {name: self.shapes[name] for name in names}
         rows = [row for row, piece in enumerate(self.pieces) if piece.tensor in shapes]
-        options = {"width": self.width, "diagonal": self.diagonal, "normalize": self.normalize}
-        selected = Plan(shapes, self.dim, self.seed, **options, segments=[self.pieces[row] for row in rows])
+        selected = Plan(
+            shapes,
+            self.dim,
+            self.seed,
+            width=self.width,
+            diagonal=self.diagonal,
+            normalize=self.normalize,
+            segments=[self.pieces[row] for row in rows],
+        )
         selected.scales = self.scales[rows]
         selected._scales = {"cpu": selected.scales}
         return selected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,16 @@ from torch import Tensor, nn
 from hsaid_kernels.fastfood import ops
 from hsaid_kernels.fastfood.plan import Plan, check_choice
 from hsaid_kernels.fastfood.selection import Patterns, check_tensor, select_tensors
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    class _Options(TypedDict, total=False):
+        diagonal: str
+        normalize: str
+        width: int | None
+        backend: str
+        dtype: torch.dtype
 
 
 class Part:
@@ -137,7 +147,7 @@ class Projection:
         *,
         include: Patterns = None,
         exclude: Patterns = None,
-        **options,
+        **options: Unpack[_Options],
     ) -> Projection:
         """From a model's parameters (tied ones once), chosen as in `select_tensors`; the other arguments as above."""
         tensors = select_tensors(model, include, exclude)

@@ -41,7 +41,7 @@ TABLE_B = _table("""
 """)
 
 
-def philox(seed: int, counter: Sequence[Tensor | int]) -> tuple[Tensor, ...]:
+def philox(seed: int, counter: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al. 2011): four words in [0, 2**32) as int64, for counters of four such words."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) for c in counter))
     k0, k1 = seed & MASK32, seed >> 32

@@ -55,7 +55,8 @@ def split_tensors(
         )
     for name in kept | full:
         check_tensor(f"model: {name!r}", tensors[name])
-    return tuple({name: tensors[name] for name in tensors if name in chosen} for chosen in (kept, full))
+    projected, fully = ({name: tensors[name] for name in tensors if name in chosen} for chosen in (kept, full))
+    return projected, fully
 
 
 def check_tensor(what: str, tensor: object) -> None:

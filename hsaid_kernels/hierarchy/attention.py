@@ -88,8 +88,8 @@ class Attention:
     def segments(self) -> Iterator[Segment]:
         """One for each head (or group) of each parameter, in the parameters' order."""
         for tensor, bands in itertools.groupby(self.bands, key=lambda bands: bands.tensor):
-            for count, alike in itertools.groupby(bands, key=lambda bands: bands.count):
-                alike = list(alike)
+            for count, same in itertools.groupby(bands, key=lambda bands: bands.count):
+                alike = list(same)
                 for index in range(count):
                     yield _segment(tensor, self.label(alike[0], index), alike, index)
 
@@ -154,8 +154,8 @@ def find_attention(model: nn.Module, layer: int | str) -> Attention:
     return found[layer]
 
 
-def pieces_of(model: nn.Module, heads: Mapping[int | str, Collection[int]]) -> set[tuple[str, str]]:
-    """(parameter, label) of the segments that serve none but these heads, {layer: [heads]}."""
+def pieces_of(model: nn.Module, heads: Mapping[str, Collection[int]]) -> set[tuple[str, str]]:
+    """(parameter, label) of the segments that serve none but these heads, {attention module: [heads]}."""
     return set().union(*(find_attention(model, layer).pieces(numbers) for layer, numbers in heads.items()))
 
 
@@ -178,24 +178,25 @@ class _Layer:
 
 def _layer(module: nn.Module | None, names: dict[int, str], prefix: str = "") -> _Layer | None:
     """A Linear, a Conv1D, or what a module has of its own under a prefix; None for anything else."""
-    own = getattr(module, "_parameters", {})
-    weight, bias = ((own.get(prefix + key), own.get(f"{prefix}{key}_orig")) for key in ("weight", "bias"))
-    weight, bias = (masked if plain is None else plain for plain, masked in (weight, bias))
+    own: dict[str, nn.Parameter | None] = getattr(module, "_parameters", {})
+    found = [(own.get(prefix + key), own.get(f"{prefix}{key}_orig")) for key in ("weight", "bias")]
+    weight, bias = (masked if plain is None else plain for plain, masked in found)
     outputs = 1 if type(module).__name__ == "Conv1D" else 0
     if weight is None or weight.dim() != 2 or not (prefix or outputs or isinstance(module, nn.Linear)):
         return None
-    return _Layer(names[id(weight)], None if bias is None else names[id(bias)], tuple(weight.shape), outputs)
+    rows, columns = weight.shape
+    return _Layer(names[id(weight)], None if bias is None else names[id(bias)], (rows, columns), outputs)
 
 
 def _inputs(module: nn.Module, names: dict[int, str]) -> list[tuple[_Layer, tuple[str, ...]]]:
     """The layers that make query, key and value, each with the roles that it has; none where this is no attention."""
-    layers = {key: _layer(child, names) for key, child in module.named_children()}
+    layers = {key: layer for key, child in module.named_children() if (layer := _layer(child, names))}
     for keys in SEPARATE:
-        if all(layers.get(key) for key in keys):
+        if all(key in layers for key in keys):
             return [(layers[key], (role,)) for key, role in zip(keys, ROLES)]
-    fused = next((layers[key] for key in (*FUSED, *INTERLEAVED) if layers.get(key)), None)
+    fused = next((layers[key] for key in (*FUSED, *INTERLEAVED) if key in layers), None)
     fused = fused or (_layer(module, names, "in_proj_") if isinstance(module, nn.MultiheadAttention) else None)
-    if fused and layers.get("q_attn"):  # GPT-2's cross-attention
+    if fused and "q_attn" in layers:  # GPT-2's cross-attention
         return [(layers["q_attn"], ROLES[:1]), (fused, ROLES[1:3])]
     return [(fused, ROLES[:3])] if fused else []
 
@@ -215,12 +216,12 @@ def _attention(name: str, modules: dict[str, nn.Module], names: dict[int, str]) 
     heads, groups = width // size, (total - width) // (2 * size)
     counts = {"query": heads, "key": groups, "value": groups}
     interleaved = any(hasattr(module, key) for key in INTERLEAVED)
-    fits = output is not None and 0 < groups <= heads and heads * size == width and heads % groups == 0
+    fits = 0 < groups <= heads and heads * size == width and heads % groups == 0
     fits = fits and (heads == groups or not interleaved)
     fits = fits and all(getattr(module, key, heads) == heads for key in HEAD_COUNT)
     outputs = [sum(counts[role] for role in roles) * size for _, roles in inputs]
     fits = fits and outputs == [layer.shape[layer.outputs] for layer, _ in inputs]
-    if not fits or OTHER_LAYOUTS.match(type(module).__name__):
+    if output is None or not fits or OTHER_LAYOUTS.match(type(module).__name__):
         raise ValueError(
             f"model: expected attention heads in a known layout, got {name!r} ({type(module).__name__}), where query, "
             f"key and value have {total} outputs, the output layer {width} inputs, and a head {size}"

@@ -59,6 +59,7 @@ PAGE = """\
 """
 
 Names = tuple[str, ...]  # what one step of a path is called: several names where nodes are folded into one
+_Key = tuple[str, tuple[Names | None, ...]]  # level and route of a node
 
 
 class Drawn(Protocol):
@@ -127,29 +128,31 @@ class Graph:
             partition = hierarchy.partition(partition)
         _check_partition(hierarchy, partition)
         trained = multipliers is not None
-        values = _values(partition, multipliers) if trained else []
+        values = [] if multipliers is None else _values(partition, multipliers)
         components = partition.components if partition else ()
         component_of = {level: number for number, part in enumerate(components) for level in part.levels}
 
         rows, levels = _rows(hierarchy), hierarchy.levels
-        index = partition.multiplier_index.tolist() if trained else [[]] * len(rows)
-        folded = {}
+        index = partition.multiplier_index.tolist() if partition and trained else [[]] * len(rows)
+        folded: dict[tuple[str, str], Names] = {}
         if not trained if fold is None else fold:
             own = [(hierarchy.shapes[name], *(values[i] for i in row if i >= 0)) for (_, name), row in zip(rows, index)]
             folded = _fold(hierarchy, own)
 
-        tensors, ends, edges = defaultdict(set), {}, {}
+        tensors: dict[_Key, set[str]] = defaultdict(set)
+        ends: dict[_Key, float] = {}
+        edges: dict[tuple[_Key, _Key], None] = {}
         for (path, tensor), row in zip(rows, index):
-            steps = [name and folded.get((level, name), (name,)) for level, name in zip(levels, path)]
-            keys, last = [], {}
+            steps = [folded.get((level, name), (name,)) if name else None for level, name in zip(levels, path)]
+            keys: list[_Key] = []
+            last: dict[int, _Key] = {}
             for at in (at for at, step in enumerate(steps) if step):
-                component = component_of.get(levels[at])
-                whole = trained and component is not None
-                inside = components[component].levels if whole else (levels[at],)
+                component = component_of.get(levels[at]) if trained else None
+                inside = (levels[at],) if component is None else components[component].levels
                 keys.append(
                     (levels[at], tuple(step for level, step in zip(levels[: at + 1], steps) if level in inside))
                 )
-                if whole:
+                if component is not None:
                     last[component] = keys[-1]
                 tensors[keys[-1]].add(tensor)
             edges |= dict.fromkeys(itertools.pairwise(keys))
@@ -202,7 +205,7 @@ class Graph:
             lines.append(f"  {{ rank=same edge [style=invis] {' -> '.join(column)} }}")
         return "\n".join([*lines, "}", ""])
 
-    def write(self, path: str | os.PathLike) -> None:
+    def write(self, path: str | os.PathLike[str]) -> None:
         """Arguments and errors as of `Hierarchy.draw`."""
         suffix = Path(path).suffix.lower()
         if suffix not in FORMATS:
@@ -273,9 +276,9 @@ def _fold(hierarchy: Drawn, own: Sequence[tuple]) -> dict[tuple[str, str], Names
 
     own   for each segment what must be the same besides the rest of its path
     """
-    folded = {}
+    folded: dict[tuple[str, str], Names] = {}
     for at, level in enumerate(hierarchy.levels):
-        through = defaultdict(Counter)
+        through: dict[str | None, Counter[tuple[tuple[str | None, ...], tuple]]] = defaultdict(Counter)
         for (path, _), what in zip(_rows(hierarchy), own):
             through[path[at]][path[:at] + path[at + 1 :], what] += 1
 

@@ -82,18 +82,18 @@ class Hierarchy:
         if not shapes:
             raise ValueError(f"model must have parameters, got a {type(model).__name__} with none")
         lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-        skip = _strings("skip", "node names", skip)
+        skipped = _strings("skip", "node names", skip)
         merge = merge or {}
         if not isinstance(merge, Mapping) or not all(isinstance(new, str) and new for new in merge):
             raise TypeError(f"merge must map new names to lists of node names, got {merge!r}")
-        merge = {new: _strings(f"merge[{new!r}]", "node names", nodes) for new, nodes in merge.items()}
+        merged = {new: _strings(f"merge[{new!r}]", "node names", nodes) for new, nodes in merge.items()}
         segments = tuple(whole(name, shape) for name, shape in shapes.items())
         plain = cls(tuple(shapes), shapes, segments, paths_of(_unmasked(model), lists))
         if heads:
             plain = plain._with_heads(model)
-        renamed = plain._renamed(skip, merge)
+        renamed = plain._renamed(skipped, merged)
         paths = tuple(tuple(renamed.get(key, key[1]) for key in zip(plain.levels, path)) for path in plain.paths)
-        return replace(plain, paths=paths, skip=skip, merge=merge)
+        return replace(plain, paths=paths, skip=skipped, merge=merged)
 
     def nodes(self, level: str) -> tuple[str, ...]:
         """A level's distinct nodes, in order of first appearance."""
@@ -163,7 +163,7 @@ class Hierarchy:
 
     def draw(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         partition: Partition | str | None = None,
         *,
         fold: bool | None = None,
@@ -194,8 +194,8 @@ class Hierarchy:
         """With L5, by which a tensor that is divided among heads has a segment and a path for each."""
         parts: dict[str, list[Segment]] = {}
         for attention in find_attentions(model):
-            for tensor, segments in itertools.groupby(attention.segments(), key=lambda segment: segment.tensor):
-                parts.setdefault(tensor, list(segments))  # once, also where two modules share it
+            for tensor, divided in itertools.groupby(attention.segments(), key=lambda segment: segment.tensor):
+                parts.setdefault(tensor, list(divided))  # once, also where two modules share it
         pairs = [
             (segment, (*path, segment.label or None))
             for own, path in zip(self.segments, self.paths)
@@ -204,7 +204,7 @@ class Hierarchy:
         segments, paths = zip(*pairs)
         return replace(self, segments=segments, paths=paths, levels=(*self.levels, HEADS))
 
-    def _renamed(self, skip: list[str], merge: dict[str, list[str]]) -> dict[tuple[str, str], str | None]:
+    def _renamed(self, skip: list[str], merge: dict[str, list[str]]) -> dict[tuple[str, str | None], str | None]:
         """(level, node) -> its new name, None where it is skipped."""
         nodes = {level: self.nodes(level) for level in self.levels}
 
@@ -217,7 +217,7 @@ class Hierarchy:
                 raise ValueError(f"{argument} must name nodes of the hierarchy ({known}), got {name!r}")
             return found
 
-        renamed: dict[tuple[str, str], str | None] = {}
+        renamed: dict[tuple[str, str | None], str | None] = {}
         wishes = [("skip", None, [name]) for name in skip] + [("merge", *item) for item in merge.items()]
         for argument, new, names in wishes:
             found = [find(argument, name) for name in names]

@@ -48,7 +48,7 @@ def paths_of(names: tuple[str, ...], lists: set[str]) -> tuple[Path, ...]:
         paths = []
         for name, block, (*between, owner) in zip(names, blocks, [under or [None] for under in steps]):
             if between and split_number(between[0])[0] in in_full:
-                sublayer = ".".join(between)
+                sublayer: str | None = ".".join(between)
             else:
                 labels = (_label(block, between[: end + 1], children) for end in range(len(between)))
                 sublayer = next(filter(None, labels), None)
@@ -81,7 +81,7 @@ def _block(chain: list[str], items: set[str], containers: set[str]) -> str:
 
 def _short_names(blocks: Iterable[str]) -> dict[str, str]:
     """Block -> the shortest end of its name, less the number, that no other block's name ends in; with the number."""
-    stems = dict.fromkeys(split_number(block)[0] for block in blocks)
+    stems = {split_number(block)[0]: "" for block in blocks}
     for stem in stems:
         parts = stem.split(".")
         ends = [".".join(parts[first:]) for first in reversed(range(len(parts)))]

@@ -23,16 +23,18 @@ def blocks_of(model: nn.Module, names: Iterable[str]) -> list[tuple[str, list[st
     for name, (block, *_) in zip(hierarchy.tensors, hierarchy.paths, strict=True):
         blocks[block].append(name)
     found = []
-    for block in blocks.values():
+    for own in blocks.values():
         # os.path.commonprefix compares items of any kind, here the steps of the modules' names
-        module = ".".join(os.path.commonprefix([name.split(".")[:-1] for name in block]))
+        module = ".".join(os.path.commonprefix([name.split(".")[:-1] for name in own]))
         while module and not _is_called(model.get_submodule(module)):
             module = module.rpartition(".")[0]
-        found.append((module, block))
+        found.append((module, own))
     return found
 
 
-def joined(blocks: Iterable[tuple[str, list[str]]], shapes: Mapping[str, torch.Size]) -> list[tuple[list, list]]:
+def joined(
+    blocks: Iterable[tuple[str, list[str]]], shapes: Mapping[str, torch.Size]
+) -> list[tuple[list[str], list[str]]]:
     """(modules, their tensors): neighbouring blocks joined as long as they are no larger than the largest block.
 
     Each call of the adjoint has a cost of its own, and the gradients of the largest block have to be held anyway.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from hsaid_kernels.fastfood.selection import split_tensors
-from hsaid_kernels.files import replace_files
+from hsaid_kernels.files import read_file, replace_files
 from hsaid_kernels.hierarchy import Hierarchy
 from hsaid_kernels.hierarchy.attention import pieces_of
 from hsaid_kernels.wrapper.comparison import check_config, check_tensors, check_w0, shapes_of
@@ -50,7 +50,7 @@ class WithTasks(Trained, Protocol):
 Made = TypeVar("Made", bound=Trained)
 
 
-def save_pretrained(hsaid: Trained, directory: str | os.PathLike) -> None:
+def save_pretrained(hsaid: Trained, directory: str | os.PathLike[str]) -> None:
     """Writes both files to a directory, made where there is none.
 
     Both are on the disk under other names before either is put in place; after an error nothing is left of them.
@@ -77,7 +77,7 @@ def save_pretrained(hsaid: Trained, directory: str | os.PathLike) -> None:
 
 
 def from_pretrained(
-    make: Callable[..., Made], directory: str | os.PathLike, model: nn.Module, *, backend: str = "auto"
+    make: Callable[..., Made], directory: str | os.PathLike[str], model: nn.Module, *, backend: str = "auto"
 ) -> Made:
     """`make(model, ...)` with the configuration, theta and multipliers of a checkpoint: the same weights bit for bit.
 
@@ -99,7 +99,7 @@ def from_pretrained(
     return hsaid
 
 
-def load_task(hsaid: WithTasks, directory: str | os.PathLike) -> str:
+def load_task(hsaid: WithTasks, directory: str | os.PathLike[str]) -> str:
     """Adds the task of a checkpoint to an HSAID of the same basis, and sets it; see `HSAID.load_task`."""
     config, values = _read(directory)
     check_config("directory", config, hsaid)
@@ -115,7 +115,7 @@ def load_task(hsaid: WithTasks, directory: str | os.PathLike) -> str:
     return task
 
 
-def last_checkpoint(directory: str | os.PathLike) -> str | None:
+def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
     """The newest whole checkpoint among those that transformers' Trainer leaves in its output directory, or None.
 
     For `trainer.train(resume_from_checkpoint=last_checkpoint(directory))` after a run that was killed, maybe while it
@@ -125,13 +125,13 @@ def last_checkpoint(directory: str | os.PathLike) -> str | None:
     steps = {int(p.name.rpartition("-")[2]): p for p in Path(directory).glob("checkpoint-*") if p.name[11:].isdigit()}
     for _, path in sorted(steps.items(), reverse=True):
         with contextlib.suppress(OSError, ValueError):
-            json.loads((path / TRAINER_STATE_FILE).read_bytes())
+            json.loads(read_file(path / TRAINER_STATE_FILE))
             _read(path)
             return str(path)
     return None
 
 
-def read_config(directory: str | os.PathLike) -> Config:
+def read_config(directory: str | os.PathLike[str]) -> Config:
     """The configuration of a checkpoint, as `describe` makes it; raises what `from_pretrained` raises for a bad one."""
     return _read(directory)[0]
 
@@ -170,7 +170,7 @@ def _fill(hsaid: Trained, values: Mapping[str, Tensor]) -> None:
             parameter.copy_(values[name])
 
 
-def _read(directory: str | os.PathLike) -> tuple[Config, dict[str, Tensor]]:
+def _read(directory: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:
     """(configuration, {"theta": ..., "multipliers": ..., ...}), known to be what was written."""
     import safetensors.torch
 
@@ -178,9 +178,12 @@ def _read(directory: str | os.PathLike) -> tuple[Config, dict[str, Tensor]]:
     if not path.exists() and Path(directory, TRAINER_FILE).exists():
         path = Path(directory, TRAINER_FILE)
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"directory: expected one with a checkpoint, got no file {str(path)!r}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that none can have
+        reason = getattr(error, "strerror", None) or str(error)
+        raise type(error)(f"directory: expected a checkpoint that can be read, got {str(path)!r}: {reason}") from None
     try:
         values = safetensors.torch.load(data)
         if path.name == TRAINER_FILE:  # a state_dict, without a digest
@@ -189,7 +192,7 @@ def _read(directory: str | os.PathLike) -> tuple[Config, dict[str, Tensor]]:
         else:
             metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
             text, digest = metadata["config"], metadata["digest"]
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"directory: expected a whole checkpoint, got a truncated or foreign {str(path)!r}: {error}"
         ) from None
@@ -206,7 +209,7 @@ def _read(directory: str | os.PathLike) -> tuple[Config, dict[str, Tensor]]:
 def _compare_readable(path: Path, text: str) -> None:
     if path.exists():
         try:
-            same = json.loads(path.read_bytes()) == {"about": ABOUT, **json.loads(text)}
+            same = json.loads(read_file(path)) == {"about": ABOUT, **json.loads(text)}
         except (OSError, ValueError):
             same = False
         if not same:

@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,24 @@ from torch import Tensor, nn
 from hsaid_kernels.wrapper.comparison import check_state
 from hsaid_kernels.wrapper.hsaid import HSAID
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Model = TypeVar("Model", bound=nn.Module)
+
 NAMES = {"intrinsic_parameter": "theta", "intrinsic_parameter_said": "multipliers"}  # there, here
 
 
 def intrinsic_dimension(
-    module: nn.Module,
+    module: Model,
     intrinsic_dimension: int,
-    output_dir: str | os.PathLike | None,
+    output_dir: str | os.PathLike[str] | None,
     str_filter: Collection[str],
     projection: str,
     device: torch.device | str | int = "cpu",
     *,
     seed: int = 0,
-) -> nn.Module:
+) -> Model:
     """Puts `module` itself into a random subspace (DID) and returns it.
 
     Args:
@@ -57,15 +62,15 @@ def intrinsic_dimension(
 
 
 def intrinsic_dimension_said(
-    module: nn.Module,
+    module: Model,
     intrinsic_dimension: int,
-    output_dir: str | os.PathLike | None,
+    output_dir: str | os.PathLike[str] | None,
     str_filter: Collection[str],
     projection: str,
     device: torch.device | str | int = "cpu",
     *,
     seed: int = 0,
-) -> nn.Module:
+) -> Model:
     """As `intrinsic_dimension`, with a multiplier for each of the m tensors that take part (SAID).
 
     The module gets `intrinsic_parameter_said` too, float32 [m], ones, in the order of `named_parameters()`;
@@ -103,14 +108,14 @@ class FastfoodWrap(HSAID):
 
 
 def _put_into_subspace(
-    module: nn.Module,
+    module: Model,
     dim: int,
     partition: str,
     str_filter: Collection[str],
     projection: str,
     device: torch.device | str | int,
     seed: int,
-) -> nn.Module:
+) -> Model:
     if projection != "fastfood":
         raise ValueError(
             f"projection: expected 'fastfood', got {projection!r}; 'random' would be a dense matrix, d values to keep "
@@ -126,12 +131,17 @@ def _put_into_subspace(
     hsaid = _InPlace(module, dim, partition, seed, include=include, train_fully=train_fully)
     for w0 in hsaid.w0().values():
         w0.requires_grad_(False)
-    module.__class__ = _class_in_subspace(type(module))
+    _carry(module, hsaid)
+    return module.to(device)
+
+
+def _carry(module: nn.Module, hsaid: HSAID) -> None:
+    """Puts the HSAID that runs a module into it."""
+    module.__class__ = _class_in_subspace(type(module))  # type: ignore[arg-type]  # classes are hashable
     module.__dict__["hsaid"] = hsaid  # not as a submodule: the module would be its own
     for name, own in NAMES.items():
         if (parameter := getattr(hsaid, own)).numel():  # DID has no multipliers
             module.register_parameter(name, parameter)
-    return module.to(device)
 
 
 def _choice(module: nn.Module, str_filter: Collection[str]) -> tuple[list[str] | None, list[str]]:
@@ -198,7 +208,9 @@ class _InPlace(HSAID):
 class _InSubspace(nn.Module):
     """What the class of a module in a subspace has in front of the module's own class."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> nn.Module:
+    hsaid: HSAID
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return _plain_class(cls)(*args, **kwargs)  # type(module).from_pretrained(...) makes an ordinary one
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -210,7 +222,7 @@ class _InSubspace(nn.Module):
         if name in NAMES:  # also by assignment and load_state_dict(assign=True)
             self.hsaid.register_parameter(NAMES[name], param)
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> Self:
         if mode != self.training:
             self.hsaid._cache = None  # as HSAID.train, which would call this again
         return super().train(mode)
@@ -228,7 +240,7 @@ class _InSubspace(nn.Module):
                 check_state(state_dict[key], self.hsaid)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.hsaid._apply(fn, recurse=False)  # which keeps theta and the multipliers in float32
         held = {name: getattr(self.hsaid, own) for name, own in NAMES.items() if name in self._parameters}
         for name in held:
@@ -238,7 +250,7 @@ class _InSubspace(nn.Module):
         finally:
             self._parameters.update(held)
 
-    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # A pickle finds a class by its name, and this one was made at run time.
         return _blank, (_plain_class(self),), *super().__reduce_ex__(protocol)[2:]
 
@@ -247,12 +259,13 @@ class _InSubspace(nn.Module):
 def _class_in_subspace(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a module's class, under the same name, for one in a subspace."""
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    own = type(cls)(cls.__name__, (_InSubspace, cls), names)
+    metaclass: type = type(cls)
+    own = metaclass(cls.__name__, (_InSubspace, cls), names)
     if hasattr(cls, "generate"):
 
         @torch.no_grad()  # as in the method itself: weights made without gradients are kept for the next call
         @functools.wraps(cls.generate)
-        def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def generate(self: _InSubspace, *args: Any, **kwargs: Any) -> Any:
             with self.hsaid._computing():
                 return cls.generate(self, *args, **kwargs)
 
@@ -266,4 +279,4 @@ def _plain_class(module: nn.Module | type[nn.Module]) -> type[nn.Module]:
 
 
 def _blank(cls: type[nn.Module]) -> nn.Module:
-    return object.__new__(_class_in_subspace(cls))
+    return object.__new__(_class_in_subspace(cls))  # type: ignore[arg-type]  # classes are hashable

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
 from hsaid_kernels.fastfood.plan import GENERATOR, Plan
 from hsaid_kernels.fastfood.selection import Patterns
 from hsaid_kernels.hierarchy import Hierarchy, Partition
 from hsaid_kernels.hierarchy.paths import HEADS
+
+Config = dict[str, Any]
+Shapes = Mapping[str, Sequence[int]]
 
 FORMAT = 1
 TASK = "default"
@@ -24,11 +28,11 @@ BASIS = (
 )
 CHOICE = ("include", "exclude", "train_fully")
 SHAPES = ("tensors", "full")
-FIRST = {"task": TASK, "train_fully": None, "full": {}, "heads": False, "pruned": {}}  # of those that do not say it yet
+# Of those that do not say it yet.
+FIRST: Config = {"task": TASK, "train_fully": None, "full": {}, "heads": False, "pruned": {}}
+MOST_NAMES = 100_000  # of modules that are written in one
+DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
 SAMPLES = 16  # values of each W0 tensor that its check is made from
-
-Config = dict[str, Any]
-Shapes = Mapping[str, Sequence[int]]
 
 
 class Described(Protocol):
@@ -39,11 +43,14 @@ class Described(Protocol):
     hierarchy: Hierarchy
     pruned: dict[str, list[int]]
     task: str
-    include: Patterns
-    exclude: Patterns
-    train_fully: Patterns
     given_dtype: torch.dtype | None
 
+    @property
+    def include(self) -> Patterns: ...
+    @property
+    def exclude(self) -> Patterns: ...
+    @property
+    def train_fully(self) -> Patterns: ...
     @property
     def intrinsic_dim(self) -> int: ...
     @property
@@ -108,13 +115,60 @@ def decode_state(state: Tensor) -> Config:
     return parse("state_dict", bytes(state.tolist()).decode())
 
 
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+def _is_list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(_is(kind), value))
+
+
+def _is_dict_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _is_choice(value: Any) -> bool:
+    return value is None or isinstance(value, str) or _is_list_of(str)(value)
+
+
+# What each value of the JSON is.
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "format": (str(FORMAT), lambda value: _is(int)(value) and value == FORMAT),
+    "generator": (repr(GENERATOR), lambda value: value == GENERATOR),
+    **dict.fromkeys(("intrinsic_dim", "width", "seed"), ("an integer", _is(int))),
+    **dict.fromkeys(("partition", "combine", "normalize", "diagonal", "task", "w0_checks"), ("a string", _is(str))),
+    "skip": ("a list of names", _is_list_of(str)),
+    "merge": ("lists of names by name", _is_dict_of(_is_list_of(str))),
+    **dict.fromkeys(("heads", "dtype_given"), ("true or false", _is(bool))),
+    "pruned": ("lists of heads by module", _is_dict_of(_is_list_of(int))),
+    **dict.fromkeys(CHOICE, ("a regular expression, several or null", _is_choice)),
+    "dtype": (f"one of {', '.join(DTYPES)}", lambda value: value in DTYPES if isinstance(value, str) else False),
+    **dict.fromkeys(SHAPES, ("shapes by name", _is(dict))),
+}
+
+
 def parse(where: str, text: str) -> Config:
-    """A configuration from its JSON, with what older ones did not say; ValueError for another format or generator."""
-    config = {**FIRST, **json.loads(text)}
-    for key, known in {"format": FORMAT, "generator": GENERATOR}.items():
-        if config.get(key) != known:
-            raise ValueError(f"{where}: expected {key} {known!r}, the only one known here, got {config.get(key)!r}")
-    return {**config, **{key: _unpack(config[key]) for key in SHAPES}}
+    """A configuration from its JSON, with what older ones did not say.
+
+    Raises ValueError for another format or generator, and for anything that no configuration has.
+    """
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: expected a configuration, got {found!r}")
+    config: Config = {**FIRST, **found}
+    for key, (expected, fits) in _FIELDS.items():
+        if key not in config:
+            raise ValueError(f"{where}: expected a configuration with {key!r}, got one without")
+        if not fits(config[key]):
+            only = ", the only one known here" if key in ("format", "generator") else ""
+            raise ValueError(f"{where}: expected {key} {expected}{only}, got {config[key]!r}")
+    try:
+        config |= {key: _unpack(config[key]) for key in SHAPES}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{where}: expected names and shapes of tensors, got something else") from None
+    if len(config["w0_checks"].split()) != len(config["tensors"]) or not config["tensors"]:
+        raise ValueError(f"{where}: expected w0_checks for each of {len(config['tensors'])} tensors, got others")
+    return config
 
 
 def packed(config: Config) -> Config:
@@ -134,13 +188,11 @@ def _pack(shapes: Shapes) -> dict[str, Any]:
     return _fold(tree)
 
 
-def _fold(node: dict[str, Any] | str) -> dict[str, Any] | str:
+def _fold(node: dict[str, Any]) -> dict[str, Any]:
     """The tree with runs of consecutive numbers that hold the same as one child, "0..11" (no name has a dot in it)."""
-    if isinstance(node, str):
-        return node
     runs: list[list[Any]] = []  # [first, last, content]
     for key, child in node.items():
-        content = _fold(child)
+        content = child if isinstance(child, str) else _fold(child)
         _, last, same = runs[-1] if runs else ("", "", None)
         # as JSON, because == of dicts has no regard for the order, which is the tensors'
         if key == _following(last) and json.dumps(content) == json.dumps(same):
@@ -157,9 +209,11 @@ def _following(key: str) -> str | None:
 def _unpack(node: dict[str, Any] | str, prefix: str = "") -> dict[str, tuple[int, ...]]:
     if isinstance(node, str):
         return {prefix: () if node == "scalar" else tuple(map(int, node.split("x")))}
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for key, child in node.items():
         first, _, last = key.partition("..")
+        if last and int(last) - int(first) >= MOST_NAMES:
+            raise ValueError(f"more than {MOST_NAMES} modules in a row: {key}")
         for name in map(str, range(int(first), int(last) + 1)) if last else [key]:
             shapes |= _unpack(child, f"{prefix}.{name}" if prefix else name)
     return shapes

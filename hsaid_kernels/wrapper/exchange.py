@@ -91,7 +91,7 @@ class Exchange:
     def __init__(
         self,
         places: Places,
-        tensors: Mapping[str, Tensor],
+        tensors: dict[str, Tensor],
         lock: threading.RLock,
         late: Sequence[Late] = (),
     ):
@@ -101,6 +101,7 @@ class Exchange:
         # transformers' gradient checkpointing: layers that have it on, and in each of them the function that does it
         self._checkpoints = [(m, "_gradient_checkpointing_func") for m in modules if m.get("gradient_checkpointing")]
         # torch's RNNs keep the weights that they last ran on, and would keep ours alive
+        self._kept: list[tuple[dict[str, Any], str]]
         self._kept = [(m, key) for m in modules for key in ("_flat_weights", "_flat_weight_refs") if key in m]
         # and torch.nn.utils.prune leaves the masked weight in its module
         self._kept += [(module.__dict__, key) for masked in places.masks.values() for module, key in masked]

@@ -10,6 +10,7 @@ import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from torch.nn.utils import prune
 
 from hsaid_kernels.hierarchy.attention import Attention, find_attention, find_attentions
 
-Heads = Mapping[int | str, Iterable[int]]  # layer -> heads
+# layer -> heads
+Heads = Mapping[int | str, Iterable[int]] | Mapping[int, Iterable[int]] | Mapping[str, Iterable[int]]
+Model = TypeVar("Model", bound=nn.Module)
 
 # Attention modules that run on any number of heads, with the attributes that say how many there are.
 REMOVABLE = {
@@ -58,7 +61,7 @@ def head_slices(model: nn.Module, layer: int | str, head: int) -> tuple[HeadSlic
     return tuple(_slices(attention, head))
 
 
-def prune_heads(model: nn.Module, heads: Heads) -> nn.Module:
+def prune_heads(model: Model, heads: Heads) -> Model:
     """Masks heads of some layers, {0: [2, 5], 3: [1]}, with `torch.nn.utils.prune`, and returns the model.
 
     Every parameter that has a part of them becomes `..._orig` and `..._mask`, beside the masks that are there already,
@@ -128,7 +131,7 @@ class HeadStructured:
             raise ValueError(f"amount: expected fewer than the {len(left)} heads that are left, got {self.amount}")
         return left[:count]
 
-    def apply(self, model: nn.Module, layer: int | str) -> nn.Module:
+    def apply(self, model: Model, layer: int | str) -> Model:
         """Masks them in this layer, as `prune_heads` does; returns the model."""
         return prune_heads(model, {layer: self.choose(model, layer)})
 
@@ -154,7 +157,7 @@ def pruned_heads(model: nn.Module) -> dict[str, list[int]]:
     return found
 
 
-def remove(model: nn.Module) -> nn.Module:
+def remove(model: Model) -> Model:
     """Makes the masks of all attention modules permanent, as `torch.nn.utils.prune.remove` does; returns the model.
 
     Masked weights are zero from now on, `..._orig` has its own name again and its place in the model's order. The heads
@@ -165,7 +168,7 @@ def remove(model: nn.Module) -> nn.Module:
     return model
 
 
-def remove_heads(model: nn.Module, heads: Heads | None = None) -> nn.Module:
+def remove_heads(model: Model, heads: Heads | None = None) -> Model:
     """Takes heads out: smaller matrices in place of masks, and the same function as with these masked, to rounding.
 
     heads   by default those that are pruned. Masks of these layers are made permanent first.
@@ -187,7 +190,7 @@ def remove_heads(model: nn.Module, heads: Heads | None = None) -> nn.Module:
         keep = [head for head in range(attention.heads) if head not in chosen[attention.name]]
         for bands in attention.bands:
             owner, key = _place(model, bands.tensor)
-            old = owner._parameters[key]
+            old = owner.get_parameter(key)
             kept = torch.cat([old.data[bands.slices(head)] for head in keep], bands.dim)
             owner._parameters[key] = nn.Parameter(kept, old.requires_grad)
             if old.dim() > 1:

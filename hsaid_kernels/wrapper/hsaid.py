@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,9 @@ from hsaid_kernels.wrapper.configuration import TASK, Config, describe, encode_s
 from hsaid_kernels.wrapper.exchange import Cache, Exchange, Late, Places, aliases_of, apply_masks, masks, merged_copy
 from hsaid_kernels.wrapper.heads import Heads, check_heads, pruned_heads
 from hsaid_kernels.wrapper.tasks import Tasks, check_task
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[HSAID]] = weakref.WeakKeyDictionary()
 
@@ -127,8 +130,15 @@ class HSAID(Tasks):
             spec = self.partition.spec
             raise ValueError(f"intrinsic_dim: expected more than the {m} multipliers of {spec!r}, got {intrinsic_dim}")
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        options = {"width": width, "diagonal": diagonal, "normalize": normalize}
-        self.plan = Plan(shapes, intrinsic_dim - m, seed, **options, segments=self.hierarchy.segments)
+        self.plan = Plan(
+            shapes,
+            intrinsic_dim - m,
+            seed,
+            width=width,
+            diagonal=diagonal,
+            normalize=normalize,
+            segments=self.hierarchy.segments,
+        )
         self.given_dtype = dtype
         self.backend = backend
         self._whole = Part(self.plan)
@@ -178,7 +188,7 @@ class HSAID(Tasks):
         """Whether the model holds the projected weights: from `merge(inplace=True)` to `unmerge()`."""
         return self._kept is not None
 
-    def load_task(self, directory: str | os.PathLike) -> str:
+    def load_task(self, directory: str | os.PathLike[str]) -> str:
         """Adds and sets the task of a checkpoint that was saved on the same W0 and basis; returns its name.
 
         Raises as `from_pretrained` does, and ValueError for another basis or a task that is there already.
@@ -210,7 +220,7 @@ class HSAID(Tasks):
     def unmerge(self) -> None:
         """Gives the model W0 back, bit for bit, after `merge(inplace=True)`; RuntimeError without that."""
         with self._lock:
-            if not self.merged:
+            if self._kept is None:
                 raise RuntimeError("unmerge(): expected weights that merge(inplace=True) has merged, found none")
             own = dict(self.model.named_parameters())
             for name, value in self._kept.items():
@@ -218,7 +228,7 @@ class HSAID(Tasks):
             apply_masks(self.model)
             self._kept = None
 
-    def save_pretrained(self, directory: str | os.PathLike, *, is_main_process: bool = True, **_: Any) -> None:
+    def save_pretrained(self, directory: str | os.PathLike[str], *, is_main_process: bool = True, **_: Any) -> None:
         """Writes what `task` has trained, and the configuration, a few kilobytes; see `checkpoint.save_pretrained`.
 
         Nothing where `is_main_process` is False. What else scripts pass to transformers' method is ignored.
@@ -227,7 +237,7 @@ class HSAID(Tasks):
             checkpoint.save_pretrained(self, directory)
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike, model: nn.Module, *, backend: str = "auto") -> HSAID:
+    def from_pretrained(cls, directory: str | os.PathLike[str], model: nn.Module, *, backend: str = "auto") -> HSAID:
         """Wraps `model`, which must hold the W0 that was trained from; see `checkpoint.from_pretrained`."""
         return checkpoint.from_pretrained(cls, directory, model, backend=backend)
 
@@ -241,7 +251,7 @@ class HSAID(Tasks):
         """The dtype of the projected weights."""
         return self.given_dtype or self.model.get_parameter(self.plan.names[0]).dtype
 
-    def train(self, mode: bool = True) -> HSAID:
+    def train(self, mode: bool = True) -> Self:
         if mode != self.training:
             self._cache = None
         self.model.train(mode)
@@ -264,7 +274,7 @@ class HSAID(Tasks):
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HSAID:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._refuse_merged("to()")
         if recurse:
             self.model._apply(fn)
@@ -282,7 +292,7 @@ class HSAID(Tasks):
         self._upload()
         return self
 
-    def _replicate_for_data_parallel(self) -> HSAID:
+    def _replicate_for_data_parallel(self) -> Self:
         raise RuntimeError(
             "HSAID does not run in torch.nn.DataParallel, because W0 stays on one device: use DistributedDataParallel "
             "(torchrun, accelerate launch), or let this process see one device only (CUDA_VISIBLE_DEVICES=0)"
@@ -361,7 +371,7 @@ class HSAID(Tasks):
         return True
 
     # What torch.compiler.assume_constant_result sets, which as a decorator would import all of torch._dynamo here.
-    _ranks_checked._dynamo_marked_constant = True
+    _ranks_checked.__dict__["_dynamo_marked_constant"] = True
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
@@ -373,11 +383,13 @@ class HSAID(Tasks):
             self._check_ranks()
             if self.merged:
                 self._refuse_merged_training()
-                tensors, late = {}, []  # no gradient is to reach the model's own parameters
+                tensors: dict[str, Tensor] = {}  # no gradient is to reach the model's own parameters
+                late: list[Late] = []
                 self._own()
             else:
                 weights, late = self._weights()
                 tensors = weights | self.full
+            assert self._places is not None  # _own() has found them
             self._running = True
             try:
                 with Exchange(self._places, tensors, self._lock, late):

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ class StandIn(nn.Module):
     def _stand_in_for(self, model: nn.Module) -> None:
         # Not a submodule: parameters(), state_dict(), apply() and an optimiser must not find the model's own in here.
         self.__dict__["model"] = model
-        self.__class__ = _class_for(type(self), type(model))
+        self.__class__ = _class_for(type(self), type(model))  # type: ignore[arg-type]  # classes are hashable
 
     def _computing(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the model's methods compute what they should."""
@@ -47,11 +47,11 @@ class StandIn(nn.Module):
         if inspect.isgeneratorfunction(value):
 
             @functools.wraps(value)
-            def computing(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            def generating(*args: Any, **kwargs: Any) -> Iterator[Any]:
                 with self._computing():
                     yield from value(*args, **kwargs)
 
-            return computing
+            return generating
 
         @functools.wraps(value)
         def computing(*args: Any, **kwargs: Any) -> Any:
@@ -75,7 +75,7 @@ class StandIn(nn.Module):
         """The model's: Trainer's label smoothing shifts the labels of a causal language model, known by this name."""
         return type(self.model).__name__
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # A pickle finds a class by its name, and this one's class was made at run time.
         return object.__new__, (type(self).__bases__[0],), self.__getstate__()
 
@@ -91,6 +91,6 @@ def _class_for(base: type[StandIn], model: type[nn.Module]) -> type[StandIn]:
     def forward(self: StandIn, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, *args, **kwargs)
 
-    forward.__signature__ = inspect.signature(model.forward)
+    forward.__dict__["__signature__"] = inspect.signature(model.forward)
     forward.__doc__ = model.forward.__doc__
     return type(f"{base.__name__}{model.__name__}", (base,), {"forward": forward, "__module__": base.__module__})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.hierarchy import Partition
+from hsaid_kernels.wrapper.exchange import Cache
 from hsaid_kernels.wrapper.stand_in import StandIn
 
 FULL = "full/"  # before the name of a tensor that is trained fully; a parameter's name cannot have dots in it
@@ -17,9 +20,13 @@ FULL = "full/"  # before the name of a tensor that is trained fully; a parameter
 class Tasks(StandIn):
     """The part of `HSAID` that keeps the parameters of the tasks. Those of the set task are its own parameters."""
 
+    theta: nn.Parameter
+    multipliers: nn.Parameter
     plan: Plan
     partition: Partition
     task: str
+    _lock: threading.RLock
+    _cache: Cache | None
     _full_names: tuple[str, ...]
     _tasks: dict[str, dict[str, nn.Parameter]]  # those of the set one are replaced when it is left
 
@@ -34,7 +41,8 @@ class Tasks(StandIn):
     @property
     def full(self) -> dict[str, nn.Parameter]:
         """{name: parameter} of the tensors that are trained fully."""
-        return {name: self._parameters[_key(name)] for name in self._full_names}
+        own = _present(self._parameters)
+        return {name: own[_key(name)] for name in self._full_names}
 
     def parameter_groups(
         self,
@@ -50,7 +58,7 @@ class Tasks(StandIn):
         What is None is left to the optimizer, but the multipliers get no weight decay: it would draw them to 0, which
         is not where they start.
         """
-        own = self._tasks[self._known(task)] if task not in (None, self.task) else self._parameters
+        own = _present(self._parameters) if task is None or task == self.task else self._tasks[self._known(task)]
         rates = {"theta": lr_theta, "multipliers": lr_multipliers, "full": lr_full}
         groups = []
         for name, lr in rates.items():
@@ -77,7 +85,7 @@ class Tasks(StandIn):
         with self._lock:
             self._refuse_merged("add_task()")
             before = self.task
-            self._tasks[before] = dict(self._parameters)
+            self._tasks[before] = _present(self._parameters)
             self.task = name
             self._start_task()
             self.set_task(before)
@@ -90,7 +98,7 @@ class Tasks(StandIn):
         self._known(name)
         with self._lock:
             self._refuse_merged("set_task()")
-            self._tasks[self.task] = dict(self._parameters)
+            self._tasks[self.task] = _present(self._parameters)
             self._parameters.update(self._tasks[name])
             self.task = name
             self._cache = None
@@ -113,7 +121,7 @@ class Tasks(StandIn):
         self._parameters["multipliers"] = nn.Parameter(ones, requires_grad=len(ones) > 0)
         for name in self._full_names:
             self._parameters[_key(name)] = nn.Parameter(own[name].detach().clone())
-        self._tasks[self.task] = dict(self._parameters)
+        self._tasks[self.task] = _present(self._parameters)
 
     def _known(self, task: str) -> str:
         if check_task(task) not in self._tasks:
@@ -125,6 +133,10 @@ def check_task(name: str) -> str:
     if not isinstance(name, str) or not name:
         raise TypeError(f"task: expected a name, got {name!r}")
     return name
+
+
+def _present(parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Parameter]:
+    return {key: parameter for key, parameter in parameters.items() if parameter is not None}
 
 
 def _key(name: str) -> str:

@@ -1,8 +1,8 @@
 """The GPU backends, CUDA and Triton: the CPU backend's bits, determinism, graphs, streams, devices, bad input.
 
-    pytest -m gpu                                on a machine with a GPU
-    HSAID_EMULATED=1 pytest tests/test_gpu.py    CUDA's ops and kernels on the CPU over the emulated device, small sizes
-    TRITON_INTERPRET=1 pytest tests/test_gpu.py  Triton's, by its interpreter
+    pytest -m gpu                                         on a machine with a GPU
+    HSAID_EMULATED=1 pytest tests/fastfood/test_gpu.py    CUDA's ops and kernels on the CPU over the emulated device
+    TRITON_INTERPRET=1 pytest tests/fastfood/test_gpu.py  Triton's, by its interpreter
 
 What of the CUDA kernels needs no device, every width and kind of segment under sanitizers, is tests/csrc/test_cuda.cpp.
 """

@@ -20,7 +20,7 @@ from hsaid_kernels.hierarchy.hierarchy import Hierarchy
 pygraphviz = pytest.importorskip("pygraphviz")
 transformers = pytest.importorskip("transformers")
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 SVG = "{http://www.w3.org/2000/svg}"
 SPECS = ["hsaid-3", "said", "L1+L3|L2|L4", "L1+L2+L4|L3", "L1|L2|L3|L4", "L2|L4"]
 

@@ -8,8 +8,8 @@ from helpers import assert_same_bits
 from models import BACKENDS, IDS, bert, family, moved, same, snapshot
 from torch import nn
 
+from hsaid_kernels.heads import head_importance, head_slices, prune_heads, pruned_heads, remove_heads
 from hsaid_kernels.wrapper import checkpoint, heads
-from hsaid_kernels.wrapper.heads import head_importance, head_slices, prune_heads, pruned_heads, remove_heads
 from hsaid_kernels.wrapper.hsaid import HSAID
 
 

@@ -1,4 +1,4 @@
-"""Where heads are: counts and bands by hand for each kind of attention; that they are right is tests/test_heads.py."""
+"""Where heads are: counts and bands by hand for each kind of attention; tests/wrapper/test_heads.py uses them."""
 
 import pytest
 import torch

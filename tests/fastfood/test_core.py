@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-BUILD = Path(__file__).parent.parent / "build"
+BUILD = Path(__file__).parents[2] / "build"
 
 
 def built(name: str) -> Path:

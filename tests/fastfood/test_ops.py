@@ -277,7 +277,7 @@ def test_choose_device(monkeypatch):
 
 def test_missing_library(monkeypatch, tmp_path):
     """One clear sentence that says what to do; the reference still works."""
-    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
+    monkeypatch.setattr(ops, "__file__", str(tmp_path / "fastfood" / "ops.py"))
     reason = ops._load("_cpu", "CPU")
     assert reason == "_cpu is not built: install the package with a C++ compiler (and nvcc for CUDA) at hand"
     there = {"cpu": reason, "cuda": "no CUDA device", "triton": "no GPU", "reference": True}
@@ -297,7 +297,7 @@ def test_missing_library(monkeypatch, tmp_path):
 
 def test_broken_library(monkeypatch, tmp_path):
     (tmp_path / "_cpu.so").write_text("no library")
-    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
+    monkeypatch.setattr(ops, "__file__", str(tmp_path / "fastfood" / "ops.py"))
     assert str(ops._load("_cpu", "CPU")).startswith(
         f"_cpu.so does not load into torch {torch.__version__}, build the package again: "
     )

@@ -3,7 +3,6 @@
 Run as a script, this file is a process whose memory is measured.
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
-from helpers import memory
+from helpers import ENVIRONMENT, memory
 from models import IDS, SIZES, bert, mlp, moved, tied_models
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -178,7 +177,7 @@ def test_theta_changed_before_backward_is_refused():
 )
 def test_peak_of_a_step(of_weights, of_w0):
     command = [sys.executable, __file__, of_weights, of_w0]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     peak, w0, weights, largest, activations = map(int, done.stdout.split())
     assert w0 > 1.5 * MARGIN  # or the margin would hide the gradients of all
