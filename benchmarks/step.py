@@ -30,7 +30,7 @@ def wrapped(method: str) -> HSAID:
         model.to(torch.bfloat16)
     hsaid = HSAID(model, 1000, dtype=torch.bfloat16 if method == "mixed" else None)
     if method == "held":
-        hsaid._parts = []  # leaves the node that all weights have at first
+        hsaid._projected.parts = []  # leaves the node that all weights have at first
     return hsaid
 
 

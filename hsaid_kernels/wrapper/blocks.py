@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from hsaid_kernels.hierarchy import Hierarchy
@@ -33,7 +32,7 @@ def blocks_of(model: nn.Module, names: Iterable[str]) -> list[tuple[str, list[st
 
 
 def joined(
-    blocks: Iterable[tuple[str, list[str]]], shapes: Mapping[str, torch.Size]
+    blocks: Iterable[tuple[str, list[str]]], shapes: Mapping[str, Sequence[int]]
 ) -> list[tuple[list[str], list[str]]]:
     """(modules, their tensors): neighbouring blocks joined as long as they are no larger than the largest block.
 

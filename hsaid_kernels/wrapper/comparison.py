@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hsaid_kernels.wrapper.configuration import (
     BASIS,
@@ -92,3 +94,14 @@ def check_ranks(configs: Sequence[Config]) -> None:
         if other:
             got = ", ".join(f"{config[key]!r} on rank {rank}" for rank, config in enumerate(configs))
             raise ValueError(f"{key}: expected the same on all ranks, got {got}")
+
+
+def check_active_ranks(hsaid: Described, modules: Collection[nn.Module]) -> bool:
+    """Whether DistributedDataParallel is running one of the modules; ValueError for ranks that do not go together."""
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    if ddp is None or not set(modules) & set(ddp.module.modules()):
+        return False
+    found: list[Config] = [{}] * dist.get_world_size(ddp.process_group)
+    dist.all_gather_object(found, describe(hsaid), ddp.process_group)
+    check_ranks(found)
+    return True

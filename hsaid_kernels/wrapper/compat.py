@@ -193,7 +193,7 @@ class _InPlace(HSAID):
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        with self._lock:
+        with self._projected.lock:
             self._share()  # the model may have got others, by load_state_dict(assign=True) or a new head
             with super()._computing():
                 yield
@@ -224,7 +224,7 @@ class _InSubspace(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         if mode != self.training:
-            self.hsaid._cache = None  # as HSAID.train, which would call this again
+            self.hsaid._projected.drop_cache()  # as HSAID.train, which would call this again
         return super().train(mode)
 
     def get_extra_state(self) -> Tensor:

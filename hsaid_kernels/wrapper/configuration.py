@@ -42,9 +42,11 @@ class Described(Protocol):
     partition: Partition
     hierarchy: Hierarchy
     pruned: dict[str, list[int]]
-    task: str
-    given_dtype: torch.dtype | None
 
+    @property
+    def task(self) -> str: ...
+    @property
+    def given_dtype(self) -> torch.dtype | None: ...
     @property
     def include(self) -> Patterns: ...
     @property

@@ -8,32 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from hsaid_kernels.fastfood import ops
 from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
-from hsaid_kernels.fastfood.plan import MAX_DIM, Plan, check_int
-from hsaid_kernels.fastfood.projection import Part, Projection
-from hsaid_kernels.fastfood.selection import Patterns, split_tensors
-from hsaid_kernels.hierarchy import Hierarchy
-from hsaid_kernels.hierarchy.attention import pieces_of
-from hsaid_kernels.hierarchy.paths import HEADS
+from hsaid_kernels.fastfood.selection import Patterns
 from hsaid_kernels.wrapper import checkpoint
-from hsaid_kernels.wrapper.blocks import blocks_of, joined
-from hsaid_kernels.wrapper.comparison import check_ranks, check_state, differences
-from hsaid_kernels.wrapper.configuration import TASK, Config, describe, encode_state
-from hsaid_kernels.wrapper.exchange import Cache, Exchange, Late, Places, aliases_of, apply_masks, masks, merged_copy
-from hsaid_kernels.wrapper.heads import Heads, check_heads, pruned_heads
-from hsaid_kernels.wrapper.tasks import Tasks, check_task
+from hsaid_kernels.wrapper.basis import basis_of
+from hsaid_kernels.wrapper.comparison import check_active_ranks, check_state
+from hsaid_kernels.wrapper.configuration import TASK, describe, encode_state
+from hsaid_kernels.wrapper.exchange import merged_copy
+from hsaid_kernels.wrapper.heads import Heads
+from hsaid_kernels.wrapper.projected import ProjectedWeights
+from hsaid_kernels.wrapper.stand_in import StandIn
+from hsaid_kernels.wrapper.tasks import Tasks, check_task, groups_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -41,7 +33,7 @@ if TYPE_CHECKING:
 _wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[HSAID]] = weakref.WeakKeyDictionary()
 
 
-class HSAID(Tasks):
+class HSAID(StandIn):
     """Wraps a model for fine-tuning inside a random subspace: DID, SAID or H-SAID (docs/method.md).
 
     Args:
@@ -114,58 +106,40 @@ class HSAID(Tasks):
         if dtype is not None and dtype not in WEIGHT_DTYPES:
             raise TypeError(f"dtype: expected torch.float32, bfloat16, float16 or None, got {dtype}")
         self.include, self.exclude, self.train_fully = map(_patterns, (include, exclude, train_fully))
-        tensors, full = split_tensors(model, self.include, self.exclude, self.train_fully)
-        check_int("intrinsic_dim", intrinsic_dim, 1, MAX_DIM)
-        if heads is not None and not isinstance(heads, bool):
-            raise TypeError(f"heads: expected True, False or None, got {heads!r}")
-        self.pruned = pruned_heads(model) if pruned is None else check_heads(model, pruned, "pruned")
-        if self.pruned and heads is False:
-            raise ValueError(f"heads: expected True or None where heads are pruned ({self.pruned}), got {heads}")
-        heads = bool(self.pruned) or HEADS in str(partition) if heads is None else heads
-        self.hierarchy = Hierarchy.from_model(model, skip, merge, heads)
-        self.hierarchy = self.hierarchy.select(tensors, without=pieces_of(model, self.pruned))
-        self.partition = self.hierarchy.partition(partition, combine)
-        m = self.partition.num_multipliers
-        if intrinsic_dim <= m:
-            spec = self.partition.spec
-            raise ValueError(f"intrinsic_dim: expected more than the {m} multipliers of {spec!r}, got {intrinsic_dim}")
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self.plan = Plan(
-            shapes,
-            intrinsic_dim - m,
+        basis = basis_of(
+            model,
+            intrinsic_dim,
+            partition,
             seed,
-            width=width,
-            diagonal=diagonal,
+            skip=skip,
+            merge=merge,
+            combine=combine,
             normalize=normalize,
-            segments=self.hierarchy.segments,
+            diagonal=diagonal,
+            width=width,
+            include=self.include,
+            exclude=self.exclude,
+            train_fully=self.train_fully,
+            heads=heads,
+            pruned=pruned,
         )
-        self.given_dtype = dtype
-        self.backend = backend
-        self._whole = Part(self.plan)
-        self._parts = [(modules, Part(self.plan, names)) for modules, names in joined(blocks_of(model, shapes), shapes)]
-        self._kept: dict[str, Tensor] | None = None  # W0, while the model holds the projected weights
-        self._aliases = aliases_of(model)
-        self._masked = [(module, hook._tensor_name) for module, hook in masks(model.modules())]
-        self.task, self._tasks, self._full_names = check_task(task), {}, tuple(full)
+        self.hierarchy, self.partition = basis.hierarchy, basis.partition
+        self.plan, self.pruned = basis.plan, basis.pruned
+        self._projected = ProjectedWeights(model, basis.plan, basis.partition, dtype, backend)
+        self._tasks = Tasks(check_task(task), basis.full)
+        self._ranks_agree = False
         self.training = model.training
-        self._forget()
         self._stand_in_for(model)  # from now on, what is new and the model has is set there
-        self._start_task()
-        self._projection(self.w0().values())  # refuses dtypes and devices that do not go together
-        self._upload()
+        self._start_task(task)
+        self._projected.projection(self.w0().values(), self.theta)  # refuses dtypes and devices that do not go together
+        self._projected.upload(self.multipliers)
         self._register()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same arguments, on the projected weights."""
         if torch.compiler.is_compiling():
             self._ranks_checked()
-            # Tied places are all named: looking for them itself, functional_call would fill those of a module that the
-            # model has twice one time too often, and leave a projected weight in W0's place.
-            kept = [(module, key, getattr(module, key)) for module, key in self._masked]
-            result = torch.func.functional_call(self.model, self._traced(), args, kwargs, tie_weights=False)
-            for module, key, value in kept:
-                setattr(module, key, value)
-            return result
+            return self._projected.call_traced(self, args, kwargs)
         with self._computing():
             return self.model(*args, **kwargs)
 
@@ -174,19 +148,86 @@ class HSAID(Tasks):
 
         The tensors are views of one buffer. Without gradients they are the ones that the next calls use: read only.
         """
-        with self._lock:
-            return self._weights()[0]
+        with self._projected.lock:
+            return self._projected.now(self)[0]
 
     def w0(self) -> dict[str, Tensor]:
         """{name: W0_i} for the projected tensors: the model's own parameters, as it has them now."""
-        with self._lock:
-            own = self._own() if self._kept is None else self._kept
-            return {name: own[name] for name in self.plan.names}
+        return self._projected.w0()
 
     @property
     def merged(self) -> bool:
         """Whether the model holds the projected weights: from `merge(inplace=True)` to `unmerge()`."""
-        return self._kept is not None
+        return self._projected.kept is not None
+
+    @property
+    def task(self) -> str:
+        """The name of the set task: `theta`, `multipliers` and `full` are its own."""
+        return self._tasks.current
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of all tasks, in the order in which they came."""
+        return self._tasks.names
+
+    @property
+    def full(self) -> dict[str, nn.Parameter]:
+        """{name: parameter} of the tensors that are trained fully."""
+        return self._tasks.full_of(self._parameters)
+
+    def parameter_groups(
+        self,
+        *,
+        lr_theta: float | None = None,
+        lr_multipliers: float | None = None,
+        lr_full: float | None = None,
+        weight_decay: float | None = None,
+        task: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimizer, of `task` or else the set one: "theta", "multipliers", "full", without empty ones.
+
+        What is None is left to the optimizer, but the multipliers get no weight decay: it would draw them to 0, which
+        is not where they start.
+        """
+        rates = {"theta": lr_theta, "multipliers": lr_multipliers, "full": lr_full}
+        return groups_of(self._tasks.parameters_of(task, self._parameters), rates, weight_decay)
+
+    def add_task(self, name: str) -> None:
+        """A further task on the same W0 and basis: theta, multipliers and `full` of its own, where training starts.
+
+        The set task stays set. An optimizer is for the parameters of one task, whether that is set or not.
+        """
+        with self._projected.lock:
+            self._projected.refuse_merged("add_task()")
+            before = self.task
+            self._tasks.add(name, self._parameters)
+            self._start_task(name)
+            self.set_task(before)
+
+    def set_task(self, name: str) -> None:
+        """From now on `theta`, `multipliers`, `full`, `parameters()`, `state_dict()` and all calls are this task's.
+
+        Set a task before wrapping this module into DistributedDataParallel, which keeps the parameters that it found.
+        """
+        self._tasks.check(name)
+        with self._projected.lock:
+            self._projected.refuse_merged("set_task()")
+            self._tasks.switch(name, self._parameters)
+            self._projected.drop_cache()
+
+    def remove_task(self, name: str) -> None:
+        """Forgets what a task has trained; ValueError for the set one."""
+        self._tasks.remove(name)
+
+    def _start_task(self, name: str) -> None:
+        """The parameters of a task that has none yet, where training starts; it is set."""
+        own = self._projected.own()
+        device = own[self.plan.names[0]].device
+        theta = torch.zeros(self.plan.dim, dtype=torch.float32, device=device)
+        ones = self.partition.initial().to(device)
+        # Without multipliers (DID) no gradient reaches them: DistributedDataParallel must not wait for one.
+        parameters = {"theta": nn.Parameter(theta), "multipliers": nn.Parameter(ones, requires_grad=len(ones) > 0)}
+        self._tasks.start(name, parameters, own, self._parameters)
 
     def load_task(self, directory: str | os.PathLike[str]) -> str:
         """Adds and sets the task of a checkpoint that was saved on the same W0 and basis; returns its name.
@@ -205,28 +246,20 @@ class HSAID(Tasks):
         With `inplace` the model itself, until `unmerge()` gives it W0 back. Meanwhile this HSAID only calls it: there
         is no training, no other task and no moving.
         """
-        with self._lock, torch.no_grad():
-            self._refuse_merged("merge()")
-            own, values = self._own(), self._weights()[0] | self.full
-            self._cache = None
+        projected = self._projected
+        with projected.lock, torch.no_grad():
+            projected.refuse_merged("merge()")
+            values = projected.now(self)[0] | self.full
+            projected.drop_cache()
             if not inplace:
-                return merged_copy(self.model, own, values)
-            self._kept = {name: own[name].data for name in values}
-            for name, value in values.items():  # those trained fully are not to change with the model
-                own[name].data = value.data if name in self.plan.shapes else value.data.clone()
-            apply_masks(self.model)
+                return merged_copy(self.model, projected.own(), values)
+            projected.merge(values)
             return self.model
 
     def unmerge(self) -> None:
         """Gives the model W0 back, bit for bit, after `merge(inplace=True)`; RuntimeError without that."""
-        with self._lock:
-            if self._kept is None:
-                raise RuntimeError("unmerge(): expected weights that merge(inplace=True) has merged, found none")
-            own = dict(self.model.named_parameters())
-            for name, value in self._kept.items():
-                own[name].data = value
-            apply_masks(self.model)
-            self._kept = None
+        with self._projected.lock:
+            self._projected.unmerge()
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, is_main_process: bool = True, **_: Any) -> None:
         """Writes what `task` has trained, and the configuration, a few kilobytes; see `checkpoint.save_pretrained`.
@@ -247,13 +280,23 @@ class HSAID(Tasks):
         return self.plan.dim + self.partition.num_multipliers
 
     @property
+    def given_dtype(self) -> torch.dtype | None:
+        """The argument `dtype`."""
+        return self._projected.given_dtype
+
+    @property
+    def backend(self) -> str:
+        """The argument `backend`."""
+        return self._projected.backend
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the projected weights."""
         return self.given_dtype or self.model.get_parameter(self.plan.names[0]).dtype
 
     def train(self, mode: bool = True) -> Self:
         if mode != self.training:
-            self._cache = None
+            self._projected.drop_cache()
         self.model.train(mode)
         return super().train(mode)
 
@@ -266,7 +309,7 @@ class HSAID(Tasks):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         # Compared before anything is loaded, so that a state dict of another configuration leaves this one untouched.
         try:
-            self._refuse_merged("load_state_dict()")
+            self._projected.refuse_merged("load_state_dict()")
             if (key := f"{prefix}_extra_state") in state_dict:
                 check_state(state_dict[key], self)
         except (RuntimeError, ValueError) as error:
@@ -275,7 +318,7 @@ class HSAID(Tasks):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._refuse_merged("to()")
+        self._projected.refuse_merged("to()")
         if recurse:
             self.model._apply(fn)
 
@@ -289,7 +332,7 @@ class HSAID(Tasks):
             self.set_task(task)
             super()._apply(apply, recurse)
         self.set_task(active)
-        self._upload()
+        self._projected.upload(self.multipliers)
         return self
 
     def _replicate_for_data_parallel(self) -> Self:
@@ -298,31 +341,20 @@ class HSAID(Tasks):
             "(torchrun, accelerate launch), or let this process see one device only (CUDA_VISIBLE_DEVICES=0)"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_places", "_cache", "_lock", "_running", "_ranks_agree")  # by _forget
-        return {key: value for key, value in self.__dict__.items() if key not in made_again}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._forget()
         super().__setstate__(state)
-        self._upload()
+        self._ranks_agree = False
+        self._projected.upload(self.multipliers)
         self._register()
 
     def __repr__(self) -> str:
-        full = f", {len(self._full_names)} trained fully" if self._full_names else ""
+        full = f", {len(self._tasks.full)} trained fully" if self._tasks.full else ""
         return (
             f"HSAID({type(self.model).__name__}, {len(self.plan.names)} tensors, "
             f"{sum(piece.numel for piece in self.plan.pieces):,} weights, intrinsic_dim={self.intrinsic_dim} "
             f"({self.partition.num_multipliers} multipliers){full}, partition={self.partition.spec!r}, "
             f"seed={self.plan.seed}, dtype={self.dtype})"
         )
-
-    def _forget(self) -> None:
-        self._places: Places | None = None
-        self._cache: Cache | None = None
-        self._lock = threading.RLock()  # the model is one: two threads must not exchange its weights at a time
-        self._running = False
-        self._ranks_agree = False
 
     def _register(self) -> None:
         other = _wrappers.get(self.model, lambda: None)()
@@ -333,37 +365,15 @@ class HSAID(Tasks):
             )
         _wrappers[self.model] = weakref.ref(self)
 
-    def _upload(self) -> None:
-        """Small tables to where theta is: in good time, because torch.compile would see them change after one step."""
-        device = self.theta.device
-        with torch.no_grad():
-            self.partition.factors(self.multipliers)
-        self.plan.scales_on(device)
-        ops.prepare(self.plan, device, self.backend)
-        for _, part in self._parts:
-            part.rows_on(device)
-            ops.prepare(part.plan, device, self.backend)
-
-    def _refuse_merged(self, call: str) -> None:
-        if self.merged:
-            raise RuntimeError(
-                f"{call}: expected a model on its W0, got one that merge(inplace=True) has merged: unmerge()"
-            )
-
-    def _refuse_merged_training(self) -> None:
-        if self.training and torch.is_grad_enabled():
-            self._refuse_merged("training")
-
     def _check_ranks(self) -> None:
         """At the first step under DistributedDataParallel, which sends around neither basis nor W0: do they agree?"""
-        ddp = DistributedDataParallel._get_active_ddp_module()
-        here = ddp is not None and bool({self, self.model} & set(ddp.module.modules()))
-        if self._ranks_agree or not here or not torch.is_grad_enabled():  # one rank alone may evaluate
-            return
-        found: list[Config] = [{}] * dist.get_world_size(ddp.process_group)
-        dist.all_gather_object(found, describe(self), ddp.process_group)
-        check_ranks(found)
-        self._ranks_agree = True
+        if not self._ranks_agree and torch.is_grad_enabled():  # one rank alone may evaluate
+            self._ranks_agree = check_active_ranks(self, {self, self.model})
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        with self._projected.computing(self, self._check_ranks):
+            yield
 
     def _ranks_checked(self) -> bool:
         """For torch.compile, which calls this once, while it traces."""
@@ -373,110 +383,7 @@ class HSAID(Tasks):
     # What torch.compiler.assume_constant_result sets, which as a decorator would import all of torch._dynamo here.
     _ranks_checked.__dict__["_dynamo_marked_constant"] = True
 
-    @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
-        """A context in which the projected weights are the model's parameters, and the others are detached."""
-        with self._lock:
-            if self._running:  # called from within the model: the weights are in place
-                yield
-                return
-            self._check_ranks()
-            if self.merged:
-                self._refuse_merged_training()
-                tensors: dict[str, Tensor] = {}  # no gradient is to reach the model's own parameters
-                late: list[Late] = []
-                self._own()
-            else:
-                weights, late = self._weights()
-                tensors = weights | self.full
-            assert self._places is not None  # _own() has found them
-            self._running = True
-            try:
-                with Exchange(self._places, tensors, self._lock, late):
-                    yield
-            finally:
-                self._running = False
-
-    def _own(self) -> dict[str, nn.Parameter]:
-        """The model's own parameters by name; ValueError where the projected ones are no longer what they were."""
-        if self._places is None or not (self._running or self._places.hold()):
-            self._places = Places(self.model)
-        own = self._places.parameters
-        if untied := sorted(self._aliases.keys() & own.keys()):
-            raise ValueError(
-                f"model: expected {untied[0]!r} to be tied as it was when it was wrapped, got one of its own"
-            )
-        shapes = {name: own[name].shape for name in self.plan.names if name in own}
-        if shapes != self.plan.shapes:
-            reason = differences(self.plan.shapes, shapes)
-            raise ValueError(f"model: expected the tensors that it had when it was wrapped, got others: {reason}")
-        return own
-
-    def _weights(self) -> tuple[dict[str, Tensor], list[Late]]:
-        """The projected weights; and for each block of the model, where gradients are wanted, how it gets its own."""
-        w0 = list(self.w0().values())
-        trained = [self.theta, self.multipliers]
-        wanted = torch.is_grad_enabled() and (self.theta.requires_grad or self.multipliers.requires_grad)
-        late: list[Late] = []
-        cache = self._cache  # train() and eval() drop it, in whichever thread
-        # Never as inference tensors, which no later call outside inference mode could use.
-        with torch.inference_mode(False), torch.set_grad_enabled(wanted):
-            if wanted or cache is None or not cache.serves(trained, w0):
-                cache = self._cache = None  # its memory is needed now
-                join = self._projection(w0).parts(self.theta, self.partition.factors(self.multipliers), w0)
-                made = join(self._whole)
-                if wanted:
-                    late = [
-                        (
-                            [self.model.get_submodule(name) for name in modules],
-                            part.plan.names,
-                            partial(_join, join, part),
-                        )
-                        for modules, part in self._parts
-                    ]
-                else:
-                    self._cache = Cache(trained, w0, made)
-            else:
-                made = cache.weights
-        return dict(zip(self.plan.names, made, strict=True)), late
-
-    def _traced(self) -> dict[str, Tensor]:
-        """What stands in for the model's parameters in a graph of torch.compile, which knows no lock and no cache."""
-        own = dict(self.model.named_parameters())
-        tensors = {name: parameter.detach() for name, parameter in own.items()}
-        if self.merged:
-            self._refuse_merged_training()
-        else:
-            w0 = [own[name] for name in self.plan.names]
-            join = self._projection(w0).parts(self.theta, self.partition.factors(self.multipliers), w0)
-            for _, part in self._parts:
-                tensors |= zip(part.plan.names, join(part), strict=True)
-            tensors |= self.full
-        return tensors | {alias: tensors[name] for alias, name in self._aliases.items()}
-
-    def _projection(self, w0: Collection[Tensor]) -> Projection:
-        dtypes, devices = {tensor.dtype for tensor in w0}, {tensor.device for tensor in w0}
-        if elsewhere := devices - {self.theta.device}:
-            raise ValueError(
-                f"model: expected its tensors on {self.theta.device}, where theta is, got some on {elsewhere.pop()}: "
-                "hsaid.to(device) moves both"
-            )
-        found = ", ".join(sorted(map(str, dtypes)))
-        if self.given_dtype is None and len(dtypes) > 1:
-            raise ValueError(f"dtype: expected one for the weights, because the model's tensors have several: {found}")
-        dtype = self.given_dtype or dtypes.pop()
-        if dtype not in WEIGHT_DTYPES:
-            raise TypeError(f"model: expected tensors in float32, bfloat16 or float16, got {found}")
-        if not dtypes <= {dtype, torch.float32}:
-            raise ValueError(f"dtype: expected the dtype of the model's tensors ({found}) or None, got {dtype}")
-        return Projection(self.plan, dtype=dtype, backend=self.backend)
-
 
 def _patterns(given: Patterns) -> str | list[str] | None:
     """As a checkpoint's JSON has them."""
     return given if given is None or isinstance(given, str) else list(given)
-
-
-def _join(join: Callable[[Part], Sequence[Tensor]], part: Part) -> Sequence[Tensor]:
-    with torch.inference_mode(False), torch.enable_grad():  # whatever the model is doing
-        return join(part)

@@ -51,7 +51,7 @@ def head_importance(hsaid: HSAID, batches: Iterable[Mapping[str, Any]]) -> dict[
         with torch.inference_mode(False), torch.enable_grad():
             factors = hsaid.partition.factors(hsaid.multipliers.detach()).requires_grad_()
             weights = projection.forward(hsaid.theta.detach(), factors, hsaid.w0())
-            with Exchange(places, weights | hsaid.full, hsaid._lock):
+            with Exchange(places, weights | hsaid.full, hsaid._projected.lock):
                 loss = getattr(hsaid.model(**batch), "loss", None)
         if loss is None:
             raise ValueError(f"batches: expected what the model makes a loss of (labels), got {', '.join(batch)}")

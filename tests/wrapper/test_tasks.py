@@ -157,6 +157,22 @@ def test_tasks_share_w0_and_nothing_else(tmp_path):
         assert torch.equal(other(IDS).logits, second)
 
 
+def test_a_task_is_removed():
+    hsaid = moved(HSAID(bert(), 60))
+    hsaid.add_task("other")
+    with pytest.raises(ValueError, match="name: expected a task that is not set, got 'default': set_task"):
+        hsaid.remove_task("default")
+    with pytest.raises(ValueError, match="task: expected one of 'default', 'other', got 'third'"):
+        hsaid.remove_task("third")
+    hsaid.remove_task("other")
+    assert hsaid.tasks == ("default",) and hsaid.theta.any()
+    hsaid.add_task("other")
+    hsaid.set_task("other")
+    assert not hsaid.theta.any()
+    hsaid.remove_task("default")
+    assert hsaid.tasks == ("other",)
+
+
 def test_an_optimizer_stays_with_its_task():
     hsaid = HSAID(bert().eval(), 60, task="a")
     hsaid.add_task("b")

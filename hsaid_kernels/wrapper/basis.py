@@ -1,0 +1,70 @@
+"""What theta and the multipliers of a model mean: which tensors, by which paths and factors, in which random basis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from hsaid_kernels.fastfood.plan import MAX_DIM, Plan, check_int
+from hsaid_kernels.fastfood.selection import Patterns, split_tensors
+from hsaid_kernels.hierarchy import Hierarchy, Partition
+from hsaid_kernels.hierarchy.attention import pieces_of
+from hsaid_kernels.hierarchy.paths import HEADS
+from hsaid_kernels.wrapper.heads import Heads, check_heads, pruned_heads
+
+
+@dataclass(frozen=True)
+class Basis:
+    """`pruned`: {attention module: heads} that get no update. `full`: names of the tensors that are trained fully."""
+
+    hierarchy: Hierarchy
+    partition: Partition
+    plan: Plan
+    pruned: dict[str, list[int]]
+    full: tuple[str, ...]
+
+
+def basis_of(
+    model: nn.Module,
+    intrinsic_dim: int,
+    partition: str,
+    seed: int,
+    *,
+    skip: Iterable[str],
+    merge: Mapping[str, Iterable[str]] | None,
+    combine: str,
+    normalize: str,
+    diagonal: str,
+    width: int | None,
+    include: Patterns,
+    exclude: Patterns,
+    train_fully: Patterns,
+    heads: bool | None,
+    pruned: Heads | None,
+) -> Basis:
+    """Arguments and errors as of `HSAID`."""
+    tensors, full = split_tensors(model, include, exclude, train_fully)
+    check_int("intrinsic_dim", intrinsic_dim, 1, MAX_DIM)
+    if heads is not None and not isinstance(heads, bool):
+        raise TypeError(f"heads: expected True, False or None, got {heads!r}")
+    without = pruned_heads(model) if pruned is None else check_heads(model, pruned, "pruned")
+    if without and heads is False:
+        raise ValueError(f"heads: expected True or None where heads are pruned ({without}), got {heads}")
+    with_heads = bool(without) or HEADS in str(partition) if heads is None else heads
+    hierarchy = Hierarchy.from_model(model, skip, merge, with_heads).select(tensors, without=pieces_of(model, without))
+    cut = hierarchy.partition(partition, combine)
+    m = cut.num_multipliers
+    if intrinsic_dim <= m:
+        raise ValueError(f"intrinsic_dim: expected more than the {m} multipliers of {cut.spec!r}, got {intrinsic_dim}")
+    plan = Plan(
+        {name: tensor.shape for name, tensor in tensors.items()},
+        intrinsic_dim - m,
+        seed,
+        width=width,
+        diagonal=diagonal,
+        normalize=normalize,
+        segments=hierarchy.segments,
+    )
+    return Basis(hierarchy, cut, plan, without, tuple(full))
