@@ -6,19 +6,18 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from results import pick
+from results import Run, pick
 
 from hsaid_kernels.fastfood.plan import default_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from report import Report
 
 COLORS = {"gaussian": "tab:blue", "rademacher": "tab:orange"}
 PARTS = ("projection", "adjoint", "forward", "backward", "optimiser")
 
 
-def draw(report: Report, folder: Path) -> set[str]:
+def draw(run: Run, folder: Path) -> set[str]:
     """Writes a PNG for each picture that the rows suffice for; their names."""
     import matplotlib
 
@@ -30,16 +29,16 @@ def draw(report: Report, folder: Path) -> set[str]:
     drawn = set()
     for name, picture in PICTURES.items():
         figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-        if picture(report, axes):
+        if picture(run, axes):
             figure.savefig(folder / f"{name}.png", dpi=120)
             drawn.add(name)
         plt.close(figure)
     return drawn
 
 
-def _default(report: Report, **columns: object) -> list[dict]:
+def _default(run: Run, **columns: object) -> list[dict]:
     """Rows of the default instruction set, threads and width."""
-    found = pick(report.rows, isa=report.isa, threads=report.threads, **columns)
+    found = pick(run.rows, isa=run.isa, threads=run.threads, **columns)
     return [row for row in found if row["width"] == default_width(row["d"])]
 
 
@@ -51,11 +50,11 @@ def _line(axes: Axes, rows: list[dict], x: str, style: str, **how: object) -> No
     )
 
 
-def time_against_d(report: Report, axes: Axes) -> bool:
+def time_against_d(run: Run, axes: Axes) -> bool:
     floors = []
     for diagonal, color in COLORS.items():
         for what, style in (("forward", "o-"), ("adjoint", "s--")):
-            rows = _default(report, what=what, model="mBERT", dtype="float32", diagonal=diagonal)
+            rows = _default(run, what=what, model="mBERT", dtype="float32", diagonal=diagonal)
             if len(rows) < 2:
                 return False
             _line(axes, rows, "d", style, color=color)
@@ -68,22 +67,22 @@ def time_against_d(report: Report, axes: Axes) -> bool:
     if axes.get_xlim()[1] > 20000:
         axes.axvline(16384, color="gray", linewidth=0.8)
         axes.annotate(" in chunks of 16,384", (16384, 0), va="bottom", fontsize=9, color="gray")
-    ticks = sorted({row["d"] for row in _default(report, what="forward", model="mBERT", dtype="float32")})
+    ticks = sorted({row["d"] for row in _default(run, what="forward", model="mBERT", dtype="float32")})
     axes.set_xticks([100, 1000, 10_000, 100_000][: 4 if ticks[-1] > 20000 else 3], minor=False)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.legend()
     return True
 
 
-def time_against_weights(report: Report, axes: Axes) -> bool:
-    rows = _default(report, what="forward", dtype="float32", d=1000)
+def time_against_weights(run: Run, axes: Axes) -> bool:
+    rows = _default(run, what="forward", dtype="float32", d=1000)
     if len({row["weights"] for row in rows}) < 2:
         return False
     for diagonal, color in COLORS.items():
         of_diagonal = [row for row in rows if row["diagonal"] == diagonal]
         _line(axes, of_diagonal, "weights", "o-", color=color)
         axes.lines[-1].set_label(f"forward, {diagonal}")
-        adjoint = _default(report, what="adjoint", dtype="float32", d=1000, diagonal=diagonal)
+        adjoint = _default(run, what="adjoint", dtype="float32", d=1000, diagonal=diagonal)
         _line(axes, adjoint, "weights", "s--", color=color)
         axes.lines[-1].set_label(f"adjoint, {diagonal}")
     floors = sorted((row["weights"], row["floor_ms"]) for row in rows if row["diagonal"] == "gaussian")
@@ -98,14 +97,14 @@ def time_against_weights(report: Report, axes: Axes) -> bool:
     return True
 
 
-def roofline(report: Report, axes: Axes) -> bool:
+def roofline(run: Run, axes: Axes) -> bool:
     """Rates against weights per byte: the slope is the memory's, the ceilings are the fastest runs of any size."""
     bytes_each = {("forward", "float32"): 8, ("forward", "bfloat16"): 4}
     bytes_each |= {("adjoint", "float32"): 4, ("adjoint", "bfloat16"): 2}
     points = [
         row | {"x": 1 / each}
         for (what, dtype), each in bytes_each.items()
-        for row in _default(report, what=what, model="mBERT", dtype=dtype, d=(1000, 16384))
+        for row in _default(run, what=what, model="mBERT", dtype=dtype, d=(1000, 16384))
     ]
     forward = [row for row in points if row["what"] == "forward" and row["dtype"] == "float32"]
     if not forward:
@@ -114,7 +113,7 @@ def roofline(report: Report, axes: Axes) -> bool:
     xs = [0.09, 0.75]
     axes.plot(xs, [bandwidth * x for x in xs], color="black", label=f"memory: {bandwidth:.0f} GB/s (torch.add)")
     for diagonal, color in COLORS.items():
-        every = [row for what in ("forward", "adjoint") for row in _default(report, what=what, diagonal=diagonal)]
+        every = [row for what in ("forward", "adjoint") for row in _default(run, what=what, diagonal=diagonal)]
         fastest = max(row["weights"] / row["ms_20"] / 1e6 for row in every)
         axes.axhline(fastest, color=color, linestyle="--", label=f"arithmetic, {diagonal}: the fastest of all runs")
     markers = {("forward", 1000): "o", ("forward", 16384): "^", ("adjoint", 1000): "s", ("adjoint", 16384): "v"}
@@ -139,8 +138,8 @@ def roofline(report: Report, axes: Axes) -> bool:
     return True
 
 
-def step(report: Report, axes: Axes) -> bool:
-    rows = pick(report.rows, what="step")
+def step(run: Run, axes: Axes) -> bool:
+    rows = pick(run.rows, what="step")
     if not rows:
         return False
     left = [0.0] * len(rows)
@@ -161,18 +160,18 @@ def step(report: Report, axes: Axes) -> bool:
     return True
 
 
-def memory(report: Report, axes: Axes) -> bool:
-    peaks = [(f"{row['method']}: peak of a step", row["peak_MB"], "tab:blue") for row in pick(report.rows, what="step")]
+def memory(run: Run, axes: Axes) -> bool:
+    peaks = [(f"{row['method']}: peak of a step", row["peak_MB"], "tab:blue") for row in pick(run.rows, what="step")]
     kept = [
         (f"published: random state, d = {row['d']:,}", row["random_MB"], "tab:red")
-        for row in pick(report.rows, what="published")[:1]
+        for row in pick(run.rows, what="published")[:1]
     ] + [
         (f"dense Gaussian: random state, d = {row['d']:,}", row["random_MB_mBERT"], "tab:red")
-        for row in pick(report.rows, what="dense")[-1:]
+        for row in pick(run.rows, what="dense")[-1:]
     ]
     ours = [
         (f"ours: workspace, d = {row['d']:,}", max(row["forward_MB"], row["adjoint_MB"]), "tab:green")
-        for row in pick(report.rows, what="first call")
+        for row in pick(run.rows, what="first call")
     ]
     bars = [*ours, *peaks, *kept]
     if not bars:

@@ -104,14 +104,11 @@ COLUMNS: dict[str, tuple[str, Callable[[Row], object]]] = {
 }
 
 
-class Report:
-    """The rows of one machine's run, with what its tables have in common."""
+class Report(results.Run):
+    """A run as tables."""
 
     def __init__(self, about: dict, rows: list[Row]):
-        self.about, self.rows = about, rows
-        projections = pick(rows, what="forward")
-        self.threads = max((row["threads"] for row in projections), default=1)
-        self.isa = projections[0]["isa"] if projections else None
+        super().__init__(about, rows)
         self.default = dict(model="mBERT", threads=self.threads)
 
     def columns(self, found: Sequence[tuple[Row, Row | None]], *names: str) -> str:

@@ -94,3 +94,13 @@ def save(path: Path, about: dict, rows: list[dict]) -> None:
 def load(path: Path) -> tuple[dict, list[dict]]:
     held = json.loads(path.read_text())
     return held["machine"], held["rows"]
+
+
+class Run:
+    """The rows of one machine's run: how many threads and which instruction set it had, where the CPU was measured."""
+
+    def __init__(self, about: dict, rows: list[dict]):
+        self.about, self.rows = about, rows
+        projections = pick(rows, what="forward")
+        self.threads = max((row["threads"] for row in projections), default=1)
+        self.isa = projections[0]["isa"] if projections else None
