@@ -46,7 +46,7 @@ test: $(VENV)/.installed-test lint types build/cmake/test_core
 	TRITON_INTERPRET=1 $(TESTS) tests/fastfood/test_gpu.py
 
 check: $(VENV)/.installed-test lint types
-	$(TESTS) tests/hierarchy tests/app/test_data.py tests/app/test_fuzz.py tests/fastfood/test_plan.py tests/test_import.py tests/test_readme.py
+	$(TESTS) tests/hierarchy tests/app/test_data.py tests/app/test_fuzz.py tests/app/test_terminal.py tests/fastfood/test_plan.py tests/test_import.py
 
 # With the oldest and the newest Triton that are known to work, which pip does not install beside this torch.
 triton-versions: $(VENV)/.installed-test

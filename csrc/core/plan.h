@@ -1,4 +1,4 @@
-// The plan as kernels see it: hsaid_kernels/fastfood/plan.py makes the table, whose columns are this struct's fields in order.
+// The plan as kernels see it: fastfood/plan.py makes the table, whose columns are this struct's fields in order.
 #pragma once
 
 #include "streams.h"

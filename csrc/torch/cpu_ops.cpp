@@ -1,5 +1,5 @@
 // Registers the CPU kernels with torch's dispatcher, through the stable ABI only: one binary serves every torch
-// since 2.11. Schemas and their meaning stand in hsaid_kernels/fastfood/ops.py.
+// since 2.11. Schemas and their meaning stand in fastfood/ops.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,5 +1,5 @@
 // Registers the CUDA kernels with torch's dispatcher, through the stable ABI only; loaded where torch has CUDA.
-// Schemas and their meaning stand in hsaid_kernels/fastfood/ops.py. The plan's tables are on the CPU: they are checked here and
+// Schemas and their meaning stand in fastfood/ops.py. The plan's tables are on the CPU: they are checked here and
 // travel as kernel parameters.
 
 #include <torch/csrc/stable/library.h>

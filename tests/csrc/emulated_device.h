@@ -1,5 +1,5 @@
 // csrc/torch/cuda_device.h for tensors on the CPU: the ops of csrc/torch/cuda_ops.cpp in a namespace of their own, over
-// the emulated device, so that tests/fastfood/test_gpu.py runs the very code that a GPU runs, from Python down to the kernels.
+// the emulated device, so that tests/fastfood/test_gpu.py runs the very code that a GPU runs, from Python to kernels.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,4 +1,4 @@
-"""The Triton backend's ops: checks, tables, launches. Schemas and their meaning stand in hsaid_kernels/ops.py.
+"""The Triton backend's ops: checks, tables, launches. Schemas and their meaning stand in fastfood/ops.py.
 
 Any GPU that Triton knows.  Every op is opaque to torch.compile: what the host does, tables by plan and addresses of
 tensors, has no meaning for tensors without memory.
