@@ -31,7 +31,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CMAKE := $(abspath $(BIN))/cmake
 # As many processes as cores, each with a thread.
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 .PHONY: train test check triton-versions cuda-check lint types bench bench-full report gpu clean
 
@@ -39,14 +39,14 @@ train: $(VENV)/.installed
 	$(BIN)/hsaid train $(ARGS)
 
 test: $(VENV)/.installed-test lint types build/cmake/test_core
-	$(TESTS) tests $(ARGS)
+	$(TESTS) --dist loadfile tests $(ARGS)
 	@echo "The CUDA ops and kernels, over the emulated device:"
 	HSAID_EMULATED=1 $(TESTS) tests/fastfood/test_gpu.py
 	@echo "The Triton kernels, by Triton's interpreter:"
 	TRITON_INTERPRET=1 $(TESTS) tests/fastfood/test_gpu.py
 
 check: $(VENV)/.installed-test lint types
-	$(TESTS) tests/hierarchy tests/app/test_data.py tests/app/test_fuzz.py tests/app/test_terminal.py tests/fastfood/test_plan.py tests/test_import.py
+	$(TESTS) --dist loadfile tests/hierarchy tests/app/test_data.py tests/app/test_fuzz.py tests/app/test_terminal.py tests/fastfood/test_plan.py tests/test_import.py
 
 # With the oldest and the newest Triton that are known to work, which pip does not install beside this torch.
 triton-versions: $(VENV)/.installed-test

@@ -1,4 +1,4 @@
-"""Fused Fastfood projections for fine-tuning inside a small random subspace (DID, SAID and H-SAID)."""
+"""Fused Fastfood projections for fine-tuning inside a small random subspace (DID, SAID and H-SAID; docs/method.md)."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ __all__ = [
     "last_checkpoint",
 ]
 
-# Imported when they are first asked for: `hsaid --help` need not wait for torch.
+# Imported on first access, so that `hsaid --help` does not wait for torch to load.
 _MODULES = {
     "HSAID": "wrapper.hsaid",
     "Hierarchy": "hierarchy",

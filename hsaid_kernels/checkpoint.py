@@ -1,4 +1,4 @@
-"""Checkpoints on disk."""
+"""Finding checkpoints on disk."""
 
 from hsaid_kernels.wrapper.checkpoint import last_checkpoint
 

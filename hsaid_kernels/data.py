@@ -1,4 +1,4 @@
-"""Texts to classify: names from Unicode CLDR, or files (docs/training.md)."""
+"""Labelled texts for classification, from Unicode CLDR or from files (docs/training.md)."""
 
 from hsaid_kernels.app.data import DataError, Dataset, Example, load_cldr, load_files, read_examples
 

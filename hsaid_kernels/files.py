@@ -1,4 +1,4 @@
-"""Reading files that are files, and writing them whole or not at all."""
+"""Reading regular files only, and replacing files atomically."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from pathlib import Path
 
 
 def read_file(path: Path) -> bytes:
-    """What is in a file; OSError also for what is none, as a pipe, which would be waited for, or a device."""
+    """The contents of a file. Raises OSError if it cannot be read or is not a regular file.
+
+    Reading a pipe, for example, could block forever.
+    """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a file", str(path))
     return path.read_bytes()
 
 
 def replace_files(files: Mapping[Path, bytes]) -> None:
-    """Puts the files in place in their order, each in one step, after all of them are on the disk."""
+    """Writes files, {path: contents}. Each is replaced atomically, in the given order.
+
+    All contents are first written to temporary files and flushed to disk. If that raises OSError, no file is replaced
+    and the temporary files are deleted.
+    """
     temporary = {path: path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for path in files}
     try:
         for path, data in files.items():

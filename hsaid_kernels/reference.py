@@ -1,4 +1,4 @@
-"""The definition in plain torch, which judges every backend (fastfood/reference.py)."""
+"""The reference implementation in plain PyTorch, against which all backends are tested (fastfood/reference.py)."""
 
 from hsaid_kernels.fastfood.reference import (
     adjoint,

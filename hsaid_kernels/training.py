@@ -1,4 +1,4 @@
-"""What `hsaid train` does, for scripts: a classifier, batches, steps, evaluation (docs/training.md)."""
+"""The parts of `hsaid train` for use in scripts: classifier, batches, steps, evaluation (docs/training.md)."""
 
 from hsaid_kernels.app.architecture import FALLBACK, MBERT, build_architecture
 from hsaid_kernels.app.training import (

@@ -1,3 +1,3 @@
-"""The package's version: the one place where it stands."""
+"""The package's version. This is the only place that defines it."""
 
 __version__ = "0.1.0"

@@ -1,1 +1,1 @@
-"""A person: the command line, and what it trains on."""
+"""The command line `hsaid` and its training data."""

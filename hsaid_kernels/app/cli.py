@@ -1,7 +1,7 @@
-"""`hsaid`: train a text classifier through H-SAID; say or draw what a checkpoint or a model's hierarchy holds.
+"""The command `hsaid`: trains a text classifier with H-SAID, and prints or draws a checkpoint or a model's hierarchy.
 
-Bad input ends in one sentence on stderr and exit code 2, a run that went wrong in exit code 1. This is the parser,
-which works without torch; each command is a module of its own.
+Invalid input gives one sentence on stderr and exit code 2; a failed run gives exit code 1. This module contains the
+argument parser, which does not import torch. Each subcommand is in a separate module.
 """
 
 from __future__ import annotations
@@ -33,15 +33,19 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, 1 for a run that went wrong, 2 for bad input, 130 for Ctrl-C, 141 if nobody reads."""
+    """Runs a command and returns its exit code.
+
+    The code is 0 for success, 1 for a failed run, 2 for invalid input, 130 after Ctrl-C, and 141 if the reader of
+    stdout has closed the pipe.
+    """
     try:
         try:
             return _run(argv)
         finally:
-            sys.stdout.flush()  # here, where it can be noticed that nobody reads any more
+            sys.stdout.flush()  # flushes inside the try block, so that a closed pipe raises here
     except BrokenPipeError:  # hsaid info ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-        return 141  # as shells say of a process that SIGPIPE has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # because Python flushes again at exit
+        return 141  # 128 + SIGPIPE, as shells report it
 
 
 def _run(argv: Sequence[str] | None) -> int:

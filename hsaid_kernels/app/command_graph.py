@@ -1,4 +1,4 @@
-"""`hsaid graph`: a model's hierarchy as a picture, or what a checkpoint has learned on it."""
+"""`hsaid graph`: draws a model's hierarchy, or a checkpoint's trained multipliers on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from hsaid_kernels.hierarchy.paths import HEADS
 
 
 def graph(arguments: argparse.Namespace) -> None:
-    """Writes the picture, and says how much is in it."""
+    """Writes the diagram and prints how many tensors, paths, nodes and multipliers it has.
+
+    Raises UsageError for invalid arguments.
+    """
     with user_input():
         partition, multipliers = arguments.partition, None
         if trained.is_checkpoint(arguments.source, arguments.model, arguments.heads):

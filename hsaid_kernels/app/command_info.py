@@ -1,5 +1,7 @@
-"""`hsaid info`: what a checkpoint or a model's hierarchy holds. Of a checkpoint that `hsaid train` wrote no model is
-needed: the run says what the multipliers belong to."""
+"""`hsaid info`: prints the contents of a checkpoint, or a model's hierarchy.
+
+A checkpoint written by `hsaid train` needs no model, because training.json stores the paths of the multipliers.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ HEAD_PARTITIONS = ("L1+L2|L3|L4|L5", "L1+L5|L3|L4", "L1+L2+L3+L4+L5")
 
 
 def info(arguments: argparse.Namespace) -> None:
-    """Prints what there is to know."""
+    """Prints the information about `arguments.source`. Raises UsageError for invalid arguments."""
     with user_input():
         if trained.is_checkpoint(arguments.source, arguments.model, arguments.heads):
             _describe_checkpoint(Path(arguments.source), arguments.model)
@@ -61,7 +63,7 @@ def _describe_multipliers(components: Iterable[Component], multipliers: list[flo
     values = iter(multipliers)
     for component in components:
         learned = sorted(zip(component.paths, values), key=lambda item: -abs(item[1] - 1))
-        # Hard spaces, so that lines break between multipliers only.
+        # Non-breaking spaces, so that lines break only between multipliers.
         shown = [" ".join([*filter(None, path), f"{value:.3f}"]).replace(" ", "\xa0") for path, value in learned]
         first, others = f"{'+'.join(component.levels):<12} ", " " * 13
         text = textwrap.fill(", ".join(shown), 118, initial_indent=first, subsequent_indent=others)

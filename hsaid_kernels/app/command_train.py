@@ -1,4 +1,4 @@
-"""`hsaid train`: a text classifier through H-SAID, on the embedded data or the user's own."""
+"""`hsaid train`: trains a text classifier with H-SAID, on the embedded data or on the user's files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from hsaid_kernels.wrapper.hsaid import HSAID
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Trains, saves, loads again and compares."""
+    """Trains, saves the checkpoint, reloads it and compares the predictions; then may time steps of mBERT.
+
+    Raises UsageError for invalid arguments, RunError if the loss is not finite or the predictions differ.
+    """
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with user_input():
@@ -48,7 +51,7 @@ def train(arguments: argparse.Namespace) -> None:
     say("memory", f"{training.peak_memory(device) / 2**20:,.0f} MiB at the peak")
     say("checkpoint", f"{trained.size(arguments.out):,} bytes in {arguments.out}")
 
-    del classifier  # two models at once may be more than the machine holds
+    del classifier  # two models at once may not fit into memory
     fresh = training.load_trained(arguments.out)
     fresh.model.to(device)
     again = training.evaluate(fresh, dataset.test)
@@ -74,7 +77,7 @@ def _steps(hsaid: HSAID, dataset: data.Dataset, arguments: argparse.Namespace) -
 def _fit(
     hsaid: HSAID, classifier: training.Classifier, dataset: data.Dataset, steps: int, arguments: argparse.Namespace
 ) -> dict[str, float]:
-    """Trains the classifier's model, and returns the seconds that each part of all steps took."""
+    """Trains the classifier's model. Returns the total seconds of all steps for each of `training.PARTS`."""
     seed, lr, dropout = arguments.seed, arguments.lr, arguments.dropout
     batches = training.training_batches(classifier, dataset.train, arguments.batch_size, seed)
     losses: list[float] = []
@@ -105,7 +108,10 @@ def _dataset(arguments: argparse.Namespace) -> data.Dataset:
 
 
 def _check_writable(directory: Path) -> None:
-    """Before training, and without making anything: raises OSError unless a file can be made in the directory-to-be."""
+    """Raises OSError, before training starts, if no file can be created in the output directory.
+
+    If it does not exist yet, this checks its nearest existing parent. Leaves nothing behind.
+    """
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
@@ -117,7 +123,7 @@ def _check_writable(directory: Path) -> None:
 
 
 def _classifier(arguments: argparse.Namespace, labels: Sequence[str]) -> tuple[str, training.Classifier]:
-    """The model asked for, or mBERT, or what stands in for it."""
+    """The model given by --model; else mBERT, or FALLBACK if mBERT is not available. Returns (source, classifier)."""
     options = (labels, arguments.seed, arguments.max_length)
     if arguments.model is not None:
         is_directory = Path(arguments.model).is_dir()
@@ -131,7 +137,7 @@ def _classifier(arguments: argparse.Namespace, labels: Sequence[str]) -> tuple[s
 
 
 def _wrap(model: nn.Module, arguments: argparse.Namespace) -> HSAID:
-    """On the GPU where there is one that the kernels can use."""
+    """Wraps the model in HSAID, on a GPU if there is one that a backend supports."""
     device = choose_device()
     choose_backend("auto", device)
     return HSAID(
@@ -189,7 +195,10 @@ def _shares(seconds: Mapping[str, float], steps: int) -> str:
 
 
 def _time_mbert(steps: int, examples: Sequence[data.Example], arguments: argparse.Namespace) -> None:
-    """A few steps of the whole architecture, row by row; the losses say only that it runs."""
+    """Runs a few steps of the full mBERT architecture and prints their times, one row for each step.
+
+    The weights are random, so the losses only show that it runs.
+    """
     print("\nmBERT's architecture with fresh weights, 16 texts of 16 hashed tokens a step, times in seconds")
     with user_input():
         hsaid = _wrap(training.build_mbert(arguments.seed), arguments)

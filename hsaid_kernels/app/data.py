@@ -1,8 +1,9 @@
-"""Labelled text: a multilingual task from Unicode CLDR that needs no download, and readers for csv, tsv and jsonl.
+"""Labelled texts: a multilingual task from Unicode CLDR that needs no download, and readers for csv, tsv and jsonl.
 
-The embedded task: the text is the name of a thing in some language, the label says what kind of thing it is. CLDR's
-names come with Babel. Training, validation and test use different *languages*, so that accuracy is about languages
-never trained on; settings are chosen on the validation languages, never on the test languages.
+In the embedded task a text is the name of a thing in some language, and its label is the kind of thing. The names come
+from the CLDR data in the package Babel. Training, validation and test use different *languages*, so accuracy is
+measured in languages that were not trained on. Settings are chosen on the validation languages, never on the test
+languages.
 """
 
 import csv
@@ -15,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-# Languages with names of all six kinds; 57 of them, in the scripts of Europe and of the Near, South and East of Asia.
+# The 57 languages that have names of all six kinds, in scripts of Europe and of the Near East, South and East Asia.
 _CODES = """
     ar az bg bn bs ca cs da de el en es et eu fa fi fr ga gd gu he hi hr hu id is it ja ka kk ko lt mk ml mr ms nb ne nl
     nn pl pt ro ru sl so sq sr sv ta te th tr uk vi zh zu
 """
 LANGUAGES = tuple(_CODES.split())
-# All in Latin script, because the model that stands in for mBERT reads English word pieces; each part mixes families.
+# All in Latin script, because the fallback for mBERT has an English vocabulary. Each part mixes language families.
 TRAIN_LANGUAGES = ("en", "de", "fr", "es", "pl", "fi", "tr", "id")
 VALIDATION_LANGUAGES = ("pt", "sv", "sl", "ms")
 TEST_LANGUAGES = ("it", "nl", "da", "nb", "cs", "ro", "et", "ca")
@@ -29,7 +30,7 @@ TEST_FRACTION = 0.2
 
 
 class DataError(ValueError):
-    """Data that cannot be used. The message names the file and line, what was expected and what came."""
+    """Data that cannot be used. For files, the message names the file and line; it says what was expected and found."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples in three parts; validation is empty for files. `labels` are those of the training part, sorted."""
+    """Examples in three parts; `validation` is empty for files. `labels` are those of the training part, sorted."""
 
     name: str
     train: tuple[Example, ...]
@@ -62,15 +63,17 @@ def load_cldr(
     held_out_per_label: int = 50,
     seed: int = 0,
 ) -> Dataset:
-    """Names of countries, currencies, languages, scripts, time zones and units; the same ones for the same seed.
+    """Names of countries, currencies, languages, scripts, time zones and units, deterministic for a given seed.
 
-    At most `per_label` names of each kind are drawn from each training language, `held_out_per_label` from the others,
-    because CLDR has four times as many languages as scripts: uncapped, guessing "language" would be right for two
-    names in five. A spelling (case and accents aside, which uncased models do not see) counts once, for the first
-    language that has it, so no test name is spelled as any name in a training language. Names that stand for two kinds
-    in any of these languages or English ("Thai", a language and a script) have no right answer and are left out.
+    At most `per_label` names of each kind are drawn from each training language, and at most `held_out_per_label` from
+    each other language. Without these limits, always guessing "language" would be right for two names in five, because
+    CLDR has four times as many languages as scripts.
 
-    Raises DataError for an unknown language, or one named twice.
+    Each spelling, ignoring case and accents as uncased models do, is used only for the first language that has it. So
+    no test name has the spelling of any name in a training language. Names with two kinds in any of these languages or
+    in English ("Thai", a language and a script) have no unique label and are omitted.
+
+    Raises DataError for an unknown language, or one given twice.
     """
     chosen = [*train, *validation, *test]
     for language in chosen:
@@ -105,7 +108,7 @@ def load_cldr(
         (train, per_label),
         (validation, held_out_per_label),
         (test, held_out_per_label),
-    ]  # in this order, for `seen`
+    ]  # the order matters: a spelling is used for the first language that has it
     drawn = [tuple(example for language in part for example in draw(language, most)) for part, most in parts]
     return Dataset("Unicode CLDR names", *drawn)
 
@@ -113,10 +116,13 @@ def load_cldr(
 def load_files(
     data: str | Path, test_data: str | Path | None = None, *, text: str = "text", label: str = "label", seed: int = 0
 ) -> Dataset:
-    """Training examples from one file and test examples from another, or a fifth of each label in the only file.
+    """Training examples from `data` and test examples from `test_data`.
 
-    A test text that is also a training text is dropped: accuracy is about texts not trained on. Raises DataError as
-    `read_examples` does, for a test label that training lacks, for a single label, and where nothing is left to test.
+    Without `test_data`, a fifth of the examples of each label in `data` are test examples. Test examples whose text is
+    also a training text are dropped. `text` and `label` are the names of the columns; `seed` determines the split.
+
+    Raises DataError as `read_examples` does, for a test label that does not occur in training, for fewer than two
+    labels, and if no test example is left.
     """
     train = read_examples(data, text=text, label=label)
     labels = sorted({example.label for example in train})
@@ -136,7 +142,10 @@ def load_files(
 
 
 def _split(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:
-    """(train, test), both in the file's order; a label with less than 1 / TEST_FRACTION examples is all training."""
+    """Returns (train, test), both in the order of the file.
+
+    All examples of a label with fewer than 1 / TEST_FRACTION examples are in `train`.
+    """
     shuffled = list(enumerate(examples))
     random.Random(seed).shuffle(shuffled)
     by_label: dict[str, list[int]] = {}
@@ -152,11 +161,11 @@ def _split(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[
 def read_examples(
     path: str | Path, *, text: str = "text", label: str = "label", labels: Collection[str] | None = None
 ) -> list[Example]:
-    """Examples from the columns (or keys) `text` and `label` of a UTF-8 file: .csv, .tsv or .jsonl by its name.
+    """Examples from the columns (or keys) `text` and `label` of a UTF-8 file. Its ending is .csv, .tsv or .jsonl.
 
-    csv and tsv start with a line of column names; csv quotes as RFC 4180 does, tsv not at all. jsonl has an object a
-    line, whose label may be an integer. Blank lines are skipped. Raises DataError, with file and line, for anything
-    else, and for a label that is not one of `labels` where these are given.
+    csv and tsv files begin with a line of column names. csv is quoted according to RFC 4180, tsv is not quoted. jsonl
+    has one JSON object in each line, and its label may be an integer. Blank lines are skipped. Raises DataError, with
+    file and line, for anything else, and for a label that is not in `labels` if these are given.
     """
     path = Path(path)
     ending = path.suffix.lower()
@@ -164,7 +173,8 @@ def read_examples(
         raise DataError(f"{path}: expected a file name ending in {', '.join(_READERS)}, got {ending or 'no ending'!r}")
     examples = []
     try:
-        # A byte order mark is what spreadsheets put first; newline="" because quoted csv fields may contain line ends.
+        # utf-8-sig skips the byte order mark that spreadsheets write. newline="" because quoted csv fields may contain
+        # line breaks.
         with path.open(encoding="utf-8-sig", newline="") as file:
             for line, row in _READERS[ending](path, file, (text, label)):
                 for column in (text, label):
@@ -231,24 +241,24 @@ _READERS: dict[str, Callable[[Path, TextIO, Sequence[str]], _Rows]] = {
 
 
 def _names(language: str) -> dict[str, list[str]]:
-    """Label -> names in this language, without what gives the label away or is not a name."""
+    """{label: names in this language}, without names that reveal the label and entries that are not names."""
     from babel import Locale
     from babel.units import get_unit_name
 
     locale = Locale.parse(language)
     zones = {zone: names.get("long", {}) for zone, names in locale.meta_zones.items()}
     by_label = {
-        # Two letters: countries, not the world's numbered regions. XA, XB and ZZ, like scripts in Z, are not real ones.
+        # Two letters are countries, numbers are regions of the world. XA, XB, ZZ and scripts in Z are not real ones.
         "country": {c: n for c, n in locale.territories.items() if len(c) == 2 and c not in ("XA", "XB", "ZZ")},
-        # XTS is for tests, XXX for no currency.
+        # XTS is a code for tests, XXX means no currency.
         "currency": {c: n for c, n in locale.currencies.items() if c not in ("XTS", "XXX")},
-        # "en_GB" and the like name a country too; mul, und and zxx name no language.
+        # Codes such as "en_GB" name a country too; mul, und and zxx are not languages.
         "language": {c: n for c, n in locale.languages.items() if "_" not in c and c not in ("mul", "und", "zxx")},
         "script": {c: n for c, n in locale.scripts.items() if not c.startswith("Z")},
         "time zone": {zone: names.get("standard") or names.get("generic") for zone, names in zones.items()},
         "unit": {unit: get_unit_name(unit, "long", locale) for unit in map(str, locale.unit_display_names)},
     }
-    # A missing name falls back to its code. Brackets hold years (of currencies) and variants: they give the label away.
+    # Babel gives the code for a missing name. Brackets contain years (of currencies) and variants and reveal the label.
     return {
         label: [n for c, n in sorted(items.items()) if n and n.casefold() != c.casefold() and not set(n) & set("(（")]
         for label, items in by_label.items()

@@ -1,4 +1,4 @@
-"""What the commands share: how they speak, and how they end."""
+"""Output and errors of the subcommands."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-SECONDS = 10.0  # between the lines of progress where nobody watches
+SECONDS = 10.0  # between progress lines if stderr is not a terminal
 
 
 class UsageError(Exception):
-    """What was asked for cannot be done; the message is the one sentence that says why."""
+    """The user's input is invalid. The message is one sentence with the reason."""
 
 
 class RunError(Exception):
-    """What was asked for was done, and went wrong."""
+    """The input was valid, but the run failed."""
 
 
 @contextmanager
 def user_input() -> Iterator[None]:
-    """What the library refuses in here is the user's to change."""
+    """A context manager that turns exceptions of the library into UsageError, for code that handles user input."""
     try:
         yield
-    except BrokenPipeError:  # of what is printed
+    except BrokenPipeError:  # the reader of stdout has closed the pipe
         raise
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
@@ -40,8 +40,10 @@ def num_weights(shapes: Mapping[str, Sequence[int]]) -> int:
 
 @contextmanager
 def progress(total: int, what: str) -> Iterator[Callable[[str], None]]:
-    """A function to call after each of so many steps, with what to say of it: a bar on stderr, or now and then a line
-    where stderr is no terminal."""
+    """A context manager that reports progress on stderr: a bar, or if stderr is not a terminal, a line now and then.
+
+    Yields a function to call after each of `total` steps, with a short text to show. `what` is the label.
+    """
     if sys.stderr.isatty():
         from tqdm import tqdm
 

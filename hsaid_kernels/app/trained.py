@@ -1,4 +1,4 @@
-"""What `hsaid train` left in a directory: a checkpoint, and a JSON file about the run and its multipliers."""
+"""Reads what `hsaid train` writes to a directory: a checkpoint, and a JSON file about the run and its multipliers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ RUN_FILE = "training.json"
 
 
 def described(partition: Partition) -> list[dict[str, Any]]:
-    """A partition's components for JSON; `components` reads it."""
+    """A partition's components in a form for JSON, which `components` reads."""
     return [{"levels": component.levels, "paths": component.paths} for component in partition.components]
 
 
 def read_run(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `save_trained` was given. Raises FileNotFoundError where there is none, ValueError where it is damaged."""
+    """The run that `save_trained` wrote. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
     path = Path(directory, RUN_FILE)
     try:
         run = json.loads(read_file(path))
@@ -43,7 +43,10 @@ def read_run(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def components(directory: Path, model: str | None = None) -> Iterable[Component]:
-    """What a checkpoint's multipliers belong to, as the run says, or `model`, the one that was trained."""
+    """The components to which a checkpoint's multipliers belong, from the run or from `model`, the trained model.
+
+    Raises as `read_run` and `load_multipliers`.
+    """
     if model is None and "components" in (run := read_run(directory)):
         try:
             return [
@@ -58,7 +61,11 @@ def components(directory: Path, model: str | None = None) -> Iterable[Component]
 
 
 def load_multipliers(directory: Path, model: str | None = None) -> tuple[Hierarchy, Partition, Tensor]:
-    """A checkpoint's multipliers and what they belong to; `model` is what was trained, if not as the run says."""
+    """Returns a checkpoint's (hierarchy, partition, multipliers), the latter float32 [m].
+
+    `model` is the directory or hub name of the trained model; None means the one that the run names. Raises ValueError
+    if `model` is None and there is no run, or if the model's tensors do not fit the checkpoint.
+    """
     config = read_config(directory)
     if model is None:
         if not (directory / RUN_FILE).exists():
@@ -74,7 +81,7 @@ def hierarchy_of_model(source: str, heads: bool) -> Hierarchy:
 
 
 def is_checkpoint(source: str, model: str | None, heads: bool) -> bool:
-    """Whether `source` is a checkpoint and not a model; ValueError for arguments that only the other one takes."""
+    """Whether `source` is a checkpoint rather than a model. Raises ValueError for arguments that do not apply to it."""
     if Path(source, VALUES_FILE).exists():
         if heads:
             raise ValueError(f"--heads: expected with a model only, got it with the checkpoint {source!r}")
@@ -85,6 +92,6 @@ def is_checkpoint(source: str, model: str | None, heads: bool) -> bool:
 
 
 def size(directory: Path) -> int:
-    """Bytes of the checkpoint's files, whatever else is in the directory."""
+    """The size in bytes of the checkpoint's files; other files in the directory do not count."""
     files = (directory / name for name in (VALUES_FILE, CONFIG_FILE, RUN_FILE))
     return sum(path.stat().st_size for path in files if path.exists())

@@ -1,7 +1,7 @@
-"""Fine-tuning a text classifier through `HSAID` in plain torch, for `hsaid train`: model, loop, accuracy, saved run.
+"""Fine-tunes a text classifier with `HSAID` in plain PyTorch, for `hsaid train`: model, loop, accuracy, saved run.
 
-A step is timed without touching the model: hooks tell when the projection is done and when its adjoint starts and ends,
-so that the parts of a step add up to the whole of it.
+Hooks measure the time of each part of a step without changes to the model. They report when the projection is finished
+and when its adjoint starts and ends. The times of the parts add up to the time of the step.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from hsaid_kernels.app.data import Example
 from hsaid_kernels.app.trained import RUN_FILE, described, read_run
 from hsaid_kernels.wrapper.hsaid import HSAID
 
-WARMUP = 0.1  # of the steps
-MAX_NORM = 1.0  # of the gradient
-PARTS = ("data", "projection", "forward", "backward", "adjoint", "optimiser")  # of a step, in this order
+WARMUP = 0.1  # fraction of the steps in which the learning rate rises
+MAX_NORM = 1.0  # the gradient is clipped to this norm
+PARTS = ("data", "projection", "forward", "backward", "adjoint", "optimiser")  # the timed parts of a step, in order
 
 Batch = dict[str, Tensor]
 
 
 @dataclass
 class Classifier:
-    """Text in, one of `labels` out; `model` is an HSAID or any other sequence classifier of transformers."""
+    """Classifies texts into `labels`. `model` is a sequence classifier of transformers, wrapped in HSAID or not."""
 
     model: nn.Module
     tokenizer: Any
     labels: tuple[str, ...]
-    max_length: int  # tokens; longer texts are cut
+    max_length: int  # in tokens; longer texts are truncated
 
     def encode(self, examples: Sequence[Example]) -> Batch:
-        """Token ids and mask [examples, longest], labels [examples]."""
+        """The model's inputs: token ids and attention mask, int64 [examples, longest text], and labels [examples]."""
         batch = self._tokens([example.text for example in examples])
         labels = [self.labels.index(example.label) for example in examples]
         return batch | {"labels": torch.tensor(labels, device=_device(self.model))}
 
     @torch.no_grad()
     def predict(self, texts: Sequence[str], batch_size: int = 128) -> list[str]:
-        """A label for every text."""
+        """The predicted label of every text. Puts the model into eval mode."""
         self.model.eval()
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of like length need little padding
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of similar length need little padding
         predicted = [""] * len(texts)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
@@ -69,10 +69,11 @@ class Classifier:
 
 
 def build_classifier(source: str, labels: Sequence[str], seed: int, max_length: int) -> Classifier:
-    """A pretrained model in float32 on the CPU, with a head for `labels` that is drawn with `seed`.
+    """A pretrained model in float32 on the CPU, with a new classification head for `labels`, initialized with `seed`.
 
-    `source` is a directory, a hub name (its cached copy where the hub does not answer) or `FALLBACK`. Raises ValueError
-    where the weights cannot be had, and for more tokens than the model has positions.
+    `source` is a directory, a hub name or `FALLBACK`. If the hub does not answer, the cached copy is used. `max_length`
+    is in tokens. Raises ValueError if the weights cannot be loaded, or if `max_length` exceeds the model's number of
+    positions.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -93,15 +94,15 @@ def build_classifier(source: str, labels: Sequence[str], seed: int, max_length: 
 @dataclass(frozen=True)
 class Step:
     loss: float
-    seconds: dict[str, float]  # for each of PARTS
+    seconds: dict[str, float]  # {part: seconds} for each of PARTS
 
 
 def training_batches(
     classifier: Classifier, examples: Sequence[Example], batch_size: int, seed: int
 ) -> Iterator[Batch]:
-    """Batches without end: every pass over the examples is in an order of its own, decided by `seed`."""
+    """Yields batches endlessly. Every pass over the examples is shuffled anew, determined by `seed`."""
     generator = torch.Generator().manual_seed(seed)
-    dataset = cast("torch.utils.data.Dataset[Example]", examples)  # a sequence is one: it has items and a length
+    dataset = cast("torch.utils.data.Dataset[Example]", examples)  # DataLoader accepts any sequence
     loader = torch.utils.data.DataLoader(
         dataset, batch_size, shuffle=True, collate_fn=classifier.encode, generator=generator
     )
@@ -111,12 +112,12 @@ def training_batches(
 def training_steps(
     hsaid: HSAID, batches: Iterable[Batch], *, steps: int, lr: float, seed: int = 0, dropout: bool = False
 ) -> Iterator[Step]:
-    """Trains theta and the multipliers by AdamW, a step per item; the learning rate rises for a tenth of the steps,
-    then falls to 0.
+    """Trains the parameters of `hsaid` with AdamW, one step for each `Step` that it yields.
 
-    No weight decay: it would draw the multipliers to 0, which is not where they start. No dropout by default: so few
-    numbers hardly overfit, and its noise slows them down. The losses are the same to the last bit for the same seed,
-    batches and machine.
+    The learning rate rises linearly to `lr` in the first tenth of the steps and then falls linearly to 0. There is no
+    weight decay, because it would pull the multipliers towards 0 instead of 1. Dropout is off by default: so few
+    parameters hardly overfit, and its noise slows training. `seed` determines dropout. With the same seed, batches and
+    machine the losses are the same bit for bit.
     """
     from transformers import get_linear_schedule_with_warmup
 
@@ -142,7 +143,7 @@ def training_steps(
 
 
 class _Stopwatch:
-    """Seconds for each part of a step; one part runs at a time, so they add up to the step."""
+    """Measures the seconds of each part of a step. One part runs at a time, so the parts add up to the step."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -150,15 +151,15 @@ class _Stopwatch:
         self._seconds: dict[str, float] = defaultdict(float)
 
     def switch(self, part: str) -> None:
-        """The running part ends, `part` begins."""
-        if self._device.type == "cuda":  # or the time would be that of the launches
+        """Ends the current part and begins `part`."""
+        if self._device.type == "cuda":  # otherwise only kernel launches would be measured
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         self._seconds[self._part] += now - self._since
         self._part, self._since = part, now
 
     def stop(self) -> dict[str, float]:
-        """Seconds since the last stop, for each of PARTS."""
+        """Ends the current part. Returns the seconds since the last `stop`, for each of PARTS."""
         self.switch("")
         seconds = {part: self._seconds[part] for part in PARTS}
         self._seconds.clear()
@@ -166,13 +167,16 @@ class _Stopwatch:
 
     @contextmanager
     def around(self, hsaid: HSAID) -> Iterator[None]:
-        """In here "forward" begins when the model inside is called, and "adjoint" is the backward of the projection."""
+        """A context manager that installs hooks on the wrapped model.
+
+        They switch to "forward" when the wrapped model is called, and to "adjoint" for the backward of the projection.
+        """
 
         def projected(model: nn.Module, args: tuple) -> None:
             self.switch("forward")
 
         def computed(model: nn.Module, args: tuple, output: Any) -> None:
-            nodes = {weight.grad_fn for weight in model.parameters()}  # one for each block of the model
+            nodes = {weight.grad_fn for weight in model.parameters()}  # one node for each part of the projection
             for node in filter(None, nodes):
                 node.register_prehook(lambda _: self.switch("adjoint"))
                 node.register_hook(lambda *_: self.switch("backward"))
@@ -186,10 +190,10 @@ class _Stopwatch:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that were in use at once: the process's on the CPU, torch's on a GPU."""
+    """Peak memory in bytes: of the process on the CPU, of PyTorch's allocator on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):  # Linux; getrusage would count what the parent held when it forked
+    with suppress(OSError):  # on Linux; getrusage would include the parent's memory at the time of the fork
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["VmHWM"].split()[0]) * 1024
     import resource
@@ -199,7 +203,7 @@ def peak_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions, the part of them that is right, and the same for each language."""
+    """Predictions, their accuracy (0 to 1), and the accuracy for each language."""
 
     predictions: tuple[str, ...]
     accuracy: float
@@ -212,7 +216,7 @@ def evaluate(classifier: Classifier, examples: Sequence[Example]) -> Evaluation:
 
 
 def majority_baseline(train: Sequence[Example], test: Sequence[Example]) -> Evaluation:
-    """Always the label that is most frequent in training, the first of these by name."""
+    """The result of always predicting the most frequent training label; of several, the first in alphabetical order."""
     count = Counter(sorted(example.label for example in train))
     return _score(count.most_common(1)[0][:1] * len(test), test)
 
@@ -226,18 +230,20 @@ def _score(predictions: Sequence[str], examples: Sequence[Example]) -> Evaluatio
 
 
 def save_trained(classifier: Classifier, directory: str | os.PathLike[str], **run: Any) -> None:
-    """Writes the HSAID's checkpoint and a small JSON file with what else `load_trained` needs.
+    """Writes the HSAID's checkpoint and a small JSON file with the other data that `load_trained` needs.
 
-    `run` must have `model` and `seed` as given to `build_classifier`, and may have more to remember.
+    `run` must contain `model` and `seed` as given to `build_classifier`. Other entries are stored too. Raises OSError
+    if the files cannot be written.
     """
     run |= {"max_length": classifier.max_length, "labels": classifier.labels}
-    hsaid = cast(HSAID, classifier.model)  # or what compiles one, and has its attributes
+    hsaid = cast(HSAID, classifier.model)  # or a compiled one, which has the same attributes
     run["components"] = described(hsaid.partition)
     path = Path(directory, RUN_FILE)
     unfinished = path.with_name(f".{RUN_FILE}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # Both files are on the disk before either is put in place: they mean nothing without one another.
+        # The JSON file is written completely before the checkpoint is put in place, and renamed afterwards, because the
+        # files are useless without each other.
         unfinished.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         hsaid.save_pretrained(directory)
         unfinished.replace(path)
@@ -246,11 +252,11 @@ def save_trained(classifier: Classifier, directory: str | os.PathLike[str], **ru
 
 
 def load_trained(directory: str | os.PathLike[str], model: str | None = None) -> Classifier:
-    """The classifier that `hsaid train` saved, on the CPU: `load_trained("runs/train").predict(["Islande"])`.
+    """The classifier that `hsaid train` saved, on the CPU, as in `load_trained("runs/train").predict(["Islande"])`.
 
-    `model` is where its pretrained weights are now, if not where they were. Raises as `read_run`, `build_classifier`
-    and `HSAID.from_pretrained` do, and ValueError for W0 (pretrained, or the new head) other than what was trained
-    from.
+    `model` is the directory or hub name of the pretrained weights; None means the one used in training. Raises what
+    `read_run`, `build_classifier` and `HSAID.from_pretrained` raise, and ValueError if W0 (the pretrained weights or
+    the new head) differs from that of training.
     """
     run = read_run(directory)
     classifier = build_classifier(model or run["model"], run["labels"], run["seed"], run["max_length"])
@@ -264,7 +270,7 @@ def load_trained(directory: str | os.PathLike[str], model: str | None = None) ->
 
 
 def build_mbert(seed: int) -> nn.Module:
-    """The full mBERT architecture with fresh weights: 201 tensors, 177,854,978 weights."""
+    """The full mBERT architecture with random weights: 201 tensors, 177,854,978 weights."""
     from transformers import BertConfig, BertForSequenceClassification
 
     with torch.random.fork_rng(devices=[]):
@@ -275,9 +281,10 @@ def build_mbert(seed: int) -> nn.Module:
 def hashed_batches(
     examples: Sequence[Example], device: torch.device, rows: int = 16, length: int = 16
 ) -> Iterator[Batch]:
-    """Real text for mBERT without its vocabulary, for timing: a token is the hash of four letters, the label yes or no.
+    """Yields batches endlessly for timing mBERT on real text without its vocabulary.
 
-    Ids and mask are [rows, length] in every batch, so that steps can be compared.
+    A token is a hash of four characters; the label is whether the example has the same label as the first one. Token
+    ids and mask are int64 [rows, length] in every batch, so that the times of steps are comparable; labels are [rows].
     """
     for start in itertools.count(0, rows):
         chosen = [examples[i % len(examples)] for i in range(start, start + rows)]

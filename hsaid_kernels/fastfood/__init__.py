@@ -1,1 +1,1 @@
-"""Numbers: theta to weights and back, on every backend. Knows no layers and no models."""
+"""The projection from theta to the weights and its adjoint, on every backend. Independent of models and layers."""

@@ -1,4 +1,4 @@
-"""What a projection may be: known without torch, which `hsaid --help` does not wait for."""
+"""Limits and choices for the arguments of a projection. Does not import torch, so that `hsaid --help` is fast."""
 
 MIN_WIDTH, MAX_WIDTH = 32, 16384
 MAX_DIM = 2**20

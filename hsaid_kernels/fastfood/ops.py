@@ -1,8 +1,8 @@
-"""The two ops of the projection and some small ones: schemas, fake kernels, finding and choosing backends.
+"""The custom ops of the projection: schemas, fake kernels (for torch.compile), and the choice of a backend.
 
-The one place that knows which backends exist.  A compiled library registers its kernels with torch's dispatcher when it
-is loaded; nothing else links it to Python.  Triton serves devices that others serve too, so its kernels stand in a
-namespace of their own, with the same schemas.
+Only this module knows which backends exist. A compiled library registers its kernels with PyTorch's dispatcher when it
+is loaded; it has no other Python bindings. The dispatcher allows one kernel per op and device type, and Triton runs on
+device types that other backends support too. Its kernels are therefore in a second namespace with the same schemas.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ NAMESPACE, TRITON_NAMESPACE = "hsaid_kernels", "hsaid_kernels_triton"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
-# `segments`, `holes`: Plan's tables, on the CPU for every backend; `factors` [S] has the scales s_i inside; `base` and
-# `grads` have an entry per tensor. stream_values: one block [width] of a random stream (docs/rng.md) as a backend makes
-# it; purposes as in reference.py. For tests.
+# `segments` and `holes` are Plan's tables, on the CPU for every backend. `factors` [S] already contain the scales s_i.
+# `base` and `grads` have one entry per tensor. stream_values, for tests, returns one block [width] of a random stream
+# (docs/rng.md) as the backend generates it; `purpose` is one of the constants in reference.py.
 _PLAN = "Tensor segments, int seed, int width, bool rademacher"
 _SCHEMAS = {
     "fastfood_forward": f"(Tensor theta, Tensor factors, Tensor[] base, {_PLAN}, Tensor holes, int numel, "
@@ -84,19 +84,22 @@ def _define(namespace: str) -> None:
         "SparseCPU",
         "SparseCUDA",
         "SparseXPU",
-    ):  # which the dispatcher finds among hundreds of gradients
+    ):  # the dispatcher selects these keys if any tensor of the list has them
         torch.library.impl(f"{namespace}::fastfood_adjoint", key)(plain_adjoint)
 
 
 def _plain(tensor: Tensor | None) -> Tensor | None:
-    """Dense (embeddings may have sparse gradients), and without lazy negation, which no list of arguments resolves."""
+    """The tensor with strided layout (embeddings may have sparse gradients) and without the lazy negative bit.
+
+    The dispatcher's fallback does not resolve that bit in lists of optional tensors (`Tensor?[]`), as `grads` is.
+    """
     if tensor is None:
         return None
     return (tensor if tensor.layout == torch.strided else tensor.to_dense()).resolve_neg()
 
 
 def _in_triton(name: str) -> None:
-    def run(*arguments):  # Triton takes a second to import
+    def run(*arguments):  # imported on first use, because importing Triton takes a second
         return getattr(importlib.import_module("hsaid_kernels.fastfood.triton.ops"), name)(*arguments)
 
     torch.library.impl(f"{TRITON_NAMESPACE}::{name}", "CompositeExplicitAutograd")(run)
@@ -112,18 +115,18 @@ _NAMESPACES = {"cpu": NAMESPACE, "cuda": NAMESPACE, "triton": TRITON_NAMESPACE}
 
 
 def _kernels(backend: str) -> Any:
-    """The namespace of torch.ops with a backend's kernels."""
+    """The namespace of torch.ops that contains a backend's kernels."""
     return getattr(torch.ops, _NAMESPACES[backend])
 
 
 def _load(library: str, key: str, folder: Path | None = None) -> bool | str:
-    """True once the compiled library's kernels are registered under a dispatch key, or the reason why they are not."""
+    """Loads a compiled library. Returns True if it registers kernels for the dispatch key, else the reason why not."""
     path = (folder or Path(__file__).parents[1]) / f"{library}.so"
     if not path.exists():
         return f"{library} is not built: install the package with a C++ compiler (and nvcc for CUDA) at hand"
     try:
         torch.ops.load_library(path)
-    except OSError as error:  # torch's own sentence names the file; the loader's, behind it, the symbol or library
+    except OSError as error:  # torch's message names the file only; the loader's names the missing symbol or library
         reason = error.__cause__ or error.__context__ or error
         return f"{path.name} does not load into torch {torch.__version__}, build the package again: {reason}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::fastfood_forward", key):
@@ -142,7 +145,7 @@ def _load_cuda() -> bool | str:
 
 
 def _find_triton() -> bool | str:
-    """Without importing it."""
+    """True if Triton can be used, else the reason why not. Does not import Triton."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     if _interpreting():
@@ -165,11 +168,11 @@ _AVAILABLE: dict[str, bool | str] = {
     "reference": True,
 }
 _DEVICE_TYPES = {"cuda": "cuda", "cpu": "cpu", "reference": "cpu"}
-_AUTO = {"cuda": ("cuda", "triton"), "xpu": ("triton",), "cpu": ("cpu",)}  # by device type, the first one first
+_AUTO = {"cuda": ("cuda", "triton"), "xpu": ("triton",), "cpu": ("cpu",)}  # device type -> backends, preferred first
 
 
 def _warn_of_a_broken_library(available: dict[str, bool | str]) -> None:
-    """Says why a slower backend serves CUDA tensors, where that is not because nobody wanted the CUDA library."""
+    """Warns if Triton replaces the CUDA backend because the CUDA library is installed but does not load."""
     if "does not load" in str(available["cuda"]) and available["triton"] is True:
         warnings.warn(f"hsaid_kernels: Triton serves CUDA tensors, because {available['cuda']}", stacklevel=2)
 
@@ -178,7 +181,7 @@ _warn_of_a_broken_library(_AVAILABLE)
 
 
 def available_backends() -> dict[str, bool | str]:
-    """Backend -> True, or the reason why it cannot be used."""
+    """{backend: True, or the reason why it cannot be used on this machine}."""
     return dict(_AVAILABLE)
 
 
@@ -189,10 +192,13 @@ def _serves(backend: str, device: torch.device) -> bool:
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
-    """The backend that serves tensors on `device`; RuntimeError that says what to do where there is none.
+    """The backend to use for tensors on `device`.
 
-    "auto" is the compiled backend of the device's type, on a GPU without one Triton; "reference" (slow, any float
-    dtype) is taken only by name.
+    "auto" chooses the compiled backend for the device's type, or else Triton on a GPU. "reference" (slow, any
+    floating-point dtype) is used only if named.
+
+    Raises RuntimeError, with the reason, if no backend can be used or the named one does not support the device;
+    ValueError for an unknown name.
     """
     check_choice("backend", backend, BACKENDS)
     wanted = _AUTO.get(device.type, ()) if backend == "auto" else (backend,)
@@ -208,7 +214,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
 
 
 def choose_device() -> torch.device:
-    """A GPU where there is one that a backend serves, else the CPU."""
+    """A GPU if there is one that a backend supports, else the CPU."""
     for name, there in (("cuda", torch.cuda.is_available()), ("xpu", torch.xpu.is_available())):
         if there and any(_AVAILABLE[backend] is True for backend in _AUTO[name]):
             return torch.device(name)
@@ -216,24 +222,31 @@ def choose_device() -> torch.device:
 
 
 def prepare(plan: Plan, device: torch.device, backend: str) -> None:
-    """Makes what a backend keeps of a plan on a device, ahead of the first call. No backend there: nothing."""
-    with contextlib.suppress(RuntimeError):  # which the first call raises
+    """Creates the tables that a backend keeps on a device for a plan, before the first call needs them.
+
+    Does nothing if no backend supports the device.
+    """
+    with contextlib.suppress(RuntimeError):  # the first call will raise it
         if choose_backend(backend, device) == "triton":
             importlib.import_module("hsaid_kernels.fastfood.triton.ops").prepare(plan, device)
 
 
 def _signed(seed: int) -> int:
-    """The 64 bits of `seed` as the int64 that an op takes."""
+    """`seed`, an unsigned 64-bit integer, reinterpreted as the signed one that an op takes."""
     return seed - 2**64 if seed >= 2**63 else seed
 
 
 def fastfood_forward(
     plan: Plan, theta: Tensor, factors: Tensor, base: Sequence[Tensor], dtype: torch.dtype, backend: str
 ) -> Tensor:
-    """Flat buffer [plan.numel] of base_i + factors_i H(G z_i); `factors` [S] float32 has the scales s_i inside.
+    """The weights base_i + factors_i * H(G z_i) of all segments, as one flat buffer [plan.numel] in `dtype`.
 
-    `base` is empty (zeros) or has a tensor per tensor of the plan, in `dtype` or float32. Gaps between tensors are 0.
-    Equivalent to `reference.forward`, to the last bit in float32.
+    Args:
+        theta: float32 [plan.dim].
+        factors: float32 [S], already multiplied by the scales s_i.
+        base: a tensor for each tensor of the plan, in `dtype` or float32, or empty for zeros.
+
+    The gaps between tensors in the buffer are 0. Equivalent to `reference.forward`, bit for bit in float32.
     """
     if torch.compiler.is_compiling():
         return torch.ops.hsaid_kernels.planned_forward(theta, factors, list(base), plan.key, dtype, backend)
@@ -248,9 +261,9 @@ def fastfood_forward(
 def fastfood_adjoint(
     plan: Plan, theta: Tensor, factors: Tensor, grads: Sequence[Tensor | None], backend: str
 ) -> tuple[Tensor, Tensor]:
-    """(dtheta [dim], dfactors [S]) for gradients of the weights, None counting as zero.
+    """Returns (dtheta [dim], dfactors [S]), both float32, for the gradients of the plan's tensors; None counts as zero.
 
-    Equivalent to `reference.adjoint`, to the last bit in float32.
+    `theta` and `factors` are as in `fastfood_forward`. Equivalent to `reference.adjoint`, bit for bit in float32.
     """
     if torch.compiler.is_compiling():
         return torch.ops.hsaid_kernels.planned_adjoint(theta, factors, list(grads), plan.key, backend)
@@ -261,8 +274,8 @@ def fastfood_adjoint(
     )
 
 
-# What torch.compile puts into its graphs: the plan by its key, and not its tensors, which are on the CPU: CUDA graphs
-# take none.
+# The ops that torch.compile puts into its graphs. They take the plan by its key instead of its tables, because those
+# are CPU tensors, which CUDA graphs do not support.
 torch.library.define(
     f"{NAMESPACE}::planned_forward",
     "(Tensor theta, Tensor factors, Tensor[] base, str plan, ScalarType dtype, str backend) -> Tensor",
@@ -296,24 +309,25 @@ def _fake_planned_adjoint(theta, factors, grads, plan, backend):
 
 
 def empty_cache() -> int:
-    """Frees the buffer of weights that the CPU backend keeps for the next step; returns its bytes."""
+    """Frees the buffer, as large as the weights, that the CPU backend keeps for the next step. Returns its bytes."""
     return torch.ops.hsaid_kernels.empty_cache() if _AVAILABLE["cpu"] is True else 0
 
 
 def hadamard_transform(x: Tensor, scale: float = 1.0, backend: str = "auto") -> Tensor:
-    """Walsh-Hadamard transform of the last dimension, times `scale`.
+    """Walsh-Hadamard transform along the last dimension, times `scale`; shape and dtype are those of x.
 
     Args:
-        x: [..., dim] in float32, float64, bfloat16 or float16, any strides. A dim that is no power of two is padded
-            with zeros to n, the next one, and the result is cut back to dim.
-        scale: a factor; 1 / sqrt(n) makes the transform orthonormal.
+        x: [..., dim] in float32, float64, bfloat16 or float16, with any strides. If dim is not a power of two, x is
+            padded with zeros to n, the next power of two, and the result is truncated to dim.
+        scale: a factor. 1 / sqrt(n) makes the transform orthonormal.
         backend: "auto", or one of `available_backends()`.
 
-    Equivalent to `torch.nn.functional.linear(pad(x), hadamard_matrix(n))[..., :dim] * scale`, in n log2 n additions;
-    16-bit inputs are added in float32 and rounded once. Differentiable, also twice.
+    Equivalent to `torch.nn.functional.linear(pad(x), hadamard_matrix(n))[..., :dim] * scale`, but needs only n log2 n
+    additions per row. 16-bit inputs are accumulated in float32 and rounded once. Twice differentiable.
 
     Raises:
-        TypeError: x is not a tensor of one of the four dtypes.  ValueError: x has no last dimension or an empty one.
+        TypeError: x is not a dense tensor of one of the four dtypes, or scale is not a number.
+        ValueError: x has no dimension or an empty last one, or backend is an unknown name.
         RuntimeError: the backend cannot be used, or not for x's device.
     """
     if not isinstance(x, Tensor) or x.dtype not in (*WEIGHT_DTYPES, torch.float64):
@@ -326,7 +340,7 @@ def hadamard_transform(x: Tensor, scale: float = 1.0, backend: str = "auto") -> 
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected a last dimension of at least 1, got shape {tuple(x.shape)}")
     backend = choose_backend(backend, x.device)
-    # GPU kernels have the dtypes that models have; float64 is for gradient checks.
+    # GPU kernels support the dtypes of models only. float64 is for gradient checks.
     if backend == "reference" or (backend != "cpu" and x.dtype == torch.float64):
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         return reference.hadamard_transform(wide, float(scale)).to(x.dtype)

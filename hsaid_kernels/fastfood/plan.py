@@ -1,8 +1,10 @@
-"""From tensors to segments to blocks: where every block of n values goes, made once as a static table.
+"""`Plan`: divides tensors into segments and blocks, and describes them in static tables for the kernels.
 
-A *segment* is a 2-D strided piece of a tensor (the whole tensor by default); read row by row its values are cut into
-*blocks* of n = width values, the last one ragged.  Each segment has a stream id of its own, a hash of its name, so its
-random basis depends on nothing else in the plan.  Kernels see the plan's tables and a few numbers, no names.
+A *segment* is a 2-D strided piece of a tensor, by default the whole tensor. It has its own factor and random basis. Its
+values, read row by row, are divided into *blocks* of n = `width` consecutive values; the last block may be shorter.
+Each segment has a stream id, a hash of the tensor's name and the segment's label, which selects its random streams. Its
+basis therefore does not depend on the other segments of the plan. All tensors are stored in one *flat buffer*. Kernels
+get the plan's tables and a few numbers, but no names.
 """
 
 from __future__ import annotations
@@ -19,28 +21,29 @@ import torch
 from hsaid_kernels.fastfood.limits import DIAGONALS, MAX_DIM, MAX_WIDTH, MIN_WIDTH, NORMALIZATIONS
 
 GENERATOR = "philox4x32-10.v1"
-MAX_BLOCKS = 2**28  # the block number shares a counter word with 4 bits of purpose
-ALIGNMENT = 64  # elements; every tensor starts on a whole cache line of the flat buffer in any dtype
-# The adjoint adds up runs of blocks, then 2^14 / n runs as a group, then the groups of a segment. Groups of 22 tiles of
-# 2^14 values keep the groups of mBERT few enough (42 MB of sums) and make two rounds on the 264 places of an H100;
-# what is smaller is cut finer, so that a GPU has work everywhere.
+MAX_BLOCKS = 2**28  # limited by the random generator: block number and a 4-bit purpose share a 32-bit counter word
+ALIGNMENT = 64  # elements; in the flat buffer every tensor starts at a cache line, for every dtype
+# The adjoint sums the blocks of each *run*, then 2^14 / n runs as a *group*, then the groups of a segment. A group
+# covers run_blocks tiles of 2^14 values. 22 tiles keep the number of groups of mBERT small (42 MB of sums) and occupy
+# an H100, which runs 264 thread blocks at a time, for two rounds. Smaller plans use shorter runs, so that there are
+# enough groups to occupy a GPU.
 MAX_RUN_BLOCKS = 22
-RUN_SHARES = 108  # of the plan, at least, where runs are shorter
+RUN_SHARES = 108  # a plan whose runs are shorter than MAX_RUN_BLOCKS is divided into at least about this many groups
 
-# Columns of Plan.segments and Plan.holes, in the order of struct Segment in csrc/core/plan.h.
+# Columns of Plan.segments and Plan.holes, in the order of the fields of struct Segment in csrc/core/plan.h.
 COLUMNS = ("tensor", "offset", "out_offset", "rows", "cols", "row_stride", "stream", "first_block")
 
 
 @dataclass(frozen=True)
 class Segment:
-    """`rows` x `cols` values of a tensor (by name), row r starting at its element offset + r * row_stride."""
+    """`rows` x `cols` values of the tensor named `tensor`. Row r starts at its element offset + r * row_stride."""
 
     tensor: str
     offset: int
     rows: int
     cols: int
     row_stride: int
-    label: str = ""  # tells several segments of one tensor apart
+    label: str = ""  # distinguishes the segments of one tensor
 
     @property
     def numel(self) -> int:
@@ -48,19 +51,19 @@ class Segment:
 
 
 def whole(name: str, shape: Sequence[int]) -> Segment:
-    """The segment that is all of a tensor: one row."""
+    """The segment that covers a whole tensor, as a single row."""
     numel = math.prod(shape)
     return Segment(name, 0, 1, numel, numel)
 
 
 def stream_id(name: str, label: str = "") -> int:
-    """64-bit stream id of a segment: BLAKE2b-64 of its UTF-8 name (docs/rng.md), signed as int64 tables want it."""
+    """The 64-bit stream id of a segment: BLAKE2b-64 of its name and label in UTF-8 (docs/rng.md), as a signed int64."""
     text = f"{name}\0{label}" if label else name
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _runs(name: str, covered: torch.Tensor) -> list[Segment]:
-    """The runs of False in a mask [numel], those of equal length and distance joined into pieces of several rows."""
+    """The intervals of False in a mask [numel]. Intervals of equal length and distance form one `Segment` with rows."""
     outside = torch.zeros(1, dtype=torch.int8, device="cpu")
     edges = torch.diff((~covered).to(torch.int8), prepend=outside, append=outside).nonzero().flatten()
     pieces: list[Segment] = []
@@ -77,7 +80,10 @@ def _runs(name: str, covered: torch.Tensor) -> list[Segment]:
 
 
 def check_int(name: str, value: object, low: int, high: int) -> int:
-    """`value` as an int in [low, high]; TypeError or ValueError that names the argument otherwise."""
+    """`value` as an int. Raises TypeError if it is not an integer, ValueError if it is not in [low, high].
+
+    The message begins with `name`, the argument's name.
+    """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}")
     number: int = value.__index__()
@@ -93,7 +99,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
 
 
 def default_width(dim: int) -> int:
-    """min(next power of two >= dim, 16384), and at least 32."""
+    """The default block size n for len(theta) = dim: min(next power of two >= dim, 16384), and at least 32."""
     return min(max(1 << (dim - 1).bit_length(), MIN_WIDTH), MAX_WIDTH)
 
 
@@ -101,7 +107,10 @@ _known: weakref.WeakSet[Plan] = weakref.WeakSet()
 
 
 def find_plan(key: str) -> Plan:
-    """A living plan with this `Plan.key`, which is how graphs of torch.compile name it, here and in later processes."""
+    """An existing plan with this `Plan.key`. Raises RuntimeError if there is none.
+
+    Graphs of torch.compile refer to plans by key, because keys are the same in every process.
+    """
     plan = next((plan for plan in _known if plan.key == key), None)
     if plan is None:
         raise RuntimeError("plan: expected one that is in use, got a compiled graph whose HSAID or Projection is gone")
@@ -109,26 +118,34 @@ def find_plan(key: str) -> Plan:
 
 
 class Plan:
-    """Everything about a projection but the values: a static table of segments and the numbers that kernels need.
+    """All static information about a projection: the segments and the numbers that kernels need, but no tensor values.
 
     Args:
-        shapes: tensor name -> shape, in the order of the flat buffer.
+        shapes: {tensor name: shape}, in the order of the flat buffer.
         dim: len(theta), 1 to 2**20.
-        seed: 0 to 2**64 - 1, the Philox key.
-        width: n, a power of two from 32 to 16,384; None for `default_width(dim)`. theta longer than n is cut into
-            ceil(dim / n) chunks.
-        diagonal: "gaussian" (Fastfood) or "rademacher" (exact isometry on whole blocks).
-        normalize: "tensor" (s_i = 1 / sqrt(n D_i)) or "global" (s = 1 / sqrt(n sum D)); D_i is the size of the tensor
-            that a segment is of, so the heads of a tensor together move as far as the tensor whole.
-        segments: the pieces that are projected, at most one over any element; None for every tensor whole.
+        seed: 0 to 2**64 - 1, the key of the Philox random generator.
+        width: n, a power of two from 32 to 16,384. None means `default_width(dim)`. A theta longer than n is divided
+            into ceil(dim / n) *chunks*.
+        diagonal: "gaussian" (as in Fastfood) or "rademacher" (random signs; an isometry on whole blocks).
+        normalize: "tensor" (s_i = 1 / sqrt(n D_i)) or "global" (s_i = 1 / sqrt(n sum D)). D_i is the size of the whole
+            tensor of segment i, so the segments of a tensor together move as far as the undivided tensor would.
+        segments: the segments to project, in order. No two may overlap or have the same stream id. None means one
+            segment for each tensor.
 
     Attributes:
-        segments: int64 [S, len(COLUMNS)], on the CPU for every backend.
-        holes: int64 [H, len(COLUMNS)], the rest of the flat buffer in the same form: elements of no segment, which are
-            W0, and with -1 for the tensor the gaps between tensors, which are 0.
-        scales: float32 [S], s_i, on the CPU; `scales_on(device)` has them elsewhere.
-        key: a hash of all of this: equal plans have equal keys, in every process.
-        offsets: name -> first element of the tensor in the flat buffer;  numel: length of that buffer.
+        pieces: the S segments, as `Segment` objects.
+        segments: int64 [S, len(COLUMNS)], the same as a table, on the CPU for every backend.
+        holes: int64 [H, len(COLUMNS)], a table of the rest of the flat buffer: elements of tensors that are in no
+            segment, which keep W0, and gaps between tensors, which are 0 and have -1 in column "tensor".
+        scales: float32 [S], the s_i, on the CPU; see `scales_on` for other devices.
+        key: a hash of all the arguments. Equal plans have equal keys in every process.
+        offsets: {name: index of the tensor's first element in the flat buffer}.
+        numel: length of the flat buffer in elements, including gaps.
+
+    Raises:
+        TypeError: dim, seed or width is not an integer.
+        ValueError: an argument is out of range or not one of the choices, a tensor is empty, or the segments do not fit
+            their tensors.
     """
 
     def __init__(
@@ -181,7 +198,7 @@ class Plan:
         _known.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_scales": {"cpu": self.scales}}  # a copy may be loaded where there is no such device
+        return {**self.__dict__, "_scales": {"cpu": self.scales}}  # the loading machine may lack the other devices
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -189,7 +206,7 @@ class Plan:
 
     @property
     def chunks(self) -> int:
-        """Chunks of theta, each of `width` values (the last one padded with zeros)."""
+        """The number of chunks of theta. Each has `width` values; the last one is padded with zeros."""
         return -(-self.dim // self.width)
 
     @property
@@ -197,23 +214,23 @@ class Plan:
         return self.diagonal == "rademacher"
 
     def blocks(self, piece: Segment) -> int:
-        """Blocks of `width` values that cover the piece."""
+        """The number of blocks of `width` values in a segment."""
         return -(-piece.numel // self.width)
 
     def scales_on(self, device: torch.device) -> torch.Tensor:
-        """`scales` on `device`, copied there the first time."""
+        """`scales` on `device`. The copy is made once per device and kept."""
         key = str(device)
         if key not in self._scales:
             self._scales[key] = self.scales.to(device)
         return self._scales[key]
 
     def views(self, flat: torch.Tensor, names: Sequence[str] | None = None) -> list[torch.Tensor]:
-        """These tensors (all by default) inside a flat buffer [numel], as views."""
+        """The tensors `names` (None means all) as views of a flat buffer [numel], each with its shape."""
         places = [(self.offsets[name], self.shapes[name]) for name in names or self.names]
         return [flat[start : start + math.prod(shape)].view(shape) for start, shape in places]
 
     def select(self, names: Iterable[str]) -> Plan:
-        """The plan of some of the tensors, each on the basis and at the scale that it has here."""
+        """The plan for some of the tensors, which keep the random basis and the scales that they have in this plan."""
         shapes = {name: self.shapes[name] for name in names}
         rows = [row for row, piece in enumerate(self.pieces) if piece.tensor in shapes]
         selected = Plan(

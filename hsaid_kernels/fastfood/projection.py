@@ -1,4 +1,4 @@
-"""`Projection`: the operator theta -> {name: base_i + factor_i P_i theta} and its adjoint; `Project`: its Function."""
+"""`Projection`: the operator theta -> {name: base_i + factors_i * P_i theta} and its adjoint, with autograd support."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 
 
 class Part:
-    """Tensors of a plan that share a node in the graph: when all their gradients are there, they are used and freed.
+    """Tensors of a plan that share one node of the autograd graph.
 
-    `plan` is of these tensors alone.
+    Autograd runs the node once the gradients of all these tensors have arrived. The node computes their contribution to
+    the gradients of theta and the factors, after which the gradients of the tensors can be freed.
+
+    plan  the plan of these tensors only
     """
 
     def __init__(self, plan: Plan, names: Sequence[str] | None = None):
@@ -35,10 +38,13 @@ class Part:
         self._rows = {"cpu": None if names is None else torch.tensor(rows, device="cpu")}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rows": {"cpu": self._rows["cpu"]}}  # as of a plan
+        return {**self.__dict__, "_rows": {"cpu": self._rows["cpu"]}}  # as in Plan.__getstate__
 
     def rows_on(self, device: torch.device) -> Tensor | None:
-        """int64, where its segments are among those of the whole plan, copied there once; None for all of them."""
+        """int64 indices of the part's segments in the whole plan, on `device`; None if the part is the whole plan.
+
+        The copy on each device is made once and kept.
+        """
         key = str(device)
         if key not in self._rows:
             rows = self._rows["cpu"]
@@ -47,17 +53,19 @@ class Part:
 
 
 class Project(torch.autograd.Function):
-    """(theta, factors) -> the weights of a part, views of `flat`, with the exact gradient of both.
+    """(theta, factors) -> the weights of a part, as views of `flat`. Backward gives the exact gradients of both.
 
-    `factors` [S] are those of the whole plan and have the scales s_i inside. A Function around the op and not an
-    autograd formula of the op: the weights of all parts are made in one go, but their gradients arrive part by part.
+    `factors` [S] are those of all S segments of the whole plan, already multiplied by the scales s_i. The weights of
+    all parts are computed by one call of the forward op, before this Function, and stored in `flat`. Their gradients
+    arrive part by part, which is why this is a Function for each part and not an autograd formula of the op.
     """
 
     @staticmethod
     def forward(ctx, theta, factors, projection, part, flat):
         ctx.projection, ctx.part = projection, part
-        # Not save_for_backward: the first layer that runs makes the node, and where it is checkpointed it runs again in
-        # backward and makes none, so what it saves would no longer match.
+        # save_for_backward does not work here. The first layer of the part that runs creates this node. Under gradient
+        # checkpointing that layer runs again in backward without creating the node, and torch.utils.checkpoint raises
+        # an error if the recomputation saves other tensors than the forward did.
         ctx.theta, ctx.factors = theta, factors
         ctx.version = _version(theta)
         ctx.set_materialize_grads(False)
@@ -82,15 +90,15 @@ class Project(torch.autograd.Function):
 
 
 def _version(tensor: Tensor) -> int | None:
-    """What counts the writes to a tensor; a compiled graph has no such count, nor an inference tensor."""
+    """The tensor's version counter; None in a compiled graph and for inference tensors, which have none."""
     return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Passes on the last two arguments, which depend on all the others in a way that has no derivative here.
+    """Returns the last two arguments. They depend on all the others, but differentiating them raises RuntimeError.
 
-    once_differentiable would do if it looked at theta and factors too: without a dependence on the incoming gradients
-    it lets a second derivative vanish unseen.
+    torch's `once_differentiable` is not enough: it only looks at the incoming gradients. If these do not require grad,
+    the second derivative with respect to theta and the factors would silently be zero.
     """
 
     @staticmethod
@@ -103,12 +111,19 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 class Projection:
-    """The linear operator P, a Fastfood matrix P_i per tensor, never stored: W_i = base_i + factors_i * P_i theta.
+    """Computes W_i = base_i + factors_i * P_i theta for all tensors of a plan, and the adjoint.
+
+    Each P_i is a random Fastfood matrix that is regenerated from the seed when needed and never stored.
 
     Args:
-        plan: what goes where.
-        dtype: of the weights: float32, bfloat16 or float16 (any floating dtype with backend="reference").
-        backend: "auto" (what serves theta's device best), or one of `available_backends()`.
+        plan: the tensors, their segments, and the options of the projection.
+        dtype: of the weights: torch.float32, bfloat16 or float16; with backend="reference" any floating-point dtype.
+        backend: "auto" (the best backend for theta's device), or one of `available_backends()`.
+
+    theta and the factors are float32, or float64 if `dtype` is float64. Factors are per segment; unless the plan was
+    made with `segments`, there is one segment per tensor.
+
+    Raises TypeError for another dtype, ValueError for an unknown backend.
     """
 
     def __init__(self, plan: Plan, *, dtype: torch.dtype = torch.float32, backend: str = "auto"):
@@ -134,7 +149,7 @@ class Projection:
         backend: str = "auto",
         dtype: torch.dtype = torch.float32,
     ) -> Projection:
-        """From {name: shape}; dim = len(theta). For the other arguments see `Plan`, which raises for bad ones."""
+        """The projection of theta [dim] to tensors given as {name: shape}. Other arguments and errors as in `Plan`."""
         plan = Plan(shapes, dim, seed, width=width, diagonal=diagonal, normalize=normalize)
         return cls(plan, dtype=dtype, backend=backend)
 
@@ -149,7 +164,11 @@ class Projection:
         exclude: Patterns = None,
         **options: Unpack[_Options],
     ) -> Projection:
-        """From a model's parameters (tied ones once), chosen as in `select_tensors`; the other arguments as above."""
+        """The projection of theta [dim] to a model's parameters, where tied ones count once.
+
+        `include` and `exclude` are those of `select_tensors`, which raises for invalid ones; the other arguments are
+        those of `from_shapes`.
+        """
         tensors = select_tensors(model, include, exclude)
         return cls.from_shapes({name: t.shape for name, t in tensors.items()}, dim, seed, **options)
 
@@ -164,14 +183,20 @@ class Projection:
     def forward(
         self, theta: Tensor, factors: Tensor | None = None, base: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """{name: base_i + factors_i * P_i theta}, differentiable in theta and factors.
+        """Returns {name: base_i + factors_i * P_i theta}, differentiable with respect to theta and factors.
 
         Args:
-            theta: float32 [dim].
-            factors: float32 [segments], ones by default.
-            base: a tensor per name, in `dtype` or float32; zeros by default.
+            theta: float32 [dim] (float64 if `self.dtype` is float64).
+            factors: [segments], in theta's dtype. None means ones.
+            base: a tensor for each name, of the plan's shape, on theta's device, in `self.dtype` or float32. None means
+                zeros. It gets no gradient and is not changed. With backend="reference" any dtype is allowed.
 
-        The tensors are views of one flat buffer.
+        The results have `self.dtype` and are views of one flat buffer.
+
+        Raises:
+            TypeError: an argument is not a tensor or has another dtype.
+            ValueError: a shape, device or name does not fit the plan, or `base` lacks a tensor.
+            RuntimeError: the backend cannot be used, or not for theta's device.
         """
         self._check(theta, factors)
         tensors = []
@@ -188,13 +213,16 @@ class Projection:
         return dict(zip(self.plan.names, weights, strict=True))
 
     def weights(self, theta: Tensor, factors: Tensor | None, base: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """As `forward`, in the order of the plan, for arguments known to be good."""
+        """The weights as in `forward`, in the order of the plan. Does not check its arguments."""
         return self.parts(theta, factors, base)(Part(self.plan))
 
     def parts(
         self, theta: Tensor, factors: Tensor | None, base: Sequence[Tensor]
     ) -> Callable[[Part], tuple[Tensor, ...]]:
-        """Makes all weights in one go, and gives what brings those of a part into the graph: what a step calls."""
+        """Computes all weights at once. Returns a function that adds a part's weights to the autograd graph.
+
+        A training step calls that function once for each part; it returns the part's weights. Does not check arguments.
+        """
         scaled = self._scaled(theta, factors)
         backend = ops.choose_backend(self.backend, theta.device)
         with torch.no_grad():
@@ -204,9 +232,17 @@ class Projection:
     def adjoint(
         self, grads: Mapping[str, Tensor | None], theta: Tensor, factors: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(dtheta [dim], dfactors [segments]): sum_i factors_i P_i^T grads_i, and <grads_i, P_i theta>.
+        """Returns (dtheta, dfactors), the gradients of theta and the factors.
 
-        A gradient that is missing or None counts as zero. Deterministic.
+        dtheta [dim] is sum_i factors_i P_i^T grads_i, and dfactors [segments] is <grads_i, P_i theta> for each segment
+        i; both are in theta's dtype. Deterministic.
+
+        Args:
+            grads: {name: gradient of W_i}, of the plan's shape, on theta's device, in float32, bfloat16 or float16. A
+                missing gradient or None counts as zero.
+            theta, factors: as in `forward`.
+
+        Raises as `forward` does.
         """
         self._check(theta, factors)
         self._check_names("grads", grads)

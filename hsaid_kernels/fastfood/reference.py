@@ -1,4 +1,4 @@
-"""The definition of the projection in plain torch, in any float dtype: slow, short, and the judge of every backend.
+"""The reference implementation of the projection in plain PyTorch: slow and short. All backends are tested against it.
 
     z_ic     = Pi_ic H B_ic theta_c                      one vector [n] per segment i and chunk c of theta
     W_i      = W0_i + f_i * concat_b H(sum_c G_ibc z_ic)  cut to D_i values;  f_i = s_i * factor_i
@@ -6,8 +6,11 @@
     df_i     = sum_c <u_ic, z_ic>
     dtheta_c = sum_i f_i * B_ic H Pi_ic^T u_ic
 
-The random streams are those of docs/rng.md bit for bit.  In float32 the order of all operations is the contract too, so
-float32 results equal the kernels' to the last bit; in float64 this is what errors are measured against.
+Here n is the plan's width, b the index of a block, G a random diagonal, B random signs, Pi a random permutation, H the
+Walsh-Hadamard matrix, "." the elementwise product, and g_ib block b of the gradient of W_i.
+
+The random streams are those of docs/rng.md bit for bit. The order of all floating-point operations is specified too, so
+float32 results equal the kernels' bit for bit. In float64 this module is the baseline for measuring errors.
 """
 
 from __future__ import annotations
@@ -19,16 +22,16 @@ from torch import Tensor
 
 from hsaid_kernels.fastfood.plan import MAX_WIDTH, Plan, Segment, stream_id
 
-DIAGONAL, SIGNS, PERMUTATION = range(3)  # purposes: what a Philox call is for
+DIAGONAL, SIGNS, PERMUTATION = range(3)  # the purpose of a Philox call, part of its counter
 MASK32 = 0xFFFFFFFF
-SLICE = 2**22  # values made at a time, to bound the memory
+SLICE = 2**22  # number of values computed at a time, to limit memory
 
 
 def _table(bits: str) -> Tensor:
     return torch.tensor([int(b, 16) for b in bits.split()], dtype=torch.int64).to(torch.int32).view(torch.float32)
 
 
-# 32 float32 bit patterns each, fitted to the normal quantile and scaled to unit variance (docs/rng.md).
+# Bit patterns of 32 float32 values each, fitted to the normal quantile function, with unit variance (docs/rng.md).
 TABLE_A = _table("""
     38bebad1 38b777fe 38b1fb4f 38ad9167 38a853d4 38a2af6c 389e2841 389a5ea8 3895bb09 389094f5 388c5ba4 3888c61a
     3884574c 387eb7e8 38767b8f 386f7583 3866c44e 385ce404 3854a76a 384d8a70 3844a637 3839eea5 38303f0c 3827d33b
@@ -42,11 +45,14 @@ TABLE_B = _table("""
 
 
 def philox(seed: int, counter: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al. 2011): four words in [0, 2**32) as int64, for counters of four such words."""
+    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words, stored as int64, for a counter of four such words.
+
+    Counter words may be integers or tensors, which are broadcast.
+    """
     c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) for c in counter))
     k0, k1 = seed & MASK32, seed >> 32
     for _ in range(10):
-        # int64 products wrap, but their 64 bits are those of the unsigned product
+        # int64 products wrap around, but their 64 bits equal those of the unsigned product
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (p1 >> 32 & MASK32) ^ c1 ^ k0, p1 & MASK32, (p0 >> 32 & MASK32) ^ c3 ^ k1, p0 & MASK32
         k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
@@ -54,13 +60,16 @@ def philox(seed: int, counter: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, 
 
 
 def words(seed: int, stream: int, purpose: int, block: Tensor | int, chunk: int, ctr: Tensor) -> Tensor:
-    """The four words of the calls at `ctr`: [..., 4]. Counter: block | purpose << 28, ctr | chunk << 16, stream."""
+    """The four words of each Philox call, int64 [..., 4], for broadcast `block` and call numbers `ctr`.
+
+    The counter is (block | purpose << 28, ctr | chunk << 16, low word of stream, high word of stream).
+    """
     counter = (torch.as_tensor(block) | purpose << 28, ctr | chunk << 16, stream & MASK32, stream >> 32 & MASK32)
     return torch.stack(philox(seed, counter), -1)
 
 
 def normal(half: Tensor) -> Tensor:
-    """float32 standard normals from 16-bit integers: each operation one float32 operation, rounded by itself."""
+    """float32 standard normals from 16-bit integers. Each operation is rounded to float32 separately (no FMA)."""
     y = ((half | 1) - 32768).to(torch.float32)
     v = 32928.0 - y.abs()
     s = (v.view(torch.int32) >> 21) & 31
@@ -68,7 +77,7 @@ def normal(half: Tensor) -> Tensor:
 
 
 def gaussian(seed: int, stream: int, block: Tensor, chunk: int, n: int) -> Tensor:
-    """G: [blocks, n] for block numbers [blocks]. Eight 16-bit halves a call, at positions 2**s apart."""
+    """G as float32 [blocks, n] for block numbers [blocks]. A Philox call gives eight values at positions 2**s apart."""
     k = torch.arange(n)
     s = min(4, n.bit_length() - 4)
     slot = k >> s & 7
@@ -78,7 +87,7 @@ def gaussian(seed: int, stream: int, block: Tensor, chunk: int, n: int) -> Tenso
 
 
 def rademacher(seed: int, stream: int, purpose: int, block: Tensor, chunk: int, n: int) -> Tensor:
-    """Signs +1 or -1: [blocks, n], one bit each."""
+    """Random signs +1 or -1 as float32 [blocks, n], each from one random bit."""
     k = torch.arange(n)
     ctr = k & 3 | k >> 9 << 2
     b = k >> 2 & 127
@@ -87,7 +96,7 @@ def rademacher(seed: int, stream: int, purpose: int, block: Tensor, chunk: int, 
 
 
 def permutation(seed: int, stream: int, chunk: int, n: int) -> Tensor:
-    """pi as int64 [n]; (Pi h)[k] = h[pi(k)]. A six-round Feistel network on the q bits of k."""
+    """pi as int64 [n], where (Pi h)[k] = h[pi(k)]: a six-round Feistel network on the q = log2(n) bits of k."""
     q = n.bit_length() - 1
     low_bits, high_bits = q // 2, q - q // 2
     keys = words(seed, stream, PERMUTATION, 0, chunk, torch.arange(2)).flatten()[:6]
@@ -107,7 +116,11 @@ def permutation(seed: int, stream: int, chunk: int, n: int) -> Tensor:
 
 
 def walsh_hadamard(x: Tensor, transpose: bool = False) -> Tensor:
-    """H x over the last dimension [..., n], unnormalised: stages at bits 2 ... q-1, 0, 1; reversed if `transpose`."""
+    """H x along the last dimension of x [..., n], not normalized; n = 2**q.
+
+    The stages (one for each bit of the position) run in the order 2, ..., q-1, 0, 1, reversed if `transpose`. H is
+    symmetric, so `transpose` changes the rounding only.
+    """
     n = x.shape[-1]
     q = n.bit_length() - 1
     order = [*range(2, q), *range(min(2, q))]
@@ -125,14 +138,14 @@ def _diagonal(plan: Plan, stream: int, block: Tensor, chunk: int, dtype: torch.d
 
 
 def _chunk_streams(plan: Plan, stream: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """(signs, permutation) of each chunk of theta."""
+    """Yields (signs [n], permutation [n]) for each chunk of theta."""
     for chunk in range(plan.chunks):
         signs = rademacher(plan.seed, stream, SIGNS, torch.zeros(1, dtype=torch.int64), chunk, plan.width)[0]
         yield signs.to(dtype), permutation(plan.seed, stream, chunk, plan.width)
 
 
 def _z(plan: Plan, stream: int, theta: Tensor) -> Tensor:
-    """z_i: [chunks, n]."""
+    """z_ic for all chunks c of theta, [chunks, n], for the segment with this stream id."""
     n = plan.width
     padded = torch.nn.functional.pad(theta, (0, plan.chunks * n - plan.dim)).view(plan.chunks, n)
     streams = _chunk_streams(plan, stream, theta.dtype)
@@ -144,16 +157,17 @@ def _slices(plan: Plan, piece: Segment) -> Iterator[Tensor]:
 
 
 def _elements(piece: Segment, tensor: Tensor) -> Tensor:
-    """The piece of `tensor` as a 2-D view; of a strided tensor a copy."""
+    """The segment's elements of `tensor` as a 2-D view; if `tensor` is not contiguous, a view of a copy."""
     return tensor.contiguous().view(-1)[piece.offset :].as_strided((piece.rows, piece.cols), (piece.row_stride, 1))
 
 
 def forward(
     plan: Plan, theta: Tensor, factors: Tensor, base: Sequence[Tensor], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Flat buffer [plan.numel] of W_i = base_i + factors_i * (P_i theta / s_i), factors [S] with s_i inside.
+    """The weights W_i = base_i + factors_i * (P_i theta / s_i) as a flat buffer [plan.numel] in `dtype`.
 
-    `base` has a tensor per tensor of the plan, or is empty for zeros. Arithmetic is in theta's dtype, on the CPU.
+    `factors` [S] already contain the scales s_i. `base` has a tensor for each tensor of the plan, or is empty for
+    zeros. Computes in theta's dtype, on the CPU.
     """
     flat = torch.zeros(plan.numel, dtype=theta.dtype)
     weights = plan.views(flat)
@@ -175,7 +189,11 @@ def forward(
 
 
 def adjoint(plan: Plan, theta: Tensor, factors: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """(dtheta [dim], dfactors [S]) for gradients of the weights; None counts as zero. In theta's dtype, on the CPU."""
+    """Returns (dtheta [dim], dfactors [S]) for the gradients of the plan's tensors, where None counts as zero.
+
+    `factors` [S] already contain the scales s_i; dfactors are the gradients of these. Computes in theta's dtype, on the
+    CPU.
+    """
     n, dtype = plan.width, theta.dtype
     dtheta, dfactors = torch.zeros(plan.chunks, n, dtype=dtype), torch.zeros(len(plan.pieces), dtype=dtype)
     for i, piece in enumerate(plan.pieces):
@@ -186,7 +204,7 @@ def adjoint(plan: Plan, theta: Tensor, factors: Tensor, grads: Sequence[Tensor |
         g = _elements(piece, grad).to(dtype).flatten()
         g = torch.nn.functional.pad(g, (0, plan.blocks(piece) * n - piece.numel)).view(-1, n)
         u = torch.zeros(plan.chunks, n, dtype=dtype)
-        runs = MAX_WIDTH // n  # of a group
+        runs = MAX_WIDTH // n  # number of runs in a group
         for group_blocks in torch.arange(len(g)).split(plan.run_blocks * runs):
             group = torch.zeros_like(u)
             for block in (group_blocks[i::runs] for i in range(min(runs, len(group_blocks)))):
@@ -207,7 +225,7 @@ def adjoint(plan: Plan, theta: Tensor, factors: Tensor, grads: Sequence[Tensor |
 
 
 def fold(x: Tensor) -> Tensor:
-    """Sum over the last dimension [..., n] -> [...], adding the upper half to the lower until one value is left."""
+    """Sum over the last dimension, [..., n] -> [...]. Adds the upper half to the lower half until one value is left."""
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]
@@ -215,7 +233,7 @@ def fold(x: Tensor) -> Tensor:
 
 
 def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
-    """H x * scale along the last dimension, zero-padded to a power of two and cut back."""
+    """H x * scale along the last dimension, padded with zeros to a power of two; the result is truncated again."""
     dim = x.shape[-1]
     n = 1 << max(0, dim - 1).bit_length()
     return (walsh_hadamard(torch.nn.functional.pad(x, (0, n - dim)))[..., :dim] * scale).contiguous()

@@ -1,4 +1,4 @@
-"""Which tensors of a model are projected: by regular expressions over the names of its parameters."""
+"""Selects the tensors of a model that are projected, by regular expressions on the names of its parameters."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ Patterns = str | Iterable[str] | None
 
 
 def select_tensors(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> dict[str, nn.Parameter]:
-    """The model's parameters (tied ones once) whose name matches `include` and not `exclude`, in the model's order.
+    """{name: parameter} for the parameters that match `include` and do not match `exclude`, in the model's order.
 
-    Both are regular expressions, or several of them, searched for anywhere in the name.
+    Names are those of `model.named_parameters()`; a tied parameter appears once.
+
+    Args:
+        model: any module.
+        include, exclude: a regular expression or several, searched for anywhere in the name (`re.search`). None for
+            `include` selects all parameters, None for `exclude` excludes none.
 
     Raises:
-        ValueError: an expression matches no name or is invalid, nothing is left, or a tensor is empty or on "meta".
-        TypeError: a tensor is no floating-point tensor.
+        ValueError: the model has no parameters, an expression is invalid or matches no name, no tensor is selected, or
+            a selected tensor is empty or on the meta device.
+        TypeError: model is not a module, or a selected tensor does not have a floating-point dtype.
     """
     return split_tensors(model, include, exclude)[0]
 
@@ -25,7 +31,11 @@ def select_tensors(model: nn.Module, include: Patterns = None, exclude: Patterns
 def split_tensors(
     model: nn.Module, include: Patterns = None, exclude: Patterns = None, train_fully: Patterns = None
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """(tensors to project, as in `select_tensors`; tensors that match `train_fully`, which are not among them)."""
+    """Returns (tensors to project, tensors to train fully), both as {name: parameter} in the model's order.
+
+    The first are selected as in `select_tensors`. The second match `train_fully` and are never among the first. Raises
+    as `select_tensors` does.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     tensors = dict(model.named_parameters())
@@ -60,7 +70,11 @@ def split_tensors(
 
 
 def check_tensor(what: str, tensor: object) -> None:
-    """Refuses what has no weights to project: integer, complex, meta or empty tensors."""
+    """Raises for a tensor that cannot be projected; the message begins with `what`.
+
+    Raises TypeError for anything but a tensor of a real floating-point dtype, ValueError for a tensor on the meta
+    device or without elements.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{what}: expected a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():

@@ -1,4 +1,7 @@
-"""Names: a model's tensors as paths through its levels, and which of them share multipliers. Knows no values."""
+"""The hierarchy of a model's tensors and its partitions: which tensors share multipliers.
+
+Uses only names, shapes and module structure, never the values of weights.
+"""
 
 from hsaid_kernels.hierarchy.hierarchy import Hierarchy
 from hsaid_kernels.hierarchy.partition import Component, Partition

@@ -1,12 +1,13 @@
-"""Where a model's attention heads are: which rows or columns of which parameters belong to which head.
+"""Finds a model's attention heads: which rows or columns of which parameters belong to which head.
 
-A head is a band of the outputs of query, key and value (rows of a Linear's weight, columns of a Conv1D's, elements of
-the bias) and, because the heads' results are put side by side before they are mixed, the band of the inputs of the
-output projection (columns of a Linear's weight). Its bias is added to the mixture and belongs to no head. In
-grouped-query attention a band of key and value serves a whole group of heads.
+A *band* is a contiguous range of indices in one dimension of a parameter. A head owns a band of the outputs of query,
+key and value: rows of a Linear's weight, columns of a Conv1D's weight, elements of the bias. The results of all heads
+are concatenated before the output layer, so a head also owns a band of the inputs of the output layer: columns of a
+Linear's weight. The bias of the output layer belongs to no head. In grouped-query attention a band of key and value
+serves a whole group of heads.
 
-Attention modules are found by the names of their layers, which is all that models have in common; the size of a head is
-what the module says, or the configuration. Where the shapes do not fit, that is an error, never a guess.
+Attention modules are recognized by the names of their layers, because models have no other interface in common. The
+size of a head is taken from the module or the configuration. If the shapes do not fit, an error is raised.
 """
 
 from __future__ import annotations
@@ -28,22 +29,30 @@ SEPARATE = (
     ("q", "k", "v"),  # T5, MPNet
     ("query_proj", "key_proj", "value_proj"),  # DeBERTa v2 and v3
 )
-FUSED = ("c_attn", "Wqkv", "qkv_proj", "qkv")  # all queries, then all keys, then all values: GPT-2, ModernBERT, Phi-3
-INTERLEAVED = ("query_key_value",)  # query, key and value of the first head, then of the next: GPT-NeoX, BLOOM
+# One layer for all three. FUSED: all queries, then all keys, then all values (GPT-2, ModernBERT, Phi-3). INTERLEAVED:
+# query, key and value of the first head, then those of the next (GPT-NeoX, BLOOM).
+FUSED = ("c_attn", "Wqkv", "qkv_proj", "qkv")
+INTERLEAVED = ("query_key_value",)
 OUTPUT = ("o_proj", "out_proj", "dense", "out_lin", "o", "c_proj", "Wo", "proj", "projection")
 HEAD_COUNT = ("num_attention_heads", "num_heads", "n_heads")
 HEAD_SIZE = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv")
-# With these names for something else: fused in another order, heads that share values or are mixed before the output.
+# Classes that use the names above for another layout: fused in another order, or with heads that share values or are
+# mixed before the output layer.
 OTHER_LAYOUTS = re.compile("CodeGen|GPTBigCode|MiniMaxLightning|DiffLlama|Doge")
 NORM_OF_ALL = re.compile(
     "(q|k|query|key)_?(layer)?_?norm|attn_sub_norm|inner_attn_ln"
-)  # where it has a scale for each value
+)  # norms over all heads together, if they have a scale for each value
 ROLES = ("query", "key", "value", "output")
 
 
 @dataclass(frozen=True)
 class Bands:
-    """`count` bands of a parameter: band i is [start + i * step, start + i * step + size) of dimension `dim`."""
+    """`count` bands of a parameter: band i is the range [start + i * step, start + i * step + size) of dimension `dim`.
+
+    role    one of ROLES
+    tensor  name of the parameter
+    shape   shape of the parameter
+    """
 
     role: str
     tensor: str
@@ -61,13 +70,13 @@ class Bands:
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention module.
+    """An attention module and the bands of its parameters.
 
-    name      of the module that owns query, key and value ("bert.encoder.layer.0.attention.self")
-    heads     how many (for grouped-query attention, of the queries)
-    groups    how many heads key and value have: `heads`, or fewer, each serving heads / groups neighbours
+    name      name of the module that owns query, key and value ("bert.encoder.layer.0.attention.self")
+    heads     number of heads (in grouped-query attention, of query heads)
+    groups    number of key-value heads: `heads`, or fewer, each serving heads / groups neighbouring query heads
     head_dim  size of a head
-    bands     of every parameter that is divided among the heads
+    bands     the bands of every parameter that is divided among the heads
     """
 
     name: str
@@ -77,16 +86,16 @@ class Attention:
     bands: tuple[Bands, ...]
 
     def sharers(self, bands: Bands, index: int) -> tuple[int, ...]:
-        """The heads that a band serves: one, or all of a group."""
+        """The heads that band `index` serves: one, or all heads of a group."""
         each = self.heads // bands.count
         return tuple(range(index * each, (index + 1) * each))
 
     def label(self, bands: Bands, index: int) -> str:
-        """Of a band, as a node of the hierarchy and in the segment's stream id."""
+        """The label of band `index`, "head.<index>" or "group.<index>": its node on L5 and part of the stream id."""
         return f"{'head' if bands.count == self.heads else 'group'}.{index}"
 
     def segments(self) -> Iterator[Segment]:
-        """One for each head (or group) of each parameter, in the parameters' order."""
+        """Yields a segment for each head (or group) of each divided parameter, in the parameters' order."""
         for tensor, bands in itertools.groupby(self.bands, key=lambda bands: bands.tensor):
             for count, same in itertools.groupby(bands, key=lambda bands: bands.count):
                 alike = list(same)
@@ -94,7 +103,7 @@ class Attention:
                     yield _segment(tensor, self.label(alike[0], index), alike, index)
 
     def pieces(self, heads: Collection[int]) -> set[tuple[str, str]]:
-        """(parameter, label) of the segments that serve none but these heads."""
+        """(parameter, label) of the segments that serve only these heads."""
         return {
             (bands.tensor, self.label(bands, index))
             for bands in self.bands
@@ -104,12 +113,12 @@ class Attention:
 
 
 def _segment(tensor: str, label: str, alike: list[Bands], index: int) -> Segment:
-    """The same band of several roles in one tensor, as rows at one distance."""
+    """One segment from the bands `index` of all roles that one tensor contains, which must be equally spaced."""
     first, inner = alike[0], math.prod(alike[0].shape[alike[0].dim + 1 :])
     outer, length = math.prod(first.shape[: first.dim]), first.shape[first.dim]
     starts, size = [bands.slices(index)[-1].start for bands in alike], first.size
     distance = starts[1] - starts[0] if len(starts) > 1 else length
-    if distance == size:  # side by side: one band
+    if distance == size:  # adjacent bands form a single band
         starts, size, distance = starts[:1], size * len(starts), length
     even = all(b - a == distance for a, b in itertools.pairwise(starts))
     if not even or (outer > 1 and len(starts) * distance != length):
@@ -118,13 +127,14 @@ def _segment(tensor: str, label: str, alike: list[Bands], index: int) -> Segment
 
 
 def find_attentions(model: nn.Module) -> tuple[Attention, ...]:
-    """All attention modules of a model, on any device, in its order (`model.named_modules()`).
+    """All attention modules of a model on any device, in the order of `model.named_modules()`.
 
-    Known are those of transformers whose layers are named as at the top of this file, and torch.nn.MultiheadAttention.
-    Tied parameters are under the first of their names, those that torch.nn.utils.prune masks under `..._orig`.
+    Recognizes the modules of transformers whose layers have the names listed at the top of this file, and
+    torch.nn.MultiheadAttention. Tied parameters appear under their first name, parameters that torch.nn.utils.prune
+    masks under `..._orig`.
 
-    Raises ValueError for a model without any, or with one whose shapes do not fit its heads (multi-head latent
-    attention, say), TypeError for what is no module.
+    Raises ValueError if the model has no such module, or one whose shapes do not fit its heads (multi-head latent
+    attention, for example); TypeError if `model` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -140,7 +150,11 @@ def find_attentions(model: nn.Module) -> tuple[Attention, ...]:
 
 
 def find_attention(model: nn.Module, layer: int | str) -> Attention:
-    """One of `find_attentions(model)`: by its place among them, or by its module's name."""
+    """One of `find_attentions(model)`, by index or by the module's name.
+
+    Raises ValueError for an index or name that does not exist, TypeError for a `layer` of another type, and what
+    `find_attentions` raises.
+    """
     found = find_attentions(model)
     if isinstance(layer, str):
         named = [attention for attention in found if attention.name == layer]
@@ -155,13 +169,13 @@ def find_attention(model: nn.Module, layer: int | str) -> Attention:
 
 
 def pieces_of(model: nn.Module, heads: Mapping[str, Collection[int]]) -> set[tuple[str, str]]:
-    """(parameter, label) of the segments that serve none but these heads, {attention module: [heads]}."""
+    """(parameter, label) of the segments that serve only the given heads, {attention module: [heads]}."""
     return set().union(*(find_attention(model, layer).pieces(numbers) for layer, numbers in heads.items()))
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A linear layer: its parameters' names, the weight's shape, and which dimension of that has the outputs."""
+    """A linear layer: the names of its parameters, the weight's shape, and the weight's output dimension (0 or 1)."""
 
     weight: str
     bias: str | None
@@ -169,7 +183,7 @@ class _Layer:
     outputs: int
 
     def bands(self, role: str, start: int, step: int, size: int, count: int) -> Iterator[Bands]:
-        """Of its outputs in weight and bias; for role "output" of its inputs, which no bias has."""
+        """Bands of the outputs, in weight and bias; for role "output" bands of the inputs, in the weight only."""
         dim = 1 - self.outputs if role == "output" else self.outputs
         yield Bands(role, self.weight, self.shape, dim, start, step, size, count)
         if self.bias and role != "output":
@@ -177,7 +191,7 @@ class _Layer:
 
 
 def _layer(module: nn.Module | None, names: dict[int, str], prefix: str = "") -> _Layer | None:
-    """A Linear, a Conv1D, or what a module has of its own under a prefix; None for anything else."""
+    """A Linear or Conv1D as a `_Layer`, or the module's own parameters with the given prefix; else None."""
     own: dict[str, nn.Parameter | None] = getattr(module, "_parameters", {})
     found = [(own.get(prefix + key), own.get(f"{prefix}{key}_orig")) for key in ("weight", "bias")]
     weight, bias = (masked if plain is None else plain for plain, masked in found)
@@ -189,7 +203,7 @@ def _layer(module: nn.Module | None, names: dict[int, str], prefix: str = "") ->
 
 
 def _inputs(module: nn.Module, names: dict[int, str]) -> list[tuple[_Layer, tuple[str, ...]]]:
-    """The layers that make query, key and value, each with the roles that it has; none where this is no attention."""
+    """The layers that compute query, key and value, each with its roles; empty if this is not an attention module."""
     layers = {key: layer for key, child in module.named_children() if (layer := _layer(child, names))}
     for keys in SEPARATE:
         if all(key in layers for key in keys):
@@ -202,7 +216,7 @@ def _inputs(module: nn.Module, names: dict[int, str]) -> list[tuple[_Layer, tupl
 
 
 def _attention(name: str, modules: dict[str, nn.Module], names: dict[int, str]) -> Attention | None:
-    """The attention module of this name; None for any other module."""
+    """The attention module of this name; None if the module is not one. Raises ValueError if its layout is unknown."""
     module = modules[name]
     inputs = _inputs(module, names)
     if not inputs:
@@ -245,7 +259,7 @@ def _attention(name: str, modules: dict[str, nn.Module], names: dict[int, str]) 
 
 
 def _head_size(name: str, modules: dict[str, nn.Module]) -> int:
-    """By the module, or by the configuration of the innermost module round it that has one."""
+    """The size of a head, from the module or else from the configuration of the innermost enclosing module with one."""
     module = modules[name]
     configs = [getattr(modules[outer], "config", None) for outer in (name, *_outer(name))]
     for source in (module, *filter(None, configs)):
@@ -263,6 +277,6 @@ def _head_size(name: str, modules: dict[str, nn.Module]) -> int:
 
 
 def _outer(name: str) -> list[str]:
-    """The names of the modules round a module, innermost first."""
+    """The names of the modules that contain a module, innermost first."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in reversed(range(len(parts)))]

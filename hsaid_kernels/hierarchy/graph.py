@@ -1,8 +1,8 @@
-"""The Hasse diagram of a hierarchy, laid out by Graphviz: its levels as columns, a partition or multipliers in colour.
+"""Draws the Hasse diagram of a hierarchy with Graphviz: levels as columns, a partition or multipliers in colour.
 
-A node per (level, name), and an edge from each node of a tensor's path to the next one, over the levels that the path
-passes over. With multipliers a node of a component stands for the component's path up to it ("layer.0", "attention"),
-so that every multiplier has a node of its own: the one where its path ends.
+There is one node for each (level, name), and an edge from each node of a tensor's path to the next one. Edges cross
+levels that the path skips. With multipliers, a node represents the path of its component up to this level ("layer.0",
+"attention"). Every multiplier then has a separate node: the one where its path ends.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from hsaid_kernels.hierarchy.paths import split_number
 
 FORMATS = (".svg", ".png", ".dot", ".html")
 MEANINGS = {"L1": "block", "L2": "sublayer", "L3": "module", "L4": "parameter", "L5": "head"}
-COLORS = ("#77AADD", "#EEDD88", "#FFAABB", "#44BB99", "#BBCC33")  # of components: Tol's "light", to write on
-BELOW, ABOVE = (67, 147, 195), (214, 96, 77)  # of multipliers; white at 1
+# Of components: from Paul Tol's "light" scheme, on which dark text is legible.
+COLORS = ("#77AADD", "#EEDD88", "#FFAABB", "#44BB99", "#BBCC33")
+BELOW, ABOVE = (67, 147, 195), (214, 96, 77)  # of multipliers below and above 1; a multiplier of 1 is white
 SCALE = (-1.0, -0.5, 0.0, 0.5, 1.0)
 STYLE = """\
   graph [rankdir=LR, ranksep=0.9, nodesep=0.1, bgcolor=white, pad=0.15, labelloc=t, labeljust=l]
@@ -40,7 +41,7 @@ STYLE = """\
 """
 CUT = ', style=dashed, color="#999999"'
 GAP = "<TR><TD HEIGHT='10'></TD></TR>"
-# A process of its own: what Graphviz and its font library print stays there, and so would a crash.
+# Runs in a separate process, so that output or a crash of Graphviz and its font library does not reach this process.
 LAYOUT = """
 import sys, pygraphviz
 graph = pygraphviz.AGraph(string=sys.stdin.buffer.read().decode())
@@ -58,12 +59,12 @@ PAGE = """\
 </html>
 """
 
-Names = tuple[str, ...]  # what one step of a path is called: several names where nodes are folded into one
-_Key = tuple[str, tuple[Names | None, ...]]  # level and route of a node
+Names = tuple[str, ...]  # the names of one step of a path: several if nodes are folded into one
+_Key = tuple[str, tuple[Names | None, ...]]  # level and route of a node (`Node.route`)
 
 
 class Drawn(Protocol):
-    """What a picture needs of a `Hierarchy`, which draws itself with this module."""
+    """The interface of `Hierarchy` that this module uses. (hierarchy.py imports this module, not the reverse.)"""
 
     @property
     def tensors(self) -> tuple[str, ...]: ...
@@ -81,15 +82,15 @@ class Drawn(Protocol):
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the picture.
+    """A node of the diagram.
 
-    level      the one it is on
-    route      names on its component's levels up to this one, None where there is none; this level's only, without
-               multipliers
-    component  the component's number, None for a level that the partition does not name
-    label      the last of these names; all of them where the component has levels with others between, "layer.0 head.3"
-    tensors    how many pass through
-    value      of the multiplier whose path ends here, or None
+    level      its level
+    route      with multipliers, the names on the component's levels up to this one, None for a skipped level; without,
+               the name on this level only
+    component  index of its component; None if the partition does not name the level
+    label      the last name of the route; all names, as in "layer.0 head.3", if the component's levels are not adjacent
+    tensors    number of tensors whose path contains the node
+    value      value of the multiplier whose path ends here, or None
     """
 
     level: str
@@ -100,14 +101,14 @@ class Node:
     value: float | None
 
     def __str__(self) -> str:
-        """Unique in its graph: "L2:layer.0/attention"."""
+        """An identifier that is unique in the graph, such as "L2:layer.0/attention"."""
         names = ("" if names is None else names[0] for names in self.route)
         return f"{self.level}:" + "/".join(name.replace("\\", r"\\").replace("/", r"\/") for name in names)
 
 
 @dataclass(frozen=True)
 class Graph:
-    """What is drawn: nodes, in the model's order on each level, and edges between them as pairs of their numbers."""
+    """The diagram: nodes, in the model's order on each level, and edges as pairs of indices of nodes."""
 
     hierarchy: Drawn
     partition: Partition | None
@@ -123,7 +124,7 @@ class Graph:
         fold: bool | None = None,
         multipliers: Tensor | Sequence[float] | None = None,
     ) -> Graph:
-        """Arguments and errors as of `Hierarchy.to_dot`."""
+        """The diagram of a hierarchy. Arguments and exceptions are those of `Hierarchy.to_dot`."""
         if isinstance(partition, str):
             partition = hierarchy.partition(partition)
         _check_partition(hierarchy, partition)
@@ -170,19 +171,19 @@ class Graph:
 
     @property
     def num_paths(self) -> int:
-        """How many paths are distinct: as many as tensors, where no node is skipped or merged."""
+        """The number of distinct paths. Equals the number of segments unless nodes are skipped or merged."""
         return len(set(self.hierarchy.paths))
 
     def is_cut(self, edge: tuple[int, int]) -> bool:
-        """Whether the partition cuts an edge: it leads out of a component or into one."""
+        """Whether the two nodes of an edge are not in the same component."""
         tail, head = (self.nodes[end].component for end in edge)
         return tail != head
 
     def dot(self) -> str:
-        """The graph in Graphviz's language."""
+        """The diagram in Graphviz's DOT language."""
         levels, components = self.hierarchy.levels, self.partition.components if self.partition else ()
         largest = max((abs(node.value - 1) for node in self.nodes if node.value is not None), default=None)
-        colored = zip(COLORS, components if largest is None else ())  # or the multipliers have the colours
+        colored = zip(COLORS, components if largest is None else ())  # with multipliers, colours show their values
         fill = {level: color for color, component in colored for level in component.levels}
         names = [_quoted(str(node)) for node in self.nodes]
 
@@ -198,7 +199,7 @@ class Graph:
             tail, head = (names[end] for end in edge)
             tooltip = _quoted(" -> ".join(str(self.nodes[end]) for end in edge), label=True)
             lines.append(f"  {tail} -> {head} [tooltip={tooltip}{CUT if self.is_cut(edge) else ''}]")
-        # Edges that nobody sees make columns of the levels, and put their nodes in the model's order.
+        # Invisible edges arrange the levels as columns and keep the nodes of each level in the model's order.
         lines.append(f"  {' -> '.join(map(_quoted, levels))} [style=invis, weight=1000]")
         for level in levels:
             column = [_quoted(level), *(name for name, node in zip(names, self.nodes) if node.level == level)]
@@ -206,7 +207,7 @@ class Graph:
         return "\n".join([*lines, "}", ""])
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Arguments and errors as of `Hierarchy.draw`."""
+        """Writes the diagram to a file. Arguments and exceptions are those of `Hierarchy.draw`."""
         suffix = Path(path).suffix.lower()
         if suffix not in FORMATS:
             known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
@@ -230,7 +231,10 @@ class Graph:
         return f"{len(self.hierarchy.tensors)} tensors, {self.num_paths} paths, {weights:,} weights"
 
     def _title(self, largest: float | None) -> str:
-        """An HTML-like label: how much there is, and what the colours mean. `largest`: a multiplier's change, if any"""
+        """The title as an HTML-like label of Graphviz: totals and a legend of the colours.
+
+        `largest` is the largest |multiplier - 1|, or None without multipliers.
+        """
         rows = [[("white", f"<B>{self._summary()}</B>")]]
         if self.partition:
             colors = COLORS if largest is None else itertools.repeat("white")
@@ -244,7 +248,7 @@ class Graph:
 
 
 def _rows(hierarchy: Drawn) -> list[tuple[tuple[str | None, ...], str]]:
-    """Path and tensor of each segment, in the order of a partition's multiplier_index."""
+    """(path, tensor) of each segment, in the order of the rows of a partition's multiplier_index."""
     return [(path, segment.tensor) for path, segment in zip(hierarchy.paths, hierarchy.segments)]
 
 
@@ -272,9 +276,9 @@ def _values(partition: Partition | None, multipliers: Tensor | Sequence[float]) 
 
 
 def _fold(hierarchy: Drawn, own: Sequence[tuple]) -> dict[tuple[str, str], Names]:
-    """(level, name) -> the names that become one node: neighbours that differ in nothing but their number.
+    """{(level, name): all names that share its node}: neighbouring nodes that differ only in their number.
 
-    own   for each segment what must be the same besides the rest of its path
+    own   for each segment, what must be equal in addition to the rest of its path
     """
     folded: dict[tuple[str, str], Names] = {}
     for at, level in enumerate(hierarchy.levels):
@@ -290,12 +294,12 @@ def _fold(hierarchy: Drawn, own: Sequence[tuple]) -> dict[tuple[str, str], Names
 
 
 def _name(names: Names) -> str:
-    """ "layer.0", or of folded nodes "layer.0 … layer.11  × 12"."""
+    """ "layer.0", or for folded nodes "layer.0 … layer.11  × 12"."""
     return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}  × {len(names)}"
 
 
 def _look(node: Node, color: str, largest: float | None) -> str:
-    """A node's attributes; `color` is its component's."""
+    """A node's attributes in DOT. `color` is the colour of its component, `largest` is as in `_title`."""
     label, route = node.label, " ".join(_name(names) for names in node.route if names)
     tooltip = f"{node.level} {route}: {node.tensors} tensor{'s' * (node.tensors > 1)}"
     if largest is None:
@@ -315,18 +319,18 @@ def _legend(cells: Sequence[tuple[str, str]]) -> str:
 
 
 def _diverging(part: float) -> str:
-    """-1 .. 1 -> blue .. white .. red."""
+    """The colour for a number from -1 (blue) through 0 (white) to 1 (red)."""
     end = BELOW if part < 0 else ABOVE
     return "#" + "".join(f"{round(255 + abs(part) * (channel - 255)):02X}" for channel in end)
 
 
 def _number(value: float, largest: float) -> str:
-    """With at least three decimals, and with two digits of the largest change."""
+    """Formats a multiplier with at least three decimals, and enough to show two significant digits of `largest`."""
     return f"{value:.{max(3, 1 - math.floor(math.log10(largest))) if largest else 3}f}"
 
 
 def _quoted(text: str, label: bool = False) -> str:
-    """A DOT string; in a label Graphviz would take what looks like an entity for one."""
+    """A quoted DOT string. In labels, "&", "<" and ">" are escaped, because Graphviz interprets HTML entities there."""
     text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text).replace("\\", "\\\\")
     text = text.replace('"', r"\"")
     return f'"{html.escape(text, quote=False) if label else text}"'

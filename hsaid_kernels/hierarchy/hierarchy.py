@@ -1,19 +1,20 @@
-"""A model's hierarchy: its tensors as paths through levels, which partitions cut into components.
+"""`Hierarchy`: a model's tensors as paths through levels of nodes.
 
-A model's tensor names form a graph of nodes on four levels, and every tensor is a path through it:
+The names of a model's tensors form a graph of nodes on four levels. Every tensor is a path through this graph:
 
     L1  block       L2  sublayer in the block      L3  module that owns the parameter      L4  parameter
     layer.0         attention                      query                                   weight
 
-An optional fifth level, L5, is the attention head. There a tensor's path goes on to several ends: each head's rows of
-query, key and value and its columns of attention's output weight are a *segment* with a path, and a factor, of its own
-(attention.py says where they are). What belongs to no head stays one segment, without a node on L5.
+If a tensor has no node on a level, its path skips that level (None). paths.py contains the rules that derive a path
+from a name, for any model.
 
-A level is passed over (None) where a tensor has no node for it. A partition cuts the levels into components; a
-multiplier stands for each distinct path within a component, and a tensor's factor combines its components' multipliers.
-All levels in one component is SAID, a multiplier per tensor (Aghajanyan et al. 2020, arXiv 2012.13255); H-SAID is any
-other cut.
-paths.py has the rule by which a tensor's name becomes a path, for any model.
+An optional fifth level, L5, is the attention head. With it, a tensor that is divided among heads has one *segment* for
+each head, with a separate path and factor: the head's rows of query, key and value, or its columns of the attention
+output weight (attention.py). A tensor that belongs to no head stays a single segment without a node on L5.
+
+A *partition* divides the levels into *components*. Each distinct path within a component has one *multiplier*, and the
+*factor* of a segment combines the multipliers of its components. SAID is the partition with all levels in one
+component: one multiplier for each tensor (Aghajanyan et al. 2020, arXiv 2012.13255). H-SAID is any other partition.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from hsaid_kernels.hierarchy.paths import HEADS, LEVELS, Path, paths_of, split_n
 
 @dataclass(frozen=True, repr=False)
 class Hierarchy:
-    """A model's tensors as paths through its levels; made by `from_model`, printed as a tree by `str`.
+    """A model's tensors as paths through levels. Created by `from_model`; `str` formats it as a tree.
 
-    tensors       names, in the model's order; tied tensors are one, under the first of their names
-    shapes        name -> shape
-    segments      what has a path: every tensor whole, or with heads the parts of those that are divided among heads
+    tensors       names, in the model's order; tied tensors count once, under their first name
+    shapes        {name: shape}
+    segments      the parts with a path each: whole tensors or, with heads, each head's part of a divided tensor
     levels        names of the levels, outermost first
-    paths         per segment, a node name or None for each of `levels`; distinct unless nodes are skipped or merged
-    skip, merge   as given to `from_model`, in plain lists and dicts for a checkpoint's JSON
+    paths         for each segment a node name or None for each level; distinct unless nodes are skipped or merged
+    skip, merge   the arguments of `from_model` as plain lists and dicts, which a checkpoint's JSON can store
     """
 
     tensors: tuple[str, ...]
@@ -61,18 +62,21 @@ class Hierarchy:
         merge: Mapping[str, Iterable[str]] | None = None,
         heads: bool = False,
     ) -> Hierarchy:
-        """The hierarchy of all of a model's parameters, on any device (meta too).
+        """The hierarchy of all parameters of a model on any device (also "meta").
 
-        skip   nodes that edges pass over: "attention" on every level that has it, "L2:attention" on that level only
-        merge  new name -> the nodes treated as the same, {"mix": ["attention", "intermediate"]}, on every level that
-               has all of them. The new name may be one of theirs, but no other node's.
-        heads  adds the attention heads as level L5: "head.0", "head.1", ...; in grouped-query attention key and value
-               have "group.0", ... for each of their heads, which serves several of the queries'.
+        skip   nodes that paths skip: "attention" means the node of this name on every level that has one,
+               "L2:attention" only the node on level L2
+        merge  {new name: [nodes to treat as the same node]}, such as {"mix": ["attention", "intermediate"]}; applies on
+               every level that has all these nodes. The new name may be that of a merged node, but not of another node.
+        heads  adds the attention heads as level L5: nodes "head.0", "head.1", ...; in grouped-query attention the parts
+               of key and value are nodes "group.0", ..., one for each key-value head, which serves several query heads
 
-        Segments that come to share a path share multipliers. skip and merge speak of the nodes as they are without any
-        skip or merge. Raises TypeError for other types; ValueError for a model without parameters, for a node that
-        does not exist, is named twice, or has no level in common with those it is merged with, and with heads for a
-        model whose attention is not known (`attention.find_attentions`).
+        Segments whose paths become equal share multipliers. The nodes in `skip` and `merge` are those of the hierarchy
+        before skipping and merging.
+
+        Raises TypeError for arguments of other types. Raises ValueError for a model without parameters; for a node that
+        does not exist, is named twice, or has no level in common with the nodes it is merged with; and with `heads` for
+        a model whose attention heads cannot be found (`attention.find_attentions`).
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -96,18 +100,18 @@ class Hierarchy:
         return replace(plain, paths=paths, skip=skipped, merge=merged)
 
     def nodes(self, level: str) -> tuple[str, ...]:
-        """A level's distinct nodes, in order of first appearance."""
+        """The distinct nodes on a level, in order of first appearance. Raises ValueError for an unknown level."""
         if level not in self.levels:
             raise ValueError(f"level must be one of {', '.join(self.levels)}, got {level!r}")
         column = (path[self.levels.index(level)] for path in self.paths)
         return tuple(dict.fromkeys(node for node in column if node is not None))
 
     def select(self, names: Iterable[str], without: Collection[tuple[str, str]] = ()) -> Hierarchy:
-        """The hierarchy of these tensors only, in the model's order; their paths stay those of the whole model.
+        """The hierarchy of the tensors `names` only, in the model's order, with the paths of the whole model.
 
-        without  (tensor, label) of segments to leave out, as of heads that are pruned. A tensor may lose all of them.
+        without  (tensor, label) of segments to leave out, such as those of pruned heads; may be all of a tensor's
 
-        Raises ValueError for no name at all or a name that is no tensor's, TypeError if `names` is no list of strings.
+        Raises ValueError if `names` is empty or contains an unknown name, TypeError if it is not a list of strings.
         """
         chosen = set(_strings("names", "tensor names", names))
         unknown = sorted(chosen.difference(self.tensors))
@@ -123,10 +127,15 @@ class Hierarchy:
         return replace(self, tensors=tuple(shapes), shapes=shapes, segments=segments, paths=paths)
 
     def partition(self, spec: str, combine: str = "product") -> Partition:
-        """Cuts the levels into components: "L1+L2|L3|L4", or "said", "hsaid-3", "did" (or "none": no multipliers).
+        """Divides the levels into components.
 
-        A level that is not named has no say. Raises TypeError if `spec` is no string; ValueError for an unknown or
-        repeated level, an empty component, or a `combine` other than "product" and "sum".
+        spec     components separated by "|", each with its levels joined by "+", such as "L1+L2|L3|L4"; or "said" (all
+                 four levels in one component), "hsaid-3" ("L1+L2|L3|L4"), "did" or "none" (no multipliers). Levels that
+                 are not named do not affect the factors.
+        combine  "product" or "sum" of a segment's multipliers, see `Partition`
+
+        Raises TypeError if `spec` is not a string; ValueError for an unknown or repeated level, an empty component, or
+        another `combine`.
         """
         if combine not in ("product", "sum"):
             raise ValueError(f"combine must be 'product' or 'sum', got {combine!r}")
@@ -149,15 +158,15 @@ class Hierarchy:
         fold: bool | None = None,
         multipliers: Tensor | Sequence[float] | None = None,
     ) -> str:
-        """The Hasse diagram in Graphviz's language: levels from left to right, an edge to the nearest deeper node.
+        """The Hasse diagram in Graphviz's DOT language: levels from left to right, edges to the next deeper node.
 
-        partition     its components are in colour, and the edges between them dashed
-        fold          numbered nodes that differ in nothing but the number become one; by default, unless there are
-                      multipliers
-        multipliers   trained ones of `partition` [m]: a node for each, in blue below 1 and in red above
+        partition     colours its components and draws edges between components dashed
+        fold          whether to draw numbered nodes that differ only in their number as one node. None means True
+                      without and False with multipliers.
+        multipliers   trained multipliers of `partition`, [m]: draws a node for each, blue below 1 and red above 1
 
-        Raises ValueError for a partition of another hierarchy, and for multipliers that do not belong to it or are not
-        finite; TypeError for another type of partition.
+        Raises ValueError for a partition of another hierarchy, and for multipliers whose number does not fit the
+        partition or that are not finite; TypeError for another type of partition or multipliers.
         """
         return Graph.of(self, partition, fold=fold, multipliers=multipliers).dot()
 
@@ -169,10 +178,11 @@ class Hierarchy:
         fold: bool | None = None,
         multipliers: Tensor | Sequence[float] | None = None,
     ) -> None:
-        """Writes the picture of `to_dot` to a file whose name ends in .svg, .png, .html or .dot, all of it or nothing.
+        """Writes the diagram of `to_dot` to a file. The name's ending selects the format: .svg, .png, .html or .dot.
 
-        Raises what `to_dot` raises; ValueError for another ending, OSError where the file cannot be written, and
-        ImportError where pygraphviz is missing, which all but .dot needs.
+        The file is written atomically. Raises what `to_dot` raises; ValueError for another ending; OSError if the file
+        cannot be written; ImportError if pygraphviz is not installed, which all formats except .dot need; RuntimeError
+        if Graphviz fails.
         """
         Graph.of(self, partition, fold=fold, multipliers=multipliers).write(path)
 
@@ -191,11 +201,11 @@ class Hierarchy:
         return "\n".join(lines)
 
     def _with_heads(self, model: nn.Module) -> Hierarchy:
-        """With L5, by which a tensor that is divided among heads has a segment and a path for each."""
+        """This hierarchy with level L5: tensors that are divided among heads get a segment and path for each head."""
         parts: dict[str, list[Segment]] = {}
         for attention in find_attentions(model):
             for tensor, divided in itertools.groupby(attention.segments(), key=lambda segment: segment.tensor):
-                parts.setdefault(tensor, list(divided))  # once, also where two modules share it
+                parts.setdefault(tensor, list(divided))  # only once if two modules share the tensor
         pairs = [
             (segment, (*path, segment.label or None))
             for own, path in zip(self.segments, self.paths)
@@ -205,7 +215,7 @@ class Hierarchy:
         return replace(self, segments=segments, paths=paths, levels=(*self.levels, HEADS))
 
     def _renamed(self, skip: list[str], merge: dict[str, list[str]]) -> dict[tuple[str, str | None], str | None]:
-        """(level, node) -> its new name, None where it is skipped."""
+        """{(level, node): new name, or None if the node is skipped} for all nodes in `skip` and `merge`."""
         nodes = {level: self.nodes(level) for level in self.levels}
 
         def find(argument: str, name: str) -> dict[str, str]:  # level -> node
@@ -234,14 +244,14 @@ class Hierarchy:
 
 
 def _unmasked(model: nn.Module) -> tuple[str, ...]:
-    """The parameters' names as they are without torch.nn.utils.prune, which makes "weight_orig" of what it masks."""
+    """The names of the parameters without the suffix "_orig" that torch.nn.utils.prune adds to masked ones."""
     buffers = dict(model.named_buffers())
     plain = {name: name.removesuffix("_orig") for name, _ in model.named_parameters()}
     return tuple(short if f"{short}_mask" in buffers else name for name, short in plain.items())
 
 
 def _strings(argument: str, what: str, value: Iterable[str]) -> list[str]:
-    # A string is an iterable of strings too, but never meant as one here.
+    # A string is also an iterable of strings, but passing one here is always a mistake.
     strings = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
     if strings is None or not all(isinstance(string, str) for string in strings):
         raise TypeError(f"{argument} must be a list of {what}, got {value!r}")
@@ -249,12 +259,15 @@ def _strings(argument: str, what: str, value: Iterable[str]) -> list[str]:
 
 
 def _tree(rows: list[tuple[tuple, int]], depth: int = 0) -> list[tuple]:
-    """Per tensor (level and node of each step, weights) -> per line (depth, level, label, tensors, weights, suffix)."""
+    """The lines of the printed tree, as tuples (depth, level, label, tensors, weights, suffix).
+
+    rows  for each segment ((level, node) of each step of its path, number of weights)
+    """
     branches: dict[tuple[str, str], list] = {}
     for (node, *rest), weights in filter(lambda row: row[0], rows):
         branches.setdefault(node, []).append((tuple(rest), weights))
 
-    def looks(node: tuple[str, str]) -> tuple:  # equal for numbered neighbours that differ in nothing but the number
+    def looks(node: tuple[str, str]) -> tuple:  # equal for numbered neighbours that differ only in their number
         below = branches[node]
         return node[0], split_number(node[1])[0], len(below), sum(size for _, size in below), _tree(below, depth + 1)
 

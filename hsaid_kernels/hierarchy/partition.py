@@ -1,4 +1,8 @@
-"""A partition cuts the levels of a hierarchy into components, and says which multipliers make which factor."""
+"""`Partition`: divides the levels of a hierarchy into components, and computes factors from multipliers.
+
+A *component* is a group of levels. Each distinct path through these levels has one *multiplier*, a trained number. The
+*factor* lambda_i of a tensor combines the multipliers of its components.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,16 @@ from torch import Tensor, nn
 
 from hsaid_kernels.hierarchy.paths import HEADS, LEVELS, Path
 
-NAMED_PARTITIONS = {"said": "+".join(LEVELS), "hsaid-3": "L1+L2|L3|L4"}  # and "did" or "none": no component
+NAMED_PARTITIONS = {"said": "+".join(LEVELS), "hsaid-3": "L1+L2|L3|L4"}  # also "did" and "none", without components
 
 
 @dataclass(frozen=True)
 class Component:
-    """One component of a partition: its levels, and its distinct paths (a multiplier each) in order of appearance."""
+    """One component of a partition.
+
+    levels  names of its levels
+    paths   the distinct paths through these levels, in order of first appearance; each has one multiplier
+    """
 
     levels: tuple[str, ...]
     paths: tuple[Path, ...]
@@ -30,16 +38,19 @@ class Component:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Partition:
-    """Which multipliers make which factor. A segment is what has a factor of its own: a tensor, or a head's part of it.
+    """A partition of a hierarchy: which multipliers form the factor of each segment.
 
-    spec              canonical string: `hierarchy.partition(spec, combine)` makes the partition again
+    A segment is a part of the model with its own factor: a tensor, or one attention head's part of a tensor.
+
+    spec              canonical specification: `hierarchy.partition(spec, combine)` creates the partition again
     combine           "product": a factor is the product of its components' multipliers.
-                      "sum": it is their sum divided by how many they are. The division belongs to the factor, not to
-                      the multipliers' start (1/number), because tensors with different numbers of components share
-                      multipliers (mBERT's classifier.weight has no L3): no such start makes all their factors 1.
-    components        their levels and paths, in the order of the specification
-    multiplier_index  int64 [segments, components], into one vector of multipliers [m] that starts with component 0's;
-                      -1 where the segment has no node in the component
+                      "sum": a factor is the mean of its components' multipliers. The division by their number is part
+                      of the factor. Initial multipliers of 1 / number would not replace it: tensors with different
+                      numbers of components share multipliers (mBERT's classifier.weight has no L3), so no initial
+                      values of that kind make all factors 1.
+    components        the components, in the order of the specification
+    multiplier_index  int64 [segments, components], indices into the vector of all multipliers [m], which begins with
+                      those of component 0; -1 if the segment has no node in the component
     """
 
     spec: str
@@ -53,46 +64,51 @@ class Partition:
         return sum(len(component.paths) for component in self.components)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_gather_index": {}}  # a copy may be loaded where there is no such device
+        return {**self.__dict__, "_gather_index": {}}  # the loading machine may lack the other devices
 
     def __str__(self) -> str:
         summed = ", summed" if self.combine == "sum" else ""
         return f"{', '.join(map(str, self.components)) or self.spec} -> {self.num_multipliers} multipliers{summed}"
 
     def initial(self) -> Tensor:
-        """The multipliers to start from, float32 [m]: ones, which make every factor exactly 1 for either `combine`."""
+        """The initial multipliers, float32 [m]: ones. Every factor is then exactly 1, for both values of `combine`."""
         return torch.ones(self.num_multipliers, dtype=torch.float32)
 
     def factors(self, multipliers: Tensor) -> Tensor:
-        """Multipliers [m] -> factors [segments], of their dtype, on their device; 1 for a segment without components.
+        """Multipliers [m] -> factors [segments], with the same dtype and device.
 
-        Equivalent to multipliers[row].prod(), or .mean() for "sum", where row is the segment's row without its -1s.
-        Differentiable; forward and backward are bit-identical from run to run. Raises ValueError for another shape.
+        For each segment this is equivalent to multipliers[row].prod(), or .mean() for "sum", where `row` is the
+        segment's row of `multiplier_index` without entries of -1. An empty row gives 1. Differentiable; forward and
+        backward are deterministic to the bit. Raises ValueError if the shape is not [m].
         """
         if multipliers.shape != (self.num_multipliers,):
             raise ValueError(f"multipliers must have shape [{self.num_multipliers}], got {list(multipliers.shape)}")
         product = self.combine == "product"
         index = self._gather_index_on(multipliers.device)
         table = torch.cat([multipliers, multipliers.new_full((1,), 1.0 if product else 0.0)])  # [m + 1]
-        # embedding, not index_select: the latter's backward adds with atomics on CUDA, in another order every time.
+        # embedding instead of index_select, whose backward on CUDA adds with atomics, in a different order every time.
         gathered = nn.functional.embedding(index, table.unsqueeze(1)).squeeze(2)  # [segments, components]
-        columns = gathered.unbind(1)  # combined in their order, where prod() and sum() promise none
+        columns = gathered.unbind(1)  # combined one by one, because prod() and sum() do not guarantee an order
         if product:
             return functools.reduce(torch.mul, columns, multipliers.new_ones(len(index)))
         present = (index < self.num_multipliers).sum(1)  # [segments]
         return functools.reduce(torch.add, columns, (present == 0).to(multipliers.dtype)) / present.clamp(min=1)
 
     def _gather_index_on(self, device: torch.device) -> Tensor:
-        """multiplier_index with m (the neutral element, after the multipliers) for -1; uploaded once per device."""
+        """multiplier_index with -1 replaced by m, the index of the neutral element. Copied once per device."""
         if device not in self._gather_index:
             index = self.multiplier_index
-            with torch.inference_mode(False):  # what an evaluation uploads must serve the training that follows
+            with torch.inference_mode(False):  # a copy made in evaluation must also be usable in training
                 self._gather_index[device] = torch.where(index < 0, self.num_multipliers, index).to(device)
         return self._gather_index[device]
 
 
 def parse_partition(spec: str, known: Sequence[str]) -> list[tuple[str, ...]]:
-    """Specification -> the levels of each component, within a component in the hierarchy's order."""
+    """The levels of each component of a specification, ordered within a component as in `known`.
+
+    `known` are the levels of the hierarchy, outermost first. Raises TypeError if `spec` is not a string, ValueError for
+    an unknown or repeated level or an empty component.
+    """
     expected = (
         f"partition must be did, none, {', '.join(NAMED_PARTITIONS)} or each of {', '.join(known)} at most once, "
         f"as in 'L1+L2|L3|L4'; got {spec!r}"

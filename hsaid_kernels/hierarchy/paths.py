@@ -1,20 +1,25 @@
 """From a tensor's name to its path through the levels of the hierarchy.
 
-How a tensor's name becomes a path, for any model (only names, shapes and module structure are looked at):
+The levels are L1, the block; L2, the sublayer in the block; L3, the module that owns the parameter; L4, the parameter
+(hierarchy.py). The following rules derive a path from a name, for any model. They use only the names of parameters and
+modules and which modules are an nn.ModuleList.
 
-1.  A number is no name of its own and stays with the name before it: "layer.0" is one step.
-2.  L1 is the item of the outermost nn.ModuleList on the path. Modules above such items ("bert", "bert.encoder") are
-    containers. Without a list L1 is the first step that is no container ("pooler", or "net.0" of a Sequential), or the
-    container itself where that owns the parameter; a parameter of the root has no L1. Containers are left out of the
-    name, save for the few that tell one list or module from another ("encoder.block.0", "decoder.block.0").
-3.  L4 is the parameter's name. L3 is the step that owns it, unless that is the block. L2 is the first step under the
-    block, unless that is the L3 step. What lies between (BERT's `self` and inner `output`) is passed over.
-4.  An L2 step that is an item of a list is called by what tells it from the other items: by the one child that only it
-    has, if every item has just one such child (T5's "layer.0" is SelfAttention, in encoder and decoder), else by list
-    and number. An only item of an only child tells nothing apart and is passed over (ALBERT's "albert_layers.0").
-5.  Where tensors still share a path, L2 is all that lies between block and owner, as in the name ("mlp.experts.0"), for
-    every tensor whose name goes on after its block with the same module or list. So there are always as many paths as
-    tensors.
+1.  A name is split at its dots into steps. A number does not form a step; it belongs to the name before it, so
+    "layer.0" is one step.
+2.  L1 is the item of the outermost nn.ModuleList on the path. Modules that contain such items ("bert", "bert.encoder")
+    are containers. If there is no list on the path, L1 is the first step that is not a container ("pooler", or "net.0"
+    of a Sequential), or the container itself if it owns the parameter. A parameter of the root module has no L1.
+    Containers are omitted from the name of the L1 node, except those needed to distinguish one list or module from
+    another ("encoder.block.0", "decoder.block.0").
+3.  L4 is the parameter's name. L3 is the step that owns it, unless that is the block. L2 is the first step below the
+    block, unless that is the L3 step. Steps in between (BERT's `self` and inner `output`) are skipped.
+4.  If the L2 step is an item of a list, its name is what distinguishes it from the other items. If every item has
+    exactly one child that no other item has, this is the child's name (T5's "layer.0" is called SelfAttention, in
+    encoder and decoder); otherwise it is the list's name and the number. The only item of a list that is an only child
+    distinguishes nothing and is skipped (ALBERT's "albert_layers.0").
+5.  If several tensors still have the same path, L2 becomes everything between block and owner ("mlp.experts.0"). This
+    applies to every tensor whose name continues after its block with the same module or list. As a result there are
+    always as many paths as tensors.
 """
 
 from __future__ import annotations
@@ -31,8 +36,12 @@ Path = tuple[str | None, ...]
 
 
 def paths_of(names: tuple[str, ...], lists: set[str]) -> tuple[Path, ...]:
-    """Names of the tensors and of the model's module lists -> a path per tensor, by the rule at the top of the file."""
-    children = defaultdict(set)  # module -> its modules and parameters, as far as on some tensor's path
+    """A path for each tensor, by the rules in this module's docstring.
+
+    names  names of the tensors
+    lists  names of the model's nn.ModuleList modules
+    """
+    children = defaultdict(set)  # module -> its submodules and parameters that are on some tensor's path
     for prefix in itertools.chain(*map(_prefixes, names)):
         parent, _, child = prefix.rpartition(".")
         children[parent].add(child)
@@ -57,22 +66,23 @@ def paths_of(names: tuple[str, ...], lists: set[str]) -> tuple[Path, ...]:
         clashing = {split_number(under[0])[0] for under, path in zip(steps, paths) if count[path] > 1}
         if not clashing:
             return tuple(paths)
-        in_full |= clashing  # grows every time: paths in full are distinct, so one that clashes was not in full yet
+        # Terminates: tensors whose L2 is written in full have distinct paths, so every clash adds a new name.
+        in_full |= clashing
 
 
 def _prefixes(name: str) -> list[str]:
-    """Of "a.b.c": "a", "a.b", "a.b.c"."""
+    """All prefixes of a dotted name: for "a.b.c", ["a", "a.b", "a.b.c"]."""
     return list(itertools.accumulate(name.split("."), "{}.{}".format)) if name else []
 
 
 def split_number(name: str) -> tuple[str, str]:
-    """Of "encoder.layer.0": "encoder.layer", ".0"."""
+    """Splits off the number at the end of a name: "encoder.layer.0" -> ("encoder.layer", ".0")."""
     stem = re.sub(r"((^|\.)\d+)+$", "", name)
     return stem, name[len(stem) :]
 
 
 def _block(chain: list[str], items: set[str], containers: set[str]) -> str:
-    """The block among the modules on a tensor's path; "" for the root."""
+    """The block (L1) among the modules `chain` on a tensor's path; "" for a parameter of the root module."""
     for module, deeper in itertools.zip_longest(chain, chain[1:], fillvalue=""):
         if module in items or (module not in containers and not deeper.rpartition(".")[2].isdigit()):
             return module
@@ -80,7 +90,10 @@ def _block(chain: list[str], items: set[str], containers: set[str]) -> str:
 
 
 def _short_names(blocks: Iterable[str]) -> dict[str, str]:
-    """Block -> the shortest end of its name, less the number, that no other block's name ends in; with the number."""
+    """{block: short name}: the shortest suffix of the block's name that no other block's name ends with.
+
+    Numbers at the end of names are ignored in this comparison and added back afterwards.
+    """
     stems = {split_number(block)[0]: "" for block in blocks}
     for stem in stems:
         parts = stem.split(".")
@@ -91,7 +104,7 @@ def _short_names(blocks: Iterable[str]) -> dict[str, str]:
 
 
 def _label(block: str, steps: list[str], children: Mapping[str, set[str]]) -> str | None:
-    """What the last of these steps under the block is called on L2; None where it is passed over."""
+    """The L2 name of the last of these `steps` below the block (rule 4); None if it is skipped."""
     parent, _, number = ".".join([block, *steps]).rpartition(".")
     siblings = children[parent]
     if not number.isdigit():

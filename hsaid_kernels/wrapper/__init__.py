@@ -1,1 +1,1 @@
-"""A model: HSAID, what it trains, and its checkpoints."""
+"""`HSAID`, which wraps a model: its trained parameters, its checkpoints, and tools for attention heads."""

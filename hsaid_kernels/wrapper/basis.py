@@ -1,4 +1,8 @@
-"""What theta and the multipliers of a model mean: which tensors, by which paths and factors, in which random basis."""
+"""`basis_of`: from a model and the arguments of `HSAID` to hierarchy, partition and plan.
+
+Together these define what theta and the multipliers mean: the tensors that are projected, which multipliers form the
+factor of each, and the random matrices P_i.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,11 @@ from hsaid_kernels.wrapper.heads import Heads, check_heads, pruned_heads
 
 @dataclass(frozen=True)
 class Basis:
-    """`pruned`: {attention module: heads} that get no update. `full`: names of the tensors that are trained fully."""
+    """What theta and the multipliers of a model mean.
+
+    pruned  {attention module: [heads]}, the heads that receive no update
+    full    names of the fully trained tensors
+    """
 
     hierarchy: Hierarchy
     partition: Partition
@@ -44,7 +52,7 @@ def basis_of(
     heads: bool | None,
     pruned: Heads | None,
 ) -> Basis:
-    """Arguments and errors as of `HSAID`."""
+    """The basis for a model. Arguments and exceptions are those of `HSAID`."""
     tensors, full = split_tensors(model, include, exclude, train_fully)
     check_int("intrinsic_dim", intrinsic_dim, 1, MAX_DIM)
     if heads is not None and not isinstance(heads, bool):

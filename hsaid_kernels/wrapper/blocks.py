@@ -1,4 +1,8 @@
-"""Which tensors of a model share a call of the adjoint: those of a block, and of small neighbouring blocks together."""
+"""Groups a model's tensors for the adjoint: one call per block of the model, or per several small neighbouring blocks.
+
+A block here is a node on level L1 of the hierarchy, such as a transformer layer. (In `fastfood`, "block" means `width`
+consecutive values of a segment.)
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,9 @@ from hsaid_kernels.hierarchy import Hierarchy
 
 
 def blocks_of(model: nn.Module, names: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """(module, its tensors) for each block of the model, which is what the hierarchy has on its first level.
+    """[(module name, tensor names)] for each block of the model that has any of the tensors `names`.
 
-    The module is the innermost one that holds them all and is called (a ModuleList is not).
+    The module is the innermost one that contains all these tensors and has a `forward` (a ModuleList has none).
     """
     hierarchy = Hierarchy.from_model(model).select(names)
     blocks: dict[str | None, list[str]] = defaultdict(list)
@@ -23,7 +27,7 @@ def blocks_of(model: nn.Module, names: Iterable[str]) -> list[tuple[str, list[st
         blocks[block].append(name)
     found = []
     for own in blocks.values():
-        # os.path.commonprefix compares items of any kind, here the steps of the modules' names
+        # os.path.commonprefix accepts sequences of any kind, here lists of the parts of module names
         module = ".".join(os.path.commonprefix([name.split(".")[:-1] for name in own]))
         while module and not _is_called(model.get_submodule(module)):
             module = module.rpartition(".")[0]
@@ -34,9 +38,10 @@ def blocks_of(model: nn.Module, names: Iterable[str]) -> list[tuple[str, list[st
 def joined(
     blocks: Iterable[tuple[str, list[str]]], shapes: Mapping[str, Sequence[int]]
 ) -> list[tuple[list[str], list[str]]]:
-    """(modules, their tensors): neighbouring blocks joined as long as they are no larger than the largest block.
+    """[(module names, tensor names)]: joins neighbouring blocks while the result is no larger than the largest block.
 
-    Each call of the adjoint has a cost of its own, and the gradients of the largest block have to be held anyway.
+    Fewer calls of the adjoint have less overhead, and peak memory does not grow: the gradients of the largest block
+    have to be held in any case. Sizes are in elements.
     """
     sized = [(module, names, sum(math.prod(shapes[name]) for name in names)) for module, names in blocks]
     largest, room = max(size for *_, size in sized), 0

@@ -1,8 +1,9 @@
-"""An HSAID on disk: theta, the multipliers and what they mean, in a few kilobytes.
+"""Checkpoints: theta, the multipliers, the fully trained tensors and the configuration of an HSAID, a few kilobytes.
 
-`hsaid.safetensors` is the checkpoint, whole in itself: theta and multipliers, and in its header the configuration as
-JSON and a digest over all of it.  One file can be replaced in one step, so whatever happens while saving, the directory
-holds the old checkpoint or the new one.  `hsaid_config.json` has the configuration too, for people to read.
+The file `hsaid.safetensors` is a complete checkpoint. It contains the parameters of one task; its header contains the
+configuration as JSON and a digest (BLAKE2b) of everything. A single file can be replaced atomically: if saving fails,
+the directory holds either the old or the new checkpoint. `hsaid_config.json` is a copy of the configuration for
+reading; it is not loaded.
 """
 
 from __future__ import annotations
@@ -29,18 +30,19 @@ from hsaid_kernels.wrapper.comparison import check_config, check_tensors, check_
 from hsaid_kernels.wrapper.configuration import BASIS, CHOICE, Config, Described, bytes_of, describe, packed, parse
 
 VALUES_FILE, CONFIG_FILE = "hsaid.safetensors", "hsaid_config.json"
-TRAINER_FILE, TRAINER_STATE_FILE = "model.safetensors", "trainer_state.json"  # by transformers.Trainer, this one last
+# Written by transformers.Trainer; of all files of a checkpoint it writes trainer_state.json last.
+TRAINER_FILE, TRAINER_STATE_FILE = "model.safetensors", "trainer_state.json"
 ABOUT = f"for reading: what is loaded is the copy in {VALUES_FILE}"
 
 
 class Trained(Described, Protocol):
-    """What is saved and loaded: an `HSAID`."""
+    """What is saved and loaded. `HSAID` implements it."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
 class WithTasks(Trained, Protocol):
-    """What a further task is loaded into: an `HSAID`."""
+    """What another task can be loaded into. `HSAID` implements it."""
 
     def add_task(self, name: str) -> None: ...
     def remove_task(self, name: str) -> None: ...
@@ -51,14 +53,15 @@ Made = TypeVar("Made", bound=Trained)
 
 
 def save_pretrained(hsaid: Trained, directory: str | os.PathLike[str]) -> None:
-    """Writes both files to a directory, made where there is none.
+    """Writes the current task's parameters and the configuration to `directory`, which is created if needed.
 
-    Both are on the disk under other names before either is put in place; after an error nothing is left of them.
+    Both files are written completely under temporary names before either gets its final name. After an error no
+    temporary file remains.
 
     Raises:
         OSError: the directory cannot be written to (PermissionError, NotADirectoryError, no space left, ...).
     """
-    import safetensors.torch  # the kernels serve where it is not installed
+    import safetensors.torch  # imported here because the kernels can be used without safetensors
 
     config = packed(describe(hsaid))
     text = json.dumps(config, separators=(",", ":"))
@@ -79,14 +82,22 @@ def save_pretrained(hsaid: Trained, directory: str | os.PathLike[str]) -> None:
 def from_pretrained(
     make: Callable[..., Made], directory: str | os.PathLike[str], model: nn.Module, *, backend: str = "auto"
 ) -> Made:
-    """`make(model, ...)` with the configuration, theta and multipliers of a checkpoint: the same weights bit for bit.
+    """Returns `make(model, ...)` with the configuration and parameters of a checkpoint.
 
-    Warns where the model's W0 is not the one that was trained from (a classifier with fresh random weights, say).
+    Given the same W0, the projected weights are the same as when saved, bit for bit. Warns if the model's W0 differs
+    from the W0 of training, for example if a classification head was newly initialized.
+
+    Args:
+        make: the class `HSAID`.
+        directory: what `save_pretrained` or transformers' Trainer wrote.
+        model: the module to wrap.
+        backend: "auto", or one of `available_backends()`.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: it is of an unknown format or generator version, truncated or corrupted, or the model has tensors of
-            other names or shapes, of which the first are listed.
+        ValueError: the checkpoint has an unknown format or generator version, or is truncated or corrupted; or the
+            names, shapes or order of the model's tensors differ from the saved ones (the message lists the first).
+        OSError: the checkpoint cannot be read.
     """
     config, values = _read(directory)
     projected, full = split_tensors(model, *(config[key] for key in CHOICE))
@@ -100,7 +111,7 @@ def from_pretrained(
 
 
 def load_task(hsaid: WithTasks, directory: str | os.PathLike[str]) -> str:
-    """Adds the task of a checkpoint to an HSAID of the same basis, and sets it; see `HSAID.load_task`."""
+    """Adds the task of a checkpoint to an HSAID with the same basis, and makes it current; see `HSAID.load_task`."""
     config, values = _read(directory)
     check_config("directory", config, hsaid)
     before, task = hsaid.task, config["task"]
@@ -116,11 +127,11 @@ def load_task(hsaid: WithTasks, directory: str | os.PathLike[str]) -> str:
 
 
 def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
-    """The newest whole checkpoint among those that transformers' Trainer leaves in its output directory, or None.
+    """The path of the newest complete checkpoint in the output directory of transformers' Trainer, or None.
 
-    For `trainer.train(resume_from_checkpoint=last_checkpoint(directory))` after a run that was killed, maybe while it
-    saved: Trainer writes the files of a checkpoint one after the other into "checkpoint-<step>", where its own
-    `resume_from_checkpoint=True` takes the newest as it is.
+    Use it as `trainer.train(resume_from_checkpoint=last_checkpoint(directory))` after a run was killed. Trainer writes
+    the files of "checkpoint-<step>" one after the other, so a run killed while saving leaves an incomplete checkpoint.
+    Trainer's own `resume_from_checkpoint=True` takes the newest one without checking that it is complete.
     """
     steps = {int(p.name.rpartition("-")[2]): p for p in Path(directory).glob("checkpoint-*") if p.name[11:].isdigit()}
     for _, path in sorted(steps.items(), reverse=True):
@@ -132,21 +143,22 @@ def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
 
 
 def read_config(directory: str | os.PathLike[str]) -> Config:
-    """The configuration of a checkpoint, as `describe` makes it; raises what `from_pretrained` raises for a bad one."""
+    """The configuration of a checkpoint in the form of `describe`. Raises as `from_pretrained` for a bad checkpoint."""
     return _read(directory)[0]
 
 
 def hierarchy_of(config: Config, model: nn.Module) -> Hierarchy:
-    """The hierarchy of a checkpoint's tensors, in the model that was trained (on any device, meta too).
+    """The hierarchy of a checkpoint's tensors, given the architecture that was trained (on any device, also "meta").
 
-    The first size of a tensor, which may be the number of labels or of tokens, may be another than the model's. Raises
-    ValueError for other differences.
+    The first dimension of a tensor may differ in size from the model's, because it may be the number of labels or of
+    tokens. Raises ValueError for any other difference in names, shapes or order. Parameters that were masked in
+    training are masked in `model` too.
     """
     modules = dict(model.named_modules())
     for name in config["tensors"]:
         prefix, _, key = name.removesuffix("_orig").rpartition(".")
         if name.endswith("_orig") and prefix in modules and key in modules[prefix]._parameters:
-            prune.identity(modules[prefix], key)  # it was masked when it was trained
+            prune.identity(modules[prefix], key)  # it was masked in training; creates "<key>_orig" in the model
     saved, shapes = config["tensors"], shapes_of(dict(model.named_parameters()))
     chosen = saved if any(config[key] for key in CHOICE) else shapes
     found = {name: (*saved.get(name, shape)[:1], *shape[1:]) for name, shape in shapes.items() if name in chosen}
@@ -156,7 +168,11 @@ def hierarchy_of(config: Config, model: nn.Module) -> Hierarchy:
 
 
 def _fill(hsaid: Trained, values: Mapping[str, Tensor]) -> None:
-    """Puts a checkpoint's values into the parameters, once all of them are known to be what they should be."""
+    """Copies a checkpoint's values into the parameters.
+
+    First checks that each parameter has a value of its shape and dtype; otherwise raises ValueError and changes
+    nothing.
+    """
     parameters = dict(hsaid.named_parameters())
     for name, parameter in parameters.items():
         value = values.get(name)
@@ -171,7 +187,7 @@ def _fill(hsaid: Trained, values: Mapping[str, Tensor]) -> None:
 
 
 def _read(directory: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:
-    """(configuration, {"theta": ..., "multipliers": ..., ...}), known to be what was written."""
+    """Returns (configuration, {"theta": ..., "multipliers": ..., ...}) after verifying digest, format and types."""
     import safetensors.torch
 
     path = Path(directory, VALUES_FILE)
@@ -181,12 +197,12 @@ def _read(directory: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]
         data = read_file(path)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"directory: expected one with a checkpoint, got no file {str(path)!r}") from None
-    except (OSError, ValueError) as error:  # ValueError: a name that none can have
+    except (OSError, ValueError) as error:  # ValueError: not a valid file name
         reason = getattr(error, "strerror", None) or str(error)
         raise type(error)(f"directory: expected a checkpoint that can be read, got {str(path)!r}: {reason}") from None
     try:
         values = safetensors.torch.load(data)
-        if path.name == TRAINER_FILE:  # a state_dict, without a digest
+        if path.name == TRAINER_FILE:  # a state_dict, which has no digest to compare with
             text = bytes(values.pop("_extra_state").tolist()).decode()
             digest = _digest(text, values)
         else:

@@ -1,4 +1,4 @@
-"""Whether a configuration is that of an HSAID: its basis, tensors and W0; on one machine or on many ranks."""
+"""Checks that a configuration agrees with an HSAID in basis, tensors and W0, and that all ranks of a run agree."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hsaid_kernels.wrapper.configuration import (
 
 
 def differences(expected: Shapes, got: Shapes, at_most: int = 3) -> str:
-    """The first differences between two sets of names and shapes, in words; "" where there are none."""
+    """Lists the first `at_most` differences between two {name: shape} for an error message; "" if there are none."""
     found = []
     for name, shape in expected.items():
         if name not in got:
@@ -39,16 +39,22 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
 
 
 def check_tensors(config: Config, got: Mapping[str, Shapes]) -> None:
-    """Refuses (ValueError) tensors of other names, shapes or order than the configuration's."""
+    """Raises ValueError if names, shapes or order of the tensors in `got` differ from the configuration's.
+
+    `got` is {"tensors": projected, "full": fully trained}, each {name: shape}.
+    """
     for key, what in {"tensors": "trained", "full": "trained fully"}.items():
         expected, found = config[key], got[key]
-        if list(expected.items()) != list(found.items()):  # the order too: it numbers the multipliers
+        if list(expected.items()) != list(found.items()):  # the order matters too: it determines the multipliers' order
             reason = differences(expected, found) or "they are in another order"
             raise ValueError(f"model: expected the {len(expected)} tensors that were {what}, got others: {reason}")
 
 
 def check_config(where: str, config: Config, hsaid: Described) -> None:
-    """Refuses a configuration of another basis or of other tensors than this HSAID's; warns of another W0."""
+    """Raises ValueError if the configuration's basis or tensors differ from the HSAID's; warns if its W0 differs.
+
+    Error messages begin with `where`.
+    """
     own = describe(hsaid)
     for key in BASIS:
         if config[key] != own[key]:
@@ -58,7 +64,10 @@ def check_config(where: str, config: Config, hsaid: Described) -> None:
 
 
 def check_state(state: Tensor, hsaid: Described) -> None:
-    """Refuses (ValueError) an encoded configuration of another task, or by which the values mean other weights."""
+    """Raises ValueError if an encoded configuration (`encode_state`) differs in its task, basis or tensors.
+
+    Warns if its W0 differs.
+    """
     config = decode_state(state)
     if config["task"] != hsaid.task:
         raise ValueError(f"state_dict: expected task {hsaid.task!r}, which is set, got {config['task']!r}")
@@ -66,7 +75,7 @@ def check_state(state: Tensor, hsaid: Described) -> None:
 
 
 def check_w0(config: Config, hsaid: Described) -> None:
-    """Warns of tensors whose W0 is not what was trained from."""
+    """Warns if the W0 of some tensors is not the W0 of the configuration, from which theta was trained."""
     pairs = zip(config["w0_checks"].split(), w0_checks(hsaid).split(), config["tensors"], strict=True)
     if other := [name for saved, own, name in pairs if saved != own]:
         names = ", ".join(map(repr, other[:3])) + (", ..." if len(other) > 3 else "")
@@ -78,7 +87,7 @@ def check_w0(config: Config, hsaid: Described) -> None:
 
 
 def check_ranks(configs: Sequence[Config]) -> None:
-    """Refuses (ValueError) ranks of a distributed run that do not have the same configuration and W0."""
+    """Raises ValueError unless all ranks of a distributed run have the same configuration and W0 (by "w0_checks")."""
     for key, first in configs[0].items():
         other = [rank for rank, config in enumerate(configs) if config[key] != first]
         if other and key == "w0_checks":
@@ -97,7 +106,10 @@ def check_ranks(configs: Sequence[Config]) -> None:
 
 
 def check_active_ranks(hsaid: Described, modules: Collection[nn.Module]) -> bool:
-    """Whether DistributedDataParallel is running one of the modules; ValueError for ranks that do not go together."""
+    """Checks the ranks if DistributedDataParallel is currently running one of `modules`; returns whether it is.
+
+    Raises ValueError as `check_ranks` does. All ranks must call this, because it gathers their configurations.
+    """
     ddp = DistributedDataParallel._get_active_ddp_module()
     if ddp is None or not set(modules) & set(ddp.module.modules()):
         return False

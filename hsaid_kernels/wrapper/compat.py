@@ -1,6 +1,7 @@
-"""The published interfaces on these kernels: rabeehk/compacter's functions, jgamper/intrinsic-dimensionality's wrapper.
+"""The interfaces of two published implementations, on top of `HSAID`.
 
-Training code written for them runs once its import is changed. What differs, and why: docs/migrating.md.
+These are the functions of rabeehk/compacter and the class of jgamper/intrinsic-dimensionality. Training code written
+for them runs after changing the import. docs/migrating.md lists the differences and the reasons.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=nn.Module)
 
-NAMES = {"intrinsic_parameter": "theta", "intrinsic_parameter_said": "multipliers"}  # there, here
+NAMES = {"intrinsic_parameter": "theta", "intrinsic_parameter_said": "multipliers"}  # {published name: name in HSAID}
 
 
 def intrinsic_dimension(
@@ -37,26 +38,30 @@ def intrinsic_dimension(
     *,
     seed: int = 0,
 ) -> Model:
-    """Puts `module` itself into a random subspace (DID) and returns it.
+    """Puts `module` itself into a random subspace (DID), in place, and returns it.
 
     Args:
-        module: calling it, and its `generate`, run on the projected weights. The parameters that take part become W0:
-            frozen, and never written.
+        module: the module to train. Calling it or its `generate` then uses the projected weights. The projected
+            parameters become W0: they are frozen and never written.
         intrinsic_dimension: d, the number of trained values.
-        output_dir: not used, as in the original.
-        str_filter: of the parameters that require gradients, those with one of these strings in their name take part;
-            of an empty set, all. The others stay as they are: what requires gradients is trained as it is, beside d.
+        output_dir: ignored, as in the original.
+        str_filter: strings. Of the parameters that require gradients, those with one of these strings in their name are
+            projected, or all if the set is empty. The others that require gradients are trained directly and do not
+            count towards d.
         projection: "fastfood".
-        device: where the module goes, and what it gets here.
-        seed: 0 to 2**64 - 1; decides the random basis.
+        device: the device to which the module and its new parameters are moved.
+        seed: 0 to 2**64 - 1. Determines the random basis.
 
-    The module gets `intrinsic_parameter`, float32 [d], zeros, and `hsaid`, the `HSAID` that runs it: for checkpoints of
-    a few kilobytes (`module.hsaid.save_pretrained`), for an ordinary model (`module.hsaid.merge()`), and for any other
-    method on the projected weights (`module.hsaid.encode(...)`): called on the module or on a submodule it finds W0.
+    The module gets two attributes: `intrinsic_parameter`, an nn.Parameter, float32 [d], initially zeros; and `hsaid`,
+    the `HSAID` that runs it. Use `module.hsaid.save_pretrained` for checkpoints of a few kilobytes and
+    `module.hsaid.merge()` for an ordinary model. Other methods run on W0 when called on the module or a submodule; call
+    them on `hsaid` (`module.hsaid.encode(...)`) to run them on the projected weights.
 
     Raises:
-        TypeError: module is no module, str_filter no collection of strings, or a parameter cannot be projected.
-        ValueError: nothing takes part, another projection, a module in a subspace already, or what HSAID refuses.
+        TypeError: `module` is not a module, `str_filter` is not a collection of strings (a single string is not
+            accepted), or a parameter cannot be projected.
+        ValueError: no parameter is selected, `projection` is not "fastfood", the module is or contains a module that is
+            already in a subspace, or HSAID raises it.
     """
     return _put_into_subspace(module, intrinsic_dimension, "did", str_filter, projection, device, seed)
 
@@ -71,22 +76,24 @@ def intrinsic_dimension_said(
     *,
     seed: int = 0,
 ) -> Model:
-    """As `intrinsic_dimension`, with a multiplier for each of the m tensors that take part (SAID).
+    """Like `intrinsic_dimension`, but with a multiplier for each of the m projected tensors (SAID).
 
-    The module gets `intrinsic_parameter_said` too, float32 [m], ones, in the order of `named_parameters()`;
-    `intrinsic_parameter` has d - m values.
+    The module also gets `intrinsic_parameter_said`, an nn.Parameter, float32 [m], initially ones, in the order of
+    `named_parameters()`. `intrinsic_parameter` then has d - m values. Raises ValueError also for d <= m.
     """
     return _put_into_subspace(module, intrinsic_dimension, "said", str_filter, projection, device, seed)
 
 
 class FastfoodWrap(HSAID):
-    """`HSAID(module, intrinsic_dimension, "did")` with the arguments of the original and its attributes V and m.
+    """`HSAID(module, intrinsic_dimension, "did")` with the arguments of the original class and its attributes.
 
     Args:
-        module: its parameters that require gradients are projected, the others are frozen.
+        module: a module. Its parameters that require gradients are projected; the others are frozen.
         intrinsic_dimension: d, the number of trained values.
-        device: where the module goes, and theta.
-        seed: 0 to 2**64 - 1; decides the random basis.
+        device: the device to which the module and theta are moved.
+        seed: 0 to 2**64 - 1. Determines the random basis.
+
+    Attributes: V is theta, an nn.Parameter, float32 [d]; m is a list that contains only the module. Raises as `HSAID`.
     """
 
     def __init__(
@@ -96,7 +103,7 @@ class FastfoodWrap(HSAID):
         super().__init__(module, intrinsic_dimension, "did", seed, include=include)
         self.to(device)
 
-    from_pretrained = HSAID.from_pretrained  # makes an HSAID: a checkpoint has more to say than these arguments
+    from_pretrained = HSAID.from_pretrained  # returns an HSAID, because a checkpoint has more options than this class
 
     @property
     def V(self) -> nn.Parameter:
@@ -127,7 +134,7 @@ def _put_into_subspace(
             "already: take a fresh one, or module.hsaid.merge()"
         )
     include, train_fully = _choice(module, str_filter)
-    torch.empty(0, device=device)  # which fails before anything is changed where there is no such device
+    torch.empty(0, device=device)  # raises for an unavailable device before anything is changed
     hsaid = _InPlace(module, dim, partition, seed, include=include, train_fully=train_fully)
     for w0 in hsaid.w0().values():
         w0.requires_grad_(False)
@@ -136,19 +143,19 @@ def _put_into_subspace(
 
 
 def _carry(module: nn.Module, hsaid: HSAID) -> None:
-    """Puts the HSAID that runs a module into it."""
+    """Attaches to a module the HSAID that runs it: replaces its class, and registers theta and the multipliers."""
     module.__class__ = _class_in_subspace(type(module))  # type: ignore[arg-type]  # classes are hashable
-    module.__dict__["hsaid"] = hsaid  # not as a submodule: the module would be its own
+    module.__dict__["hsaid"] = hsaid  # not as a submodule, because the HSAID in turn refers to the module
     for name, own in NAMES.items():
         if (parameter := getattr(hsaid, own)).numel():  # DID has no multipliers
             module.register_parameter(name, parameter)
 
 
 def _choice(module: nn.Module, str_filter: Collection[str]) -> tuple[list[str] | None, list[str]]:
-    """What the originals project and what they leave trainable, as `include` and `train_fully` of HSAID."""
+    """The arguments (include, train_fully) of HSAID that select what the originals project and train fully."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    # Of a string, which is a collection of strings too, every letter would be looked for.
+    # A string is also a collection of strings: it would select the names that contain any of its letters.
     if isinstance(str_filter, str) or not all(isinstance(part, str) for part in str_filter):
         raise TypeError(f"str_filter: expected a set of strings, got {str_filter!r}")
     names = [name for name, _ in module.named_parameters()]
@@ -166,7 +173,7 @@ def _choice(module: nn.Module, str_filter: Collection[str]) -> tuple[list[str] |
 
 
 class _InPlace(HSAID):
-    """An HSAID that its model carries, and that trains the model's own parameters where these are trained fully."""
+    """The HSAID of a module in a subspace. Its fully trained parameters are the model's own, not copies."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -183,7 +190,7 @@ class _InPlace(HSAID):
             merged._parameters.pop(name, None)
         merged.__class__ = _plain_class(merged)
         for name in self.plan.names:
-            merged.get_parameter(name).requires_grad_(True)  # as before it was W0
+            merged.get_parameter(name).requires_grad_(True)  # as before it was frozen as W0
         return merged
 
     def add_task(self, name: str) -> None:
@@ -194,7 +201,7 @@ class _InPlace(HSAID):
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
         with self._projected.lock:
-            self._share()  # the model may have got others, by load_state_dict(assign=True) or a new head
+            self._share()  # load_state_dict(assign=True) or a new head may have replaced the model's parameters
             with super()._computing():
                 yield
 
@@ -206,12 +213,13 @@ class _InPlace(HSAID):
 
 
 class _InSubspace(nn.Module):
-    """What the class of a module in a subspace has in front of the module's own class."""
+    """The first base class of a module in a subspace; the second one is the module's original class."""
 
     hsaid: HSAID
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return _plain_class(cls)(*args, **kwargs)  # type(module).from_pretrained(...) makes an ordinary one
+        # An ordinary module, so that type(module).from_pretrained(...) returns one.
+        return _plain_class(cls)(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.hsaid._computing():
@@ -219,29 +227,29 @@ class _InSubspace(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
-        if name in NAMES:  # also by assignment and load_state_dict(assign=True)
+        if name in NAMES:  # attribute assignment and load_state_dict(assign=True) also end up here
             self.hsaid.register_parameter(NAMES[name], param)
 
     def train(self, mode: bool = True) -> Self:
         if mode != self.training:
-            self.hsaid._projected.drop_cache()  # as HSAID.train, which would call this again
+            self.hsaid._projected.drop_cache()  # as in HSAID.train, which cannot be called: it would call this method
         return super().train(mode)
 
     def get_extra_state(self) -> Tensor:
         return self.hsaid.get_extra_state()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Nothing to set: `_load_from_state_dict` has compared it."""
+        """Does nothing: `_load_from_state_dict` has already checked the configuration."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if (key := f"{prefix}_extra_state") in state_dict:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of another W0: this state_dict brings its own
+                warnings.simplefilter("ignore")  # warnings about another W0: this state_dict contains W0 itself
                 check_state(state_dict[key], self.hsaid)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.hsaid._apply(fn, recurse=False)  # which keeps theta and the multipliers in float32
+        self.hsaid._apply(fn, recurse=False)  # keeps theta and the multipliers in float32
         held = {name: getattr(self.hsaid, own) for name, own in NAMES.items() if name in self._parameters}
         for name in held:
             del self._parameters[name]
@@ -251,19 +259,19 @@ class _InSubspace(nn.Module):
             self._parameters.update(held)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        # A pickle finds a class by its name, and this one was made at run time.
+        # pickle looks a class up by its name, but this class is created at run time.
         return _blank, (_plain_class(self),), *super().__reduce_ex__(protocol)[2:]
 
 
 @functools.cache
 def _class_in_subspace(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a module's class, under the same name, for one in a subspace."""
+    """The class of modules in a subspace: a subclass of _InSubspace and `cls`, with the name of `cls`."""
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     metaclass: type = type(cls)
     own = metaclass(cls.__name__, (_InSubspace, cls), names)
     if hasattr(cls, "generate"):
-
-        @torch.no_grad()  # as in the method itself: weights made without gradients are kept for the next call
+        # generate() itself needs no gradients, and weights computed without gradients are cached for the next call.
+        @torch.no_grad()
         @functools.wraps(cls.generate)
         def generate(self: _InSubspace, *args: Any, **kwargs: Any) -> Any:
             with self.hsaid._computing():

@@ -1,4 +1,7 @@
-"""The configuration of an HSAID: what theta and the multipliers mean, as a checkpoint and a state_dict say it."""
+"""The configuration of an HSAID, which a checkpoint or state_dict stores beside theta and the multipliers.
+
+Together with the model it determines how the weights are computed from W0, theta and the multipliers.
+"""
 
 from __future__ import annotations
 
@@ -22,21 +25,22 @@ Shapes = Mapping[str, Sequence[int]]
 
 FORMAT = 1
 TASK = "default"
+# Keys that define the basis. Each is also an argument of HSAID.
 BASIS = (
     *("intrinsic_dim", "partition", "combine", "skip", "merge", "heads", "pruned"),
     *("normalize", "diagonal", "width", "seed"),
 )
-CHOICE = ("include", "exclude", "train_fully")
-SHAPES = ("tensors", "full")
-# Of those that do not say it yet.
+CHOICE = ("include", "exclude", "train_fully")  # keys that select tensors; arguments of HSAID too
+SHAPES = ("tensors", "full")  # keys with {name: shape}
+# Values for keys that are missing in configurations from older versions.
 FIRST: Config = {"task": TASK, "train_fully": None, "full": {}, "heads": False, "pruned": {}}
-MOST_NAMES = 100_000  # of modules that are written in one
+MOST_NAMES = 100_000  # limit for a run of numbered modules that is stored as one entry, such as "0..11"
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
-SAMPLES = 16  # values of each W0 tensor that its check is made from
+SAMPLES = 16  # number of values of each W0 tensor that enter its hash in "w0_checks"
 
 
 class Described(Protocol):
-    """What the configuration is made of: an `HSAID`."""
+    """What a configuration is computed from. `HSAID` implements it."""
 
     plan: Plan
     partition: Partition
@@ -63,10 +67,11 @@ class Described(Protocol):
 
 
 def describe(hsaid: Described) -> Config:
-    """The configuration: what theta and the multipliers mean, on which tensors ("tensors": {name: shape}); what is
-    trained fully beside them ("full").
+    """The configuration as a dict.
 
-    "w0_checks" has four hex digits per tensor, a hash of a few values of W0, to warn of another W0.
+    "tensors" is {name: shape} of the projected tensors, "full" the same for the fully trained ones. "w0_checks"
+    (`w0_checks`) serves to detect a different W0. The other keys are the arguments of `HSAID`, the dtype of the weights
+    and the versions of the format and of the random generator.
     """
     plan, partition = hsaid.plan, hsaid.partition
     return {
@@ -94,12 +99,12 @@ def describe(hsaid: Described) -> Config:
 
 
 def w0_checks(hsaid: Described) -> str:
-    """Four hex digits for each projected tensor, a hash of a few values of its W0."""
+    """For each projected tensor four hex digits, separated by spaces: a hash of up to 16 values of its W0."""
     samples = []
     for parameter in hsaid.w0().values():
         flat = parameter.detach().reshape(-1)
         samples.append(flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float())
-    on_cpu = torch.cat(samples).cpu().split([len(sample) for sample in samples])  # one transfer for all
+    on_cpu = torch.cat(samples).cpu().split([len(sample) for sample in samples])  # a single device-to-host copy
     return " ".join(hashlib.blake2b(bytes_of(sample), digest_size=2).hexdigest() for sample in on_cpu)
 
 
@@ -108,12 +113,12 @@ def bytes_of(tensor: Tensor) -> bytes:
 
 
 def encode_state(config: Config) -> Tensor:
-    """The configuration as bytes in a uint8 tensor, which every way of storing a state_dict can store."""
+    """The configuration as JSON in a uint8 tensor [bytes], because every format for state_dicts can store tensors."""
     return torch.tensor(list(json.dumps(packed(config)).encode()), dtype=torch.uint8)
 
 
 def decode_state(state: Tensor) -> Config:
-    """The configuration that `encode_state` made a tensor of; ValueError for one of another format or generator."""
+    """The inverse of `encode_state`. Raises ValueError as `parse` does."""
     return parse("state_dict", bytes(state.tolist()).decode())
 
 
@@ -133,7 +138,7 @@ def _is_choice(value: Any) -> bool:
     return value is None or isinstance(value, str) or _is_list_of(str)(value)
 
 
-# What each value of the JSON is.
+# For each key of the JSON: what is expected, in words for error messages, and a predicate that checks it.
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "format": (str(FORMAT), lambda value: _is(int)(value) and value == FORMAT),
     "generator": (repr(GENERATOR), lambda value: value == GENERATOR),
@@ -150,9 +155,10 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def parse(where: str, text: str) -> Config:
-    """A configuration from its JSON, with what older ones did not say.
+    """A configuration from its JSON. Keys that older versions did not write get their defaults.
 
-    Raises ValueError for another format or generator, and for anything that no configuration has.
+    Raises ValueError, with a message that begins with `where`, for another format or generator version, and for missing
+    or invalid values.
     """
     found = json.loads(text)
     if not isinstance(found, dict):
@@ -174,12 +180,15 @@ def parse(where: str, text: str) -> Config:
 
 
 def packed(config: Config) -> Config:
-    """The configuration with its names and shapes as trees, as JSON has it."""
+    """The configuration in the form stored as JSON, with the names and shapes of tensors as compact trees (`_pack`)."""
     return {**config, **{key: _pack(config[key]) for key in SHAPES}}
 
 
 def _pack(shapes: Shapes) -> dict[str, Any]:
-    """Names and shapes as a tree of modules, {"encoder": {"0..11": {"weight": "768x768"}}}, equal neighbours in one."""
+    """{name: shape} as a tree of modules, such as {"encoder": {"0..11": {"weight": "768x768"}}}.
+
+    Consecutive numbered modules with the same content become one entry.
+    """
     tree: dict[str, Any] = {}
     for name, shape in shapes.items():
         *modules, last = name.split(".")
@@ -191,12 +200,15 @@ def _pack(shapes: Shapes) -> dict[str, Any]:
 
 
 def _fold(node: dict[str, Any]) -> dict[str, Any]:
-    """The tree with runs of consecutive numbers that hold the same as one child, "0..11" (no name has a dot in it)."""
+    """Merges children with consecutive numbers and equal content into one child, such as "0..11".
+
+    The key cannot clash with a module's name, which cannot contain a dot.
+    """
     runs: list[list[Any]] = []  # [first, last, content]
     for key, child in node.items():
         content = child if isinstance(child, str) else _fold(child)
         _, last, same = runs[-1] if runs else ("", "", None)
-        # as JSON, because == of dicts has no regard for the order, which is the tensors'
+        # Compared as JSON, because == on dicts ignores the order, which here is the order of the tensors.
         if key == _following(last) and json.dumps(content) == json.dumps(same):
             runs[-1][1] = key
         else:

@@ -1,5 +1,8 @@
-"""Other tensors in the places of a model's parameters: finding the places, filling them while the model runs, and
-keeping what fills them until something that it was made from changes.
+"""Replacing a model's parameters by other tensors while the model runs.
+
+A *place* is an entry of some module's `_parameters`; a tied parameter has several places. `Places` finds them,
+`Exchange` puts tensors there for the duration of a context, and `Cache` keeps projected weights until one of the
+tensors they were computed from changes.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ Late = tuple[Sequence[nn.Module], Sequence[str], Callable[[], Sequence[Tensor]]]
 
 
 class Places:
-    """Where a model's parameters are.
+    """All places of a model's parameters.
 
-    modules     all of the model's
-    parameters  {name: parameter}, as `named_parameters` has them: tied ones once
-    slots       {name: a module's _parameters and the key in it, for each place}: several for a tied parameter
-    tied        {name: the modules that have it} for those that are in several places
-    masks       {name: (module, key of what is made of it) for each place} for those that torch.nn.utils.prune masks
+    modules     all modules of the model
+    parameters  {name: parameter} as in `named_parameters()`, where a tied parameter appears once
+    slots       {name: [(module._parameters, key), ...]}, one entry for each place of the parameter
+    tied        {name: [module, ...]} for the parameters that have several places
+    masks       {name: [(module, key), ...]} for the parameters that torch.nn.utils.prune masks; the masked tensor is
+                the attribute `key` of the module
     """
 
     def __init__(self, model: nn.Module):
@@ -50,20 +54,21 @@ class Places:
         self._seen = [(holder, tuple(holder.values())) for holder in holders]
 
     def hold(self) -> bool:
-        """Whether the model still has the same modules and parameters: a sixth of the time that finding them takes."""
+        """Whether the model still has the same modules and parameters. Takes a sixth of the time of `Places(model)`."""
         return all(len(h) == len(seen) and all(map(operator.is_, h.values(), seen)) for h, seen in self._seen)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             for holder, key in self.slots[name]:
                 holder[key] = tensor
-            # Not left to torch's hook: torch.nn.MultiheadAttention reads weights of layers that it never calls.
+            # The mask is applied here and not by torch's forward pre-hook, because torch.nn.MultiheadAttention reads
+            # the weights of layers that it never calls.
             for module, key in self.masks.get(name, ()):
                 setattr(module, key, _Masked.apply(tensor, module._buffers[f"{key}_mask"]))
 
 
 def aliases_of(model: nn.Module) -> dict[str, str]:
-    """{place: name} for the places of tied parameters that do not have the name of the parameter."""
+    """{other name: name} for tied parameters: every name by which `named_parameters()` does not list them."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     places = (
         (f"{prefix}.{key}" if prefix else key, names[id(parameter)])
@@ -75,17 +80,19 @@ def aliases_of(model: nn.Module) -> dict[str, str]:
 
 
 class Exchange:
-    """A context in which tensors stand in the places of a model's parameters.
+    """A context manager inside which given tensors replace the model's parameters.
 
-    It can be entered again, and backward does: a checkpointed layer is run a second time there, when the model has its
-    own parameters back, and must find what it found in forward.
+    The context can be entered again. Backward does so under gradient checkpointing: it recomputes a layer after the
+    model has got its own parameters back, and the layer must find the same tensors as in forward.
 
     Args:
-        tensors: what stands in, by the parameter's name; the other parameters are detached.
-        lock: held inside, because the model is one for all threads.
-        late: (modules, names, make): from the first call of one of the modules, or of another one that has one of the
-            names, on, what `make` gives stands in for these. Autograd runs what was made last first, so a node that is
-            made just before blocks of the model run is reached as soon as backward leaves the first of them.
+        places: of the model's parameters.
+        tensors: {parameter name: replacement}. All other parameters are replaced by detached versions of themselves.
+        lock: held inside the context, because all threads share one model.
+        late: a sequence of (modules, names, make). At the first call of one of `modules`, or of another module that
+            shares one of the parameters `names` by tying, the tensors that `make()` returns replace the parameters
+            `names`. Autograd runs the most recently created nodes first. A node created just before some blocks of the
+            model run is therefore reached as soon as backward has left the first of these blocks.
     """
 
     def __init__(
@@ -98,12 +105,13 @@ class Exchange:
         self._places = places
         self._tensors = {name: p.detach() for name, p in places.parameters.items() if name not in tensors} | tensors
         modules = [module.__dict__ for module in places.modules]
-        # transformers' gradient checkpointing: layers that have it on, and in each of them the function that does it
+        # Layers in which transformers' gradient checkpointing is on, and the attribute that holds their checkpoint
+        # function.
         self._checkpoints = [(m, "_gradient_checkpointing_func") for m in modules if m.get("gradient_checkpointing")]
-        # torch's RNNs keep the weights that they last ran on, and would keep ours alive
+        # Attributes to restore on exit: torch's RNN modules keep references to the weights of their last run, ...
         self._kept: list[tuple[dict[str, Any], str]]
         self._kept = [(m, key) for m in modules for key in ("_flat_weights", "_flat_weight_refs") if key in m]
-        # and torch.nn.utils.prune leaves the masked weight in its module
+        # ... and torch.nn.utils.prune stores the masked weight as an attribute of the module.
         self._kept += [(module.__dict__, key) for masked in places.masks.values() for module, key in masked]
         self._lock = lock
         self._late = late
@@ -132,11 +140,11 @@ class Exchange:
         self._lock.release()
 
     def _once(self, names: Sequence[str], make: Callable[[], Sequence[Tensor]]) -> Callable[[nn.Module, Any], None]:
-        """A hook that the first time that it is called puts what `make` gives in place."""
+        """A forward pre-hook that puts the tensors of `make()` in place at its first call only."""
         waiting = [make]
 
         def hook(module: nn.Module, arguments: Any) -> None:
-            # A compiled block, or one inside torch.func.vmap or grad, keeps what stands there already.
+            # A block that is compiled, or inside torch.func.vmap or grad, keeps the tensors that are already in place.
             traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
             if waiting and not traced:
                 tensors = dict(zip(names, waiting.pop()(), strict=True))
@@ -146,12 +154,12 @@ class Exchange:
         return hook
 
     def _contexts(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-        """For `torch.utils.checkpoint`: what surrounds a layer in forward, and when it is run again."""
+        """`context_fn` of `torch.utils.checkpoint`: the contexts for a layer's forward and for its recomputation."""
         return contextlib.nullcontext(), self
 
 
 class _Masked(torch.autograd.Function):
-    """What torch.nn.utils.prune makes of a weight. It saves nothing in torch's way: see `Project`."""
+    """weight * mask, as torch.nn.utils.prune computes it. Avoids `save_for_backward` for the reason in `Project`."""
 
     @staticmethod
     def forward(ctx, weight, mask):
@@ -164,26 +172,29 @@ class _Masked(torch.autograd.Function):
 
 
 def masks(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, BasePruningMethod]]:
-    """(module, hook) for each parameter that torch.nn.utils.prune masks before its module runs."""
+    """(module, hook) for each parameter masked by torch.nn.utils.prune, which does so in a forward pre-hook."""
     hooks = ((module, hook) for module in modules for hook in module._forward_pre_hooks.values())
     return [(module, hook) for module, hook in hooks if isinstance(hook, BasePruningMethod)]
 
 
 @torch.no_grad()
 def apply_masks(model: nn.Module) -> None:
-    """Makes what torch.nn.utils.prune leaves in modules that it masks from their parameters as they are now."""
+    """Recomputes the masked weights that torch.nn.utils.prune stores in modules from their current parameters."""
     for module, hook in masks(model.modules()):
         hook(module, None)
 
 
 @torch.no_grad()
 def merged_copy(model: nn.Module, own: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the model, whose parameters are `own`, with copies of `values` in the place of those of these names."""
-    # deepcopy takes what it finds in the memo for the copy already made, so the model's own are not copied.
+    """A deep copy of the model in which copies of `values` replace the parameters of these names.
+
+    `own` holds the model's own parameters by name.
+    """
+    # deepcopy treats an entry of the memo as a finished copy, so the parameters that are replaced are not copied.
     memo: dict[int, Any] = {
         id(own[name]): nn.Parameter(value.clone(), own[name].requires_grad) for name, value in values.items()
     }
-    for module, hook in masks(model.modules()):  # what torch.nn.utils.prune has made of them
+    for module, hook in masks(model.modules()):  # the masked weights stored by torch.nn.utils.prune
         made = getattr(module, hook._tensor_name)
         memo[id(made)] = made.detach()
     merged = copy.deepcopy(model, memo)
@@ -192,8 +203,11 @@ def merged_copy(model: nn.Module, own: Mapping[str, nn.Parameter], values: Mappi
 
 
 class Cache:
-    """Weights and what they were made from: small tensors, compared by value, because torch does not count what fused
-    optimizers write, and large ones. While these are held, no other tensor can have their address.
+    """Projected weights, together with the tensors they were computed from, to detect when they are out of date.
+
+    Small tensors (theta, multipliers) are compared by value, because fused optimizers write to them without increasing
+    torch's version counter. Large ones (W0) are compared by address and version counter. The cache keeps references to
+    them, so no new tensor can get the same address.
     """
 
     def __init__(self, small: Sequence[Tensor], large: Sequence[Tensor], weights: tuple[Tensor, ...]):
@@ -203,11 +217,11 @@ class Cache:
         self._stamp = self._stamp_of(large)
 
     def serves(self, small: Sequence[Tensor], large: Sequence[Tensor]) -> bool:
-        """Whether nothing has been written to the weights, and they would be made from the same again."""
+        """Whether the cached weights are unmodified and were computed from tensors equal to these."""
         same = self._stamp is not None and self._stamp == self._stamp_of(large)
         return same and all(map(torch.equal, self._small, small))
 
     def _stamp_of(self, large: Sequence[Tensor]) -> list[tuple[int, int]] | None:
-        if any(tensor.is_inference() for tensor in large):  # these do not count their changes
+        if any(tensor.is_inference() for tensor in large):  # inference tensors have no version counter
             return None
         return [(tensor.data_ptr(), tensor._version) for tensor in (*large, self.weights[0])]

@@ -1,7 +1,8 @@
-"""What can be done with attention heads: name their parts, mask them, take them out.
+"""Operations on attention heads: listing their parameters, pruning them, removing them (docs/heads.md).
 
-`hierarchy/attention.py` says where they are. Layers are numbered as the attention modules come in the model (for BERT,
-as its layers), or named by the module; heads from 0, as they are before any pruning (docs/heads.md).
+`hierarchy/attention.py` finds the heads. A layer is given as the index of the attention module in the model's order
+(for BERT, the index of the layer) or as the module's name. Heads are numbered from 0, as before any pruning. *Pruning*
+a head masks its parameters with zeros; *removing* it makes the parameters smaller.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch.nn.utils import prune
 
 from hsaid_kernels.hierarchy.attention import Attention, find_attention, find_attentions
 
-# layer -> heads
+# {layer: heads}
 Heads = Mapping[int | str, Iterable[int]] | Mapping[int, Iterable[int]] | Mapping[str, Iterable[int]]
 Model = TypeVar("Model", bound=nn.Module)
 
-# Attention modules that run on any number of heads, with the attributes that say how many there are.
+# {class: attributes for the number of heads and their total size} of attention modules that allow any number of heads.
 REMOVABLE = {
     "BertSelfAttention": ("num_attention_heads", "all_head_size"),
     "BertCrossAttention": ("num_attention_heads", "all_head_size"),
@@ -38,10 +39,12 @@ REMOVABLE = {
 
 @dataclass(frozen=True)
 class HeadSlice:
-    """A piece of a parameter that belongs to a head: `model.get_parameter(name)[slices]`.
+    """A part of a parameter that belongs to a head: `model.get_parameter(name)[slices]`.
 
-    role    "query", "key" or "value", a band of outputs; "output", a band of the output layer's inputs
-    heads   all that it serves: in grouped-query attention several share their key and value
+    role    "query", "key" or "value" for outputs of these layers; "output" for inputs of the output layer
+    name    name of the parameter
+    slices  a slice for each of the first dimensions of the parameter
+    heads   all heads that use this part; in grouped-query attention several heads share key and value
     """
 
     role: str
@@ -51,10 +54,11 @@ class HeadSlice:
 
 
 def head_slices(model: nn.Module, layer: int | str, head: int) -> tuple[HeadSlice, ...]:
-    """Every piece of query, key, value and output layer that belongs to a head, in the model's order.
+    """Every part of query, key, value and output layer that belongs to a head, in the model's order.
 
     For BERT: rows of query, key and value, the same elements of their biases, columns of attention.output.dense.weight.
-    Raises ValueError for a layer or head that does not exist and a model without attention heads.
+    Raises ValueError for a layer or head that does not exist and for a model without attention heads; TypeError for
+    arguments of other types.
     """
     attention = find_attention(model, layer)
     _check_head(attention, head)
@@ -62,12 +66,17 @@ def head_slices(model: nn.Module, layer: int | str, head: int) -> tuple[HeadSlic
 
 
 def prune_heads(model: Model, heads: Heads) -> Model:
-    """Masks heads of some layers, {0: [2, 5], 3: [1]}, with `torch.nn.utils.prune`, and returns the model.
+    """Prunes heads, given as {layer: [heads]} such as {0: [2, 5], 3: [1]}, with masks. Returns the model.
 
-    Every parameter that has a part of them becomes `..._orig` and `..._mask`, beside the masks that are there already,
-    until `remove` makes it permanent. Key and value of grouped-query attention are masked with the last head of their
-    group. What the output layer's bias adds remains. Raises ValueError, before anything is masked, for a layer or head
-    that does not exist, all heads of a layer, or a model without attention heads.
+    Uses `torch.nn.utils.prune`: every parameter with a part of these heads is replaced by `..._orig` and `..._mask`,
+    until `remove` makes the masks permanent. Existing masks are kept and combined with the new ones. In grouped-query
+    attention, key and value of a group are masked together with the last head of the group. The bias of the output
+    layer is not masked.
+
+    Raises, before anything is masked:
+        ValueError: a layer or head does not exist, no head of a layer would be left, a parameter of the heads is shared
+            with another module, or the model has no attention heads.
+        TypeError: `heads` has another type.
     """
     chosen, already = check_heads(model, heads), pruned_heads(model)
     attentions = _own_attentions(model, chosen)
@@ -83,19 +92,19 @@ def prune_heads(model: Model, heads: Heads) -> Model:
             mask.as_strided((s.rows, s.cols), (s.row_stride, 1), s.offset).zero_()
         for tensor, mask in masks.items():
             owner, key = _place(model, tensor)
-            with torch.no_grad():  # so that the model can be copied: a tensor with a history cannot
+            with torch.no_grad():  # so that the model can be copied: deepcopy supports only tensors without a graph
                 prune.custom_from_mask(owner, key, mask)
     return model
 
 
 @dataclass(frozen=True)
 class HeadStructured:
-    """Prunes the heads of a layer with the smallest L_n norm, as `torch.nn.utils.prune.ln_structured` does channels.
+    """Prunes the heads of a layer with the smallest L_n norm, as `torch.nn.utils.prune.ln_structured` prunes channels.
 
-    amount  a fraction (0.25) or a number (3) of the heads that are not pruned yet; never all of them
-    n       of the norm over all of a head's own weights and biases; any number, inf and -inf too
+    amount  float: the fraction, from 0 to below 1, of the heads that are not pruned yet; int: their number
+    n       order of the norm over the weights and biases that belong to the head alone; any number, also inf and -inf
 
-    Raises TypeError or ValueError for an amount or n that is none.
+    Raises TypeError if `amount` or `n` is not a number, ValueError if it is out of range or NaN.
     """
 
     amount: float
@@ -111,7 +120,7 @@ class HeadStructured:
             raise ValueError(f"n: expected a number, got {self.n}")
 
     def norms(self, model: nn.Module, layer: int | str) -> Tensor:
-        """float32 [heads]."""
+        """The norm of every head of a layer, float32 [heads]. Pruned values count as zeros."""
         attention = find_attention(model, layer)
         norms = []
         for head in range(attention.heads):
@@ -121,7 +130,7 @@ class HeadStructured:
         return torch.stack(norms)
 
     def choose(self, model: nn.Module, layer: int | str) -> list[int]:
-        """The heads to prune, the smallest norm first. Raises ValueError where none would be left."""
+        """The heads to prune, smallest norm first. Raises ValueError if no head would be left."""
         attention = find_attention(model, layer)
         norms = self.norms(model, layer)
         gone = pruned_heads(model).get(attention.name, [])
@@ -132,18 +141,20 @@ class HeadStructured:
         return left[:count]
 
     def apply(self, model: Model, layer: int | str) -> Model:
-        """Masks them in this layer, as `prune_heads` does; returns the model."""
+        """Prunes the heads of `choose` in this layer with `prune_heads`. Returns the model."""
         return prune_heads(model, {layer: self.choose(model, layer)})
 
 
 def pruned_heads(model: nn.Module) -> dict[str, list[int]]:
-    """{attention module: heads} of which all weights are zero, by a mask or in themselves. Empty for any other model.
+    """{attention module: [heads]} for the heads whose weights are all zero, masked or not. Empty if there are none.
 
-    Biases are not looked at: they often start at zero. A layer without any weight but zeros is not pruned, but new.
+    Also empty for a model without attention heads, or whose heads cannot be found. Only weights that belong to the head
+    alone count. Biases are ignored, because they are often initialized to zero. A layer in which the weights of all
+    heads are zero does not count as pruned: it is newly initialized.
     """
     try:
         attentions = find_attentions(model)
-    except ValueError:  # no heads, or in a way that is not known
+    except ValueError:  # no heads, or an unknown layout
         return {}
     found = {}
     for attention in attentions:
@@ -158,10 +169,11 @@ def pruned_heads(model: nn.Module) -> dict[str, list[int]]:
 
 
 def remove(model: Model) -> Model:
-    """Makes the masks of all attention modules permanent, as `torch.nn.utils.prune.remove` does; returns the model.
+    """Makes the masks of all attention modules permanent, as `torch.nn.utils.prune.remove` does. Returns the model.
 
-    Masked weights are zero from now on, `..._orig` has its own name again and its place in the model's order. The heads
-    stay pruned under `HSAID`, which writes no update there.
+    Masked weights become zero. `..._orig` gets its original name back, and its place in the order of the model's
+    parameters. Under `HSAID` the heads stay pruned, because HSAID writes no update to them. Raises ValueError for a
+    model without attention heads.
     """
     for attention in find_attentions(model):
         _remove(model, attention)
@@ -169,14 +181,16 @@ def remove(model: Model) -> Model:
 
 
 def remove_heads(model: Model, heads: Heads | None = None) -> Model:
-    """Takes heads out: smaller matrices in place of masks, and the same function as with these masked, to rounding.
+    """Removes heads, so that parameters become smaller. Returns the model.
 
-    heads   by default those that are pruned. Masks of these layers are made permanent first.
+    The model computes the same function as with these heads pruned, up to rounding.
 
-    The heads that stay are numbered anew. The configuration cannot say how many heads each layer has, so before a saved
-    model is loaded the same heads are to be removed from a fresh one. Returns the model. For the BERT family (BERT,
-    RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT); raises TypeError for other attention modules, and
-    ValueError as `prune_heads` does, before anything is changed.
+    heads   {layer: [heads]}; None means the pruned heads. Masks in these layers are made permanent first.
+
+    The remaining heads are renumbered from 0. The model's configuration cannot store a number of heads for each layer:
+    to load a saved model, create a new one, remove the same heads from it, and then call `load_state_dict`. Supports
+    the BERT family: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT. Raises, before anything is changed,
+    TypeError for other attention modules, and whatever `prune_heads` raises.
     """
     chosen = check_heads(model, pruned_heads(model) if heads is None else heads)
     attentions = _own_attentions(model, chosen)
@@ -186,7 +200,7 @@ def remove_heads(model: Model, heads: Heads | None = None) -> Model:
             raise TypeError(f"model: expected attention of the BERT family ({', '.join(REMOVABLE)}), got {kind}")
     for attention in attentions:
         _remove(model, attention)
-        attention = find_attention(model, attention.name)  # its parameters have their own names again
+        attention = find_attention(model, attention.name)  # its parameters have their original names again
         keep = [head for head in range(attention.heads) if head not in chosen[attention.name]]
         for bands in attention.bands:
             owner, key = _place(model, bands.tensor)
@@ -208,7 +222,11 @@ def _slices(attention: Attention, head: int) -> Iterator[HeadSlice]:
 
 
 def check_heads(model: nn.Module, heads: Heads, argument: str = "heads") -> dict[str, list[int]]:
-    """By the names of the attention modules. Raises TypeError or ValueError for a layer or head that does not exist."""
+    """`heads` as {attention module: sorted [heads]}; layers with an empty list are dropped.
+
+    Raises ValueError for a layer or head that does not exist and for all heads of a layer, TypeError for other types.
+    `argument` is the argument's name for messages.
+    """
     if not isinstance(heads, Mapping):
         raise TypeError(f"{argument}: expected {{layer: [heads]}}, got {type(heads).__name__} {heads!r}")
     chosen: dict[str, set[int]] = defaultdict(set)
@@ -222,7 +240,7 @@ def check_heads(model: nn.Module, heads: Heads, argument: str = "heads") -> dict
 
 
 def _own_attentions(model: nn.Module, chosen: Iterable[str]) -> list[Attention]:
-    """The attention modules of these names. Raises ValueError for one that shares a parameter with another module."""
+    """The attention modules of these names. Raises ValueError if one shares a parameter with another module."""
     attentions = [find_attention(model, name) for name in chosen]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     places = Counter(names[id(p)] for module in model.modules() for p in module._parameters.values() if p is not None)
@@ -251,7 +269,7 @@ def _refuse_all(attention: Attention, heads: Iterable[int], argument: str = "hea
 
 
 def _place(model: nn.Module, tensor: str) -> tuple[nn.Module, str]:
-    """The module that owns a parameter, and what it calls it without a mask."""
+    """Returns (module that owns the parameter, its key in the module without the suffix "_orig" of a masked one)."""
     prefix, _, key = tensor.rpartition(".")
     owner = model.get_submodule(prefix)
     short = key.removesuffix("_orig")
@@ -259,7 +277,7 @@ def _place(model: nn.Module, tensor: str) -> tuple[nn.Module, str]:
 
 
 def _masked(model: nn.Module, tensor: str) -> Tensor:
-    """A parameter's values, those that are masked as zeros."""
+    """A parameter's values, detached, with masked ones as zeros."""
     owner, key = _place(model, tensor)
     value, mask = model.get_parameter(tensor).detach(), owner._buffers.get(f"{key}_mask")
     return value if mask is None else value * mask
@@ -268,8 +286,9 @@ def _masked(model: nn.Module, tensor: str) -> Tensor:
 def _remove(model: nn.Module, attention: Attention) -> None:
     for tensor in dict.fromkeys(bands.tensor for bands in attention.bands):
         owner, key = _place(model, tensor)
-        with contextlib.suppress(ValueError):  # it is not masked
+        with contextlib.suppress(ValueError):  # raised if the parameter is not masked
             prune.remove(owner, key)
             parameters = owner._parameters
-            for name in sorted(parameters, key=lambda name: "weight" not in name):  # before biases, as layers have them
+            # prune.remove appends the parameter. Restore the usual order, weights before biases.
+            for name in sorted(parameters, key=lambda name: "weight" not in name):
                 parameters[name] = parameters.pop(name)

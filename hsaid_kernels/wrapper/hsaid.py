@@ -1,7 +1,7 @@
-"""`HSAID`: a model whose weights are W0 + factor_i * P_i theta, trained through theta and the multipliers alone.
+"""`HSAID`: a model with weights W_i = W0_i + factor_i * P_i theta, of which only theta and the multipliers are trained.
 
-W0 is the model's own parameters, where they are: never copied, never written.  While the model runs, the projected
-weights stand in their places; before and after, the model is what it was.
+W0 is the set of the model's own parameters. They are neither copied nor written. While the model runs, the *projected
+weights* W_i replace them in the modules; afterwards the model has its own parameters again.
 """
 
 from __future__ import annotations
@@ -37,45 +37,57 @@ class HSAID(StandIn):
     """Wraps a model for fine-tuning inside a random subspace: DID, SAID or H-SAID (docs/method.md).
 
     Args:
-        model: any module; its parameters are W0 and stay as they are. Tied parameters stay tied.
-        intrinsic_dim: d, trained values in all: len(theta) + len(multipliers), from 1 to 2**20.
-        partition: which levels share multipliers: "L1+L2|L3|L4" (the default, also "hsaid-3"), "said", "did", ...
-        seed: 0 to 2**64 - 1; decides the random basis.
-        skip, merge: nodes of the hierarchy to pass over or to treat as the same, see `Hierarchy.from_model`.
-        combine: "product" or "sum" of a tensor's multipliers, see `Hierarchy.partition`.
-        normalize, diagonal, width: of the projection, see `Plan`.
-        include, exclude: regular expressions that choose the projected tensors, see `select_tensors`; the model's
-            other parameters are frozen.
-        train_fully: regular expressions that choose tensors to train as they are, beside theta (a new head, say).
-            They are not projected, and not counted in intrinsic_dim; W0 stays as it is here too.
-        heads: whether attention heads are level L5 of the hierarchy, each with a part of its own of the tensors that
-            are divided among them. None for where the partition names L5 or heads are pruned.
-        pruned: {layer: [heads]} of which W0 is kept: no update is written there (in tensors that are projected). None
-            for `heads.pruned_heads(model)`, those whose weights are all zero.
-        dtype: of the projected weights: float32, bfloat16 or float16. None for that of W0, also after `.to(dtype)`;
-            another one only where W0 is in float32.
+        model: any module. Its parameters are W0 and are not changed. Tied parameters stay tied.
+        intrinsic_dim: d, the total number of trained values, len(theta) + len(multipliers). From 1 to 2**20, and larger
+            than the number m of multipliers.
+        partition: which tensors share multipliers, given by levels of the hierarchy: "L1+L2|L3|L4" (the default, also
+            called "hsaid-3"), "said", "did", ...; see `Hierarchy.partition`.
+        seed: 0 to 2**64 - 1. Determines the random basis, that is, all matrices P_i.
+        skip, merge: nodes of the hierarchy to skip or to treat as the same node, see `Hierarchy.from_model`.
+        combine: "product" or "sum", how a tensor's multipliers are combined into its factor, see `Partition`.
+        normalize, diagonal, width: options of the projection, see `Plan`.
+        include, exclude: regular expressions that select the tensors to project, see `select_tensors`. All other
+            parameters of the model are frozen, except those that `train_fully` selects.
+        train_fully: regular expressions that select tensors to train directly, as in ordinary fine-tuning (a new
+            classification head, for example). They are not projected and do not count towards intrinsic_dim. The
+            trained values are copies; the model's own tensors keep W0.
+        heads: whether the attention heads form level L5 of the hierarchy. Each head's part of a tensor then has its own
+            random basis and factor. None means True if the partition names L5 or if heads are pruned, else False.
+        pruned: {layer: [heads]}, the heads that receive no update: their weights in the projected tensors stay at W0.
+            None means `heads.pruned_heads(model)`, the heads whose weights are all zero.
+        dtype: of the projected weights: torch.float32, bfloat16 or float16. None means the dtype of W0, and follows
+            `.to(dtype)`. A dtype other than that of W0 requires W0 in float32.
         backend: "auto", or one of `available_backends()`.
         task: the name of the first task, see `add_task`.
 
     Attributes:
-        theta: nn.Parameter, float32 [d - m], zeros at the start.  multipliers: nn.Parameter, float32 [m], ones.
-        full: {name: nn.Parameter} of what is trained fully.  task: the name of the task that all these belong to.
-        model: the wrapped model.  hierarchy, partition, plan: what theta and the multipliers mean.
-        pruned: {attention module: heads} that get no update.
+        theta: nn.Parameter, float32 [d - m], initially zeros.
+        multipliers: nn.Parameter, float32 [m], initially ones.
+        full: {name: nn.Parameter}, the fully trained tensors.
+        task: the name of the current task, to which theta, multipliers and full belong.
+        model: the wrapped model.
+        hierarchy, partition, plan: the `Hierarchy`, `Partition` and `Plan` that define what theta and the multipliers
+            mean.
+        pruned: {attention module: [heads]}, the heads that receive no update.
 
-    Equivalent to `torch.func.functional_call(model, hsaid.weights() | hsaid.full, args, kwargs)`.
+    A call is equivalent to `torch.func.functional_call(model, hsaid.weights() | hsaid.full, args, kwargs)`.
 
-    `parameters()` and `state_dict()` are those of the task (and the configuration). `train`, `eval` and `to` reach the
-    model too, and every other attribute is the model's: its methods (`generate`) run on the projected weights, but a
-    submodule (`hsaid.encoder`) holds W0. Where no gradient is wanted, the weights are kept until theta, the multipliers
-    or W0 change; a write to W0 through `.data`, which torch does not count, is noticed only when `train()` or `eval()`
-    changes the mode. transformers' gradient checkpointing works; a model that calls `torch.utils.checkpoint` itself
-    must not do so here, because backward would run it again on W0. In backward, the gradients of a block's weights are
-    used and freed as soon as backward has left the block.
+    `parameters()` returns the parameters of the current task; `state_dict()` returns them and the configuration.
+    `train`, `eval` and `to` also apply to the model. Every other attribute is the model's. The model's methods
+    (`generate`, for example) run on the projected weights, but a submodule (`hsaid.encoder`) holds W0.
+
+    Without gradients, the projected weights are cached until theta, the multipliers or W0 change. PyTorch does not
+    track writes through `.data`: such a write to W0 takes effect only after `train()` or `eval()` changes the mode.
+
+    During backward, the gradients of a block's weights are used and freed as soon as backward has left the block.
+    Gradient checkpointing as implemented in transformers works. A model that calls `torch.utils.checkpoint` itself must
+    not do so inside HSAID, because backward would recompute that part with W0.
 
     Raises:
-        TypeError: model is no module or holds an HSAID; a parameter or dtype is not of a kind that can be projected.
-        ValueError: any other argument that is not as above, intrinsic_dim <= m, a model that an HSAID already wraps.
+        TypeError: model is not a module, or is or contains an HSAID; a parameter's dtype or the argument `dtype` cannot
+            be projected; another argument has the wrong type.
+        ValueError: another argument has a value that is not listed above; intrinsic_dim <= m; another HSAID already
+            wraps the model.
     """
 
     def __init__(
@@ -129,14 +141,14 @@ class HSAID(StandIn):
         self._tasks = Tasks(check_task(task), basis.full)
         self._ranks_agree = False
         self.training = model.training
-        self._stand_in_for(model)  # from now on, what is new and the model has is set there
+        self._stand_in_for(model)  # from here on, a new attribute that the model also has is set on the model
         self._start_task(task)
-        self._projected.projection(self.w0().values(), self.theta)  # refuses dtypes and devices that do not go together
+        self._projected.projection(self.w0().values(), self.theta)  # raises for incompatible dtypes and devices
         self._projected.upload(self.multipliers)
         self._register()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns for the same arguments, on the projected weights."""
+        """Calls the model with the projected weights and returns its output."""
         if torch.compiler.is_compiling():
             self._ranks_checked()
             return self._projected.call_traced(self, args, kwargs)
@@ -144,35 +156,36 @@ class HSAID(StandIn):
             return self.model(*args, **kwargs)
 
     def weights(self) -> dict[str, Tensor]:
-        """{name: W0_i + factor_i * P_i theta}, differentiable where gradients are enabled.
+        """The projected weights, {name: W0_i + factor_i * P_i theta}; differentiable if gradients are enabled.
 
-        The tensors are views of one buffer. Without gradients they are the ones that the next calls use: read only.
+        Each has the shape of W0_i and the dtype `self.dtype`. The tensors are views of one buffer. Without gradients
+        that buffer is the cache that later calls use, so do not write to it.
         """
         with self._projected.lock:
             return self._projected.now(self)[0]
 
     def w0(self) -> dict[str, Tensor]:
-        """{name: W0_i} for the projected tensors: the model's own parameters, as it has them now."""
+        """{name: W0_i} for the projected tensors: the model's own parameters, not copies."""
         return self._projected.w0()
 
     @property
     def merged(self) -> bool:
-        """Whether the model holds the projected weights: from `merge(inplace=True)` to `unmerge()`."""
+        """Whether the model holds the projected weights: True from `merge(inplace=True)` until `unmerge()`."""
         return self._projected.kept is not None
 
     @property
     def task(self) -> str:
-        """The name of the set task: `theta`, `multipliers` and `full` are its own."""
+        """The name of the current task, to which `theta`, `multipliers` and `full` belong."""
         return self._tasks.current
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The names of all tasks, in the order in which they came."""
+        """The names of all tasks, in the order in which they were added."""
         return self._tasks.names
 
     @property
     def full(self) -> dict[str, nn.Parameter]:
-        """{name: parameter} of the tensors that are trained fully."""
+        """{name: parameter} for the tensors that are trained fully in the current task."""
         return self._tasks.full_of(self._parameters)
 
     def parameter_groups(
@@ -184,18 +197,27 @@ class HSAID(StandIn):
         weight_decay: float | None = None,
         task: str | None = None,
     ) -> list[dict[str, Any]]:
-        """Groups for an optimizer, of `task` or else the set one: "theta", "multipliers", "full", without empty ones.
+        """Parameter groups for an optimizer: "theta", "multipliers" and "full", in this order, empty groups omitted.
 
-        What is None is left to the optimizer, but the multipliers get no weight decay: it would draw them to 0, which
-        is not where they start.
+        Args:
+            lr_theta, lr_multipliers, lr_full: learning rate of each group. None leaves it to the optimizer.
+            weight_decay: of theta and the fully trained tensors. None leaves it to the optimizer. The multipliers
+                always get 0, because weight decay would pull them towards 0 and their neutral value is 1.
+            task: the task whose parameters are grouped. None means the current task.
+
+        Raises ValueError for an unknown task.
         """
         rates = {"theta": lr_theta, "multipliers": lr_multipliers, "full": lr_full}
         return groups_of(self._tasks.parameters_of(task, self._parameters), rates, weight_decay)
 
     def add_task(self, name: str) -> None:
-        """A further task on the same W0 and basis: theta, multipliers and `full` of its own, where training starts.
+        """Adds a task: a separate theta, multipliers and `full` with their initial values, on the same W0 and basis.
 
-        The set task stays set. An optimizer is for the parameters of one task, whether that is set or not.
+        The current task does not change. Use one optimizer per task: it keeps the parameters of the task it was created
+        for, also while another task is current.
+
+        Raises TypeError if name is not a non-empty string, ValueError if the task exists, RuntimeError while merged in
+        place.
         """
         with self._projected.lock:
             self._projected.refuse_merged("add_task()")
@@ -205,9 +227,12 @@ class HSAID(StandIn):
             self.set_task(before)
 
     def set_task(self, name: str) -> None:
-        """From now on `theta`, `multipliers`, `full`, `parameters()`, `state_dict()` and all calls are this task's.
+        """Makes `name` the current task, which `theta`, `multipliers`, `full`, `parameters()` and all calls refer to.
 
-        Set a task before wrapping this module into DistributedDataParallel, which keeps the parameters that it found.
+        `state_dict()` too is that of the current task. Set the task before wrapping this module in
+        DistributedDataParallel, which keeps the parameters it finds at construction.
+
+        Raises ValueError for an unknown task, RuntimeError while merged in place.
         """
         self._tasks.check(name)
         with self._projected.lock:
@@ -216,35 +241,38 @@ class HSAID(StandIn):
             self._projected.drop_cache()
 
     def remove_task(self, name: str) -> None:
-        """Forgets what a task has trained; ValueError for the set one."""
+        """Deletes a task and its parameters. Raises ValueError for the current task and for an unknown one."""
         self._tasks.remove(name)
 
     def _start_task(self, name: str) -> None:
-        """The parameters of a task that has none yet, where training starts; it is set."""
+        """Creates the parameters of a new task with their initial values, and makes it the current task."""
         own = self._projected.own()
         device = own[self.plan.names[0]].device
         theta = torch.zeros(self.plan.dim, dtype=torch.float32, device=device)
         ones = self.partition.initial().to(device)
-        # Without multipliers (DID) no gradient reaches them: DistributedDataParallel must not wait for one.
+        # DID has no multipliers, so this parameter is empty and gets no gradient. requires_grad=False keeps
+        # DistributedDataParallel from waiting for one.
         parameters = {"theta": nn.Parameter(theta), "multipliers": nn.Parameter(ones, requires_grad=len(ones) > 0)}
         self._tasks.start(name, parameters, own, self._parameters)
 
     def load_task(self, directory: str | os.PathLike[str]) -> str:
-        """Adds and sets the task of a checkpoint that was saved on the same W0 and basis; returns its name.
+        """Adds the task stored in a checkpoint, makes it the current task and returns its name.
 
-        Raises as `from_pretrained` does, and ValueError for another basis or a task that is there already.
+        The checkpoint must come from the same basis, tensors and W0. A different W0 only causes a warning. Raises what
+        `from_pretrained` raises, and ValueError for a different basis or a task whose name already exists.
         """
         return checkpoint.load_task(self, directory)
 
     def merge(self, inplace: bool = False) -> nn.Module:
-        """The model with the projected weights (and `full`) as its parameters.
+        """Returns a model whose parameters are the projected weights and `full`.
 
-        By default a copy, an ordinary model without a trace of this one: `requires_grad` is as in the model, tied
-        parameters are tied, and the dtype is that of the projected weights. For a moment W0 and the weights twice are
-        in memory; afterwards this HSAID and its model are as before.
+        By default this is a copy: an ordinary model that does not depend on this HSAID. `requires_grad` and tying are
+        those of the original; the dtype is that of the projected weights. During the call memory holds W0 and two
+        copies of the projected weights. This HSAID and its model are unchanged.
 
-        With `inplace` the model itself, until `unmerge()` gives it W0 back. Meanwhile this HSAID only calls it: there
-        is no training, no other task and no moving.
+        With `inplace=True` the model itself is changed and returned, until `unmerge()` restores W0. In the meantime
+        this HSAID can run the model, but training, `add_task`, `set_task`, `load_state_dict` and `to` raise
+        RuntimeError, and so does another `merge`.
         """
         projected = self._projected
         with projected.lock, torch.no_grad():
@@ -257,21 +285,22 @@ class HSAID(StandIn):
             return self.model
 
     def unmerge(self) -> None:
-        """Gives the model W0 back, bit for bit, after `merge(inplace=True)`; RuntimeError without that."""
+        """Restores W0 bit for bit after `merge(inplace=True)`. Raises RuntimeError if nothing is merged in place."""
         with self._projected.lock:
             self._projected.unmerge()
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, is_main_process: bool = True, **_: Any) -> None:
-        """Writes what `task` has trained, and the configuration, a few kilobytes; see `checkpoint.save_pretrained`.
+        """Saves the current task's parameters and the configuration, a few kilobytes; see `checkpoint.save_pretrained`.
 
-        Nothing where `is_main_process` is False. What else scripts pass to transformers' method is ignored.
+        Does nothing if `is_main_process` is False. Other arguments of transformers' `save_pretrained` are accepted and
+        ignored.
         """
         if is_main_process:
             checkpoint.save_pretrained(self, directory)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], model: nn.Module, *, backend: str = "auto") -> HSAID:
-        """Wraps `model`, which must hold the W0 that was trained from; see `checkpoint.from_pretrained`."""
+        """Wraps `model` as saved in a checkpoint; its W0 must be that of training. See `checkpoint.from_pretrained`."""
         return checkpoint.from_pretrained(cls, directory, model, backend=backend)
 
     @property
@@ -281,7 +310,7 @@ class HSAID(StandIn):
 
     @property
     def given_dtype(self) -> torch.dtype | None:
-        """The argument `dtype`."""
+        """The argument `dtype`, which may be None."""
         return self._projected.given_dtype
 
     @property
@@ -304,10 +333,10 @@ class HSAID(StandIn):
         return encode_state(describe(self))
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Nothing to set: `_load_from_state_dict` has compared it."""
+        """Does nothing: `_load_from_state_dict` has already checked the configuration."""
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
-        # Compared before anything is loaded, so that a state dict of another configuration leaves this one untouched.
+        # Checked before anything is loaded, so that a state_dict with another configuration changes nothing here.
         try:
             self._projected.refuse_merged("load_state_dict()")
             if (key := f"{prefix}_extra_state") in state_dict:
@@ -323,7 +352,7 @@ class HSAID(StandIn):
             self.model._apply(fn)
 
         def apply(tensor: Tensor) -> Tensor:
-            # theta and the multipliers follow to the device, and stay float32 whatever the model's dtype becomes
+            # theta and the multipliers move to the new device but always stay float32
             projects = any(tensor is own or tensor is own.grad for own in (self.theta, self.multipliers))
             return tensor.to(fn(tensor).device) if projects else fn(tensor)
 
@@ -366,8 +395,11 @@ class HSAID(StandIn):
         _wrappers[self.model] = weakref.ref(self)
 
     def _check_ranks(self) -> None:
-        """At the first step under DistributedDataParallel, which sends around neither basis nor W0: do they agree?"""
-        if not self._ranks_agree and torch.is_grad_enabled():  # one rank alone may evaluate
+        """At the first training step under DistributedDataParallel, checks that all ranks have the same basis and W0.
+
+        DistributedDataParallel itself broadcasts neither. Raises ValueError if they differ.
+        """
+        if not self._ranks_agree and torch.is_grad_enabled():  # evaluation may run on a single rank
             self._ranks_agree = check_active_ranks(self, {self, self.model})
 
     @contextlib.contextmanager
@@ -376,14 +408,14 @@ class HSAID(StandIn):
             yield
 
     def _ranks_checked(self) -> bool:
-        """For torch.compile, which calls this once, while it traces."""
+        """`_check_ranks` for torch.compile, which calls this once, while tracing."""
         self._check_ranks()
         return True
 
-    # What torch.compiler.assume_constant_result sets, which as a decorator would import all of torch._dynamo here.
+    # Sets what torch.compiler.assume_constant_result sets. The decorator itself would import all of torch._dynamo here.
     _ranks_checked.__dict__["_dynamo_marked_constant"] = True
 
 
 def _patterns(given: Patterns) -> str | list[str] | None:
-    """As a checkpoint's JSON has them."""
+    """Converts an iterable of patterns to a list, the form that a checkpoint's JSON stores."""
     return given if given is None or isinstance(given, str) else list(given)

@@ -1,4 +1,4 @@
-"""How much the loss depends on each attention head's update."""
+"""`head_importance`: how strongly the loss depends on the update of each attention head."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from hsaid_kernels.wrapper.hsaid import HSAID
 
 
 def head_importance(hsaid: HSAID, batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """How much the loss depends on each head's update: {attention module: float32 [heads]}, the mean over batches of
+    """How strongly the loss L depends on the update of each head, as {attention module: float32 [heads]} on the CPU.
 
-        | dL / d lambda |,   lambda a multiplier, 1, of everything that H-SAID adds to the parts of this head alone
-
-    at the trained theta and multipliers. With a component "L1+L5" lambda's derivative is that of the head's own
-    multiplier, times the multiplier. Parts that heads share (grouped-query attention) count for none of them.
+    The value of a head is the mean over batches of |dL / d lambda| at lambda = 1 and the trained theta and multipliers.
+    Here lambda multiplies the whole update (W - W0) of the parameters that belong to this head alone. With a component
+    "L1+L5" in the partition, dL / d lambda is the derivative by the head's multiplier, times the multiplier. Parts that
+    several heads share (grouped-query attention) count for none of them.
 
     Args:
-        hsaid: one with heads (`heads=True`, or L5 in the partition), trained: at theta = 0 all is 0.
-        batches: arguments of the model, which must return a `loss`. One example per batch is the published form
-            (Michel et al. 2019, arXiv 1905.10650, there for masks on the heads' results).
+        hsaid: an HSAID with heads (`heads=True`, or L5 in the partition) and theta != 0, that is, a trained one.
+        batches: mappings with the model's keyword arguments, such that its output has a `loss`. With one example per
+            batch this is the published measure (Michel et al. 2019, arXiv 1905.10650), which masks heads' results.
 
-    Runs in the mode (train, eval) that hsaid is in, and changes nothing. Raises ValueError for an HSAID without heads,
-    theta = 0 or no batch.
+    Runs in the current mode (train or eval) of `hsaid`, and changes nothing.
+
+    Raises:
+        TypeError: `hsaid` is not an HSAID, or a batch is not a mapping.
+        ValueError: `hsaid` has no heads or theta is 0, there is no batch, or the model returns no loss.
     """
     if not isinstance(hsaid, HSAID):
         raise TypeError(f"hsaid: expected an HSAID, got {type(hsaid).__name__}")

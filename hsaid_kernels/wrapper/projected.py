@@ -1,4 +1,4 @@
-"""The projected weights of a model: made when they are wanted, kept while nothing changes, in place while it runs."""
+"""`ProjectedWeights`: computes and caches a model's projected weights, and puts them in place while the model runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hsaid_kernels.wrapper.exchange import Cache, Exchange, Late, Places, aliase
 
 
 class Trained(Protocol):
-    """What the weights are made from, beside W0: an `HSAID`."""
+    """What the weights are computed from in addition to W0. `HSAID` implements it."""
 
     theta: nn.Parameter
     multipliers: nn.Parameter
@@ -33,18 +33,18 @@ class Trained(Protocol):
 
 
 class ProjectedWeights:
-    """W0 + factor * P theta for the tensors of a plan, and the places in the model where they stand while it runs.
+    """Computes W0_i + factor_i * P_i theta for the tensors of a plan, and runs the model on these weights.
 
     Args:
-        model: whose parameters are W0.
-        plan, partition: what theta and the multipliers mean.
-        dtype: of the weights; None for that of W0.
+        model: the model whose parameters are W0.
+        plan, partition: define what theta and the multipliers mean.
+        dtype: of the weights. None means the dtype of W0.
         backend: "auto", or one of `available_backends()`.
 
     Attributes:
-        parts: (modules, Part) for each call of the adjoint.
-        kept: W0 by name while the model holds the projected weights, or else None.
-        lock: held while the model runs on other parameters than its own: it is one for all threads.
+        parts: [(module names, Part)], one for each call of the adjoint in backward.
+        kept: {name: W0_i} while the model holds the projected weights (`merge`), else None.
+        lock: held while the projected weights replace the model's parameters, because all threads share one model.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, partition: Partition, dtype: torch.dtype | None, backend: str):
@@ -73,7 +73,11 @@ class ProjectedWeights:
         self._forget()
 
     def own(self) -> dict[str, nn.Parameter]:
-        """The model's own parameters by name; ValueError where the projected ones are no longer what they were."""
+        """The model's own parameters by name, where a tied parameter appears once.
+
+        Raises ValueError if the names, shapes or tying of the projected tensors have changed since the model was
+        wrapped.
+        """
         if self._places is None or not (self._running or self._places.hold()):
             self._places = Places(self.model)
         own = self._places.parameters
@@ -94,20 +98,23 @@ class ProjectedWeights:
             return {name: own[name] for name in self.plan.names}
 
     def drop_cache(self) -> None:
-        """The next weights are made anew."""
+        """Discards the cached weights, so that the next call recomputes them."""
         self._cache = None
 
     def now(self, of: Trained) -> tuple[dict[str, Tensor], list[Late]]:
-        """The projected weights; and for each block of the model, where gradients are wanted, how it gets its own."""
+        """Returns ({name: projected weight}, late), where `late` is the argument of `Exchange`.
+
+        `late` has an entry for each of `parts` if gradients are wanted, and is empty otherwise.
+        """
         w0 = list(self.w0().values())
         trained = [of.theta, of.multipliers]
         wanted = torch.is_grad_enabled() and (of.theta.requires_grad or of.multipliers.requires_grad)
         late: list[Late] = []
-        cache = self._cache  # train() and eval() drop it, in whichever thread
-        # Never as inference tensors, which no later call outside inference mode could use.
+        cache = self._cache  # read once: train() or eval() in another thread may drop it meanwhile
+        # Never created as inference tensors, because calls outside inference mode could not use those.
         with torch.inference_mode(False), torch.set_grad_enabled(wanted):
             if wanted or cache is None or not cache.serves(trained, w0):
-                cache = self._cache = None  # its memory is needed now
+                cache = self._cache = None  # frees the memory before the new weights need it
                 join = self.projection(w0, of.theta).parts(of.theta, self.partition.factors(of.multipliers), w0)
                 made = join(self._whole)
                 if wanted:
@@ -127,24 +134,24 @@ class ProjectedWeights:
 
     @contextlib.contextmanager
     def computing(self, of: Trained, before: Callable[[], None]) -> Iterator[None]:
-        """A context in which the projected weights are the model's parameters, and the others are detached.
+        """A context manager inside which the projected weights are the model's parameters; the others are detached.
 
-        `before` is called first, where the model does not run on them already.
+        Calls `before` first, except in a nested call, where the weights are already in place.
         """
         with self.lock:
-            if self._running:  # called from within the model: the weights are in place
+            if self._running:  # nested call from inside the model: the weights are already in place
                 yield
                 return
             before()
             if self.kept is not None:
                 self._refuse_training(of)
-                tensors: dict[str, Tensor] = {}  # no gradient is to reach the model's own parameters
+                tensors: dict[str, Tensor] = {}  # all parameters are detached, so none of them gets a gradient
                 late: list[Late] = []
                 self.own()
             else:
                 weights, late = self.now(of)
                 tensors = weights | of.full
-            assert self._places is not None  # own() has found them
+            assert self._places is not None  # set by own()
             self._running = True
             try:
                 with Exchange(self._places, tensors, self.lock, late):
@@ -153,9 +160,10 @@ class ProjectedWeights:
                 self._running = False
 
     def call_traced(self, of: Trained, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What the model returns on the weights of now, for torch.compile, which knows no lock and no cache."""
-        # Tied places are all named: looking for them itself, functional_call would fill those of a module that the
-        # model has twice one time too often, and leave a projected weight in W0's place.
+        """Runs the model on newly computed weights, for torch.compile, which cannot trace the lock or the cache."""
+        # All names of tied parameters are given explicitly, with tie_weights=False. If functional_call looked for them
+        # itself, it would swap the parameters of a module that occurs twice in the model once too often, and leave a
+        # projected weight in the place of W0.
         kept = [(module, key, getattr(module, key)) for module, key in self._masked]
         result = torch.func.functional_call(self.model, self._traced(of), tuple(args), dict(kwargs), tie_weights=False)
         for module, key, value in kept:
@@ -163,7 +171,7 @@ class ProjectedWeights:
         return result
 
     def _traced(self, of: Trained) -> dict[str, Tensor]:
-        """What stands in for the model's parameters in a graph of torch.compile, which knows no lock and no cache."""
+        """{name: replacement} for all names of all parameters of the model, inside a graph of torch.compile."""
         own = dict(self.model.named_parameters())
         tensors = {name: parameter.detach() for name, parameter in own.items()}
         if self.kept is not None:
@@ -177,7 +185,11 @@ class ProjectedWeights:
         return tensors | {alias: tensors[name] for alias, name in self._aliases.items()}
 
     def projection(self, w0: Collection[Tensor], theta: Tensor) -> Projection:
-        """The operator; ValueError or TypeError for dtypes and devices of W0 that do not go together."""
+        """The `Projection` for W0 tensors of these dtypes and devices.
+
+        Raises ValueError if W0 is not on theta's device, if W0 has several dtypes and no `dtype` was given, or if W0
+        has a dtype other than the weights' dtype and float32. Raises TypeError for a dtype that cannot be projected.
+        """
         dtypes, devices = {tensor.dtype for tensor in w0}, {tensor.device for tensor in w0}
         if elsewhere := devices - {theta.device}:
             raise ValueError(
@@ -195,15 +207,16 @@ class ProjectedWeights:
         return Projection(self.plan, dtype=dtype, backend=self.backend)
 
     def merge(self, values: Mapping[str, Tensor]) -> None:
-        """Puts values in the place of the model's own parameters, until `unmerge`."""
+        """Replaces the data of the model's own parameters by `values`, until `unmerge`."""
         own = self.own()
         self.kept = {name: own[name].data for name in values}
-        for name, value in values.items():  # those trained fully are not to change with the model
+        # Fully trained tensors are cloned, so that writes to the merged model do not change them.
+        for name, value in values.items():
             own[name].data = value.data if name in self.plan.shapes else value.data.clone()
         apply_masks(self.model)
 
     def unmerge(self) -> None:
-        """Gives the model back what `merge` has taken out."""
+        """Restores the data that `merge` replaced. Raises RuntimeError if nothing is merged."""
         if self.kept is None:
             raise RuntimeError("unmerge(): expected weights that merge(inplace=True) has merged, found none")
         own = dict(self.model.named_parameters())
@@ -213,7 +226,7 @@ class ProjectedWeights:
         self.kept = None
 
     def refuse_merged(self, call: str) -> None:
-        """RuntimeError where the model holds the projected weights."""
+        """Raises RuntimeError, which names `call`, if the model holds the projected weights."""
         if self.kept is not None:
             raise RuntimeError(
                 f"{call}: expected a model on its W0, got one that merge(inplace=True) has merged: unmerge()"
@@ -224,7 +237,10 @@ class ProjectedWeights:
             self.refuse_merged("training")
 
     def upload(self, multipliers: Tensor) -> None:
-        """Puts small tables where theta is, before the first call: torch.compile would see them change after it."""
+        """Copies small index and scale tables to the device of theta and the multipliers before the first call.
+
+        If the first call did this, torch.compile would see attributes change and compile again.
+        """
         device = multipliers.device
         with torch.no_grad():
             self.partition.factors(multipliers)
@@ -236,5 +252,5 @@ class ProjectedWeights:
 
 
 def _join(join: Callable[[Part], Sequence[Tensor]], part: Part) -> Sequence[Tensor]:
-    with torch.inference_mode(False), torch.enable_grad():  # whatever the model is doing
+    with torch.inference_mode(False), torch.enable_grad():  # also if the model has turned gradients off here
         return join(part)

@@ -1,7 +1,7 @@
-"""A module that stands in for another one, so that code written for that one goes on working.
+"""`StandIn`: a module that replaces another module, the model, in code written for the model.
 
-Its attributes and methods are the model's, `forward` has the signature of the model's, and its class says so too:
-transformers' Trainer looks there for the names of the labels and of the columns that the model wants.
+Attributes and methods that it does not define itself are the model's. `forward` has the signature of the model's
+`forward`, on the class too, because transformers' Trainer reads the names of labels and input columns from the class.
 """
 
 from __future__ import annotations
@@ -17,29 +17,31 @@ from torch import nn
 
 
 class StandIn(nn.Module):
-    """Attributes that are not its own are the model's, to read and to write; a subclass says how the model computes."""
+    """Reads and writes attributes that are not its own on the model. A subclass defines how the model is run."""
 
     model: nn.Module
 
     def _stand_in_for(self, model: nn.Module) -> None:
-        # Not a submodule: parameters(), state_dict(), apply() and an optimiser must not find the model's own in here.
+        # Not registered as a submodule, so that parameters(), state_dict() and apply() do not reach the model's own
+        # parameters through this module.
         self.__dict__["model"] = model
         self.__class__ = _class_for(type(self), type(model))  # type: ignore[arg-type]  # classes are hashable
 
     def _computing(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which the model's methods compute what they should."""
+        """A context manager inside which the model's methods run on the right weights."""
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            model = self.__dict__.get("model")  # none yet while this object is being unpickled
+            model = self.__dict__.get("model")  # not set yet during unpickling
             if model is None or name.startswith("__"):
                 raise
         value = getattr(model, name)
-        # A method computes with the model's weights (generate, encode, get_image_features), so it must find the right
-        # ones; those of transformers' base class are about the model (resize_token_embeddings, ...).
+        # The model's methods (generate, encode, get_image_features, ...) compute with its weights, so they run inside
+        # `_computing`. Those that transformers' base class defines act on the model itself (resize_token_embeddings,
+        # ...) and are returned as they are.
         about = "transformers.modeling_utils"
         if not inspect.ismethod(value) or value.__self__ is not model or value.__func__.__module__ == about:
             return value
@@ -55,14 +57,14 @@ class StandIn(nn.Module):
 
         @functools.wraps(value)
         def computing(*args: Any, **kwargs: Any) -> Any:
-            # generate() has no use for gradients, and weights that are made without them serve the next call too
+            # generate() needs no gradients, and weights computed without gradients are cached for the next call
             with torch.no_grad() if name == "generate" else contextlib.nullcontext(), self._computing():
                 return value(*args, **kwargs)
 
         return computing
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # generation_config, for one, which Trainer sets
+        # For example generation_config, which Trainer sets.
         model = self.__dict__.get("model")
         if model is None or name in self.__dict__ or hasattr(type(self), name) or not hasattr(model, name):
             super().__setattr__(name, value)
@@ -72,11 +74,11 @@ class StandIn(nn.Module):
             setattr(model, name, value)
 
     def _get_name(self) -> str:
-        """The model's: Trainer's label smoothing shifts the labels of a causal language model, known by this name."""
+        """The model's class name, by which Trainer's label smoothing recognizes causal language models."""
         return type(self.model).__name__
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        # A pickle finds a class by its name, and this one's class was made at run time.
+        # pickle looks a class up by its name, but this object's class is created at run time.
         return object.__new__, (type(self).__bases__[0],), self.__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What an HSAID trains: theta, multipliers and the tensors that are trained fully, one set of them for each task."""
+"""The trained parameters of an HSAID: for each task theta, the multipliers and the fully trained tensors."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from typing import Any
 
 from torch import nn
 
-FULL = "full/"  # before the name of a tensor that is trained fully; a parameter's name cannot have dots in it
+# Prefix of the parameter name of a fully trained tensor. Parameter names cannot contain dots, so these become slashes.
+FULL = "full/"
 
-Own = dict[str, nn.Parameter | None]  # a module's own parameters, `module._parameters`
+Own = dict[str, nn.Parameter | None]  # `module._parameters`
 
 
 class Tasks:
-    """The parameters of all tasks by name. Those of the current one are also the module's own, where an optimizer,
-    DistributedDataParallel and state_dict() look; each method that changes these is given them.
+    """The parameters of all tasks, by task name.
 
-    full  names of the tensors that are trained fully
+    The parameters of the current task are also registered in the HSAID module, where `parameters()`, `state_dict()`
+    and DistributedDataParallel find them. Methods that read or change these take them as `own`, the module's
+    `_parameters`.
+
+    current  name of the current task
+    full     names of the fully trained tensors
     """
 
     def __init__(self, first: str, full: Sequence[str]):
@@ -28,22 +33,25 @@ class Tasks:
         return tuple(self._parameters)
 
     def check(self, name: str) -> str:
-        """ValueError for a task that is not there."""
+        """Returns `name`. Raises ValueError if there is no such task, TypeError if it is not a non-empty string."""
         if check_task(name) not in self._parameters:
             raise ValueError(f"task: expected one of {', '.join(map(repr, self._parameters))}, got {name!r}")
         return name
 
     def full_of(self, own: Own) -> dict[str, nn.Parameter]:
-        """{name: parameter} of the tensors that are trained fully, in the current task."""
+        """{name: parameter} for the fully trained tensors of the current task."""
         present = _present(own)
         return {name: present[_key(name)] for name in self.full}
 
     def parameters_of(self, name: str | None, own: Own) -> dict[str, nn.Parameter]:
-        """Those of a task, or of the current one for None."""
+        """{name: parameter} of a task. `name=None` means the current task. Raises as `check` does."""
         return _present(own) if name is None or name == self.current else self._parameters[self.check(name)]
 
     def add(self, name: str, own: Own) -> None:
-        """Leaves the current task for a new one, which `start` gives parameters."""
+        """Saves the current task's parameters before a new task `name` is created by `start`.
+
+        Raises ValueError if the task already exists, TypeError if `name` is not a non-empty string.
+        """
         if check_task(name) in self._parameters:
             raise ValueError(f"name: expected a new task, got {name!r}, which is there already")
         self._parameters[self.current] = _present(own)
@@ -51,21 +59,22 @@ class Tasks:
     def start(
         self, name: str, parameters: Mapping[str, nn.Parameter], w0: Mapping[str, nn.Parameter], own: Own
     ) -> None:
-        """Makes these parameters, and copies of W0 for those trained fully, the module's own and those of the task."""
-        # Not by assignment or registration, where the model may have something of that name.
+        """Creates task `name` from `parameters` and copies of W0 for the fully trained tensors; makes it current."""
+        # Written into the dict directly. Attribute assignment and register_parameter() would clash with an attribute of
+        # the same name in the model.
         own.update(parameters)
         own.update({_key(full): nn.Parameter(w0[full].detach().clone()) for full in self.full})
         self.current = name
         self._parameters[name] = _present(own)
 
     def switch(self, name: str, own: Own) -> None:
-        """Makes the parameters of a task the module's own."""
+        """Makes `name`, which must exist, the current task: its parameters become the module's."""
         self._parameters[self.current] = _present(own)
         own.update(self._parameters[name])
         self.current = name
 
     def remove(self, name: str) -> None:
-        """Forgets a task that is not the current one."""
+        """Deletes a task. Raises ValueError for the current task and for an unknown one."""
         if self.check(name) == self.current:
             raise ValueError(f"name: expected a task that is not set, got {name!r}: set_task() another one first")
         del self._parameters[name]
@@ -74,7 +83,7 @@ class Tasks:
 def groups_of(
     parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float | None], weight_decay: float | None
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer, as `HSAID.parameter_groups` says."""
+    """Parameter groups for an optimizer, see `HSAID.parameter_groups`. `rates` is {group: learning rate or None}."""
     groups = []
     for name, lr in rates.items():
         chosen = [p for key, p in parameters.items() if key == name or (name == "full" and key.startswith(FULL))]
@@ -96,5 +105,5 @@ def _present(parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Para
 
 
 def _key(name: str) -> str:
-    """The name as a parameter of HSAID's."""
+    """The name under which the HSAID module registers the fully trained tensor `name`."""
     return FULL + name.replace(".", "/")

@@ -1,4 +1,4 @@
-"""The Triton backend: for GPUs without nvcc at hand, or of another make than NVIDIA.
+"""The Triton backend: for machines without nvcc, and for GPUs of other vendors than NVIDIA.
 
-Only fastfood/ops.py asks for it, and only when it is used: Triton takes a second to import.
+Only fastfood/ops.py imports it, and only when it is used, because importing Triton takes a second.
 """

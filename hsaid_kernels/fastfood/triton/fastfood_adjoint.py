@@ -1,8 +1,8 @@
-"""dtheta and dfactors from the gradients of all tensors, each of which is read once for every chunk of theta.
+"""dtheta and dfactors from the gradients of all tensors. Each gradient is read once for every chunk of theta.
 
-A program takes an item (tables.py), a run of blocks of a segment or several runs side by side, and leaves the sum
-sum_b G_b H^T g_b of each.  Three small kernels then add the runs of each group and the groups of each segment,
-transform the sums, and add the segments, all in the order of the plan, so that the bits depend on nothing else
+A program processes an item (tables.py): a run of blocks of a segment, or several runs side by side. For each run it
+stores sum_b G_b H^T g_b. Three small kernels then add the runs of each group and the groups of each segment, transform
+the sums, and add the segments. All additions are in the order of the plan, so the result is deterministic to the bit
 (docs/rng.md).
 """
 

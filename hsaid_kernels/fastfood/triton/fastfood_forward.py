@@ -1,8 +1,9 @@
-"""W = W0 + factor * H(sum_c G_c z_c) for every tensor in one launch, behind one that makes z.
+"""W = W0 + factor * H(sum_c G_c z_c) for all tensors in one launch, after another launch that computes z.
 
-Persistent programs: each takes its runs of tiles (tables.py), all programs an equal share, and needs nothing of the
-others.  z of all pieces comes from a launch of its own: a program that made it when it came to a piece would spend most
-of its time so where tensors are small, because here, unlike in CUDA, it goes through memory step by step.
+The programs are persistent: each processes its runs of tiles (tables.py), with equal shares for all programs, and does
+not depend on the others. z of all segments is computed by a separate launch. A program that computed z whenever it
+reached a new segment would spend most of its time on that if tensors are small, because in Triton, unlike in CUDA, the
+computation goes through memory step by step.
 """
 
 import triton

@@ -1,8 +1,8 @@
 """scale * H x for rows of any length n = 2^q, in float32, the stages at bits 2, 3, ..., q-1, 0, 1.
 
-Up to n = 2^14 a program has one row, or several short ones, reads each value once and writes it once.  Longer rows
-take such a pass for the bits 2 ... 13 and one for every six bits that follow, the last of which has bits 0 and 1 too;
-in between they are in float32 in memory.
+Up to n = 2^14 a program processes one row, or several short ones, and reads and writes each value once. Longer rows
+take such a pass for the bits 2 ... 13 and another pass for every six bits that follow; the last pass includes bits 0
+and 1. Between passes the values are in memory in float32.
 """
 
 import triton

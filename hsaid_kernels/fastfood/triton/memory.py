@@ -1,7 +1,8 @@
-"""Values of tensors by their addresses: what a kernel that writes all tensors at once has in place of arguments.
+"""Loads and stores of tensor values by address, because a kernel for all tensors at once cannot take them as arguments.
 
-A launch has a table with a word for each tensor: address << 3 | dtype << 1 | 1, or `MISSING`.  Words are odd and of
-more than 32 bits, so that Triton, which looks at the values of arguments, compiles one kernel for all of them.
+A launch takes a table with one word for each tensor: address << 3 | dtype << 1 | 1, or `MISSING`. Triton specializes
+kernels on the values of integer arguments. All words are odd and longer than 32 bits, so a single compiled kernel
+serves them all.
 """
 
 import functools

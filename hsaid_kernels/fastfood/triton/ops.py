@@ -1,7 +1,7 @@
-"""The Triton backend's ops: checks, tables, launches. Schemas and their meaning stand in fastfood/ops.py.
+"""The ops of the Triton backend: argument checks, tables, kernel launches. For any GPU that Triton supports.
 
-Any GPU that Triton knows.  Every op is opaque to torch.compile: what the host does, tables by plan and addresses of
-tensors, has no meaning for tensors without memory.
+The schemas of the ops are defined and explained in fastfood/ops.py. Every op is opaque to torch.compile: the host code
+looks up tables by plan and takes addresses of tensors, which fake tensors do not have.
 """
 
 from __future__ import annotations

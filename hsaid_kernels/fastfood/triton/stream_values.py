@@ -1,4 +1,4 @@
-"""One block of a random stream as numbers, as the kernels draw it: for tests."""
+"""For tests: one block of a random stream as a tensor of values, generated as in the other kernels."""
 
 import triton
 import triton.language as tl

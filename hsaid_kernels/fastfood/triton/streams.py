@@ -1,7 +1,7 @@
 """The random streams of docs/rng.md for a whole tile at a time, in the tile's order A (tile.py).
 
-A Philox call gives eight normals or 128 signs, all of them in registers of the thread that makes it, so nothing is
-transposed.  The counter is (block | purpose << 28, ctr | chunk << 16, stream).
+A Philox call gives eight normals or 128 signs. All of them are used by the thread that makes the call and stay in its
+registers, so no transposition is needed. The counter is (block | purpose << 28, ctr | chunk << 16, stream).
 """
 
 import torch

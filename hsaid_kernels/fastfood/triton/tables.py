@@ -1,7 +1,7 @@
-"""A plan's work as tables on the device, made once: which program does what.
+"""Tables on the device that assign the work of a plan to programs, made once for each plan.
 
-Every row is self-contained: it begins with what a kernel needs of a segment or a hole.  Work is measured in tiles of
-2^T values (tile.py).
+Every row is self-contained: it begins with the fields of its segment or hole that a kernel needs. Work is measured in
+tiles of 2^T values (tile.py).
 """
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
 """A tile of 2^T values: the Walsh-Hadamard transform of its blocks of 2^Q values, and z.
 
-T is 12, or Q where blocks are larger, and a program has 2^(T-6) threads with 64 values each.  The stages are those at
-bits 2, 3, ..., Q-1, 0, 1 of a position (docs/rng.md), and a stage costs no exchange where its bit is a register, so a
-tile is in one order after the other, written from the highest bit of the index to the lowest:
+T is 12, or Q if blocks are larger than 2^12. A program has 2^(T-6) threads with 64 values each. The transform has one
+stage for each of the bits 2, 3, ..., Q-1, 0, 1 of a position, in this order (docs/rng.md). A stage needs no exchange
+between threads if its bit selects a register. Therefore a tile changes between the following orders of its values, in
+which bits of the position are listed from the highest bit of the index to the lowest:
 
     order A    7 ... 2 | T-1 ... 8, 1, 0              as [64, 2^(T-6)]; draws, stages 2 ... 7
     order B    12 ... 7 | T-1 ... 13, 1, 0, 6 ... 2   where Q > 12; stages 8 ... 12
     order C    T-1 ... T-4, 1, 0 | T-5 ... 2          stages that are left, 0 and 1
     natural    T-1 ... 0                              in memory
 
-The six bits before the bar are the registers of a thread: Triton gives the highest bits to registers by default.
+The six bits before the bar select a register of a thread, because by default Triton assigns the highest bits to
+registers.
 C and natural differ in the numbers of registers only, so each tile crosses threads once (T = 12) or twice.
 """
 
