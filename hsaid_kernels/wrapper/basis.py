@@ -76,3 +76,8 @@ def basis_of(
         segments=hierarchy.segments,
     )
     return Basis(hierarchy, cut, plan, without, tuple(full))
+
+
+def as_json(given: Patterns) -> str | list[str] | None:
+    """Converts an iterable of patterns to a list, the form that a checkpoint's JSON stores."""
+    return given if given is None or isinstance(given, str) else list(given)

@@ -6,10 +6,9 @@ weights* W_i replace them in the modules; afterwards the model has its own param
 
 from __future__ import annotations
 
-import contextlib
 import os
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,19 +17,17 @@ from torch import Tensor, nn
 from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
 from hsaid_kernels.fastfood.selection import Patterns
 from hsaid_kernels.wrapper import checkpoint
-from hsaid_kernels.wrapper.basis import basis_of
+from hsaid_kernels.wrapper.basis import as_json, basis_of
 from hsaid_kernels.wrapper.comparison import check_active_ranks, check_state
 from hsaid_kernels.wrapper.configuration import TASK, describe, encode_state
 from hsaid_kernels.wrapper.exchange import merged_copy
 from hsaid_kernels.wrapper.heads import Heads
 from hsaid_kernels.wrapper.projected import ProjectedWeights
-from hsaid_kernels.wrapper.stand_in import StandIn
+from hsaid_kernels.wrapper.stand_in import StandIn, claim
 from hsaid_kernels.wrapper.tasks import Tasks, check_task, groups_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-_wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[HSAID]] = weakref.WeakKeyDictionary()
 
 
 class HSAID(StandIn):
@@ -117,24 +114,11 @@ class HSAID(StandIn):
             raise TypeError("model: expected a plain module, got one that is or holds an HSAID")
         if dtype is not None and dtype not in WEIGHT_DTYPES:
             raise TypeError(f"dtype: expected torch.float32, bfloat16, float16 or None, got {dtype}")
-        self.include, self.exclude, self.train_fully = map(_patterns, (include, exclude, train_fully))
-        basis = basis_of(
-            model,
-            intrinsic_dim,
-            partition,
-            seed,
-            skip=skip,
-            merge=merge,
-            combine=combine,
-            normalize=normalize,
-            diagonal=diagonal,
-            width=width,
-            include=self.include,
-            exclude=self.exclude,
-            train_fully=self.train_fully,
-            heads=heads,
-            pruned=pruned,
-        )
+        self.include, self.exclude, self.train_fully = map(as_json, (include, exclude, train_fully))
+        named: dict[str, Any] = dict(skip=skip, merge=merge, combine=combine, heads=heads, pruned=pruned)
+        named |= dict(normalize=normalize, diagonal=diagonal, width=width)
+        named |= dict(include=self.include, exclude=self.exclude, train_fully=self.train_fully)
+        basis = basis_of(model, intrinsic_dim, partition, seed, **named)
         self.hierarchy, self.partition = basis.hierarchy, basis.partition
         self.plan, self.pruned = basis.plan, basis.pruned
         self._projected = ProjectedWeights(model, basis.plan, basis.partition, dtype, backend)
@@ -145,7 +129,7 @@ class HSAID(StandIn):
         self._start_task(task)
         self._projected.projection(self.w0().values(), self.theta)  # raises for incompatible dtypes and devices
         self._projected.upload(self.multipliers)
-        self._register()
+        claim(self.model, self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model with the projected weights and returns its output."""
@@ -374,7 +358,7 @@ class HSAID(StandIn):
         super().__setstate__(state)
         self._ranks_agree = False
         self._projected.upload(self.multipliers)
-        self._register()
+        claim(self.model, self)
 
     def __repr__(self) -> str:
         full = f", {len(self._tasks.full)} trained fully" if self._tasks.full else ""
@@ -385,15 +369,6 @@ class HSAID(StandIn):
             f"seed={self.plan.seed}, dtype={self.dtype})"
         )
 
-    def _register(self) -> None:
-        other = _wrappers.get(self.model, lambda: None)()
-        if other is not None and other is not self:
-            raise ValueError(
-                f"model: expected one that no HSAID wraps, got a {type(self.model).__name__} that already is: "
-                "wrap copy.deepcopy(model), or delete the first wrapper before"
-            )
-        _wrappers[self.model] = weakref.ref(self)
-
     def _check_ranks(self) -> None:
         """At the first training step under DistributedDataParallel, checks that all ranks have the same basis and W0.
 
@@ -402,10 +377,9 @@ class HSAID(StandIn):
         if not self._ranks_agree and torch.is_grad_enabled():  # evaluation may run on a single rank
             self._ranks_agree = check_active_ranks(self, {self, self.model})
 
-    @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
-        with self._projected.computing(self, self._check_ranks):
-            yield
+    def _computing(self) -> AbstractContextManager[None]:
+        """A context in which the model runs on the projected weights."""
+        return self._projected.computing(self, self._check_ranks)
 
     def _ranks_checked(self) -> bool:
         """`_check_ranks` for torch.compile, which calls this once, while tracing."""
@@ -414,8 +388,3 @@ class HSAID(StandIn):
 
     # Sets what torch.compiler.assume_constant_result sets. The decorator itself would import all of torch._dynamo here.
     _ranks_checked.__dict__["_dynamo_marked_constant"] = True
-
-
-def _patterns(given: Patterns) -> str | list[str] | None:
-    """Converts an iterable of patterns to a list, the form that a checkpoint's JSON stores."""
-    return given if given is None or isinstance(given, str) else list(given)

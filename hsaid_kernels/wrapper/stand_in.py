@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import weakref
 from collections.abc import Iterator
 from typing import Any, SupportsIndex
 
@@ -96,3 +97,18 @@ def _class_for(base: type[StandIn], model: type[nn.Module]) -> type[StandIn]:
     forward.__dict__["__signature__"] = inspect.signature(model.forward)
     forward.__doc__ = model.forward.__doc__
     return type(f"{base.__name__}{model.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
+
+
+# The wrapper of each wrapped model. Weak on both sides: neither keeps the other alive.
+_wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def claim(model: nn.Module, wrapper: nn.Module) -> None:
+    """Records that `wrapper` wraps `model`. Raises ValueError if another wrapper that still exists does."""
+    other = _wrappers.get(model, lambda: None)()
+    if other is not None and other is not wrapper:
+        raise ValueError(
+            f"model: expected one that no HSAID wraps, got a {type(model).__name__} that already is: "
+            "wrap copy.deepcopy(model), or delete the first wrapper before"
+        )
+    _wrappers[model] = weakref.ref(wrapper)
