@@ -27,7 +27,18 @@ from hsaid_kernels.files import read_file, replace_files
 from hsaid_kernels.hierarchy import Hierarchy
 from hsaid_kernels.hierarchy.attention import pieces_of
 from hsaid_kernels.wrapper.comparison import check_config, check_tensors, check_w0, shapes_of
-from hsaid_kernels.wrapper.configuration import BASIS, CHOICE, Config, Described, bytes_of, describe, packed, parse
+from hsaid_kernels.wrapper.configuration import (
+    BASIS,
+    CHOICE,
+    Config,
+    Described,
+    bytes_of,
+    describe,
+    packed,
+    parse,
+    text_of_state,
+)
+from hsaid_kernels.wrapper.stand_in import plain
 
 VALUES_FILE, CONFIG_FILE = "hsaid.safetensors", "hsaid_config.json"
 # Written by transformers.Trainer; of all files of a checkpoint it writes trainer_state.json last.
@@ -100,6 +111,7 @@ def from_pretrained(
         OSError: the checkpoint cannot be read.
     """
     config, values = _read(directory)
+    model = plain(model)
     projected, full = split_tensors(model, *(config[key] for key in CHOICE))
     check_tensors(config, {"tensors": shapes_of(projected), "full": shapes_of(full)})
     options = {key: config[key] for key in (*BASIS, *CHOICE, "task")}
@@ -203,7 +215,7 @@ def _read(directory: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]
     try:
         values = safetensors.torch.load(data)
         if path.name == TRAINER_FILE:  # a state_dict, which has no digest to compare with
-            text = bytes(values.pop("_extra_state").tolist()).decode()
+            text = text_of_state(values.pop("_extra_state"))
             digest = _digest(text, values)
         else:
             metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]

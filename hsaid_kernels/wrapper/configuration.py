@@ -119,7 +119,18 @@ def encode_state(config: Config) -> Tensor:
 
 def decode_state(state: Tensor) -> Config:
     """The inverse of `encode_state`. Raises ValueError as `parse` does."""
-    return parse("state_dict", bytes(state.tolist()).decode())
+    return parse("state_dict", text_of_state(state))
+
+
+def text_of_state(state: Tensor) -> str:
+    """The JSON in a tensor made by `encode_state`, also after `.half()` or an average of equal state dicts.
+
+    Its bytes are ASCII, which these operations represent exactly. Raises ValueError if the values are not ASCII bytes.
+    """
+    values = state.detach().cpu().double()
+    if not ((values == values.round()) & (values >= 0) & (values < 128)).all():
+        raise ValueError("state_dict: expected the configuration in _extra_state, got other values")
+    return bytes(values.to(torch.uint8).tolist()).decode()
 
 
 def _is(*kinds: type) -> Callable[[Any], bool]:
@@ -160,7 +171,10 @@ def parse(where: str, text: str) -> Config:
     Raises ValueError, with a message that begins with `where`, for another format or generator version, and for missing
     or invalid values.
     """
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{where}: expected a configuration in JSON, got something else") from None
     if not isinstance(found, dict):
         raise ValueError(f"{where}: expected a configuration, got {found!r}")
     config: Config = {**FIRST, **found}

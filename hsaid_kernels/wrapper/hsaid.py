@@ -23,7 +23,7 @@ from hsaid_kernels.wrapper.configuration import TASK, describe, encode_state
 from hsaid_kernels.wrapper.exchange import merged_copy
 from hsaid_kernels.wrapper.heads import Heads
 from hsaid_kernels.wrapper.projected import ProjectedWeights
-from hsaid_kernels.wrapper.stand_in import StandIn, claim
+from hsaid_kernels.wrapper.stand_in import StandIn, claim, plain
 from hsaid_kernels.wrapper.tasks import Tasks, check_task, groups_of
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ class HSAID(StandIn):
         super().__init__()
         if isinstance(model, nn.Module) and any(isinstance(module, HSAID) for module in model.modules()):
             raise TypeError("model: expected a plain module, got one that is or holds an HSAID")
+        model = plain(model)
         if dtype is not None and dtype not in WEIGHT_DTYPES:
             raise TypeError(f"dtype: expected torch.float32, bfloat16, float16 or None, got {dtype}")
         self.include, self.exclude, self.train_fully = map(as_json, (include, exclude, train_fully))
