@@ -234,7 +234,7 @@ class Report(results.Run):
             "diagonal",
             "d",
             "one call, us",
-            "two, us",
+            "as HSAID, us",
             "/ one",
             "fifteen, us",
             "/ one",
@@ -354,15 +354,15 @@ def sections(report: Report) -> list[Section]:
         Section(
             "The adjoint by blocks of the model",
             report.gpu_blocks(),
-            "In training the gradients of neighbouring blocks of the model, as many as are no larger than its largest\n"
-            "block, are used as soon as backward leaves them: two calls for mBERT. A call for each block: fifteen.",
+            "In training the gradients of neighbouring blocks of the model, up to half the size of the largest block,\n"
+            "are used as soon as backward leaves them: three calls for mBERT. A call for each block: fifteen.",
         ),
         Section(
             "A training step on the GPU",
             report.gpu_steps(),
             "mBERT under bfloat16 autocast, 32 texts of 128 tokens, d = 1,000, eager. The host sets the pace of such\n"
             "a step; the projection's time is that of its forward and of its adjoint calls, from the tables above\n"
-            "(fifteen where two were not measured).",
+            "(fifteen where three were not measured).",
         ),
         Section("The published algorithm on the GPU", report.gpu_published(), "mBERT in float32, d = 1,000."),
         Section("The transform alone on the GPU", report.gpu_transform(), "2^27 values in rows of n."),

@@ -38,10 +38,10 @@ def blocks_of(model: nn.Module, names: Iterable[str]) -> list[tuple[str, list[st
 def joined(
     blocks: Iterable[tuple[str, list[str]]], shapes: Mapping[str, Sequence[int]]
 ) -> list[tuple[list[str], list[str]]]:
-    """[(module names, tensor names)]: joins neighbouring blocks while the result is no larger than the largest block.
+    """[(module names, tensor names)]: joins neighbouring blocks up to half the size of the largest block.
 
-    Fewer calls of the adjoint have less overhead, and peak memory does not grow: the gradients of the largest block
-    have to be held in any case. Sizes are in elements.
+    Fewer calls of the adjoint have less overhead. Peak memory does not grow noticeably: the gradients of the largest
+    block have to be held in any case, and memory freed by the others is not always reused for them.
     """
     sized = [(module, names, sum(math.prod(shapes[name]) for name in names)) for module, names in blocks]
     largest, room = max(size for *_, size in sized), 0
@@ -49,7 +49,7 @@ def joined(
     for module, names, size in sized:
         if size > room:
             joined.append(([], []))
-            room = largest
+            room = max(size, largest // 2)
         joined[-1][0].append(module)
         joined[-1][1].extend(names)
         room -= size
