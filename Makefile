@@ -1,11 +1,11 @@
 # Two commands do everything, set-up included:
 #
 #   make train    train the default model on the embedded data, then a few steps on the whole of mBERT
-#   make test     lint, types, C++ tests, Python tests
+#   make test     lint (ruff, import-linter, mypy, clang-format), C++ tests, Python tests
 #
 # While working, in under two minutes:
 #
-#   make check    lint, types, the tests that touch no kernel
+#   make check    lint, the tests that touch no kernel
 #
 # Measure (docs/benchmarks.md):
 #
@@ -33,19 +33,19 @@ CMAKE := $(abspath $(BIN))/cmake
 # As many processes as cores, each with a thread.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
-.PHONY: train test check triton-versions cuda-check lint types bench bench-full report gpu clean
+.PHONY: train test check triton-versions cuda-check lint bench bench-full report gpu clean
 
 train: $(VENV)/.installed
 	$(BIN)/hsaid train $(ARGS)
 
-test: $(VENV)/.installed-test lint types build/cmake/test_core
+test: $(VENV)/.installed-test lint build/cmake/test_core
 	$(TESTS) --dist loadfile tests $(ARGS)
 	@echo "The CUDA ops and kernels, over the emulated device:"
 	HSAID_EMULATED=1 $(TESTS) tests/fastfood/test_gpu.py
 	@echo "The Triton kernels, by Triton's interpreter:"
 	TRITON_INTERPRET=1 $(TESTS) tests/fastfood/test_gpu.py
 
-check: $(VENV)/.installed-test lint types
+check: $(VENV)/.installed-test lint
 	$(TESTS) --dist loadfile tests/hierarchy tests/app/test_data.py tests/app/test_fuzz.py tests/app/test_terminal.py tests/fastfood/test_plan.py tests/test_import.py
 
 # With the oldest and the newest Triton that are known to work, which pip does not install beside this torch.
@@ -64,10 +64,8 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-
-types: $(VENV)/.installed-test
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q benchmarks --results build/bench/rows.json $(ARGS)
