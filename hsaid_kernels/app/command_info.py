@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -58,7 +58,13 @@ def _describe_checkpoint(directory: Path, model: str | None) -> None:
         _describe_multipliers(trained.components(directory, model), multipliers.tolist())
 
 
-def _describe_multipliers(components: Iterable[Component], multipliers: list[float]) -> None:
+def _describe_multipliers(components: Sequence[Component], multipliers: list[float]) -> None:
+    num_paths = sum(len(component.paths) for component in components)
+    if num_paths != len(multipliers):
+        raise ValueError(
+            f"directory: expected one that `hsaid train` wrote, got {len(multipliers)} multipliers and "
+            f"{num_paths} paths in {trained.RUN_FILE}"
+        )
     say("multipliers", "by component, the largest change from 1 first")
     values = iter(multipliers)
     for component in components:

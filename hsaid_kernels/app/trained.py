@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +42,29 @@ def read_run(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return run
 
 
-def components(directory: Path, model: str | None = None) -> Iterable[Component]:
+def components(directory: Path, model: str | None = None) -> Sequence[Component]:
     """The components to which a checkpoint's multipliers belong, from the run or from `model`, the trained model.
 
     Raises as `read_run` and `load_multipliers`.
     """
     if model is None and "components" in (run := read_run(directory)):
         try:
-            return [
-                Component(tuple(item["levels"]), tuple(tuple(path) for path in item["paths"]))
-                for item in run["components"]
-            ]
+            return [_component(item) for item in run["components"]]
         except (TypeError, KeyError) as error:
             raise ValueError(
                 f"directory: expected one that `hsaid train` wrote, got damaged components in {RUN_FILE}: {error}"
             ) from None
     return load_multipliers(directory, model)[1].components
+
+
+def _component(item: dict[str, Any]) -> Component:
+    """One of `described`, read from JSON. Raises TypeError or KeyError if it is damaged."""
+    levels, paths = item["levels"], item["paths"]
+    names_of_levels = isinstance(levels, list) and all(isinstance(level, str) for level in levels)
+    lists = isinstance(paths, list) and all(isinstance(path, list) for path in paths)
+    if not (names_of_levels and lists and all(isinstance(node, str | None) for path in paths for node in path)):
+        raise TypeError(f"expected lists of names, got {item!r:.80}")
+    return Component(tuple(levels), tuple(map(tuple, paths)))
 
 
 def load_multipliers(directory: Path, model: str | None = None) -> tuple[Hierarchy, Partition, Tensor]:

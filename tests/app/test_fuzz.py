@@ -161,6 +161,27 @@ def test_runs_with_other_values(key, damaged, capsys):
         said(capsys, "graph", str(damaged), "-o", str(damaged / "graph.dot"))
 
 
+@pytest.mark.parametrize(
+    "damage", ["no components", "a path less", "a path more", "text as levels", "text as path"]
+)
+def test_multipliers_are_never_shown_under_other_paths(damage, damaged, capsys):
+    run = json.loads((damaged / RUN_FILE).read_text())
+    first = run["components"][0]
+    if damage == "no components":
+        run["components"] = []
+    elif damage == "a path less":
+        first["paths"].pop()
+    elif damage == "a path more":
+        first["paths"].append(["layer.9", None])
+    elif damage == "text as levels":
+        first["levels"] = "L1"
+    else:
+        first["paths"][0] = "layer"
+    (damaged / RUN_FILE).write_text(json.dumps(run))
+    code, text = said(capsys, "info", str(damaged))
+    assert code == 2 and "expected one that `hsaid train` wrote" in text and "largest change" not in text, text
+
+
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("kind", ["empty", "directory", "fifo", "device", "loop", "no permission", "missing"])
 @pytest.mark.filterwarnings("ignore:directory")
