@@ -39,17 +39,6 @@ HSAID_INLINE uint32_t permute(uint32_t k, int q, const PermutationKeys& keys) {
   return high << low_bits | low;
 }
 
-// k of permute(k).
-HSAID_INLINE uint32_t permute_back(uint32_t k, int q, const PermutationKeys& keys) {
-  const int low_bits = q / 2, high_bits = q - q / 2;
-  uint32_t low = k & ((1u << low_bits) - 1), high = k >> low_bits;
-  for (int r = kFeistelRounds - 2; r >= 0; r -= 2) {
-    low ^= feistel_round(high, keys.key[r + 1], low_bits);
-    high ^= feistel_round(low, keys.key[r], high_bits);
-  }
-  return high << low_bits | low;
-}
-
 // Position k of any stream as a number: a normal or a sign of the diagonal, a sign of B, or pi(k).
 HSAID_INLINE float stream_value(const Stream& s, int q, bool rademacher, uint32_t k) {
   if (s.purpose == kPermutation) return (float)permute(k, q, permutation_keys(s.seed, s.id, s.chunk));
