@@ -38,7 +38,7 @@ from hsaid_kernels.wrapper.configuration import (
     parse,
     text_of_state,
 )
-from hsaid_kernels.wrapper.stand_in import plain
+from hsaid_kernels.wrapper.wrapped import plain
 
 VALUES_FILE, CONFIG_FILE = "hsaid.safetensors", "hsaid_config.json"
 # Written by transformers.Trainer; of all files of a checkpoint it writes trainer_state.json last.

@@ -23,8 +23,9 @@ from hsaid_kernels.wrapper.configuration import TASK, describe, encode_state
 from hsaid_kernels.wrapper.exchange import merged_copy
 from hsaid_kernels.wrapper.heads import Heads
 from hsaid_kernels.wrapper.projected import ProjectedWeights
-from hsaid_kernels.wrapper.stand_in import StandIn, claim, plain
+from hsaid_kernels.wrapper.stand_in import StandIn
 from hsaid_kernels.wrapper.tasks import Tasks, check_task, groups_of
+from hsaid_kernels.wrapper.wrapped import claim, plain
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,7 +35,8 @@ class HSAID(StandIn):
     """Wraps a model for fine-tuning inside a random subspace: DID, SAID or H-SAID (docs/method.md).
 
     Args:
-        model: any module. Its parameters are W0 and are not changed. Tied parameters stay tied.
+        model: any module. Its parameters are W0 and are not changed. Tied parameters stay tied. Of
+            `torch.compile(module)`, the module inside is wrapped: compile the HSAID instead.
         intrinsic_dim: d, the total number of trained values, len(theta) + len(multipliers). From 1 to 2**20, and larger
             than the number m of multipliers.
         partition: which tensors share multipliers, given by levels of the hierarchy: "L1+L2|L3|L4" (the default, also
@@ -76,13 +78,15 @@ class HSAID(StandIn):
     Without gradients, the projected weights are cached until theta, the multipliers or W0 change. PyTorch does not
     track writes through `.data`: such a write to W0 takes effect only after `train()` or `eval()` changes the mode.
 
-    During backward, the gradients of a block's weights are used and freed as soon as backward has left the block.
+    During backward, the gradients of a block's weights are used and freed as soon as backward has left the block, or
+    the last of a group of neighbouring blocks that together are at most half as large as the largest block.
     Gradient checkpointing as implemented in transformers works. A model that calls `torch.utils.checkpoint` itself must
     not do so inside HSAID, because backward would recompute that part with W0.
 
     Raises:
-        TypeError: model is not a module, or is or contains an HSAID; a parameter's dtype or the argument `dtype` cannot
-            be projected; another argument has the wrong type.
+        TypeError: model is not a module, is or contains an HSAID or a parallel wrapper (wrap the HSAID in
+            DistributedDataParallel instead), or has sharded parameters; a parameter's dtype or the argument `dtype`
+            cannot be projected; another argument has the wrong type.
         ValueError: another argument has a value that is not listed above; intrinsic_dim <= m; another HSAID already
             wraps the model.
     """
