@@ -161,9 +161,7 @@ def test_runs_with_other_values(key, damaged, capsys):
         said(capsys, "graph", str(damaged), "-o", str(damaged / "graph.dot"))
 
 
-@pytest.mark.parametrize(
-    "damage", ["no components", "a path less", "a path more", "text as levels", "text as path"]
-)
+@pytest.mark.parametrize("damage", ["no components", "a path less", "a path more", "text as levels", "text as path"])
 def test_multipliers_are_never_shown_under_other_paths(damage, damaged, capsys):
     run = json.loads((damaged / RUN_FILE).read_text())
     first = run["components"][0]
