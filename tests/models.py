@@ -1,5 +1,7 @@
 """Small models for the tests of HSAID, and what they share around them."""
 
+import functools
+
 import torch
 import transformers
 from torch import nn
@@ -74,6 +76,12 @@ def moved(hsaid: HSAID) -> HSAID:
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def reads(model: nn.Module) -> dict:
+    """What a read of each parameter gives, by each of its names."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return {name: functools.reduce(getattr, name.split("."), model) for name in names}
 
 
 def snapshot(model: nn.Module) -> dict:

@@ -176,7 +176,7 @@ class _Stopwatch:
             self.switch("forward")
 
         def computed(model: nn.Module, args: tuple, output: Any) -> None:
-            nodes = {weight.grad_fn for weight in model.parameters()}  # one node for each part of the projection
+            nodes = {weight.grad_fn for weight in hsaid.weights().values()}  # one node for each part of the projection
             for node in filter(None, nodes):
                 node.register_prehook(lambda _: self.switch("adjoint"))
                 node.register_hook(lambda *_: self.switch("backward"))

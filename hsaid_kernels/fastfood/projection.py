@@ -61,7 +61,7 @@ class Project(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, theta, factors, projection, part, flat):
+    def forward(ctx, theta, factors, projection, part, flat, kind):
         ctx.projection, ctx.part = projection, part
         # save_for_backward does not work here. The first layer of the part that runs creates this node. Under gradient
         # checkpointing that layer runs again in backward without creating the node, and torch.utils.checkpoint raises
@@ -69,7 +69,8 @@ class Project(torch.autograd.Function):
         ctx.theta, ctx.factors = theta, factors
         ctx.version = _version(theta)
         ctx.set_materialize_grads(False)
-        return tuple(projection.plan.views(flat, part.plan.names))
+        views = projection.plan.views(flat, part.plan.names)
+        return tuple(views if kind is None else map(kind, views))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -86,7 +87,7 @@ class Project(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             given = (g for g in grads if g is not None)
             dtheta, dfactors = _NoSecondDerivative.apply(theta, factors, *given, dtheta, dfactors)
-        return dtheta, dfactors, None, None, None
+        return dtheta, dfactors, None, None, None, None
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -214,20 +215,32 @@ class Projection:
 
     def weights(self, theta: Tensor, factors: Tensor | None, base: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The weights as in `forward`, in the order of the plan. Does not check its arguments."""
-        return self.parts(theta, factors, base)(Part(self.plan))
+        scaled = self._scales(theta) if factors is None else factors * self._scales(theta)
+        return self.part(theta, scaled, Part(self.plan), self.flat(theta, scaled, base))
 
-    def parts(
-        self, theta: Tensor, factors: Tensor | None, base: Sequence[Tensor]
-    ) -> Callable[[Part], tuple[Tensor, ...]]:
-        """Computes all weights at once. Returns a function that adds a part's weights to the autograd graph.
+    def flat(self, theta: Tensor, scaled: Tensor, base: Sequence[Tensor]) -> Tensor:
+        """All weights in one flat buffer [plan.numel], without a graph. Does not check its arguments.
 
-        A training step calls that function once for each part; it returns the part's weights. Does not check arguments.
+        `scaled` [segments] are the factors, multiplied by the plan's scales.
         """
-        scaled = self._scaled(theta, factors)
         backend = ops.choose_backend(self.backend, theta.device)
         with torch.no_grad():
-            flat = ops.fastfood_forward(self.plan, theta, scaled, base, self.dtype, backend)
-        return lambda part: Project.apply(theta, scaled, self, part, flat)
+            return ops.fastfood_forward(self.plan, theta, scaled, base, self.dtype, backend)
+
+    def part(
+        self,
+        theta: Tensor,
+        scaled: Tensor,
+        part: Part,
+        flat: Tensor,
+        kind: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """The weights of a part as views of `flat`, with one node of the autograd graph for all of them.
+
+        `scaled` is that of `flat`, which these arguments must have made. `kind` may turn each view into one of a
+        subclass of Tensor. Does not check its arguments.
+        """
+        return Project.apply(theta, scaled, self, part, flat, kind)
 
     def adjoint(
         self, grads: Mapping[str, Tensor | None], theta: Tensor, factors: Tensor | None = None
@@ -251,16 +264,13 @@ class Projection:
             if tensor is not None:
                 self._check_tensor(f"grads: {name!r}", tensor, shape, theta.device, ops.WEIGHT_DTYPES)
         with torch.no_grad():
-            scaled = self._scaled(theta, factors)
+            scaled = self._scales(theta) if factors is None else factors * self._scales(theta)
             backend = ops.choose_backend(self.backend, theta.device)
             dtheta, dscaled = ops.fastfood_adjoint(self.plan, theta, scaled, tensors, backend)
             return dtheta, dscaled * self._scales(theta)
 
     def _scales(self, theta: Tensor) -> Tensor:
         return self.plan.scales_on(theta.device).to(theta.dtype)
-
-    def _scaled(self, theta: Tensor, factors: Tensor | None) -> Tensor:
-        return self._scales(theta) if factors is None else factors * self._scales(theta)
 
     def _check(self, theta: Tensor, factors: Tensor | None) -> None:
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
 
@@ -29,12 +29,16 @@ def select_tensors(model: nn.Module, include: Patterns = None, exclude: Patterns
 
 
 def split_tensors(
-    model: nn.Module, include: Patterns = None, exclude: Patterns = None, train_fully: Patterns = None
+    model: nn.Module,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    train_fully: Patterns = None,
+    frozen: Collection[str] = (),
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Returns (tensors to project, tensors to train fully), both as {name: parameter} in the model's order.
 
-    The first are selected as in `select_tensors`. The second match `train_fully` and are never among the first. Raises
-    as `select_tensors` does.
+    The first are selected as in `select_tensors`, without those named in `frozen`. The second match `train_fully` and
+    are never among the first. Raises as `select_tensors` does, and ValueError for an unknown name in `frozen`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -54,9 +58,16 @@ def split_tensors(
             found |= names
         return found
 
+    if unknown := [name for name in frozen if name not in tensors]:
+        raise ValueError(f"frozen: expected names of the model's parameters, got {unknown[0]!r}")
     full = matching("train_fully", train_fully)
     kept = set(tensors) if include is None else matching("include", include)
-    kept -= matching("exclude", exclude) | full
+    kept -= matching("exclude", exclude) | full | set(frozen)
+    if not kept and len(frozen) == len(tensors):
+        raise ValueError(
+            f"model: expected a parameter with requires_grad=True, or include= to name what is projected, got all "
+            f"{len(tensors)} frozen"
+        )
     if not kept:
         given = {"include": include, "exclude": exclude, "train_fully": train_fully}
         raise ValueError(

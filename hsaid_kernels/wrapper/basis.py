@@ -25,6 +25,7 @@ class Basis:
 
     pruned  {attention module: [heads]}, the heads that receive no update
     full    names of the fully trained tensors
+    frozen  {name: shape} of the tensors that are left out because they were frozen
     """
 
     hierarchy: Hierarchy
@@ -32,6 +33,7 @@ class Basis:
     plan: Plan
     pruned: dict[str, list[int]]
     full: tuple[str, ...]
+    frozen: dict[str, tuple[int, ...]]
 
 
 def basis_of(
@@ -49,11 +51,13 @@ def basis_of(
     include: Patterns,
     exclude: Patterns,
     train_fully: Patterns,
+    frozen: Iterable[str] | None,
     heads: bool | None,
     pruned: Heads | None,
 ) -> Basis:
     """The basis for a model. Arguments and exceptions are those of `HSAID`."""
-    tensors, full = split_tensors(model, include, exclude, train_fully)
+    left_out = frozen_of(model, include) if frozen is None else list(frozen)
+    tensors, full = split_tensors(model, include, exclude, train_fully, left_out)
     check_int("intrinsic_dim", intrinsic_dim, 1, MAX_DIM)
     if heads is not None and not isinstance(heads, bool):
         raise TypeError(f"heads: expected True, False or None, got {heads!r}")
@@ -75,7 +79,16 @@ def basis_of(
         normalize=normalize,
         segments=hierarchy.segments,
     )
-    return Basis(hierarchy, cut, plan, without, tuple(full))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    others = {name: shapes[name] for name in left_out if name in shapes and name not in full}
+    return Basis(hierarchy, cut, plan, without, tuple(full), others)
+
+
+def frozen_of(model: nn.Module, include: Patterns) -> list[str]:
+    """Names of the parameters with requires_grad=False, which are left out; none if `include` is given."""
+    if not isinstance(model, nn.Module) or include is not None:
+        return []
+    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
 
 def as_json(given: Patterns) -> str | list[str] | None:

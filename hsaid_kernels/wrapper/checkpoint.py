@@ -26,6 +26,7 @@ from hsaid_kernels.fastfood.selection import split_tensors
 from hsaid_kernels.files import read_file, replace_files
 from hsaid_kernels.hierarchy import Hierarchy
 from hsaid_kernels.hierarchy.attention import pieces_of
+from hsaid_kernels.wrapper.buffers import PREFIX
 from hsaid_kernels.wrapper.comparison import check_config, check_tensors, check_w0, shapes_of
 from hsaid_kernels.wrapper.configuration import (
     BASIS,
@@ -50,6 +51,8 @@ class Trained(Described, Protocol):
     """What is saved and loaded. `HSAID` implements it."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def buffers_changed(self) -> dict[str, Tensor]: ...
+    def put_buffers(self, values: Mapping[str, Tensor]) -> None: ...
 
 
 class WithTasks(Trained, Protocol):
@@ -76,7 +79,9 @@ def save_pretrained(hsaid: Trained, directory: str | os.PathLike[str]) -> None:
 
     config = packed(describe(hsaid))
     text = json.dumps(config, separators=(",", ":"))
-    values = {name: parameter.detach().cpu().contiguous() for name, parameter in hsaid.named_parameters()}
+    values = {name: parameter.detach() for name, parameter in hsaid.named_parameters()}
+    values |= {f"{PREFIX}{name}": buffer for name, buffer in hsaid.buffers_changed().items()}
+    values = {name: value.cpu().contiguous() for name, value in values.items()}
     metadata = {"config": text, "digest": _digest(text, values)}
     readable = json.dumps({"about": ABOUT, **dict(sorted(config.items()))}, indent=1)
     files = {VALUES_FILE: safetensors.torch.save(values, metadata), CONFIG_FILE: f"{readable}\n".encode()}
@@ -112,11 +117,12 @@ def from_pretrained(
     """
     config, values = _read(directory)
     model = plain(model)
-    projected, full = split_tensors(model, *(config[key] for key in CHOICE))
+    frozen = [name for name in config["frozen"] if name in dict(model.named_parameters())]
+    projected, full = split_tensors(model, **{key: config[key] for key in CHOICE}, frozen=frozen)
     check_tensors(config, {"tensors": shapes_of(projected), "full": shapes_of(full)})
     options = {key: config[key] for key in (*BASIS, *CHOICE, "task")}
     dtype = getattr(torch, config["dtype"]) if config["dtype_given"] else None
-    hsaid = make(model, dtype=dtype, backend=backend, **options)
+    hsaid = make(model, dtype=dtype, backend=backend, frozen=frozen, **options)
     _fill(hsaid, values)
     check_w0(config, hsaid)
     return hsaid
@@ -182,8 +188,8 @@ def hierarchy_of(config: Config, model: nn.Module) -> Hierarchy:
 def _fill(hsaid: Trained, values: Mapping[str, Tensor]) -> None:
     """Copies a checkpoint's values into the parameters.
 
-    First checks that each parameter has a value of its shape and dtype; otherwise raises ValueError and changes
-    nothing.
+    First checks that each parameter has a value of its shape and dtype, and each other value is of a buffer; otherwise
+    raises ValueError and changes nothing.
     """
     parameters = dict(hsaid.named_parameters())
     for name, parameter in parameters.items():
@@ -193,6 +199,7 @@ def _fill(hsaid: Trained, values: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"directory: expected {name} of shape {list(parameter.shape)} ({parameter.dtype}), got {got}"
             )
+    hsaid.put_buffers({name.removeprefix(PREFIX): v for name, v in values.items() if name.startswith(PREFIX)})
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(values[name])

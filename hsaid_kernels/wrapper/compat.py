@@ -11,7 +11,7 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from hsaid_kernels.wrapper.comparison import check_state
 from hsaid_kernels.wrapper.hsaid import HSAID
+from hsaid_kernels.wrapper.reads import detach
+from hsaid_kernels.wrapper.tasks import key_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -54,8 +56,7 @@ def intrinsic_dimension(
 
     The module gets two attributes: `intrinsic_parameter`, an nn.Parameter, float32 [d], initially zeros; and `hsaid`,
     the `HSAID` that runs it. Use `module.hsaid.save_pretrained` for checkpoints of a few kilobytes and
-    `module.hsaid.merge()` for an ordinary model. Other methods run on W0 when called on the module or a submodule; call
-    them on `hsaid` (`module.hsaid.encode(...)`) to run them on the projected weights.
+    `module.hsaid.merge()` for an ordinary model.
 
     Raises:
         TypeError: `module` is not a module, `str_filter` is not a collection of strings (a single string is not
@@ -103,7 +104,7 @@ class FastfoodWrap(HSAID):
         super().__init__(module, intrinsic_dimension, "did", seed, include=include)
         self.to(device)
 
-    from_pretrained = HSAID.from_pretrained  # returns an HSAID, because a checkpoint has more options than this class
+    from_pretrained = HSAID.from_pretrained  # type: ignore[assignment]  # returns an HSAID, because a checkpoint has more options than this class
 
     @property
     def V(self) -> nn.Parameter:
@@ -136,8 +137,6 @@ def _put_into_subspace(
     include, train_fully = _choice(module, str_filter)
     torch.empty(0, device=device)  # raises for an unavailable device before anything is changed
     hsaid = _InPlace(module, dim, partition, seed, include=include, train_fully=train_fully)
-    for w0 in hsaid.w0().values():
-        w0.requires_grad_(False)
     _carry(module, hsaid)
     return module.to(device)
 
@@ -148,6 +147,7 @@ def _carry(module: nn.Module, hsaid: HSAID) -> None:
     module.__dict__["hsaid"] = hsaid  # not as a submodule, because the HSAID in turn refers to the module
     for name, own in NAMES.items():
         if (parameter := getattr(hsaid, own)).numel():  # DID has no multipliers
+            hsaid._projected.others.add(name)
             module.register_parameter(name, parameter)
 
 
@@ -175,6 +175,8 @@ def _choice(module: nn.Module, str_filter: Collection[str]) -> tuple[list[str] |
 class _InPlace(HSAID):
     """The HSAID of a module in a subspace. Its fully trained parameters are the model's own, not copies."""
 
+    _own_full = True
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._share()
@@ -189,27 +191,36 @@ class _InPlace(HSAID):
         for name in NAMES:
             merged._parameters.pop(name, None)
         merged.__class__ = _plain_class(merged)
-        for name in self.plan.names:
-            merged.get_parameter(name).requires_grad_(True)  # as before it was frozen as W0
+        detach(merged)
         return merged
+
+    def unwrap(self) -> nn.Module:
+        module = super().unwrap()
+        if isinstance(module, _InSubspace):
+            del module.hsaid
+            for name in NAMES:
+                module._parameters.pop(name, None)
+            module.__class__ = _plain_class(module)  # type: ignore[assignment]
+            detach(module)
+        return module
+
+    def unwrapped(self) -> contextlib.AbstractContextManager[nn.Module]:
+        raise RuntimeError(
+            "unwrapped(): expected an HSAID, got a module in a subspace: unwrap() it for good, or merge()"
+        )
 
     def add_task(self, name: str) -> None:
         raise RuntimeError(
             "add_task(): the model has one intrinsic_parameter; for more tasks wrap a plain one in HSAID"
         )
 
-    @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
-        with self._projected.lock:
-            self._share()  # load_state_dict(assign=True) or a new head may have replaced the model's parameters
-            with super()._computing():
-                yield
+    def _computing(self) -> contextlib.AbstractContextManager[None]:
+        self._share()  # load_state_dict(assign=True) or a new head may have replaced the model's parameters
+        return super()._computing()
 
     def _share(self) -> None:
-        own = {id(held): self.model.get_parameter(name) for name, held in self.full.items()}
-        for key, held in list(self.named_parameters()):
-            if id(held) in own:
-                self.register_parameter(key, own[id(held)])
+        model = dict(self.model.named_parameters())
+        self._parameters.update({key_of(name): model[name] for name in self.full})
 
 
 class _InSubspace(nn.Module):

@@ -31,9 +31,9 @@ BASIS = (
     *("normalize", "diagonal", "width", "seed"),
 )
 CHOICE = ("include", "exclude", "train_fully")  # keys that select tensors; arguments of HSAID too
-SHAPES = ("tensors", "full")  # keys with {name: shape}
+SHAPES = ("tensors", "full", "frozen")  # keys with {name: shape}
 # Values for keys that are missing in configurations from older versions.
-FIRST: Config = {"task": TASK, "train_fully": None, "full": {}, "heads": False, "pruned": {}}
+FIRST: Config = {"task": TASK, "train_fully": None, "full": {}, "frozen": {}, "heads": False, "pruned": {}}
 MOST_NAMES = 100_000  # limit for a run of numbered modules that is stored as one entry, such as "0..11"
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
 SAMPLES = 16  # number of values of each W0 tensor that enter its hash in "w0_checks"
@@ -46,6 +46,7 @@ class Described(Protocol):
     partition: Partition
     hierarchy: Hierarchy
     pruned: dict[str, list[int]]
+    frozen: dict[str, tuple[int, ...]]
 
     @property
     def task(self) -> str: ...
@@ -69,7 +70,8 @@ class Described(Protocol):
 def describe(hsaid: Described) -> Config:
     """The configuration as a dict.
 
-    "tensors" is {name: shape} of the projected tensors, "full" the same for the fully trained ones. "w0_checks"
+    "tensors" is {name: shape} of the projected tensors, "full" the same for the fully trained ones, "frozen" for those
+    that are left out because they did not require gradients. "w0_checks"
     (`w0_checks`) serves to detect a different W0. The other keys are the arguments of `HSAID`, the dtype of the weights
     and the versions of the format and of the random generator.
     """
@@ -94,6 +96,7 @@ def describe(hsaid: Described) -> Config:
         "dtype_given": hsaid.given_dtype is not None,
         "tensors": plan.shapes,
         "full": {name: tuple(parameter.shape) for name, parameter in hsaid.full.items()},
+        "frozen": hsaid.frozen,
         "w0_checks": w0_checks(hsaid),
     }
 

@@ -1,14 +1,13 @@
 """`HSAID`: a model with weights W_i = W0_i + factor_i * P_i theta, of which only theta and the multipliers are trained.
 
-W0 is the set of the model's own parameters. They are neither copied nor written. While the model runs, the *projected
-weights* W_i replace them in the modules; afterwards the model has its own parameters again.
+W0 is the set of the model's own parameters. They are neither copied nor written. From wrapping to `unwrap()`, every
+read of a weight in the model gives the *projected weight* W_i of that moment.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,22 +15,23 @@ from torch import Tensor, nn
 
 from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
 from hsaid_kernels.fastfood.selection import Patterns
-from hsaid_kernels.wrapper import checkpoint
 from hsaid_kernels.wrapper.basis import as_json, basis_of
-from hsaid_kernels.wrapper.comparison import check_active_ranks, check_state
-from hsaid_kernels.wrapper.configuration import TASK, describe, encode_state
-from hsaid_kernels.wrapper.exchange import merged_copy
+from hsaid_kernels.wrapper.buffers import Buffers
+from hsaid_kernels.wrapper.comparison import check_active_ranks
+from hsaid_kernels.wrapper.configuration import TASK
 from hsaid_kernels.wrapper.heads import Heads
+from hsaid_kernels.wrapper.merging import merged_copy
 from hsaid_kernels.wrapper.projected import ProjectedWeights
-from hsaid_kernels.wrapper.stand_in import StandIn
+from hsaid_kernels.wrapper.saved import Saved
 from hsaid_kernels.wrapper.tasks import Tasks, check_task, groups_of
-from hsaid_kernels.wrapper.wrapped import claim, plain
+from hsaid_kernels.wrapper.watched import unwrapped_before
+from hsaid_kernels.wrapper.wrapped import check_layers, check_parameters, plain
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class HSAID(StandIn):
+class HSAID(Saved):
     """Wraps a model for fine-tuning inside a random subspace: DID, SAID or H-SAID (docs/method.md).
 
     Args:
@@ -44,18 +44,20 @@ class HSAID(StandIn):
         seed: 0 to 2**64 - 1. Determines the random basis, that is, all matrices P_i.
         skip, merge: nodes of the hierarchy to skip or to treat as the same node, see `Hierarchy.from_model`.
         combine: "product" or "sum", how a tensor's multipliers are combined into its factor, see `Partition`.
-        normalize, diagonal, width: options of the projection, see `Plan`.
+        normalize, diagonal, width: options of the projection, see `Plan`. The published scale is normalize="tensor",
+            with which some seeds collapse at the learning rates that others need (docs/method.md).
         include, exclude: regular expressions that select the tensors to project, see `select_tensors`. All other
             parameters of the model are frozen, except those that `train_fully` selects.
         train_fully: regular expressions that select tensors to train directly, as in ordinary fine-tuning (a new
             classification head, for example). They are not projected and do not count towards intrinsic_dim. The
             trained values are copies; the model's own tensors keep W0.
+        frozen: names of tensors to leave out. None means those with requires_grad=False, or none if `include` is given.
         heads: whether the attention heads form level L5 of the hierarchy. Each head's part of a tensor then has its own
             random basis and factor. None means True if the partition names L5 or if heads are pruned, else False.
         pruned: {layer: [heads]}, the heads that receive no update: their weights in the projected tensors stay at W0.
             None means `heads.pruned_heads(model)`, the heads whose weights are all zero.
-        dtype: of the projected weights: torch.float32, bfloat16 or float16. None means the dtype of W0, and follows
-            `.to(dtype)`. A dtype other than that of W0 requires W0 in float32.
+        dtype: of the projected weights: torch.float32, bfloat16 or float16. None means for each tensor the dtype of its
+            W0, and follows `.to(dtype)`. A dtype other than that of W0 requires W0 in float32.
         backend: "auto", or one of `available_backends()`.
         task: the name of the first task, see `add_task`.
 
@@ -69,27 +71,36 @@ class HSAID(StandIn):
             mean.
         pruned: {attention module: [heads]}, the heads that receive no update.
 
-    A call is equivalent to `torch.func.functional_call(model, hsaid.weights() | hsaid.full, args, kwargs)`.
+    Learning rates of full fine-tuning (2e-5, for example) move theta too little to learn anything: use
+    `torch.optim.AdamW(hsaid.parameter_groups())`, whose rates learn, or see docs/integration.md.
 
-    `parameters()` returns the parameters of the current task; `state_dict()` returns them and the configuration.
-    `train`, `eval` and `to` also apply to the model. Every other attribute is the model's. The model's methods
-    (`generate`, for example) run on the projected weights, but a submodule (`hsaid.encoder`) holds W0.
+    From wrapping to `unwrap()`, every read of a weight in the model, such as `hsaid.model.encoder.weight`, gives the
+    projected weight of that moment, in any thread, differentiable where gradients are enabled. So submodules, methods
+    and generators of the model, and recomputation in backward, run on it. `hsaid.w0()`,
+    `hsaid.model.named_parameters()` and `hsaid.model.state_dict()` have W0, which does not require gradients meanwhile.
 
-    Without gradients, the projected weights are cached until theta, the multipliers or W0 change. PyTorch does not
-    track writes through `.data`: such a write to W0 takes effect only after `train()` or `eval()` changes the mode.
+    `modules()`, `buffers()`, `apply()`, `train()` and `to()` reach the model. `parameters()` returns the parameters of
+    the current task; `state_dict()` returns them, the configuration, and the buffers that training has changed (the
+    statistics of BatchNorm). Every other attribute is the model's. As a context manager, an HSAID unwraps the model at
+    the end.
+
+    Projected weights are kept until theta, the multipliers or W0 change. PyTorch does not track writes through `.data`:
+    such a write to W0 takes effect only after `train()` or `eval()` changes the mode, and such a write to theta on a
+    GPU with the next call of the HSAID. Projected weights may not be written to: that raises an error.
 
     During backward, the gradients of a block's weights are used and freed as soon as backward has left the block, or
     the last of a group of neighbouring blocks that together are at most half as large as the largest block.
-    Gradient checkpointing as implemented in transformers works. A model that calls `torch.utils.checkpoint` itself must
-    not do so inside HSAID, because backward would recompute that part with W0.
 
     Raises:
-        TypeError: model is not a module, is or contains an HSAID or a parallel wrapper (wrap the HSAID in
-            DistributedDataParallel instead), or has sharded parameters; a parameter's dtype or the argument `dtype`
-            cannot be projected; another argument has the wrong type.
-        ValueError: another argument has a value that is not listed above; intrinsic_dim <= m; another HSAID already
-            wraps the model.
+        TypeError: model is not a module, is or contains an HSAID, a parallel wrapper (wrap the HSAID in
+            DistributedDataParallel instead) or a ScriptModule, or has sharded parameters; a parameter's dtype or the
+            argument `dtype` cannot be projected; another argument has the wrong type.
+        ValueError: another argument has a value that is not listed above; intrinsic_dim <= m; another HSAID wraps the
+            model; a parameter has gradient hooks or shares memory with another; an embedding has max_norm; all
+            parameters are frozen.
     """
+
+    _own_full = False  # whether the fully trained tensors are the model's own parameters, not copies
 
     def __init__(
         self,
@@ -101,12 +112,13 @@ class HSAID(StandIn):
         skip: Iterable[str] = (),
         merge: Mapping[str, Iterable[str]] | None = None,
         combine: str = "product",
-        normalize: str = "tensor",
+        normalize: str = "global",
         diagonal: str = "gaussian",
         width: int | None = None,
         include: Patterns = None,
         exclude: Patterns = None,
         train_fully: Patterns = None,
+        frozen: Iterable[str] | None = None,
         heads: bool | None = None,
         pruned: Heads | None = None,
         dtype: torch.dtype | None = None,
@@ -119,39 +131,51 @@ class HSAID(StandIn):
         model = plain(model)
         if dtype is not None and dtype not in WEIGHT_DTYPES:
             raise TypeError(f"dtype: expected torch.float32, bfloat16, float16 or None, got {dtype}")
+        if isinstance(model, nn.Module):
+            unwrapped_before(model, self)
         self.include, self.exclude, self.train_fully = map(as_json, (include, exclude, train_fully))
         named: dict[str, Any] = dict(skip=skip, merge=merge, combine=combine, heads=heads, pruned=pruned)
-        named |= dict(normalize=normalize, diagonal=diagonal, width=width)
+        named |= dict(normalize=normalize, diagonal=diagonal, width=width, frozen=frozen)
         named |= dict(include=self.include, exclude=self.exclude, train_fully=self.train_fully)
         basis = basis_of(model, intrinsic_dim, partition, seed, **named)
+        check_layers(model, basis.full)
+        if not self._own_full:
+            check_parameters(model, (*basis.plan.names, *basis.full))
         self.hierarchy, self.partition = basis.hierarchy, basis.partition
-        self.plan, self.pruned = basis.plan, basis.pruned
-        self._projected = ProjectedWeights(model, basis.plan, basis.partition, dtype, backend)
+        self.plan, self.pruned, self.frozen = basis.plan, basis.pruned, basis.frozen
+        self._projected = ProjectedWeights(
+            model, self._parameters, basis.full, basis.plan, basis.partition, dtype, backend, own_full=self._own_full
+        )
         self._tasks = Tasks(check_task(task), basis.full)
+        self._model_buffers = Buffers(model)
+        self._buffers_of: dict[str, dict[str, Tensor]] = {}  # of the tasks that are not set
         self._ranks_agree = False
         self.training = model.training
         self._stand_in_for(model)  # from here on, a new attribute that the model also has is set on the model
         self._start_task(task)
-        self._projected.projection(self.w0().values(), self.theta)  # raises for incompatible dtypes and devices
-        self._projected.upload(self.multipliers)
-        claim(self.model, self)
+        self._projected.upload()  # raises for incompatible dtypes and devices
+        self._claim()
+
+    def _claim(self) -> None:
+        unwrapped_before(self.model, self)
+        self._projected.belongs_to(self)
+        self._projected.attach()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model with the projected weights and returns its output."""
         if torch.compiler.is_compiling():
             self._ranks_checked()
-            return self._projected.call_traced(self, args, kwargs)
+            return self._projected.call_traced(self.training, args, kwargs)
         with self._computing():
             return self.model(*args, **kwargs)
 
     def weights(self) -> dict[str, Tensor]:
         """The projected weights, {name: W0_i + factor_i * P_i theta}; differentiable if gradients are enabled.
 
-        Each has the shape of W0_i and the dtype `self.dtype`. The tensors are views of one buffer. Without gradients
-        that buffer is the cache that later calls use, so do not write to it.
+        Each has the shape of W0_i, and its dtype unless `dtype` was given. They are views of one buffer that later
+        calls use, so they are read only.
         """
-        with self._projected.lock:
-            return self._projected.now(self)[0]
+        return self._projected.now()
 
     def w0(self) -> dict[str, Tensor]:
         """{name: W0_i} for the projected tensors: the model's own parameters, not copies."""
@@ -208,30 +232,30 @@ class HSAID(StandIn):
         Raises TypeError if name is not a non-empty string, ValueError if the task exists, RuntimeError while merged in
         place.
         """
-        with self._projected.lock:
-            self._projected.refuse_merged("add_task()")
-            before = self.task
-            self._tasks.add(name, self._parameters)
-            self._start_task(name)
-            self.set_task(before)
+        self._projected.refuse_merged("add_task()")
+        before = self.task
+        self._tasks.add(name, self._parameters)
+        self._start_task(name)
+        self._tasks.switch(before, self._parameters)
 
     def set_task(self, name: str) -> None:
         """Makes `name` the current task, which `theta`, `multipliers`, `full`, `parameters()` and all calls refer to.
 
-        `state_dict()` too is that of the current task. Set the task before wrapping this module in
-        DistributedDataParallel, which keeps the parameters it finds at construction.
+        `state_dict()` too is that of the current task, and the buffers that training changed. Set the task before
+        wrapping this module in DistributedDataParallel, which keeps the parameters it finds at construction.
 
         Raises ValueError for an unknown task, RuntimeError while merged in place.
         """
         self._tasks.check(name)
-        with self._projected.lock:
-            self._projected.refuse_merged("set_task()")
-            self._tasks.switch(name, self._parameters)
-            self._projected.drop_cache()
+        self._projected.refuse_merged("set_task()")
+        self._buffers_of[self.task] = self._model_buffers.changed(self.model)
+        self._tasks.switch(name, self._parameters)
+        self._model_buffers.put(self.model, self._buffers_of.pop(name, {}))
 
     def remove_task(self, name: str) -> None:
         """Deletes a task and its parameters. Raises ValueError for the current task and for an unknown one."""
         self._tasks.remove(name)
+        self._buffers_of.pop(name, None)
 
     def _start_task(self, name: str) -> None:
         """Creates the parameters of a new task with their initial values, and makes it the current task."""
@@ -243,14 +267,6 @@ class HSAID(StandIn):
         # DistributedDataParallel from waiting for one.
         parameters = {"theta": nn.Parameter(theta), "multipliers": nn.Parameter(ones, requires_grad=len(ones) > 0)}
         self._tasks.start(name, parameters, own, self._parameters)
-
-    def load_task(self, directory: str | os.PathLike[str]) -> str:
-        """Adds the task stored in a checkpoint, makes it the current task and returns its name.
-
-        The checkpoint must come from the same basis, tensors and W0. A different W0 only causes a warning. Raises what
-        `from_pretrained` raises, and ValueError for a different basis or a task whose name already exists.
-        """
-        return checkpoint.load_task(self, directory)
 
     def merge(self, inplace: bool = False) -> nn.Module:
         """Returns a model whose parameters are the projected weights and `full`.
@@ -264,33 +280,49 @@ class HSAID(StandIn):
         RuntimeError, and so does another `merge`.
         """
         projected = self._projected
-        with projected.lock, torch.no_grad():
-            projected.refuse_merged("merge()")
-            values = projected.now(self)[0] | self.full
+        projected.refuse_merged("merge()")
+        with torch.no_grad():
+            values = projected.now() | self.full
+            if inplace:
+                projected.merge(values)
+                return self.model
             projected.drop_cache()
-            if not inplace:
-                return merged_copy(self.model, projected.own(), values)
-            projected.merge(values)
-            return self.model
+            return merged_copy(self.model, projected.own(), values, projected.flags)
 
     def unmerge(self) -> None:
         """Restores W0 bit for bit after `merge(inplace=True)`. Raises RuntimeError if nothing is merged in place."""
-        with self._projected.lock:
-            self._projected.unmerge()
+        self._projected.unmerge()
 
-    def save_pretrained(self, directory: str | os.PathLike[str], *, is_main_process: bool = True, **_: Any) -> None:
-        """Saves the current task's parameters and the configuration, a few kilobytes; see `checkpoint.save_pretrained`.
+    def unwrap(self) -> nn.Module:
+        """Gives back the plain model as it was: W0, its buffers, and whether its parameters require gradients.
 
-        Does nothing if `is_main_process` is False. Other arguments of transformers' `save_pretrained` are accepted and
-        ignored.
+        Returns the model, which another HSAID may wrap then. theta, the multipliers and `full` stay here, but calls
+        raise RuntimeError. Does nothing if the model has been unwrapped already.
         """
-        if is_main_process:
-            checkpoint.save_pretrained(self, directory)
+        if self._projected.attached:
+            self._buffers_of[self.task] = self._model_buffers.changed(self.model)
+            self._projected.detach()
+            self._model_buffers.put(self.model, {})
+        return self.model
 
-    @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str], model: nn.Module, *, backend: str = "auto") -> HSAID:
-        """Wraps `model` as saved in a checkpoint; its W0 must be that of training. See `checkpoint.from_pretrained`."""
-        return checkpoint.from_pretrained(cls, directory, model, backend=backend)
+    def unwrapped(self) -> contextlib.AbstractContextManager[nn.Module]:
+        """A context manager for the time of which the model is the plain one, as `unwrap` gives it back."""
+        return self._unwrapped()
+
+    @contextlib.contextmanager
+    def _unwrapped(self) -> Iterator[nn.Module]:
+        model = self.unwrap()
+        try:
+            yield model
+        finally:
+            self._claim()
+            self._model_buffers.put(model, self._buffers_of.pop(self.task, {}))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unwrap()
 
     @property
     def intrinsic_dim(self) -> int:
@@ -309,31 +341,13 @@ class HSAID(StandIn):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the projected weights."""
-        return self.given_dtype or self.model.get_parameter(self.plan.names[0]).dtype
+        """The dtype of the projected weights; of the first one, if W0 has several."""
+        return self.given_dtype or next(iter(self.w0().values())).dtype
 
     def train(self, mode: bool = True) -> Self:
         if mode != self.training:
             self._projected.drop_cache()
-        self.model.train(mode)
         return super().train(mode)
-
-    def get_extra_state(self) -> Tensor:
-        return encode_state(describe(self))
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Does nothing: `_load_from_state_dict` has already checked the configuration."""
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
-        # Checked before anything is loaded, so that a state_dict with another configuration changes nothing here.
-        try:
-            self._projected.refuse_merged("load_state_dict()")
-            if (key := f"{prefix}_extra_state") in state_dict:
-                check_state(state_dict[key], self)
-        except (RuntimeError, ValueError) as error:
-            errors.append(str(error))
-        else:
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._projected.refuse_merged("to()")
@@ -347,10 +361,12 @@ class HSAID(StandIn):
 
         active = self.task
         for task in self.tasks:
-            self.set_task(task)
-            super()._apply(apply, recurse)
-        self.set_task(active)
-        self._projected.upload(self.multipliers)
+            self._tasks.switch(task, self._parameters)
+            super()._apply(apply, recurse=False)
+        self._tasks.switch(active, self._parameters)
+        self._projected.drop_cache()
+        with contextlib.suppress(TypeError, ValueError):  # which the next read raises: dtypes may be changed once more
+            self._projected.upload()
         return self
 
     def _replicate_for_data_parallel(self) -> Self:
@@ -362,8 +378,7 @@ class HSAID(StandIn):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._ranks_agree = False
-        self._projected.upload(self.multipliers)
-        claim(self.model, self)
+        self._projected.belongs_to(self)
 
     def __repr__(self) -> str:
         full = f", {len(self._tasks.full)} trained fully" if self._tasks.full else ""
@@ -382,13 +397,14 @@ class HSAID(StandIn):
         if not self._ranks_agree and torch.is_grad_enabled():  # evaluation may run on a single rank
             self._ranks_agree = check_active_ranks(self, {self, self.model})
 
-    def _computing(self) -> AbstractContextManager[None]:
-        """A context in which the model runs on the projected weights."""
-        return self._projected.computing(self, self._check_ranks)
+    def _computing(self) -> contextlib.AbstractContextManager[None]:
+        self._check_ranks()
+        return self._projected.inside(self.training)
 
     def _ranks_checked(self) -> bool:
-        """`_check_ranks` for torch.compile, which calls this once, while tracing."""
+        """What `_computing` checks, for torch.compile, which calls this once, while tracing."""
         self._check_ranks()
+        self._projected.prepare_tracing()
         return True
 
     # Sets what torch.compiler.assume_constant_result sets. The decorator itself would import all of torch._dynamo here.

@@ -11,7 +11,6 @@ from torch import Tensor
 from hsaid_kernels.fastfood.projection import Projection
 from hsaid_kernels.hierarchy.attention import find_attentions
 from hsaid_kernels.hierarchy.paths import HEADS
-from hsaid_kernels.wrapper.exchange import Exchange, Places
 from hsaid_kernels.wrapper.hsaid import HSAID
 
 
@@ -40,7 +39,7 @@ def head_importance(hsaid: HSAID, batches: Iterable[Mapping[str, Any]]) -> dict[
         raise ValueError("hsaid: expected one with heads=True or L5 in its partition, got one without heads")
     if not hsaid.theta.any():
         raise ValueError("hsaid: expected a trained one, got theta = 0, where no multiplier has a gradient")
-    projection, places = Projection(hsaid.plan, dtype=hsaid.dtype, backend=hsaid.backend), Places(hsaid.model)
+    projection = Projection(hsaid.plan, dtype=hsaid.dtype, backend=hsaid.backend)
     rows = {(piece.tensor, piece.label): row for row, piece in enumerate(hsaid.plan.pieces)}
     own = {}
     for attention in find_attentions(hsaid.model):
@@ -54,8 +53,7 @@ def head_importance(hsaid: HSAID, batches: Iterable[Mapping[str, Any]]) -> dict[
         with torch.inference_mode(False), torch.enable_grad():
             factors = hsaid.partition.factors(hsaid.multipliers.detach()).requires_grad_()
             weights = projection.forward(hsaid.theta.detach(), factors, hsaid.w0())
-            with Exchange(places, weights | hsaid.full, hsaid._projected.lock):
-                loss = getattr(hsaid.model(**batch), "loss", None)
+            loss = getattr(hsaid._projected.run_on(weights | hsaid.full, (), batch), "loss", None)
         if loss is None:
             raise ValueError(f"batches: expected what the model makes a loss of (labels), got {', '.join(batch)}")
         (gradient,) = torch.autograd.grad(loss, factors)

@@ -1,12 +1,11 @@
-"""`ProjectedWeights`: computes and caches a model's projected weights, and puts them in place while the model runs."""
+"""`ProjectedWeights`: answers reads of a wrapped model's weights, which it computes and keeps while nothing changes."""
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,240 +16,315 @@ from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.fastfood.projection import Part, Projection
 from hsaid_kernels.hierarchy import Partition
 from hsaid_kernels.wrapper.blocks import blocks_of, joined
-from hsaid_kernels.wrapper.comparison import differences
-from hsaid_kernels.wrapper.exchange import Cache, Exchange, Late, Places, aliases_of, apply_masks, masks
+from hsaid_kernels.wrapper.made import Group, Made, Scaled
+from hsaid_kernels.wrapper.tasks import Own, key_of
+from hsaid_kernels.wrapper.watched import WatchedModel
+from hsaid_kernels.wrapper.weight import Weight
 
 
-class Trained(Protocol):
-    """What the weights are computed from in addition to W0. `HSAID` implements it."""
+class _Inside(threading.local):
+    """How deep a thread is inside calls of the HSAID."""
 
-    theta: nn.Parameter
-    multipliers: nn.Parameter
-    training: bool
-
-    @property
-    def full(self) -> dict[str, nn.Parameter]: ...
+    depth = 0
 
 
-class ProjectedWeights:
-    """Computes W0_i + factor_i * P_i theta for the tensors of a plan, and runs the model on these weights.
+class ProjectedWeights(WatchedModel):
+    """Computes W0_i + factor_i * P_i theta for the tensors of a plan, and answers the reads of a model by these.
 
     Args:
-        model: the model whose parameters are W0.
-        plan, partition: define what theta and the multipliers mean.
-        dtype: of the weights. None means the dtype of W0.
+        model, plan, full, own_full: see `WatchedModel`.
+        trained: `_parameters` of the HSAID, where "theta", "multipliers" and the fully trained tensors are.
+        partition: defines, with the plan, what theta and the multipliers mean.
+        dtype: of the weights. None means for each tensor the dtype of its W0.
         backend: "auto", or one of `available_backends()`.
 
     Attributes:
-        parts: [(module names, Part)], one for each call of the adjoint in backward.
-        kept: {name: W0_i} while the model holds the projected weights (`merge`), else None.
-        lock: held while the projected weights replace the model's parameters, because all threads share one model.
+        parts: [names], the tensors of each call of the adjoint in backward.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, partition: Partition, dtype: torch.dtype | None, backend: str):
-        self.model, self.plan, self.partition, self.given_dtype, self.backend = model, plan, partition, dtype, backend
-        self._whole = Part(plan)
-        self.parts = [
-            (modules, Part(plan, names)) for modules, names in joined(blocks_of(model, plan.shapes), plan.shapes)
-        ]
-        self._aliases = aliases_of(model)
-        self._masked = [(module, hook._tensor_name) for module, hook in masks(model.modules())]
-        self.kept: dict[str, Tensor] | None = None
-        self._forget()
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: Own,
+        full: Collection[str],
+        plan: Plan,
+        partition: Partition,
+        dtype: torch.dtype | None,
+        backend: str,
+        *,
+        own_full: bool = False,
+    ):
+        super().__init__(model, plan, full, own_full)
+        self._parameters, self.partition, self.given_dtype, self.backend = trained, partition, dtype, backend
+        self.full = {name: key_of(name) for name in full}
+        self.parts = [names for _, names in joined(blocks_of(model, plan.shapes), plan.shapes)]
+        self._start()
 
-    def _forget(self) -> None:
-        self.lock = threading.RLock()
-        self._places: Places | None = None
-        self._cache: Cache | None = None
-        self._running = False
+    def _start(self) -> None:
+        super()._start()
+        self._inside = _Inside()
+        self._made: Made | None = None
+        self._groups: tuple[Any, list[Group]] = (None, [])
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("lock", "_places", "_cache", "_running")
-        return {key: value for key, value in self.__dict__.items() if key not in made_again}
+        made_again = ("_inside", "_made", "_groups")
+        return {key: value for key, value in super().__getstate__().items() if key not in made_again}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
+    def trained(self, key: str) -> nn.Parameter:
+        """theta, the multipliers or a fully trained tensor, as the HSAID has it now."""
+        parameter = self._parameters[key]
+        assert parameter is not None
+        return parameter
 
-    def own(self) -> dict[str, nn.Parameter]:
-        """The model's own parameters by name, where a tied parameter appears once.
+    # --- reads
 
-        Raises ValueError if the names, shapes or tying of the projected tensors have changed since the model was
-        wrapped.
+    def read(self, name: str | None, parameter: nn.Parameter) -> Tensor:
+        """What a module of the model gets for its attribute, whose W0 is `parameter`; see `reads.py`."""
+        if name is None:
+            with self.lock:
+                name = next((name for name, own in self._verified().items() if own is parameter), None)
+        if self.kept is not None or name is None:
+            return parameter
+        if name in self.plan.shapes:
+            return self._read(name, parameter)
+        return self.trained(self.full[name]) if name in self.full and not self.own_full else parameter
+
+    def _read(self, name: str, parameter: nn.Parameter) -> Weight:
+        made = self._made
+        if made is None or not self._current(made, name, parameter):
+            made = self._made = None  # frees the memory before the new weights need it
+            made = self._make()
+        if torch.is_grad_enabled() and made.wanted:
+            weight = made.nodes.get(name)
+            return self._join(made, name) if weight is None else weight
+        return made.weights[name]
+
+    def _current(self, made: Made, name: str, parameter: Tensor) -> bool:
+        """Whether a weight is that of now. Runs at every read, so it compares what can be compared quickly.
+
+        Inside a call of the HSAID, which has compared everything, these are the version counters. Outside, the values
+        of theta and the multipliers too; on a GPU, where this would wait for it, only if a weight is read again.
         """
-        if self._places is None or not (self._running or self._places.hold()):
-            self._places = Places(self.model)
-        own = self._places.parameters
-        if untied := sorted(self._aliases.keys() & own.keys()):
-            raise ValueError(
-                f"model: expected {untied[0]!r} to be tied as it was when it was wrapped, got one of its own"
+        theta, multipliers = self.trained("theta"), self.trained("multipliers")
+        own, address, version, weight = made.stamps[name]
+        if made.tracked:
+            same = (
+                theta is made.theta
+                and multipliers is made.multipliers
+                and theta._version == made.versions[0]
+                and multipliers._version == made.versions[1]
+                and parameter is own
+                and parameter._version == version
+                and parameter.data_ptr() == address
             )
-        shapes = {name: own[name].shape for name in self.plan.names if name in own}
-        if shapes != self.plan.shapes:
-            reason = differences(self.plan.shapes, shapes)
-            raise ValueError(f"model: expected the tensors that it had when it was wrapped, got others: {reason}")
-        return own
+        else:
+            same = theta is made.theta and multipliers is made.multipliers and parameter is own
+        if weight._version != made.written:
+            self._made = None
+            made.check_unwritten()
+        if same and not self._inside.depth:
+            if name in made.seen:
+                made.seen.clear()
+                same = self._serves(made)
+            elif theta.device.type == "cpu":
+                same = made.equals((theta, multipliers))
+            made.seen.add(name)
+        if same and made.wanting != (theta.requires_grad, multipliers.requires_grad):
+            made.forget_nodes()
+        return same
 
-    def w0(self) -> dict[str, Tensor]:
-        """{name: W0_i} for the projected tensors."""
+    def _serves(self, made: Made) -> bool:
+        """Whether these weights are those of now. Compares everything; raises as `_verified` does."""
+        own, theta, multipliers = self._verified(), self.trained("theta"), self.trained("multipliers")
+        made.check_unwritten()
+        return (
+            made.tracked
+            and theta is made.theta
+            and multipliers is made.multipliers
+            and all(
+                (parameter := own[name]) is w0 and parameter._version == version and parameter.data_ptr() == address
+                for name, (w0, address, version, _) in made.stamps.items()
+            )
+            and made.equals((theta, multipliers))
+        )
+
+    def _make(self) -> Made:
+        """Computes the weights of now."""
+        with self.lock, torch.inference_mode(False), torch.no_grad(), _outside_transforms():
+            if self._made is not None:  # by another thread, meanwhile
+                return self._made
+            own, theta, multipliers = self._verified(), self.trained("theta"), self.trained("multipliers")
+            if any(map(torch._C._functorch.is_functorch_wrapped_tensor, (theta, multipliers))):
+                raise RuntimeError(
+                    "theta: expected an ordinary tensor, got one inside a transform of torch.func, which cannot "
+                    "differentiate a projection: use torch.autograd"
+                )
+            w0 = {name: own[name] for name in self.plan.names}
+            made = Made(theta, multipliers, w0, self.groups(w0, theta))
+            for group in made.groups:
+                names, scaled = group.whole.plan.names, group.scaled(self.partition, multipliers)
+                flat = group.projection.flat(theta, scaled, [w0[name] for name in names])
+                views = map(Weight.of, group.whole.plan.views(flat))
+                made.flats.append(flat)
+                made.weights |= zip(names, views, strict=True)
+            for name, weight in made.weights.items():
+                weight.w0 = own[name]
+            made.finish()
+            self._made = made
+            return made
+
+    def _join(self, made: Made, name: str) -> Weight:
+        """Adds the part of this tensor to the autograd graph, and returns the tensor."""
+        theta, multipliers = made.theta, made.multipliers
+        with self.lock, torch.inference_mode(False), torch.enable_grad(), _outside_transforms():
+            nodes, scaled = made.nodes, made.scaled  # another thread may empty them
+            if name in nodes:
+                return nodes[name]
+            for group, flat in zip(made.groups, made.flats, strict=True):
+                for part in group.parts:
+                    if name in part.plan.shapes:
+                        if group not in scaled:
+                            scaled[group] = Scaled.apply(multipliers, group, self.partition)
+                        weights = group.projection.part(theta, scaled[group], part, flat, Weight.of)
+                        for tensor, weight in zip(part.plan.names, weights, strict=True):
+                            nodes[tensor] = cast(Weight, weight)
+                            nodes[tensor].w0 = made.w0[tensor]
+            return nodes[name]
+
+    @contextmanager
+    def inside(self, training: bool) -> Iterator[None]:
+        """A call of the HSAID: compares everything once, so that reads inside it need not."""
+        if self._inside.depth:
+            yield
+            return
+        self.enter(training)
+        self._inside.depth = 1
+        try:
+            yield
+        finally:
+            self._inside.depth = 0
+
+    def enter(self, training: bool) -> None:
+        if not self.attached:
+            raise RuntimeError("HSAID: expected one that wraps a model, got one after unwrap(): wrap the model again")
+        wanted = torch.is_grad_enabled()
         with self.lock:
-            own: Mapping[str, Tensor] = self.own() if self.kept is None else self.kept
-            return {name: own[name] for name in self.plan.names}
+            if self.kept is not None:
+                if training and wanted:
+                    self.refuse_merged("training")
+                return
+            theta = self.trained("theta")
+            wanted = wanted and (theta.requires_grad or self.trained("multipliers").requires_grad)
+            # A training step on a GPU makes them in any case: to compare values would wait for it.
+            if self._made is not None and ((wanted and theta.device.type != "cpu") or not self._serves(self._made)):
+                self._made = None
+            made = self._made or self._make()
+            if wanted:
+                made.forget_nodes()
+
+    def now(self) -> dict[str, Tensor]:
+        """{name: projected weight}, differentiable if gradients are enabled."""
+        if not self._inside.depth:
+            self.enter(False)
+        own = self.own()
+        if self.kept is not None:
+            return {name: own[name].detach() for name in self.plan.names}
+        return {name: self._read(name, own[name]) for name in self.plan.names}
 
     def drop_cache(self) -> None:
-        """Discards the cached weights, so that the next call recomputes them."""
-        self._cache = None
+        """Discards the weights, so that the next read recomputes them."""
+        self._made = None
 
-    def now(self, of: Trained) -> tuple[dict[str, Tensor], list[Late]]:
-        """Returns ({name: projected weight}, late), where `late` is the argument of `Exchange`.
+    # --- other ways to run the model
 
-        `late` has an entry for each of `parts` if gradients are wanted, and is empty otherwise.
-        """
-        w0 = list(self.w0().values())
-        trained = [of.theta, of.multipliers]
-        wanted = torch.is_grad_enabled() and (of.theta.requires_grad or of.multipliers.requires_grad)
-        late: list[Late] = []
-        cache = self._cache  # read once: train() or eval() in another thread may drop it meanwhile
-        # Never created as inference tensors, because calls outside inference mode could not use those.
-        with torch.inference_mode(False), torch.set_grad_enabled(wanted):
-            if wanted or cache is None or not cache.serves(trained, w0):
-                cache = self._cache = None  # frees the memory before the new weights need it
-                join = self.projection(w0, of.theta).parts(of.theta, self.partition.factors(of.multipliers), w0)
-                made = join(self._whole)
-                if wanted:
-                    late = [
-                        (
-                            [self.model.get_submodule(name) for name in modules],
-                            part.plan.names,
-                            partial(_join, join, part),
-                        )
-                        for modules, part in self.parts
-                    ]
-                else:
-                    self._cache = Cache(trained, w0, made)
-            else:
-                made = cache.weights
-        return dict(zip(self.plan.names, made, strict=True)), late
-
-    @contextlib.contextmanager
-    def computing(self, of: Trained, before: Callable[[], None]) -> Iterator[None]:
-        """A context manager inside which the projected weights are the model's parameters; the others are detached.
-
-        Calls `before` first, except in a nested call, where the weights are already in place.
-        """
-        with self.lock:
-            if self._running:  # nested call from inside the model: the weights are already in place
-                yield
-                return
-            before()
-            if self.kept is not None:
-                self._refuse_training(of)
-                tensors: dict[str, Tensor] = {}  # all parameters are detached, so none of them gets a gradient
-                late: list[Late] = []
-                self.own()
-            else:
-                weights, late = self.now(of)
-                tensors = weights | of.full
-            assert self._places is not None  # set by own()
-            self._running = True
-            try:
-                with Exchange(self._places, tensors, self.lock, late):
-                    yield
-            finally:
-                self._running = False
-
-    def call_traced(self, of: Trained, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Runs the model on newly computed weights, for torch.compile, which cannot trace the lock or the cache."""
+    def run_on(self, tensors: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Runs the model on the given tensors in place of its parameters of these names."""
         # All names of tied parameters are given explicitly, with tie_weights=False. If functional_call looked for them
         # itself, it would swap the parameters of a module that occurs twice in the model once too often, and leave a
         # projected weight in the place of W0.
-        kept = [(module, key, getattr(module, key)) for module, key in self._masked]
-        result = torch.func.functional_call(self.model, self._traced(of), tuple(args), dict(kwargs), tie_weights=False)
-        for module, key, value in kept:
-            setattr(module, key, value)
-        return result
+        tensors = dict(tensors) | {a: tensors[name] for a, name in self._aliases.items() if name in tensors}
+        return torch.func.functional_call(self.model, tensors, tuple(args), dict(kwargs), tie_weights=False)
 
-    def _traced(self, of: Trained) -> dict[str, Tensor]:
-        """{name: replacement} for all names of all parameters of the model, inside a graph of torch.compile."""
+    def call_traced(self, training: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Runs the model on newly computed weights, for torch.compile, which cannot trace the lock or the cache."""
         own = dict(self.model.named_parameters())
-        tensors = {name: parameter.detach() for name, parameter in own.items()}
+        tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in own.items()}
         if self.kept is not None:
-            self._refuse_training(of)
+            if training and torch.is_grad_enabled():
+                self.refuse_merged("training")
         else:
-            w0 = [own[name] for name in self.plan.names]
-            join = self.projection(w0, of.theta).parts(of.theta, self.partition.factors(of.multipliers), w0)
-            for _, part in self.parts:
-                tensors |= zip(part.plan.names, join(part), strict=True)
-            tensors |= of.full
-        return tensors | {alias: tensors[name] for alias, name in self._aliases.items()}
+            theta, multipliers = self.trained("theta"), self.trained("multipliers")
+            for group in self.groups({name: own[name] for name in self.plan.names}, theta):
+                scaled = group.scaled(self.partition, multipliers)
+                flat = group.projection.flat(theta, scaled, [own[name] for name in group.whole.plan.names])
+                for part in group.parts:
+                    weights = group.projection.part(theta, scaled, part, flat)
+                    tensors |= zip(part.plan.names, weights, strict=True)
+            # views, because a parameter in the place of a parameter would be taken for W0
+            tensors |= {name: self.trained(key).view_as(self.trained(key)) for name, key in self.full.items()}
+        return self.run_on(tensors, args, kwargs)
 
-    def projection(self, w0: Collection[Tensor], theta: Tensor) -> Projection:
-        """The `Projection` for W0 tensors of these dtypes and devices.
+    def prepare_tracing(self) -> None:
+        """What torch.compile cannot trace: checks the model, and makes what would change attributes while it traces."""
+        if not self.attached:
+            self.enter(False)  # which raises
+        if self.kept is None:
+            with self.lock:
+                self._verified()
+            self.upload()
 
-        Raises ValueError if W0 is not on theta's device, if W0 has several dtypes and no `dtype` was given, or if W0
-        has a dtype other than the weights' dtype and float32. Raises TypeError for a dtype that cannot be projected.
+    def groups(self, w0: Mapping[str, Tensor], theta: Tensor) -> list[Group]:
+        """The tensors by the dtype of their weights.
+
+        Raises ValueError if W0 is not on theta's device, or has a dtype other than the given one and float32. Raises
+        TypeError for a dtype that cannot be projected.
         """
-        dtypes, devices = {tensor.dtype for tensor in w0}, {tensor.device for tensor in w0}
+        dtypes, devices = [tensor.dtype for tensor in w0.values()], {tensor.device for tensor in w0.values()}
         if elsewhere := devices - {theta.device}:
             raise ValueError(
                 f"model: expected its tensors on {theta.device}, where theta is, got some on {elsewhere.pop()}: "
                 "hsaid.to(device) moves both"
             )
-        found = ", ".join(sorted(map(str, dtypes)))
-        if self.given_dtype is None and len(dtypes) > 1:
-            raise ValueError(f"dtype: expected one for the weights, because the model's tensors have several: {found}")
-        dtype = self.given_dtype or dtypes.pop()
-        if dtype not in WEIGHT_DTYPES:
+        if self._groups[0] == dtypes:
+            return self._groups[1]
+        found = ", ".join(sorted(set(map(str, dtypes))))
+        if not set(dtypes) <= set(WEIGHT_DTYPES):
             raise TypeError(f"model: expected tensors in float32, bfloat16 or float16, got {found}")
-        if not dtypes <= {dtype, torch.float32}:
-            raise ValueError(f"dtype: expected the dtype of the model's tensors ({found}) or None, got {dtype}")
-        return Projection(self.plan, dtype=dtype, backend=self.backend)
-
-    def merge(self, values: Mapping[str, Tensor]) -> None:
-        """Replaces the data of the model's own parameters by `values`, until `unmerge`."""
-        own = self.own()
-        self.kept = {name: own[name].data for name in values}
-        # Fully trained tensors are cloned, so that writes to the merged model do not change them.
-        for name, value in values.items():
-            own[name].data = value.data if name in self.plan.shapes else value.data.clone()
-        apply_masks(self.model)
-
-    def unmerge(self) -> None:
-        """Restores the data that `merge` replaced. Raises RuntimeError if nothing is merged."""
-        if self.kept is None:
-            raise RuntimeError("unmerge(): expected weights that merge(inplace=True) has merged, found none")
-        own = dict(self.model.named_parameters())
-        for name, value in self.kept.items():
-            own[name].data = value
-        apply_masks(self.model)
-        self.kept = None
-
-    def refuse_merged(self, call: str) -> None:
-        """Raises RuntimeError, which names `call`, if the model holds the projected weights."""
-        if self.kept is not None:
-            raise RuntimeError(
-                f"{call}: expected a model on its W0, got one that merge(inplace=True) has merged: unmerge()"
+        if self.given_dtype is not None and not set(dtypes) <= {self.given_dtype, torch.float32}:
+            raise ValueError(
+                f"dtype: expected the dtype of the model's tensors ({found}) or None, got {self.given_dtype}"
             )
+        groups = []
+        for dtype in dict.fromkeys(dtypes) if self.given_dtype is None else [self.given_dtype]:
+            one = self.given_dtype is not None or len(set(dtypes)) == 1
+            names = [name for name, own in zip(w0, dtypes, strict=True) if one or own == dtype]
+            whole = Part(self.plan, None if one else names)
+            chosen = [[name for name in part if name in whole.plan.shapes] for part in self.parts]
+            parts = [Part(whole.plan, part) for part in chosen if part]
+            groups.append(Group(whole, parts, Projection(whole.plan, dtype=dtype, backend=self.backend)))
+        self._groups = (dtypes, groups)
+        return groups
 
-    def _refuse_training(self, of: Trained) -> None:
-        if of.training and torch.is_grad_enabled():
-            self.refuse_merged("training")
-
-    def upload(self, multipliers: Tensor) -> None:
+    def upload(self) -> None:
         """Copies small index and scale tables to the device of theta and the multipliers before the first call.
 
-        If the first call did this, torch.compile would see attributes change and compile again.
+        If the first call did this, torch.compile would see attributes change and compile again. Raises as `groups`.
         """
+        own, multipliers = dict(self.model.named_parameters()), self.trained("multipliers")
         device = multipliers.device
-        with torch.no_grad():
-            self.partition.factors(multipliers)
-        self.plan.scales_on(device)
-        ops.prepare(self.plan, device, self.backend)
-        for _, part in self.parts:
-            part.rows_on(device)
-            ops.prepare(part.plan, device, self.backend)
+        for group in self.groups({name: own[name] for name in self.plan.names}, self.trained("theta")):
+            with torch.no_grad():
+                group.scaled(self.partition, multipliers)
+            ops.prepare(group.whole.plan, device, self.backend)
+            for part in group.parts:
+                part.rows_on(device)
+                ops.prepare(part.plan, device, self.backend)
 
 
-def _join(join: Callable[[Part], Sequence[Tensor]], part: Part) -> Sequence[Tensor]:
-    with torch.inference_mode(False), torch.enable_grad():  # also if the model has turned gradients off here
-        return join(part)
+def _outside_transforms() -> AbstractContextManager[object]:
+    """A context outside of vmap, jacrev and others of torch.func, for which the weights are constants."""
+    if not torch._C._are_functorch_transforms_active():
+        return nullcontext()
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()

@@ -2,6 +2,7 @@
 
 Attributes and methods that it does not define itself are the model's. `forward` has the signature of the model's
 `forward`, on the class too, because transformers' Trainer reads the names of labels and input columns from the class.
+The tree of modules below it is the model's, but its parameters and its `state_dict()` are its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,17 @@ from typing import Any, SupportsIndex
 import torch
 from torch import nn
 
+from hsaid_kernels.wrapper.reads import plain_type
+
+# Methods of transformers' base classes that change the model, so that it would no longer be the one that was wrapped.
+CHANGING = (
+    *("add_adapter", "load_adapter", "set_adapter", "enable_adapters", "disable_adapters", "delete_adapter"),
+    *("enable_peft_hotswap", "resize_token_embeddings", "set_input_embeddings", "set_output_embeddings"),
+    *("set_decoder", "set_encoder", "tie_weights", "init_weights", "initialize_weights", "post_init", "prune_heads"),
+    *("dequantize", "kernelize", "use_kernels", "to_bettertransformer", "reverse_bettertransformer"),
+    *("resize_position_embeddings", "tensor_parallel", "smart_apply"),
+)
+
 
 class StandIn(nn.Module):
     """Reads and writes attributes that are not its own on the model. A subclass defines how the model is run."""
@@ -22,14 +34,54 @@ class StandIn(nn.Module):
     model: nn.Module
 
     def _stand_in_for(self, model: nn.Module) -> None:
-        # Not registered as a submodule, so that parameters(), state_dict() and apply() do not reach the model's own
-        # parameters through this module.
+        # Not in `_modules`: state_dict() and load_state_dict() of this module and of those around it recurse by these.
         self.__dict__["model"] = model
-        self.__class__ = _class_for(type(self), type(model))  # type: ignore[arg-type]  # classes are hashable
+        self.__class__ = _class_for(type(self), plain_type(model))  # type: ignore[arg-type]  # classes are hashable
 
     def _computing(self) -> contextlib.AbstractContextManager[None]:
-        """A context manager inside which the model's methods run on the right weights."""
+        """A context manager for a call of the model or of one of its methods."""
         raise NotImplementedError
+
+    # --- the tree of modules; `modules()`, `buffers()`, `apply()`, `train()` and others rest on these
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        yield "model", self.model
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        memo = set() if memo is None else memo
+        if self not in memo:
+            if remove_duplicate:
+                memo.add(self)
+            yield prefix, self
+            inner = f"{prefix}.model" if prefix else "model"
+            yield from self.model.named_modules(memo, inner, remove_duplicate)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                yield (f"{prefix}.{name}" if prefix else name), parameter
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        if name == "model" and module is self.model:  # as code does that converts the modules of a tree in place
+            return
+        raise TypeError(
+            f"{name}: expected a module that is set on the model before it is wrapped, got one for the HSAID, which "
+            "would neither train nor save it: unwrap(), set it on the model, and wrap with train_fully="
+        )
+
+    def register_module(self, name: str, module: nn.Module | None) -> None:
+        self.add_module(name, module)
+
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        raise TypeError(
+            f"{name}: expected a buffer that is set on the model, got one for the HSAID: hsaid.model has them"
+        )
+
+    # --- attributes
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -39,25 +91,26 @@ class StandIn(nn.Module):
             if model is None or name.startswith("__"):
                 raise
         value = getattr(model, name)
-        # The model's methods (generate, encode, get_image_features, ...) compute with its weights, so they run inside
-        # `_computing`. Those that transformers' base class defines act on the model itself (resize_token_embeddings,
-        # ...) and are returned as they are.
-        about = "transformers.modeling_utils"
-        if not inspect.ismethod(value) or value.__self__ is not model or value.__func__.__module__ == about:
+        if not inspect.ismethod(value) or value.__self__ is not model:
             return value
-
-        if inspect.isgeneratorfunction(value):
+        module = value.__func__.__module__ or ""
+        if module.startswith("transformers.") and name in CHANGING:
 
             @functools.wraps(value)
-            def generating(*args: Any, **kwargs: Any) -> Iterator[Any]:
-                with self._computing():
-                    yield from value(*args, **kwargs)
+            def refused(*args: Any, **kwargs: Any) -> Any:
+                raise RuntimeError(
+                    f"{name}(): expected a plain model, got one that an HSAID wraps: unwrap() it, call {name}(), and "
+                    "wrap the model again"
+                )
 
-            return generating
+            return refused
+        # Those that transformers' base class defines act on the model itself and are returned as they are.
+        if module == "transformers.modeling_utils":
+            return value
 
         @functools.wraps(value)
         def computing(*args: Any, **kwargs: Any) -> Any:
-            # generate() needs no gradients, and weights computed without gradients are cached for the next call
+            # generate() needs no gradients, and weights computed without gradients are kept for the next call
             with torch.no_grad() if name == "generate" else contextlib.nullcontext(), self._computing():
                 return value(*args, **kwargs)
 
@@ -66,12 +119,18 @@ class StandIn(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         # For example generation_config, which Trainer sets.
         model = self.__dict__.get("model")
-        if model is None or name in self.__dict__ or hasattr(type(self), name) or not hasattr(model, name):
+        if model is None or name in self.__dict__ or hasattr(type(self), name) or name in self._parameters:
             super().__setattr__(name, value)
-        elif any(name in own for own in (self._parameters, self._buffers, self._modules)):
-            super().__setattr__(name, value)
-        else:
+        elif hasattr(model, name):
             setattr(model, name, value)
+        elif isinstance(value, nn.Module):
+            self.add_module(name, value)
+        elif isinstance(value, nn.Parameter):
+            raise TypeError(
+                f"{name}: expected a parameter of the model, got one for the HSAID, which would not train it"
+            )
+        else:
+            super().__setattr__(name, value)
 
     def _get_name(self) -> str:
         """The model's class name, by which Trainer's label smoothing recognizes causal language models."""

@@ -41,7 +41,7 @@ class Tasks:
     def full_of(self, own: Own) -> dict[str, nn.Parameter]:
         """{name: parameter} for the fully trained tensors of the current task."""
         present = _present(own)
-        return {name: present[_key(name)] for name in self.full}
+        return {name: present[key_of(name)] for name in self.full}
 
     def parameters_of(self, name: str | None, own: Own) -> dict[str, nn.Parameter]:
         """{name: parameter} of a task. `name=None` means the current task. Raises as `check` does."""
@@ -63,7 +63,7 @@ class Tasks:
         # Written into the dict directly. Attribute assignment and register_parameter() would clash with an attribute of
         # the same name in the model.
         own.update(parameters)
-        own.update({_key(full): nn.Parameter(w0[full].detach().clone()) for full in self.full})
+        own.update({key_of(full): nn.Parameter(w0[full].detach().clone()) for full in self.full})
         self.current = name
         self._parameters[name] = _present(own)
 
@@ -104,6 +104,6 @@ def _present(parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Para
     return {key: parameter for key, parameter in parameters.items() if parameter is not None}
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
     """The name under which the HSAID module registers the fully trained tensor `name`."""
     return FULL + name.replace(".", "/")

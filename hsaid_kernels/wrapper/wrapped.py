@@ -1,10 +1,13 @@
-"""The model that an HSAID wraps: a plain module, and of one HSAID only."""
+"""Which models an HSAID may wrap: plain modules, whose layers and parameters do nothing that it would not hear."""
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Collection, Iterable, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from hsaid_kernels.wrapper.tree import check_separate
 
 # Wrappers that split a model's parameters or make replicas of them. By name: importing them takes a second.
 PARALLEL = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
@@ -32,16 +35,37 @@ def plain(model: nn.Module) -> nn.Module:
     return model
 
 
-# The wrapper of each wrapped model. Weak on both sides: neither keeps the other alive.
-_wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+def check_layers(model: nn.Module, full: Collection[str]) -> None:
+    """Raises for layers that would not run on projected weights; `full` are the names of the fully trained tensors.
+
+    TypeError for a ScriptModule, whose reads of parameters are compiled. ValueError for an embedding with max_norm,
+    which writes to its own weight in forward.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and module._parameters:
+            raise TypeError(f"model: expected Python modules, got {name!r}, which is a torch.jit.ScriptModule")
+        limited = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+        if limited and (f"{name}.weight" if name else "weight") not in full:
+            raise ValueError(
+                f"model: expected layers that do not write to their own weights, got {name!r}, a "
+                f"{type(module).__name__} with max_norm={module.max_norm}: set max_norm to None, or train it fully "
+                "(train_fully=)"
+            )
 
 
-def claim(model: nn.Module, wrapper: nn.Module) -> None:
-    """Records that `wrapper` wraps `model`. Raises ValueError if another wrapper that still exists does."""
-    other = _wrappers.get(model, lambda: None)()
-    if other is not None and other is not wrapper:
-        raise ValueError(
-            f"model: expected one that no HSAID wraps, got a {type(model).__name__} that already is: "
-            "wrap copy.deepcopy(model), or delete the first wrapper before"
-        )
-    _wrappers[model] = weakref.ref(wrapper)
+def check_parameters(model: nn.Module, trained: Iterable[str]) -> None:
+    """Raises ValueError if one of the tensors `trained` has gradient hooks, or if parameters share memory untied."""
+    parameters = dict(model.named_parameters())
+    check_hooks({name: parameters[name] for name in trained})
+    check_separate(parameters)
+
+
+def check_hooks(parameters: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a parameter with gradient hooks, by name."""
+    for name, parameter in parameters.items():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"model: expected parameters without gradient hooks, got {name!r} with one: in a random subspace theta "
+                "has the gradient, and moves whole tensors: leave the tensor out (exclude=), or register hooks on "
+                "theta or on hsaid.full"
+            )

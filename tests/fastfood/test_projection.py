@@ -208,9 +208,10 @@ def test_parts_share_the_weights_and_sum_up_to_the_gradient(backend, order):
     p = projection(backend=backend)
     theta, lambdas = torch.randn(DIM, requires_grad=True), torch.tensor([1.0, 0.5, -2.0], requires_grad=True)
     base = [torch.randn(shape) for shape in SHAPES.values()]
-    join = p.parts(theta, lambdas, base)
+    scaled = lambdas * p.plan.scales_on(theta.device)
+    flat = p.flat(theta, scaled, base)
     parts = [Part(p.plan, names) for names in order]
-    joined = [dict(zip(part.plan.names, join(part), strict=True)) for part in parts]
+    joined = [dict(zip(part.plan.names, p.part(theta, scaled, part, flat), strict=True)) for part in parts]
     tensors = {name: tensor for part in joined for name, tensor in part.items()}
     whole = dict(zip(SHAPES, p.weights(theta, lambdas, base), strict=True))
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == 1

@@ -401,7 +401,7 @@ def test_another_w0_is_warned_of_by_name(tmp_path):
     model = mlp()
     hsaid = trained(model)
     hsaid.save_pretrained(tmp_path)
-    other = copy.deepcopy(model)
+    other = copy.deepcopy(hsaid).unwrap()
     other[2].reset_parameters()
     with pytest.warns(
         UserWarning, match=r"in 2 of 4 tensors \('2.weight', '2.bias'\), so their weights will"

@@ -12,7 +12,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from models import IDS, bert, mlp, same, snapshot, tied_models
+from models import IDS, bert, mlp, reads, same, snapshot, tied_models
 from torch import nn
 
 from hsaid_kernels import HSAID, Projection
@@ -96,7 +96,7 @@ def test_compacters_training_code_runs(kind, tmp_path, caplog):
     generated = model.generate(IDS, max_length=6, num_beams=2)
     assert losses[-1] < 0.8 * losses[0]
     assert same({name: p for name, p in model.state_dict().items() if name in start}, start)
-    assert {n: model.get_parameter(n).data_ptr() for n in addresses} == addresses
+    assert {n: p.data_ptr() for n, p in model.named_parameters() if n in addresses} == addresses
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
 
     again = t5()  # of other weights: the saved ones bring W0 along
@@ -241,7 +241,7 @@ def test_generate_runs_on_the_weights_of_now():
     assert not hasattr(said(mlp()), "generate")
 
 
-def test_other_methods_run_through_hsaid():
+def test_other_methods_and_parts_run_on_the_weights_of_now():
     class Tagger(nn.Sequential):
         def encode(self, x):
             return self[0](x)
@@ -249,8 +249,11 @@ def test_other_methods_run_through_hsaid():
     model = Tagger(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     x, w0 = torch.randn(5, 4), copy.deepcopy(model)
     moved(said(model))
-    assert torch.equal(model.encode(x), w0.encode(x)) and torch.equal(model.hsaid(x), model(x))
-    assert torch.equal(model.hsaid.encode(x), model.hsaid.merge().encode(x))
+    assert not torch.equal(model.encode(x), w0.encode(x)) and torch.equal(model.hsaid(x), model(x))
+    assert torch.equal(model.encode(x), model.hsaid.merge().encode(x))
+    assert torch.equal(model.hsaid.encode(x), model.encode(x)) and torch.equal(model[:2](x), model.hsaid.merge()[:2](x))
+    model.hsaid.unwrap()
+    assert torch.equal(model(x), w0(x)) and type(model) is Tagger and not hasattr(model, "intrinsic_parameter")
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "albert"])
@@ -260,7 +263,7 @@ def test_tied_weights_stay_tied(name):
     assert max(map(len, places)) > 1
     moved(said(model))
     seen = {}
-    model.register_forward_hook(lambda module, *_: seen.update(module.named_parameters(remove_duplicate=False)))
+    model.register_forward_hook(lambda module, *_: seen.update(reads(module)))
     inputs = {"labels": LABELS} if name == "t5" else {}
     model(IDS, **inputs)
     w0, weights = dict(model.named_parameters()), model.hsaid.weights()

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from models import BACKENDS, IDS, bert, mlp, moved, same, snapshot, tied_models
+from models import BACKENDS, IDS, bert, mlp, moved, reads, same, snapshot, tied_models
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -47,7 +47,7 @@ def test_parameters_are_theta_and_multipliers():
     }
     assert hsaid.intrinsic_dim == 60 and hsaid.partition.num_multipliers == 16
     assert not hsaid.theta.any() and (hsaid.multipliers == 1).all()
-    assert list(hsaid.buffers()) == [] and list(hsaid.modules()) == [hsaid]
+    assert list(hsaid.modules()) == [hsaid, *hsaid.model.modules()]
 
 
 def test_theta_is_float32_whatever_the_default():
@@ -83,7 +83,9 @@ def test_wrapping_and_training_leave_w0_where_and_as_it_is(backend):
     assert hsaid.theta.grad is None and losses[-1] < losses[0] and hsaid.theta.all()
     assert same(model.state_dict(), before)
     assert [p.data_ptr() for p in model.parameters()] == addresses
-    assert all(p is q and p.grad is None and p.requires_grad for p, q in zip(model.parameters(), objects, strict=True))
+    assert all(p is q and p.grad is None for p, q in zip(model.parameters(), objects, strict=True))
+    assert not any(p.requires_grad for p in model.parameters())
+    assert hsaid.unwrap() is model and all(p.requires_grad for p in model.parameters())
 
 
 def test_training_twice_gives_the_same_losses(backend):
@@ -151,7 +153,7 @@ def test_excluded_parameters_are_frozen(backend):
     model = mlp()
     hsaid = moved(HSAID(model, 24, exclude=r"^2\.", backend=backend))
     seen = {}
-    model.register_forward_hook(lambda module, *_: seen.update(module.named_parameters()))
+    model.register_forward_hook(lambda module, *_: seen.update(reads(module)))
     hsaid(torch.randn(5, 4)).sum().backward()
     assert list(hsaid.weights()) == ["0.weight", "0.bias"]
     assert {name: tensor.requires_grad for name, tensor in seen.items()} == {
@@ -262,12 +264,11 @@ def test_weights_are_made_once_while_nothing_changes(calls, backend):
         "multipliers": lambda: hsaid.multipliers.mul_(2),
         "theta in inference mode": lambda: torch.inference_mode()(hsaid.theta.normal_)(),
         "theta replaced": lambda: setattr(hsaid, "theta", nn.Parameter(torch.randn(44))),
-        "W0 in place": lambda: classifier.bias.add_(1),
+        "W0 in place": lambda: hsaid.w0()["classifier.bias"].add_(1),
         "W0 loaded": lambda: model.load_state_dict(snapshot(bert())),
-        "W0's data": lambda: setattr(classifier.bias, "data", torch.randn(2)),
+        "W0's data": lambda: setattr(hsaid.w0()["classifier.bias"], "data", torch.randn(2)),
         "W0 replaced": lambda: setattr(classifier, "bias", nn.Parameter(torch.randn(2))),
         "module replaced": lambda: setattr(model, "classifier", nn.Linear(16, 2)),
-        "weights written to": lambda: hsaid.weights()["classifier.bias"].zero_(),
     }
     for name, change in changes.items():
         with torch.no_grad():
@@ -275,6 +276,7 @@ def test_weights_are_made_once_while_nothing_changes(calls, backend):
         assert made() == 1, name
         assert made() == 0, name
         assert same(hsaid.weights(), dict(hsaid.merge().named_parameters())), name
+        assert same(hsaid.weights(), reads(model)), name
         made()
     hsaid.theta.data.fill_(1)
     hsaid.train().eval()
@@ -298,7 +300,7 @@ def test_without_anything_to_train_the_weights_are_kept(calls):
     assert torch.equal(hsaid(torch.ones(1, 4)), hsaid(torch.ones(1, 4))) and len(calls) == 1
     hsaid.multipliers.requires_grad_()
     hsaid(torch.ones(1, 4)).sum().backward()
-    assert len(calls) == 2 and hsaid.theta.grad is None and hsaid.multipliers.grad is not None
+    assert len(calls) == 1 and hsaid.theta.grad is None and hsaid.multipliers.grad is not None
 
 
 def test_parameters_without_version_are_not_relied_on(calls):
@@ -308,7 +310,7 @@ def test_parameters_without_version_are_not_relied_on(calls):
     with torch.no_grad():
         first = hsaid(torch.ones(1, 4))
     with torch.inference_mode():
-        model[0].weight.add_(1)
+        hsaid.w0()["0.weight"].add_(1)
         assert not torch.equal(hsaid(torch.ones(1, 4)), first)
     assert len(calls) == 2
 
@@ -326,16 +328,28 @@ def test_weights_are_made_again_after_an_optimizer_that_torch_does_not_count(opt
         assert torch.equal(hsaid(x), hsaid.merge()(x))
 
 
-def test_nothing_of_a_training_step_is_kept(calls):
-    hsaid = HSAID(mlp(), 24, backend="reference")
+def test_the_weights_of_one_theta_are_kept(calls):
+    """For evaluation, several training steps (gradient accumulation) and reads; they go before the next are made."""
+    hsaid, x = HSAID(mlp(), 24, backend="reference"), torch.ones(1, 4)
     with torch.no_grad():
-        hsaid(torch.ones(1, 4))
-    loss = hsaid(torch.ones(1, 4)).sum()
-    assert [call.expired() for call in calls] == [True, False]  # the cache went, the graph is there
-    loss.backward()
-    assert [call.expired() for call in calls] == [True, True]
-    hsaid(torch.ones(1, 4)).sum().backward()
-    assert len(calls) == 3
+        hsaid(x)
+    for _ in range(2):
+        hsaid(x).sum().backward()
+    assert [call.expired() for call in calls] == [False]
+    twice = hsaid.theta.grad.clone()
+    hsaid.zero_grad()
+    (hsaid(x).sum() + hsaid.model(x).sum()).backward()
+    assert torch.allclose(hsaid.theta.grad, twice) and len(calls) == 1
+    with torch.no_grad():
+        hsaid.theta.add_(1)
+    made = ops.fastfood_forward
+    ops.fastfood_forward = lambda *args: (alive.append([call.expired() for call in calls]), made(*args))[1]
+    alive = []
+    try:
+        hsaid(x).sum().backward()
+    finally:
+        ops.fastfood_forward = made
+    assert alive == [[True]] and len(calls) == 2
     hsaid.merge()
     assert calls.pop().expired()
 
@@ -361,7 +375,7 @@ def test_copies_are_equal_and_independent(way, backend):
     with torch.no_grad():
         assert torch.equal(other(IDS).logits, expected) and other.model is not model
         other.theta.zero_()
-        other.model.classifier.bias.add_(1)
+        other.w0()["classifier.bias"].add_(1)
         assert torch.equal(hsaid(IDS).logits, expected)
     other(IDS, labels=torch.tensor([0, 1])).loss.backward()
     assert other.theta.grad.any() and hsaid.theta.grad is None
@@ -380,12 +394,14 @@ def test_merge_makes_an_ordinary_model(backend):
     model.bert.pooler = None
     model.bert.embeddings.LayerNorm.requires_grad_(False)
     before, names = snapshot(model), dict(model.named_parameters())
+    flags = {name: parameter.requires_grad for name, parameter in names.items()}
+    plain = copy.deepcopy(model)
     hsaid = moved(HSAID(model, 60, exclude=r"query\.bias", backend=backend))
     merged = hsaid.merge()
     assert type(merged) is type(model) and merged.state_dict().keys() == model.state_dict().keys()
     assert merged.cls.predictions.decoder.weight is merged.bert.embeddings.word_embeddings.weight
-    assert {n: p.requires_grad for n, p in merged.named_parameters()} == {n: p.requires_grad for n, p in names.items()}
-    assert torch.equal(merged(IDS).logits, hsaid(IDS).logits) and not torch.equal(merged(IDS).logits, model(IDS).logits)
+    assert {n: p.requires_grad for n, p in merged.named_parameters()} == flags
+    assert torch.equal(merged(IDS).logits, hsaid(IDS).logits) and not torch.equal(merged(IDS).logits, plain(IDS).logits)
     assert same(model.state_dict(), before)
     own = dict(merged.named_parameters())
     assert all(type(p) is nn.Parameter and p.is_leaf and p._base is None for p in own.values())
@@ -425,7 +441,7 @@ def test_state_dict_has_theta_multipliers_and_the_configuration(backend, tmp_pat
         (dict(partition="L1|L2|L3|L4"), r"expected partition 'L1\|L2\|L3\|L4', .* got 'L1\+L2\|L3\|L4'"),
         (dict(combine="sum"), "expected combine 'sum', .* got 'product'"),
         (dict(diagonal="rademacher"), "expected diagonal 'rademacher', .* got 'gaussian'"),
-        (dict(normalize="global"), "expected normalize 'global', .* got 'tensor'"),
+        (dict(normalize="tensor"), "expected normalize 'tensor', .* got 'global'"),
         (dict(width=128), "expected width 128, .* got 64"),
         (dict(skip=["attention"]), r"expected skip \['attention'\], .* got \[\]"),
         (dict(exclude="classifier.bias"), "'classifier.bias' of shape .* is missing"),
@@ -466,7 +482,9 @@ def test_a_model_is_wrapped_once():
         HSAID(first, 24)
     with pytest.raises(TypeError, match="is or holds an HSAID"):
         HSAID(nn.Sequential(first), 24)
-    with pytest.raises(ValueError, match=r"no HSAID wraps, .* wrap copy.deepcopy\(model\), or delete the first"):
+    with pytest.raises(
+        ValueError, match=r"no HSAID wraps, .* unwrap\(\) the first one .* or wrap copy.deepcopy\(model\)"
+    ):
         HSAID(model, 24)
     with pytest.raises(ValueError, match="no HSAID wraps"):
         copy.copy(first)
@@ -505,10 +523,17 @@ def test_a_model_is_wrapped_once():
         (lambda: mlp().double(), {}, TypeError, "float32, bfloat16 or float16, got torch.float64"),
         (
             lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).half()),
+            dict(dtype=torch.bfloat16),
+            ValueError,
+            r"dtype: expected the dtype of the model's tensors \(torch.float16, torch.float32\) or None",
+        ),
+        (
+            lambda: mlp().requires_grad_(False),
             {},
             ValueError,
-            "dtype: expected one for the weights, .* several: torch.float16, torch.float32",
+            "model: expected a parameter with requires_grad=True, or include= .* got all 4 frozen",
         ),
+        (bert, dict(frozen=["nowhere"]), ValueError, "frozen: expected names of the model's parameters, got 'nowhere'"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of complex and of empty modules
@@ -521,8 +546,10 @@ def test_integer_parameters_are_refused_unless_excluded():
     model = mlp()
     model.register_parameter("steps", nn.Parameter(torch.arange(3), requires_grad=False))
     with pytest.raises(TypeError, match="'steps'.*expected a floating-point tensor, got torch.int64"):
-        HSAID(model, 24)
-    assert HSAID(model, 24, exclude="steps", backend="reference")(torch.ones(1, 4)).shape == (1, 3)
+        HSAID(model, 24, include=".")
+    for options in ({}, dict(exclude="steps")):  # frozen tensors are left out
+        with HSAID(model, 24, backend="reference", **options) as hsaid:
+            assert hsaid(torch.ones(1, 4)).shape == (1, 3)
 
 
 def test_patterns_may_be_any_iterable():

@@ -155,7 +155,7 @@ def test_the_last_whole_checkpoint(tmp_path):
 def test_accumulating_gradients_is_a_larger_batch(tmp_path):
     rows = ROWS * 2
     one, two = wrapped(), wrapped()
-    settings = dict(max_grad_norm=0.1, train_sampling_strategy="sequential")  # and clipped
+    settings = dict(max_grad_norm=0.01, train_sampling_strategy="sequential")  # and clipped
     large = trainer(one, tmp_path, rows, per_device_train_batch_size=8, **settings)
     parts = trainer(two, tmp_path, rows, per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings)
     for model in (one, two):
@@ -166,7 +166,7 @@ def test_accumulating_gradients_is_a_larger_batch(tmp_path):
     parts.train()
     assert torch.allclose(one.theta, two.theta, atol=1e-4) and one.theta.any()
     norms = [entry["grad_norm"] for entry in large.state.log_history if "grad_norm" in entry]
-    assert max(norms) > 0.1  # something was clipped
+    assert max(norms) > 0.01  # something was clipped
 
 
 def test_bfloat16_mixed_precision(tmp_path):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from models import BACKENDS, IDS, bert, mlp, moved, same, snapshot, tied_models
+from models import BACKENDS, IDS, bert, mlp, moved, reads, same, snapshot, tied_models
 from torch import nn
 
 from hsaid_kernels.wrapper.hsaid import HSAID
@@ -27,7 +27,7 @@ def test_tied_and_shared_weights_stay_so(kind, backend):
     for name, parameter in parameters.items():
         ties.setdefault(parameter, []).append(name)
     seen = {}
-    model.register_forward_hook(lambda module, *_: seen.update(module.named_parameters(remove_duplicate=False)))
+    model.register_forward_hook(lambda module, *_: seen.update(reads(module)))
     batch = dict(input_ids=IDS, labels=IDS)
     loss = hsaid(**batch).loss
     assert any(len(names) > 1 for names in ties.values()) and seen.keys() == parameters.keys()
@@ -83,12 +83,18 @@ def test_rnn_runs_on_the_projected_weights_and_lets_them_go(backend):
             return self.rnn(x)[0]
 
     model, x = Tagger(), torch.randn(3, 2, 4)
+    plain = copy.deepcopy(model)
     hsaid = moved(HSAID(model, 24, backend=backend))
     out = hsaid(x)
-    assert torch.equal(out, hsaid.merge()(x)) and not torch.equal(out, model(x))
+    assert torch.equal(out, hsaid.merge()(x)) and not torch.equal(out, plain(x))
     out.sum().backward()
-    hsaid(x)
+    gradient = hsaid.theta.grad.clone()
+    hsaid.zero_grad()
+    model(x).sum().backward()  # by itself, too
+    assert gradient.any() and torch.equal(hsaid.theta.grad, gradient)
+    hsaid.unwrap()
     assert all(a is b for a, b in zip(model.rnn._flat_weights, model.rnn.parameters(), strict=True))
+    assert torch.equal(model(x), plain(x))
 
 
 def test_channels_last_and_non_contiguous_weights(backend):
@@ -110,7 +116,7 @@ def test_an_error_in_the_model_puts_w0_back():
     with pytest.raises(RuntimeError, match="shapes"):
         hsaid(torch.randn(5, 7))
     assert all(p is before[name] for name, p in model.named_parameters())
-    assert not torch.equal(hsaid(torch.ones(1, 4)), model(torch.ones(1, 4)))
+    assert torch.equal(hsaid(torch.ones(1, 4)), model(torch.ones(1, 4)))
 
 
 def test_other_attributes_are_the_models():
@@ -132,7 +138,7 @@ def test_other_attributes_are_the_models():
     model, x = Encoder(), torch.randn(3, 4)
     hsaid = moved(HSAID(model, 20, backend="reference"))
     assert hsaid.note == "kept" and hsaid.layer is model.layer and hsaid.model is model
-    assert torch.equal(hsaid.encode(x), hsaid(x)) and not torch.equal(model.encode(x), hsaid(x))
+    assert torch.equal(hsaid.encode(x), hsaid(x)) and torch.equal(model.encode(x), hsaid(x))
     assert hsaid.encode.__doc__ == "Encodes." and inspect.signature(hsaid.encode) == inspect.signature(model.encode)
     assert not hasattr(hsaid, "__len__")
     with pytest.raises(AttributeError, match="'Encoder' object has no attribute 'nothing'"):
@@ -152,7 +158,10 @@ def test_generate_uses_the_projected_weights(backend):
     options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
     made = hsaid.generate(IDS, **options)
     assert torch.equal(made, hsaid.merge().generate(IDS, **options))
-    assert not torch.equal(made, hsaid.model.generate(IDS, **options))
+    assert torch.equal(made, hsaid.model.generate(IDS, **options))
+    with hsaid.unwrapped() as plain:
+        assert not torch.equal(made, plain.generate(IDS, **options))
+    assert torch.equal(made, hsaid.generate(IDS, **options))
 
 
 def test_calling_back_from_within_the_model(backend):

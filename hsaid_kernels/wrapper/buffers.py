@@ -1,0 +1,64 @@
+"""`Buffers`: the buffers of a model that training changes, such as the statistics of BatchNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+
+LARGEST = 2**24  # bytes; larger buffers, such as quantized weights, are taken for constants
+PREFIX = "model."  # of their names in an HSAID's state_dict
+
+
+class Buffers:
+    """Remembers the persistent buffers of a model as they were when it was wrapped.
+
+    Prune's masks and buffers of more than 16 MB are taken for constants.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._before = {name: buffer.detach().clone() for name, buffer in _persistent(model)}
+
+    @torch.no_grad()
+    def changed(self, model: nn.Module) -> dict[str, Tensor]:
+        """{name: copy} of the buffers that are not as they were."""
+        found = {}
+        for name, buffer in _persistent(model):
+            before = self._before.get(name)
+            if before is None or before.shape != buffer.shape or not torch.equal(before.to(buffer), buffer):
+                found[name] = buffer.detach().clone()
+        return found
+
+    @torch.no_grad()
+    def put(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
+        """Puts the model's buffers back as they were, but those of `values`, which get these values."""
+        for name, buffer in _persistent(model):
+            value = values.get(name, self._before.get(name))
+            if value is not None and value.shape == buffer.shape:
+                buffer.copy_(value)
+
+    def check(self, where: str, model: nn.Module, values: Mapping[str, Tensor]) -> None:
+        """Raises ValueError, with a message that begins with `where`, if a value is of no buffer of the model."""
+        own = dict(_persistent(model))
+        for name, value in values.items():
+            if name not in own or own[name].shape != value.shape:
+                expected = f"shape {list(own[name].shape)}" if name in own else "none of this name"
+                raise ValueError(
+                    f"{where}: expected buffers of the model, got {name!r} of shape {list(value.shape)}, where it has "
+                    f"{expected}"
+                )
+
+
+def _persistent(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        masks = {
+            f"{h._tensor_name}_mask" for h in module._forward_pre_hooks.values() if isinstance(h, BasePruningMethod)
+        }
+        for key, buffer in module._buffers.items():
+            left_out = buffer is None or key in module._non_persistent_buffers_set or key in masks
+            if not left_out and id(buffer) not in seen and buffer.numel() * buffer.element_size() <= LARGEST:
+                seen.add(id(buffer))
+                yield (f"{prefix}.{key}" if prefix else key), buffer

@@ -1,0 +1,51 @@
+"""Modules inside a wrapped model that are compiled by themselves, as by `layer.compile()`.
+
+A compiled graph takes its weights as inputs, from the attribute `graph` of the module's `Place`. They are put there
+before each call, by ordinary Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from hsaid_kernels.wrapper.reads import place_of
+from hsaid_kernels.wrapper.weight import Weight
+
+
+class CurrentWeights:
+    """A module's `_compiled_call_impl`, which it calls with the weights of now."""
+
+    def __init__(self, module: nn.Module, compiled: Callable[..., Any]):
+        self.module, self.compiled = module, compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # inside a larger graph
+            return self.compiled(*args, **kwargs)
+        inside = [(module, place) for module in self.module.modules() if (place := place_of(module)) is not None]
+        for module, place in inside:
+            now = {key: getattr(module, key) for key in (*place.names, *place.masks)}
+            # as ordinary tensors: torch.compile does not know subclasses
+            place.graph = {key: t.as_subclass(torch.Tensor) if type(t) is Weight else t for key, t in now.items()}
+        try:
+            return self.compiled(*args, **kwargs)
+        finally:
+            for _, place in inside:
+                place.graph = None
+
+
+def keep_compiled_current(modules: Iterable[nn.Module]) -> None:
+    """Lets every module that is compiled by itself run on the weights of now."""
+    for module in modules:
+        compiled = module.__dict__.get("_compiled_call_impl")
+        if compiled is not None and not isinstance(compiled, CurrentWeights):
+            module.__dict__["_compiled_call_impl"] = CurrentWeights(module, compiled)
+
+
+def compiled_as_before(module: nn.Module) -> None:
+    compiled = module.__dict__.get("_compiled_call_impl")
+    if isinstance(compiled, CurrentWeights):
+        module.__dict__["_compiled_call_impl"] = compiled.compiled

@@ -1,0 +1,110 @@
+"""`Made`: the projected weights of one theta, and what they were computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hsaid_kernels.fastfood.projection import Part, Projection
+from hsaid_kernels.hierarchy import Partition
+from hsaid_kernels.wrapper.weight import READ_ONLY, Weight
+
+
+class Group:
+    """The tensors whose weights have the same dtype. They are made by one launch, into one buffer.
+
+    whole   all of them, as a part of the plan
+    parts   the same tensors, divided: one node of the autograd graph, and one call of the adjoint, for each
+    """
+
+    def __init__(self, whole: Part, parts: Sequence[Part], projection: Projection):
+        self.whole, self.parts, self.projection = whole, parts, projection
+
+    def scaled(self, partition: Partition, multipliers: Tensor) -> Tensor:
+        """The factors of the group's segments, multiplied by the plan's scales."""
+        factors, rows = partition.factors(multipliers), self.whole.rows_on(multipliers.device)
+        return (factors if rows is None else factors[rows]) * self.whole.plan.scales_on(multipliers.device)
+
+
+class Made:
+    """Weights, and the tensors they were computed from, to notice when they are out of date.
+
+    theta and the multipliers are compared by value too, because fused optimizers write to them without increasing
+    torch's version counter. W0 is compared by address and version counter. References to these tensors are kept, so no
+    new tensor can get the same address.
+
+    weights   {name: weight} without a graph
+    nodes     {name: weight} of the same values with a graph, made part by part when a weight of the part is first read;
+              emptied before each call of the HSAID, because autograd runs the most recently made nodes first: a node
+              made when its first block runs is reached as soon as backward has left that block
+    tracked   whether torch counts the versions of all these tensors; it does not for inference tensors
+    seen      names read from outside a call since everything was last compared
+    """
+
+    def __init__(
+        self, theta: nn.Parameter, multipliers: nn.Parameter, w0: Mapping[str, nn.Parameter], groups: Sequence[Group]
+    ):
+        self.theta, self.multipliers, self.w0, self.groups = theta, multipliers, w0, groups
+        self.tracked = not any(tensor.is_inference() for tensor in (theta, multipliers, *w0.values()))
+        self.values = [tensor.detach().clone() for tensor in (theta, multipliers)]
+        self.versions = [tensor._version if self.tracked else 0 for tensor in (theta, multipliers)]
+        self.flats: list[Tensor] = []
+        self.weights: dict[str, Weight] = {}
+        self.seen: set[str] = set()
+        self.forget_nodes()
+
+    def forget_nodes(self) -> None:
+        self.nodes: dict[str, Weight] = {}
+        self.scaled: dict[Group, Tensor] = {}
+        self.wanting = (self.theta.requires_grad, self.multipliers.requires_grad)
+        self.wanted = any(self.wanting)
+
+    def finish(self) -> None:
+        """Notes what the weights are made of, once they are made."""
+        self.written = self.flats[0]._version
+        self.stamps = {
+            name: (tensor, tensor.data_ptr(), tensor._version if self.tracked else 0, self.weights[name])
+            for name, tensor in self.w0.items()
+        }
+        self.kept = [tensor.detach() for tensor in self.w0.values()]
+
+    def equals(self, trained: Sequence[Tensor]) -> bool:
+        """Whether theta and the multipliers still have the values that the weights were made from."""
+        return all(map(torch.equal, self.values, trained))
+
+    def check_unwritten(self) -> None:
+        """Raises RuntimeError if somebody has written to the weights."""
+        if any(flat._version != self.written for flat in self.flats):
+            raise RuntimeError(f"model: one of its weights was written to in place, but {READ_ONLY}")
+
+
+class Scaled(torch.autograd.Function):
+    """Multipliers [m] -> `Group.scaled`. Saves nothing that one backward would free.
+
+    So the weights of now can be used by several forward passes, each with a backward of its own.
+    """
+
+    @staticmethod
+    def forward(ctx, multipliers, group, partition):
+        ctx.multipliers, ctx.version, ctx.group, ctx.partition = multipliers, version(multipliers), group, partition
+        return group.scaled(partition, multipliers)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if version(ctx.multipliers) != ctx.version:
+            raise RuntimeError(
+                "the multipliers have been changed in place between forward and backward, which needs them unchanged"
+            )
+        graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            multipliers = ctx.multipliers if graph else ctx.multipliers.detach().requires_grad_()
+            scaled = ctx.group.scaled(ctx.partition, multipliers)
+            (found,) = torch.autograd.grad(scaled, multipliers, grad, create_graph=graph, allow_unused=True)
+        return found, None, None
+
+
+def version(tensor: Tensor) -> int | None:
+    """The tensor's version counter; None for inference tensors, which have none."""
+    return None if tensor.is_inference() else tensor._version

@@ -1,0 +1,41 @@
+"""`merged_copy`: an ordinary model whose parameters are the projected weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hsaid_kernels.wrapper.compiled import compiled_as_before
+from hsaid_kernels.wrapper.reads import detach, place_of
+from hsaid_kernels.wrapper.tree import masks
+
+
+@torch.no_grad()
+def merged_copy(
+    model: nn.Module, own: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], flags: Mapping[str, bool]
+) -> nn.Module:
+    """A deep copy of the model in which copies of `values` replace the parameters of these names.
+
+    `own` holds the model's own parameters by name; `flags` says which of the copy's require gradients.
+    """
+    # deepcopy treats an entry of the memo as a finished copy, so what is replaced is not copied.
+    memo: dict[int, Any] = {id(own[name]): nn.Parameter(value.clone(), False) for name, value in values.items()}
+    for module in model.modules():
+        if (place := place_of(module)) is not None:
+            memo[id(place)] = place  # and with it the wrapper
+    for module, hook in masks(model.modules()):  # the masked weights stored by torch.nn.utils.prune
+        if (made := module.__dict__.get(hook._tensor_name)) is not None:
+            memo[id(made)] = made.detach()
+    merged = copy.deepcopy(model, memo)
+    for module in merged.modules():
+        compiled_as_before(module)
+        detach(module)
+    for name, parameter in merged.named_parameters():
+        parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+    for module, hook in masks(merged.modules()):
+        hook(module, None)
+    return merged

@@ -1,0 +1,96 @@
+"""`Saved`: what an HSAID saves and loads, in checkpoints and as `state_dict()`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from hsaid_kernels.wrapper import checkpoint, hub
+from hsaid_kernels.wrapper.buffers import PREFIX, Buffers
+from hsaid_kernels.wrapper.comparison import check_state
+from hsaid_kernels.wrapper.configuration import describe, encode_state
+from hsaid_kernels.wrapper.projected import ProjectedWeights
+from hsaid_kernels.wrapper.stand_in import StandIn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Saved(StandIn):
+    """Checkpoints and `state_dict()` of a class with the attributes of `HSAID`."""
+
+    _projected: ProjectedWeights
+    _model_buffers: Buffers
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, is_main_process: bool = True, **_: Any) -> None:
+        """Saves the current task's parameters and the configuration, a few kilobytes; see `checkpoint.save_pretrained`.
+
+        Does nothing if `is_main_process` is False. Other arguments of transformers' `save_pretrained` are accepted and
+        ignored.
+        """
+        if is_main_process:
+            checkpoint.save_pretrained(self, directory)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | os.PathLike[str], model: nn.Module, *, backend: str = "auto", **of_hub: Any
+    ) -> Self:
+        """Wraps `model` as saved in a checkpoint; its W0 must be that of training. See `checkpoint.from_pretrained`.
+
+        `directory` may be the name of a repository of the Hugging Face hub, as in "me/task". `of_hub` are arguments of
+        `huggingface_hub.snapshot_download`: revision, token, cache_dir, ...
+        """
+        return checkpoint.from_pretrained(cls, hub.local_directory(directory, **of_hub), model, backend=backend)
+
+    def load_task(self, directory: str | os.PathLike[str]) -> str:
+        """Adds the task stored in a checkpoint, makes it the current task and returns its name.
+
+        The checkpoint must come from the same basis, tensors and W0. A different W0 only causes a warning. Raises what
+        `from_pretrained` raises, and ValueError for a different basis or a task whose name already exists.
+        """
+        return checkpoint.load_task(self, directory)
+
+    def push_to_hub(self, repo_id: str, **of_hub: Any) -> str:
+        """Uploads the checkpoint of the current task and a model card to the Hugging Face hub; see `hub.push`."""
+        return hub.push(self, repo_id, **of_hub)
+
+    def buffers_changed(self) -> dict[str, Tensor]:
+        """{name: copy} of the model's buffers that have changed since it was wrapped (BatchNorm's statistics)."""
+        return self._model_buffers.changed(self.model)
+
+    def put_buffers(self, values: Mapping[str, Tensor]) -> None:
+        """Gives the model's buffers the values that they had when it was wrapped, or those of `values`.
+
+        Raises ValueError, and changes nothing, if the model has no such buffers.
+        """
+        self._model_buffers.check("buffers", self.model, values)
+        self._model_buffers.put(self.model, values)
+
+    def get_extra_state(self) -> Tensor:
+        return encode_state(describe(self))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Does nothing: `_load_from_state_dict` has already checked the configuration."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({f"{prefix}{PREFIX}{name}": value for name, value in self.buffers_changed().items()})
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        # Checked before anything is loaded, so that a state_dict with another configuration changes nothing here.
+        of_model = f"{prefix}{PREFIX}"
+        buffers = {key[len(of_model) :]: value for key, value in state_dict.items() if key.startswith(of_model)}
+        try:
+            self._projected.refuse_merged("load_state_dict()")
+            self._model_buffers.check("state_dict", self.model, buffers)
+            if (key := f"{prefix}_extra_state") in state_dict:
+                check_state(state_dict[key], self)
+        except (RuntimeError, ValueError) as error:
+            errors.append(str(error))
+        else:
+            own = {key: value for key, value in state_dict.items() if not key.startswith(of_model)}
+            super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected, errors)
+            self._model_buffers.put(self.model, buffers)

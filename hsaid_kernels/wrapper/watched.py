@@ -1,0 +1,232 @@
+"""`WatchedModel`: a model whose reads are answered by its subclass. Notices changes, and gives the model back."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from hsaid_kernels.fastfood.plan import Plan
+from hsaid_kernels.wrapper.comparison import differences
+from hsaid_kernels.wrapper.compiled import compiled_as_before, keep_compiled_current
+from hsaid_kernels.wrapper.reads import attach, detach, place_of, watch_registrations
+from hsaid_kernels.wrapper.tree import Tree, masks
+from hsaid_kernels.wrapper.wrapped import check_hooks
+
+
+class WatchedModel:
+    """A wrapped model.
+
+    Args:
+        model: the model whose parameters are W0.
+        plan: its projected tensors.
+        full: names of the fully trained tensors.
+        own_full: whether these are the model's own parameters, and not copies.
+
+    Attributes:
+        kept: {name: W0_i} while the model holds the projected weights (`merge`), else None.
+        flags: {name: requires_grad before the model was wrapped}. W0 does not require gradients while it is wrapped, so
+            that neither an optimizer nor DistributedDataParallel around a larger module take it for trained.
+        others: names of parameters that are in the model since, and belong there.
+        attached: whether the model is wrapped.
+        owner: a weak reference to the HSAID. The model refers to this object, and this object to theta, but not to the
+            HSAID, so that `del hsaid` frees the model for another one.
+    """
+
+    owner: weakref.ref[nn.Module] | None
+    lock: threading.RLock
+
+    def __init__(self, model: nn.Module, plan: Plan, full: Collection[str], own_full: bool):
+        tree = Tree(model)
+        self._model = weakref.ref(model)
+        self.plan, self._full_names, self.own_full = plan, frozenset(full), own_full
+        self._aliases, self._own = tree.aliases, tree.parameters
+        self.flags = {name: parameter.requires_grad for name, parameter in tree.parameters.items()}
+        self.others: set[str] = set()
+        self.kept: dict[str, Tensor] | None = None
+        self.attached = False
+
+    def _start(self) -> None:
+        """Makes what is not copied with this object."""
+        watch_registrations()
+        self.owner = None
+        self.lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {key: value for key, value in self.__dict__.items() if key not in ("owner", "lock")}
+        return state | {"_model": self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state["_model"]
+        self.__dict__.update(state | {"_model": weakref.ref(nn.Module() if model is None else model)})
+        self._start()
+
+    def read(self, name: str | None, parameter: nn.Parameter) -> Tensor:
+        """What a module of the model gets for its attribute, whose W0 is `parameter`; see `reads.py`."""
+        raise NotImplementedError
+
+    def drop_cache(self) -> None:
+        """Discards what reads are answered by, so that the next read makes it again."""
+        raise NotImplementedError
+
+    @property
+    def model(self) -> nn.Module:
+        """The wrapped model. Not kept alive from here: its modules refer to this object, and would make a circle."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError("model: expected the one that was wrapped to be in use, but it is gone")
+        return model
+
+    def belongs_to(self, owner: nn.Module) -> None:
+        """Notes whose weights these are. Raises ValueError if they are another HSAID's, as after copy.copy()."""
+        if self.owner is not None and self.owner() not in (None, owner):
+            raise ValueError(
+                "model: expected one that no HSAID wraps, got that of the HSAID which was copied: deepcopy it"
+            )
+        self.owner = weakref.ref(owner)
+
+    def attach(self) -> None:
+        """From now on, reads of the model's weights are answered here."""
+        self.attached = True
+        self._scan()
+
+    def detach(self) -> None:
+        """Gives back the plain model: its classes, its W0, and whether its parameters require gradients."""
+        if self.kept is not None:
+            self.unmerge()
+        self.attached = False
+        self.drop_cache()
+        tree = Tree(self.model)
+        for module in (self.model, *tree.modules):
+            compiled_as_before(module)
+            detach(module)
+        for name, parameter in tree.parameters.items():
+            if self.flags.get(name, parameter.requires_grad) != parameter.requires_grad:
+                parameter.requires_grad_(self.flags[name])
+
+    def tree_changed(self) -> None:
+        if (model := self._model()) is not None and (place := place_of(model)) is not None:
+            place.tree = None
+
+    def _scan(self) -> Tree:
+        """Looks at the model again. Raises ValueError if it has other tensors than when it was wrapped."""
+        model = self.model
+        for module in model.modules():
+            if (place := place_of(module)) is None or place.source is not self:
+                attach(module, self, {}, {})
+        masked: dict[nn.Module, dict[str, Any]] = defaultdict(dict)
+        tree = Tree(model)
+        if untied := sorted(self._aliases.keys() & tree.parameters.keys()):
+            raise ValueError(
+                f"model: expected {untied[0]!r} to be tied as it was when it was wrapped, got one of its own"
+            )
+        shapes = {name: tuple(tree.parameters[name].shape) for name in self.plan.names if name in tree.parameters}
+        found = [name for name in tree.parameters if name not in self.flags and name not in self.others]
+        missing = [name for name in self.flags if name not in tree.parameters]
+        if shapes != self.plan.shapes or found or missing:
+            expected = dict.fromkeys(self.flags, ()) | self.plan.shapes
+            got = {name: tuple(p.shape) if name in self.plan.shapes else () for name, p in tree.parameters.items()}
+            reason = differences(expected, {name: got[name] for name in got if name not in self.others})
+            raise ValueError(
+                f"model: expected the tensors that it had when it was wrapped, got others: {reason}; unwrap() the "
+                "model before changing it"
+            )
+        for module, hook in masks([model, *tree.modules]):
+            masked[module][hook._tensor_name] = hook
+        answered = self.plan.shapes.keys() | (frozenset() if self.own_full else self._full_names)
+        names = tree.names()
+        for module in (model, *tree.modules):
+            own = {key: names[id(p)] for key, p in module._parameters.items() if p is not None}
+            attach(module, self, {key: name for key, name in own.items() if name in answered}, masked[module])
+        for name, parameter in tree.parameters.items():
+            if parameter.requires_grad and name in self.flags and not (self.own_full and name in self._full_names):
+                parameter.requires_grad_(False)
+        place = place_of(model)
+        assert place is not None
+        place.tree = tree
+        self._own = tree.parameters
+        return tree
+
+    def _verified(self) -> dict[str, nn.Parameter]:
+        """The model's parameters. Raises if the model has changed in a way that would not be heard."""
+        model = self._model()
+        if model is None:  # somebody has kept a part of it
+            return self._own
+        place = place_of(model)
+        tree = None if place is None or place.source is not self else place.tree
+        if tree is None or not tree.holds():
+            tree = self._scan()
+        keep_compiled_current((model, *tree.modules))
+        for name, parameter in tree.parameters.items():
+            if (
+                parameter.requires_grad
+                and name in self.flags
+                and name not in self.plan.shapes
+                and name not in self._full_names
+            ):
+                raise RuntimeError(
+                    f"model: expected {name!r} to stay frozen, because the HSAID leaves it out, got "
+                    "requires_grad=True: unwrap() the model, and wrap it again"
+                )
+            if parameter._backward_hooks and name in self.flags and not self.own_full:
+                check_hooks({name: parameter})
+        return tree.parameters
+
+    def w0(self) -> dict[str, Tensor]:
+        """{name: W0_i} for the projected tensors."""
+        own: Mapping[str, Tensor] = self.own() if self.kept is None else self.kept
+        return {name: own[name] for name in self.plan.names}
+
+    def own(self) -> dict[str, nn.Parameter]:
+        """The model's own parameters by name, where a tied parameter appears once."""
+        with self.lock:
+            return self._verified() if self.attached else dict(self.model.named_parameters())
+
+    def merge(self, values: Mapping[str, Tensor]) -> None:
+        """Puts `values` into the model's own parameters of these names, until `unmerge`."""
+        own = self.own()
+        self.drop_cache()
+        self.kept = {name: own[name].data for name in values}
+        # Fully trained tensors are cloned, so that writes to the merged model do not change them.
+        for name, value in values.items():
+            own[name].data = value.data if name in self.plan.shapes else value.data.clone()
+
+    def unmerge(self) -> None:
+        """Restores the data that `merge` replaced. Raises RuntimeError if nothing is merged."""
+        if self.kept is None:
+            raise RuntimeError("unmerge(): expected weights that merge(inplace=True) has merged, found none")
+        own = dict(self.model.named_parameters())
+        for name, value in self.kept.items():
+            own[name].data = value
+        self.kept = None
+
+    def refuse_merged(self, call: str) -> None:
+        """Raises RuntimeError, which names `call`, if the model holds the projected weights."""
+        if self.kept is not None:
+            raise RuntimeError(
+                f"{call}: expected a model on its W0, got one that merge(inplace=True) has merged: unmerge()"
+            )
+
+
+def unwrapped_before(model: nn.Module, owner: nn.Module) -> None:
+    """Frees a model for a new HSAID, `owner`. Raises ValueError if another HSAID wraps it, or a part of it."""
+    sources = {}
+    for name, module in model.named_modules():
+        place = place_of(module)
+        if place is not None and isinstance(place.source, WatchedModel):
+            sources[id(place.source)] = place.source
+            other = place.source.owner and place.source.owner()
+            if other is not None and other is not owner:
+                what = f"its {name!r} already is" if name else f"a {type(module).__name__} that already is"
+                raise ValueError(
+                    f"model: expected one that no HSAID wraps, got {what if not name else 'one of which ' + what}: "
+                    "unwrap() the first one (`with HSAID(model, d) as hsaid:` does so at its end), or wrap "
+                    "copy.deepcopy(model)"
+                )
+    for source in sources.values():
+        if source.owner is None or source.owner() is not owner:
+            source.detach()

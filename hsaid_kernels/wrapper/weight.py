@@ -1,0 +1,68 @@
+"""`Weight`: the type of what a read of a wrapped model's weight gives."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+READ_ONLY = (
+    "a projected weight is read only, because theta makes it: write to W0 (hsaid.w0()), or unwrap() the model to "
+    "change it"
+)
+FREEZE = (
+    "a projected weight is trained through theta: freeze tensors before HSAID wraps the model, or name them in exclude="
+)
+HOOKS = "a projected weight is made again when theta changes, and its hooks would be lost: register them on hsaid.theta"
+
+
+class Weight(nn.Parameter):
+    """A projected weight. For code that looks, it is an nn.Parameter; what it could not keep, it refuses.
+
+    Writes in place increase the version counter, also those through `data`, so that the next read of the model refuses
+    to go on with them. A subclass of nn.Parameter costs nothing in operations: they give ordinary tensors.
+
+    w0  the parameter of the model
+    """
+
+    w0: nn.Parameter
+
+    @staticmethod
+    def of(tensor: Tensor) -> Weight:
+        """`tensor` as a Weight, which shares its memory and its version counter. Has no graph."""
+        made: Weight = torch.Tensor._make_subclass(Weight, tensor, False)
+        return made
+
+    def __new__(cls, data: Tensor, requires_grad: bool = True) -> Any:
+        return nn.Parameter(data, requires_grad)  # as nn.Parameter's own copies and pickles call it
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach().as_subclass(torch.Tensor)
+
+    @data.setter
+    def data(self, value: Tensor) -> NoReturn:
+        raise RuntimeError(READ_ONLY)
+
+    @property
+    def requires_grad(self) -> bool:
+        return torch.Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined]
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> NoReturn:
+        raise RuntimeError(FREEZE)
+
+    def requires_grad_(self, requires_grad: bool = True) -> NoReturn:
+        raise RuntimeError(FREEZE)
+
+    def register_hook(self, hook: Any) -> NoReturn:
+        raise RuntimeError(HOOKS)
+
+    def register_post_accumulate_grad_hook(self, hook: Any) -> NoReturn:
+        raise RuntimeError(HOOKS)
+
+
+def is_given(value: object) -> bool:
+    """Whether a tensor in `module._parameters` was put there for the time of a call, as by functional_call."""
+    return isinstance(value, Tensor) and (type(value) is Weight or not isinstance(value, nn.Parameter))
