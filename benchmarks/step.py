@@ -30,7 +30,8 @@ def wrapped(method: str) -> HSAID:
         model.to(torch.bfloat16)
     hsaid = HSAID(model, 1000, dtype=torch.bfloat16 if method == "mixed" else None)
     if method == "held":
-        hsaid._projected.parts = []  # leaves the node that all weights have at first
+        hsaid._projected.parts = [list(hsaid.plan.names)]
+        hsaid._projected.forget_groups()
     return hsaid
 
 

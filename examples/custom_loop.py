@@ -72,7 +72,7 @@ def main(argv=None):
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = Classifier(args.model, len(data.labels))
 
-    hsaid = HSAID(model, args.intrinsic_dim, args.partition, args.seed, normalize="global").to(device)  # H-SAID
+    hsaid = HSAID(model, args.intrinsic_dim, args.partition, args.seed).to(device)  # H-SAID
     groups = hsaid.parameter_groups(lr_theta=args.lr, lr_multipliers=args.lr_multipliers)  # H-SAID
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, args.steps))

@@ -40,7 +40,7 @@ def main(argv=None):
     tokenizer = AutoTokenizer.from_pretrained(args.model)
 
     first, *others = tasks
-    options = {"normalize": "global", "train_fully": "classifier", "task": first}  # the head of each task is its own
+    options = {"train_fully": "classifier", "task": first}  # the head of each task is its own
     hsaid = HSAID(load_model(args.model), args.intrinsic_dim, args.partition, args.seed, **options)
     hsaid.to(accelerator.device)
     for task in others:

@@ -35,7 +35,7 @@ def main(argv=None):
     for name, heads in pruned.items():
         print(f"pruned {name}: heads {', '.join(map(str, heads))}")
 
-    hsaid = classifier.model = HSAID(model, args.intrinsic_dim, args.partition, args.seed, normalize="global")
+    hsaid = classifier.model = HSAID(model, args.intrinsic_dim, args.partition, args.seed)
     print(f"{hsaid}\n{hsaid.partition}")
     batches = training.training_batches(classifier, data.train, args.batch_size, args.seed)
     for step, done in enumerate(training.training_steps(hsaid, batches, steps=args.steps, lr=args.lr), 1):

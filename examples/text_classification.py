@@ -73,7 +73,10 @@ def main(argv: list[str] | None = None) -> Trainer:
 
     # Trainer makes an optimizer itself where it is given none; this one has a learning rate of its own for the head.
     optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args)
-    groups = hsaid.parameter_groups(lr_full=options.lr_full, weight_decay=args.weight_decay)
+    rate = args.learning_rate
+    groups = hsaid.parameter_groups(
+        lr_theta=rate, lr_multipliers=rate, lr_full=options.lr_full, weight_decay=args.weight_decay
+    )
 
     def encode(rows):
         tokens = tokenizer([text for text, _ in rows], truncation=True, max_length=options.max_length)

@@ -86,7 +86,7 @@ def intrinsic_dimension_said(
 
 
 class FastfoodWrap(HSAID):
-    """`HSAID(module, intrinsic_dimension, "did")` with the arguments of the original class and its attributes.
+    """`HSAID(module, intrinsic_dimension, "did", normalize="tensor")` as the original class calls it.
 
     Args:
         module: a module. Its parameters that require gradients are projected; the others are frozen.
@@ -101,7 +101,7 @@ class FastfoodWrap(HSAID):
         self, module: nn.Module, intrinsic_dimension: int, device: torch.device | str | int = 0, *, seed: int = 0
     ):
         include, _ = _choice(module, ())
-        super().__init__(module, intrinsic_dimension, "did", seed, include=include)
+        super().__init__(module, intrinsic_dimension, "did", seed, include=include, normalize="tensor")
         self.to(device)
 
     from_pretrained = HSAID.from_pretrained  # type: ignore[assignment]  # returns an HSAID, because a checkpoint has more options than this class
@@ -136,7 +136,7 @@ def _put_into_subspace(
         )
     include, train_fully = _choice(module, str_filter)
     torch.empty(0, device=device)  # raises for an unavailable device before anything is changed
-    hsaid = _InPlace(module, dim, partition, seed, include=include, train_fully=train_fully)
+    hsaid = _InPlace(module, dim, partition, seed, include=include, train_fully=train_fully, normalize="tensor")
     _carry(module, hsaid)
     return module.to(device)
 

@@ -21,9 +21,9 @@ from hsaid_kernels.wrapper.comparison import check_active_ranks
 from hsaid_kernels.wrapper.configuration import TASK
 from hsaid_kernels.wrapper.heads import Heads
 from hsaid_kernels.wrapper.merging import merged_copy
+from hsaid_kernels.wrapper.multitask import MultiTask
 from hsaid_kernels.wrapper.projected import ProjectedWeights
-from hsaid_kernels.wrapper.saved import Saved
-from hsaid_kernels.wrapper.tasks import Tasks, check_task, groups_of
+from hsaid_kernels.wrapper.tasks import Tasks, check_task
 from hsaid_kernels.wrapper.watched import unwrapped_before
 from hsaid_kernels.wrapper.wrapped import check_layers, check_parameters, plain
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class HSAID(Saved):
+class HSAID(MultiTask):
     """Wraps a model for fine-tuning inside a random subspace: DID, SAID or H-SAID (docs/method.md).
 
     Args:
@@ -185,88 +185,6 @@ class HSAID(Saved):
     def merged(self) -> bool:
         """Whether the model holds the projected weights: True from `merge(inplace=True)` until `unmerge()`."""
         return self._projected.kept is not None
-
-    @property
-    def task(self) -> str:
-        """The name of the current task, to which `theta`, `multipliers` and `full` belong."""
-        return self._tasks.current
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The names of all tasks, in the order in which they were added."""
-        return self._tasks.names
-
-    @property
-    def full(self) -> dict[str, nn.Parameter]:
-        """{name: parameter} for the tensors that are trained fully in the current task."""
-        return self._tasks.full_of(self._parameters)
-
-    def parameter_groups(
-        self,
-        *,
-        lr_theta: float | None = None,
-        lr_multipliers: float | None = None,
-        lr_full: float | None = None,
-        weight_decay: float | None = None,
-        task: str | None = None,
-    ) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer: "theta", "multipliers" and "full", in this order, empty groups omitted.
-
-        Args:
-            lr_theta, lr_multipliers, lr_full: learning rate of each group. None leaves it to the optimizer.
-            weight_decay: of theta and the fully trained tensors. None leaves it to the optimizer. The multipliers
-                always get 0, because weight decay would pull them towards 0 and their neutral value is 1.
-            task: the task whose parameters are grouped. None means the current task.
-
-        Raises ValueError for an unknown task.
-        """
-        rates = {"theta": lr_theta, "multipliers": lr_multipliers, "full": lr_full}
-        return groups_of(self._tasks.parameters_of(task, self._parameters), rates, weight_decay)
-
-    def add_task(self, name: str) -> None:
-        """Adds a task: a separate theta, multipliers and `full` with their initial values, on the same W0 and basis.
-
-        The current task does not change. Use one optimizer per task: it keeps the parameters of the task it was created
-        for, also while another task is current.
-
-        Raises TypeError if name is not a non-empty string, ValueError if the task exists, RuntimeError while merged in
-        place.
-        """
-        self._projected.refuse_merged("add_task()")
-        before = self.task
-        self._tasks.add(name, self._parameters)
-        self._start_task(name)
-        self._tasks.switch(before, self._parameters)
-
-    def set_task(self, name: str) -> None:
-        """Makes `name` the current task, which `theta`, `multipliers`, `full`, `parameters()` and all calls refer to.
-
-        `state_dict()` too is that of the current task, and the buffers that training changed. Set the task before
-        wrapping this module in DistributedDataParallel, which keeps the parameters it finds at construction.
-
-        Raises ValueError for an unknown task, RuntimeError while merged in place.
-        """
-        self._tasks.check(name)
-        self._projected.refuse_merged("set_task()")
-        self._buffers_of[self.task] = self._model_buffers.changed(self.model)
-        self._tasks.switch(name, self._parameters)
-        self._model_buffers.put(self.model, self._buffers_of.pop(name, {}))
-
-    def remove_task(self, name: str) -> None:
-        """Deletes a task and its parameters. Raises ValueError for the current task and for an unknown one."""
-        self._tasks.remove(name)
-        self._buffers_of.pop(name, None)
-
-    def _start_task(self, name: str) -> None:
-        """Creates the parameters of a new task with their initial values, and makes it the current task."""
-        own = self._projected.own()
-        device = own[self.plan.names[0]].device
-        theta = torch.zeros(self.plan.dim, dtype=torch.float32, device=device)
-        ones = self.partition.initial().to(device)
-        # DID has no multipliers, so this parameter is empty and gets no gradient. requires_grad=False keeps
-        # DistributedDataParallel from waiting for one.
-        parameters = {"theta": nn.Parameter(theta), "multipliers": nn.Parameter(ones, requires_grad=len(ones) > 0)}
-        self._tasks.start(name, parameters, own, self._parameters)
 
     def merge(self, inplace: bool = False) -> nn.Module:
         """Returns a model whose parameters are the projected weights and `full`.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hsaid_kernels.fastfood.projection import Part, Projection
 from hsaid_kernels.hierarchy import Partition
-from hsaid_kernels.wrapper.weight import READ_ONLY, Weight
+from hsaid_kernels.wrapper.weight import Weight
 
 
 class Group:
@@ -73,11 +73,6 @@ class Made:
     def equals(self, trained: Sequence[Tensor]) -> bool:
         """Whether theta and the multipliers still have the values that the weights were made from."""
         return all(map(torch.equal, self.values, trained))
-
-    def check_unwritten(self) -> None:
-        """Raises RuntimeError if somebody has written to the weights."""
-        if any(flat._version != self.written for flat in self.flats):
-            raise RuntimeError(f"model: one of its weights was written to in place, but {READ_ONLY}")
 
 
 class Scaled(torch.autograd.Function):

@@ -27,9 +27,9 @@ def merged_copy(
     for module in model.modules():
         if (place := place_of(module)) is not None:
             memo[id(place)] = place  # and with it the wrapper
-    for module, hook in masks(model.modules()):  # the masked weights stored by torch.nn.utils.prune
-        if (made := module.__dict__.get(hook._tensor_name)) is not None:
-            memo[id(made)] = made.detach()
+        # Weights that hooks compute and store in the module, such as those of prune and weight_norm, may have a graph.
+        computed = (value for value in module.__dict__.values() if isinstance(value, Tensor) and not value.is_leaf)
+        memo |= {id(value): value.detach() for value in computed}
     merged = copy.deepcopy(model, memo)
     for module in merged.modules():
         compiled_as_before(module)

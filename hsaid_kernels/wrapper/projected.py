@@ -19,7 +19,7 @@ from hsaid_kernels.wrapper.blocks import blocks_of, joined
 from hsaid_kernels.wrapper.made import Group, Made, Scaled
 from hsaid_kernels.wrapper.tasks import Own, key_of
 from hsaid_kernels.wrapper.watched import WatchedModel
-from hsaid_kernels.wrapper.weight import Weight
+from hsaid_kernels.wrapper.weight import READ_ONLY, Weight
 
 
 class _Inside(threading.local):
@@ -120,8 +120,7 @@ class ProjectedWeights(WatchedModel):
         else:
             same = theta is made.theta and multipliers is made.multipliers and parameter is own
         if weight._version != made.written:
-            self._made = None
-            made.check_unwritten()
+            self._refuse_written(made)
         if same and not self._inside.depth:
             if name in made.seen:
                 made.seen.clear()
@@ -136,7 +135,8 @@ class ProjectedWeights(WatchedModel):
     def _serves(self, made: Made) -> bool:
         """Whether these weights are those of now. Compares everything; raises as `_verified` does."""
         own, theta, multipliers = self._verified(), self.trained("theta"), self.trained("multipliers")
-        made.check_unwritten()
+        if any(flat._version != made.written for flat in made.flats):
+            self._refuse_written(made)
         return (
             made.tracked
             and theta is made.theta
@@ -147,6 +147,12 @@ class ProjectedWeights(WatchedModel):
             )
             and made.equals((theta, multipliers))
         )
+
+    def _refuse_written(self, made: Made) -> None:
+        """Raises RuntimeError, once: the next read makes the weights again."""
+        if self._made is made:
+            self._made = None
+        raise RuntimeError(f"model: one of its weights was written to in place, but {READ_ONLY}")
 
     def _make(self) -> Made:
         """Computes the weights of now."""
@@ -263,6 +269,11 @@ class ProjectedWeights(WatchedModel):
             # views, because a parameter in the place of a parameter would be taken for W0
             tensors |= {name: self.trained(key).view_as(self.trained(key)) for name, key in self.full.items()}
         return self.run_on(tensors, args, kwargs)
+
+    def forget_groups(self) -> None:
+        """Lets the next read divide the tensors again, by `parts`."""
+        self._groups = (None, [])
+        self.drop_cache()
 
     def prepare_tracing(self) -> None:
         """What torch.compile cannot trace: checks the model, and makes what would change attributes while it traces."""

@@ -9,6 +9,9 @@ from torch import nn
 
 # Prefix of the parameter name of a fully trained tensor. Parameter names cannot contain dots, so these become slashes.
 FULL = "full/"
+# Learning rates for AdamW that learn: of theta and the multipliers by `normalize`, and of fully trained tensors
+# (docs/integration.md).
+RATES = {"global": 0.05, "tensor": 0.01, "full": 0.005}
 
 Own = dict[str, nn.Parameter | None]  # `module._parameters`
 
@@ -81,11 +84,17 @@ class Tasks:
 
 
 def groups_of(
-    parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float | None], weight_decay: float | None
+    parameters: Mapping[str, nn.Parameter],
+    rates: Mapping[str, float | str | None],
+    weight_decay: float | None,
+    normalize: str,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer, see `HSAID.parameter_groups`. `rates` is {group: learning rate or None}."""
+    """Parameter groups for an optimizer, see `HSAID.parameter_groups`. `rates` is {group: learning rate}."""
     groups = []
-    for name, lr in rates.items():
+    for name, rate in rates.items():
+        if isinstance(rate, str) and rate != "auto":
+            raise ValueError(f"lr_{name}: expected a number, 'auto' or None, got {rate!r}")
+        lr = RATES["full" if name == "full" else normalize] if rate == "auto" else rate
         chosen = [p for key, p in parameters.items() if key == name or (name == "full" and key.startswith(FULL))]
         if any(p.numel() for p in chosen):
             given = {"lr": lr, "weight_decay": 0.0 if name == "multipliers" else weight_decay}

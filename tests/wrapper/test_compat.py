@@ -574,7 +574,7 @@ def test_fastfood_wrap_is_did():
     assert list(model.plan.names) == ["0.weight", "2.weight", "2.bias"]
     with torch.no_grad():
         model.V.normal_()
-    other = HSAID(copy.deepcopy(network), 24, "did", seed=6, exclude="0.bias")
+    other = HSAID(copy.deepcopy(network), 24, "did", seed=6, normalize="tensor")
     other.load_state_dict({"theta": model.V.detach()}, strict=False)
     assert torch.equal(model(input=x), other(x)) and torch.equal(network[0].bias, bias)
     seeds = [FastfoodWrap(copy.deepcopy(network), 24, "cpu", seed=seed) for seed in (6, 7)]

@@ -110,11 +110,36 @@ def test_parameter_groups():
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [
         (0.1, 0.5),
         (0.01, 0.0),
-        (1e-3, 0.5),
+        (0.005, 0.5),
     ]
+    left = hsaid.parameter_groups(lr_theta=None, lr_multipliers=None, lr_full=None)
+    assert {group["lr"] for group in torch.optim.AdamW(left, lr=1e-3).param_groups} == {1e-3}
+    with pytest.raises(ValueError, match="lr_full: expected a number, 'auto' or None, got 'fast'"):
+        hsaid.parameter_groups(lr_full="fast")
     assert [group["name"] for group in HSAID(bert(), 60, "did").parameter_groups()] == ["theta"]
     with pytest.raises(ValueError, match="task: expected one of 'default', got 'other'"):
         hsaid.parameter_groups(task="other")
+
+
+@pytest.mark.parametrize("normalize", ["global", "tensor"])
+def test_its_own_rates_learn(normalize):
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2)),
+        torch.randn(64, 8),
+    )
+    labels = (x[:, 0] > 0).long()
+    losses = {}
+    for rates in ({}, dict(lr_theta=2e-5, lr_multipliers=2e-5)):  # those of full fine-tuning learn nothing
+        with HSAID(model, 200, normalize=normalize) as hsaid:
+            optimizer = torch.optim.AdamW(hsaid.parameter_groups(**rates))
+            for _ in range(60):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(hsaid(x), labels)
+                loss.backward()
+                optimizer.step()
+        losses[len(rates)] = loss.item()
+    assert losses[0] < 0.3 and losses[2] > 0.6
 
 
 # --- tasks
@@ -175,7 +200,10 @@ def test_a_task_is_removed():
 def test_an_optimizer_stays_with_its_task():
     hsaid = HSAID(bert().eval(), 60, task="a")
     hsaid.add_task("b")
-    optimizers = {task: torch.optim.SGD(hsaid.parameter_groups(task=task), lr=0.1) for task in hsaid.tasks}
+    optimizers = {
+        task: torch.optim.SGD(hsaid.parameter_groups(lr_theta=0.1, lr_multipliers=0.1, task=task))
+        for task in hsaid.tasks
+    }
     theta = {}
     for step in range(4):
         task = "ab"[step % 2]

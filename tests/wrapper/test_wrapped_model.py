@@ -1,0 +1,804 @@
+"""From wrapping to unwrap(), every read of a weight gives the projected weight of now; W0 stays where it is."""
+
+import asyncio
+import copy
+import gc
+import io
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+import transformers
+from models import IDS, bert, mlp, moved, reads, same, snapshot, tied_models
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from hsaid_kernels import HSAID
+
+
+class Recurrent(nn.Module):
+    """Reads its weights when a generator, a coroutine or a `map` comes to them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.layer(x) * self.scale
+
+    @torch.no_grad()
+    def stream(self, x, times):
+        for _ in range(times):
+            x = self(x)
+            yield x
+
+    def chat(self, x, times):
+        return self.stream(x, times)
+
+    def lazily(self, xs):
+        return map(self.layer, xs)
+
+    async def later(self, x):
+        await asyncio.sleep(0)
+        return self(x)
+
+
+def change(hsaid: HSAID) -> None:
+    with torch.no_grad():
+        hsaid.theta.add_(torch.randn(len(hsaid.theta)))
+
+
+def gradient(hsaid: HSAID, compute) -> torch.Tensor:
+    hsaid.zero_grad()
+    compute().square().mean().backward()
+    return torch.cat([p.grad.flatten() for p in hsaid.parameters()])
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+# --- reads from anywhere, at any time
+
+
+@pytest.mark.parametrize("build", [mlp, bert, *tied_models().values()])
+def test_every_weight_reads_as_that_of_now(build):
+    model = build().eval()
+    names = dict(model.named_parameters(remove_duplicate=False))
+    hsaid = HSAID(model, 80)
+    for _ in range(3):
+        change(hsaid)
+        merged, read = hsaid.merge(), reads(model)
+        for name, parameter in merged.named_parameters(remove_duplicate=False):
+            assert torch.equal(read[name], parameter) and isinstance(read[name], nn.Parameter), name
+            assert read[name].requires_grad and not torch.equal(read[name], names[name]), name
+        assert all(p is names[n] for n, p in model.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            assert not any(weight.requires_grad for weight in reads(model).values())
+
+
+@pytest.mark.parametrize("how", ["theta", "data", "fused", "by hand", "multipliers", "W0", "load_state_dict"])
+def test_a_read_sees_every_change(how):
+    hsaid = moved(HSAID(mlp(), 24))
+    other = moved(HSAID(copy.deepcopy(hsaid.model), 24)).state_dict()
+    optimizer = torch.optim.AdamW(hsaid.parameters(), lr=0.1, fused=how == "fused")
+    hsaid.model(torch.ones(1, 4)).sum().backward()
+    before = {name: weight.clone() for name, weight in reads(hsaid.model).items()}
+    with torch.no_grad():
+        {
+            "theta": lambda: hsaid.theta.mul_(2),
+            "data": lambda: hsaid.theta.data.mul_(2),
+            "fused": optimizer.step,
+            "by hand": lambda: [p.data.sub_(p.grad) for p in hsaid.parameters()],
+            "multipliers": lambda: hsaid.multipliers.mul_(2),
+            "W0": lambda: [w0.add_(1) for w0 in hsaid.w0().values()],
+            "load_state_dict": lambda: hsaid.load_state_dict(other),
+        }[how]()
+    for name, weight in hsaid.merge().named_parameters():
+        assert torch.equal(reads(hsaid.model)[name], weight) and not torch.equal(before[name], weight), name
+
+
+def test_parts_of_the_model_run_on_it_and_are_differentiable():
+    hsaid = moved(HSAID(bert().eval(), 60))
+    expected = gradient(hsaid, lambda: hsaid(IDS).logits)
+    merged = hsaid.merge()
+
+    def by_parts():
+        hidden = hsaid.bert.encoder(hsaid.model.bert.embeddings(IDS)).last_hidden_state
+        return hsaid.model.classifier(hsaid.bert.pooler(hidden))
+
+    assert torch.equal(by_parts(), merged(IDS).logits)
+    assert relative(gradient(hsaid, by_parts), expected) < 1e-6
+    embeddings = hsaid.get_input_embeddings()
+    assert torch.equal(embeddings(IDS), merged.get_input_embeddings()(IDS))
+
+
+def test_single_weights_in_a_loss():
+    gpt2 = moved(HSAID(tied_models()["gpt2"]().eval(), 80))
+    hidden = gpt2.transformer(IDS).last_hidden_state
+    logits = hidden @ gpt2.lm_head.weight.T
+    assert torch.allclose(logits, gpt2.merge()(IDS).logits, atol=1e-6)
+    assert gradient(gpt2, lambda: gpt2.lm_head.weight).any()
+    clip = transformers.CLIPConfig(
+        text_config=dict(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=60
+        ),
+        vision_config=dict(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+        ),
+        projection_dim=8,
+    )
+    hsaid = moved(HSAID(transformers.CLIPModel(clip), 120))
+    assert torch.equal(hsaid.logit_scale, hsaid.merge().logit_scale) and hsaid.logit_scale.requires_grad
+    assert hsaid.logit_scale != hsaid.w0()["logit_scale"]
+
+
+def test_an_encoder_first_as_generation_does():
+    hsaid = moved(HSAID(tied_models()["t5"]().eval(), 80))
+    encoded = hsaid.get_encoder()(input_ids=IDS)
+    merged = hsaid.merge()
+    expected = merged(encoder_outputs=merged.get_encoder()(input_ids=IDS), labels=IDS).loss
+    assert torch.equal(hsaid(encoder_outputs=encoded, labels=IDS).loss, expected)
+
+
+@pytest.mark.parametrize("method", ["stream", "chat"])
+def test_streams_see_the_weights_of_now(method):
+    hsaid, x = moved(HSAID(Recurrent(), 20)), torch.randn(2, 4)
+    expected = list(hsaid.merge().stream(x, 4))
+    one, two = getattr(hsaid, method)(x, 3), getattr(hsaid.model, method)(x, 4)
+    first, second = [next(one)], [next(two), next(two)]
+    first += one
+    second += two
+    assert all(map(torch.equal, first, expected)) and all(map(torch.equal, second, expected)) and len(second) == 4
+    half = getattr(hsaid, method)(x, 3)
+    x = next(half)
+    change(hsaid)
+    assert torch.equal(next(half), hsaid.merge()(x))  # left half read, nothing waits for it
+
+
+def test_lazy_results_and_coroutines():
+    hsaid, x = moved(HSAID(Recurrent(), 20)), torch.randn(2, 4)
+    mapped, later = hsaid.lazily([x, x]), hsaid.later(x)
+    change(hsaid)
+    assert torch.equal(next(mapped), hsaid.merge().layer(x))
+    assert torch.equal(asyncio.run(later), hsaid.merge()(x))
+    change(hsaid)
+    assert torch.equal(next(mapped), hsaid.merge().layer(x))
+
+
+def test_threads_do_not_wait_for_each_other():
+    hsaid, x = moved(HSAID(Recurrent(), 20)), torch.randn(2, 4)
+    stream = hsaid.stream(x, 3)
+    next(stream)
+    inside, go_on, found = threading.Event(), threading.Event(), []
+
+    def wait(*_):
+        if threading.current_thread() is first:
+            inside.set()
+            go_on.wait(20)
+
+    handle = hsaid.model.register_forward_pre_hook(wait)
+    first = threading.Thread(target=lambda: found.append(hsaid(x)))
+    first.start()
+    assert inside.wait(20)
+    second = threading.Thread(target=lambda: found.append(hsaid(x)))
+    second.start()
+    second.join(20)
+    assert not second.is_alive() and first.is_alive() and len(found) == 1
+    go_on.set()
+    first.join(20)
+    handle.remove()
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], hsaid.merge()(x))
+
+
+def test_training_and_inference_in_two_threads():
+    hsaid, x = moved(HSAID(mlp(), 24)), torch.randn(3, 4)
+    wrong, done = [], threading.Event()
+
+    def serve():
+        while not done.is_set():
+            with torch.no_grad():
+                weight = hsaid.model[0].weight
+                if torch.equal(weight, hsaid.w0()["0.weight"]):
+                    wrong.append("W0")
+
+    server = threading.Thread(target=serve)
+    server.start()
+    optimizer = torch.optim.SGD(hsaid.parameters(), lr=0.01)
+    try:
+        for _ in range(50):
+            optimizer.zero_grad()
+            hsaid(x).square().mean().backward()
+            optimizer.step()
+            assert torch.equal(hsaid(x), hsaid.merge()(x))
+    finally:
+        done.set()
+        server.join()
+    assert not wrong
+
+
+# --- recomputation in backward
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+        self.first, self.rest = (
+            nn.Linear(8, 8),
+            nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 2)),
+        )
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.how == "plain":
+            return self.rest(x)
+        if self.how == "sequential":
+            return checkpoint_sequential(self.rest, 2, x, use_reentrant=False)
+        return checkpoint(self.rest, x, use_reentrant=self.how == "reentrant")
+
+
+@pytest.mark.parametrize("how", ["reentrant", "saved tensors", "sequential"])
+def test_a_model_that_checkpoints_itself(how):
+    hsaid, x = moved(HSAID(Checkpointed("plain"), 60)), torch.randn(8, 8)
+    expected = gradient(hsaid, lambda: hsaid(x))
+    hsaid.how = how
+    for run in (hsaid, hsaid.model):
+        assert relative(gradient(hsaid, lambda run=run: run(x)), expected) < 1e-6
+    loss = hsaid(x).sum()
+    change(hsaid)
+    if how != "reentrant":  # which in torch, too, recomputes with whatever the weights are then
+        with pytest.raises(RuntimeError, match="theta has been changed in place between forward and backward"):
+            loss.backward()
+
+
+def test_several_backwards_of_one_theta():
+    hsaid, x = moved(HSAID(mlp(), 24)), torch.randn(3, 4)
+    once = gradient(hsaid, lambda: hsaid.model(x))
+    hsaid.zero_grad()
+    losses = [hsaid.model(x).square().mean() for _ in range(2)] + [hsaid(x).square().mean()]
+    for loss in losses:
+        loss.backward()
+    assert relative(torch.cat([p.grad.flatten() for p in hsaid.parameters()]), 3 * once) < 1e-6
+    loss = hsaid(x).square().mean()
+    with torch.no_grad():
+        hsaid.multipliers.add_(1)
+    with pytest.raises(RuntimeError, match="the multipliers have been changed in place between forward and backward"):
+        loss.backward()
+
+
+# --- the tree of modules
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+
+
+def test_the_tree_is_the_models():
+    model = normed()
+    names, buffers = [name for name, _ in model.named_modules()], list(dict(model.named_buffers()))
+    hsaid = HSAID(model, 40)
+    assert list(hsaid.modules()) == [hsaid, *model.modules()] and list(hsaid.children()) == [model]
+    assert [n for n, _ in hsaid.named_modules()] == ["", *(f"model.{name}" if name else "model" for name in names)]
+    assert list(dict(hsaid.named_buffers())) == [f"model.{name}" for name in buffers]
+    assert [n for n, _ in hsaid.named_parameters()] == ["theta", "multipliers"] == list(hsaid._parameters)
+    assert len(list(hsaid.parameters())) == 2
+    seen = []
+    hsaid.apply(seen.append)
+    assert seen == [*reversed(list(model.children())), model, hsaid] or set(seen) == {hsaid, *model.modules()}
+    assert hsaid.get_submodule("1") is model[1] and hsaid.get_submodule("model.1") is model[1]
+    outer = nn.Sequential(hsaid, nn.Linear(2, 2))
+    assert {n for n, p in outer.named_parameters() if p.requires_grad} == {
+        "0.theta",
+        "0.multipliers",
+        "1.weight",
+        "1.bias",
+    }
+    assert list(outer.state_dict()) == ["0.theta", "0.multipliers", "0._extra_state", "1.weight", "1.bias"]
+    assert outer.load_state_dict(outer.state_dict()).missing_keys == []
+
+
+def test_modes_hooks_and_statistics_are_as_on_the_plain_model():
+    """What Lightning does after validation, MC dropout, frozen BatchNorm, and update_bn of averaged weights."""
+    torch.manual_seed(0)
+    plain, x = normed(), torch.randn(16, 8)
+    hsaid = HSAID(copy.deepcopy(plain), 40)
+    for module in (plain, hsaid):
+        modes = {name: inner.training for name, inner in module.named_modules()}
+        module.eval()
+        for name, inner in module.named_modules():
+            inner.training = modes[name]
+        assert all(inner.training for inner in module.modules())
+        for inner in module.modules():
+            inner.train(isinstance(inner, nn.Dropout))
+        assert (
+            not torch.equal(module(x), module(x))
+            and not module.state_dict().get("1.running_mean", torch.zeros(1)).any()
+        )
+        module.train()
+    averaged = [AveragedModel(module) for module in (plain, hsaid)]
+    for swa in averaged:
+        update_bn([x, 2 * x], swa)
+    statistics = [averaged[0].module[1], averaged[1].module.model[1]]
+    assert torch.allclose(statistics[0].running_mean, statistics[1].running_mean) and statistics[0].running_mean.any()
+    assert torch.equal(statistics[1].num_batches_tracked, torch.tensor(2)) and not hsaid.model[1].running_mean.any()
+    outputs = []
+    hsaid.model[0].register_forward_hook(lambda module, args, output: outputs.append((module.weight, output)))
+    hsaid(x)
+    assert torch.equal(nn.functional.linear(x, outputs[0][0], hsaid.model[0].bias), outputs[0][1])
+
+
+def test_converted_modules_keep_w0():
+    plain = normed()
+    hsaid = moved(HSAID(copy.deepcopy(plain), 40).eval())
+    x, expected = torch.randn(4, 8), hsaid(torch.ones(4, 8))
+    for convert in (nn.SyncBatchNorm.convert_sync_batchnorm,):
+        assert convert(hsaid) is hsaid and type(hsaid.model[1]).__name__ == "SyncBatchNorm"
+    assert torch.equal(hsaid(torch.ones(4, 8)), expected) and torch.equal(hsaid.model(x), hsaid.merge()(x))
+    assert (
+        same(dict(hsaid.unwrap().state_dict()), dict(plain.state_dict()))
+        and type(hsaid.model[1].weight) is nn.Parameter
+    )
+
+
+def test_changed_buffers_are_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    plain, x = normed(), torch.randn(16, 8)
+    hsaid = moved(HSAID(copy.deepcopy(plain), 40))
+    assert list(hsaid.state_dict()) == ["theta", "multipliers", "_extra_state"]
+    hsaid(x)
+    changed = ["model.1.running_mean", "model.1.running_var", "model.1.num_batches_tracked"]
+    assert list(hsaid.state_dict()) == ["theta", "multipliers", "_extra_state", *changed]
+    hsaid.save_pretrained(tmp_path)
+    expected = hsaid.eval()(x)
+    loaded = HSAID.from_pretrained(tmp_path, copy.deepcopy(plain)).eval()
+    assert torch.equal(loaded(x), expected)
+    other = HSAID(copy.deepcopy(plain), 40).eval()
+    fresh = copy.deepcopy(other.state_dict())
+    assert other.load_state_dict(hsaid.state_dict()).unexpected_keys == [] and torch.equal(other(x), expected)
+    other.load_state_dict(fresh)  # has no statistics: as they were when the model was wrapped
+    assert same(dict(other.model.state_dict()), dict(plain.state_dict()))
+    outer, wrong = nn.Sequential(hsaid), hsaid.state_dict() | {"model.1.running_mean": torch.zeros(9)}
+    assert outer.load_state_dict(outer.state_dict()).missing_keys == []
+    assert not other.theta.any()
+    with pytest.raises(RuntimeError, match="state_dict: expected buffers of the model, got '1.running_mean' of shape"):
+        other.load_state_dict(wrong)
+    assert not other.theta.any()
+    assert same(dict(hsaid.unwrap().state_dict()), dict(plain.state_dict()))
+
+
+def test_each_task_has_its_statistics():
+    torch.manual_seed(0)
+    model, x = normed(), torch.randn(16, 8)
+    before = snapshot(model)
+    hsaid = HSAID(model, 40, task="a")
+    hsaid.add_task("b")
+    hsaid(x)
+    of_a = snapshot(model)
+    hsaid.set_task("b")
+    assert same(snapshot(model), before)
+    hsaid(3 * x)
+    of_b = snapshot(model)
+    for task, expected in (("a", of_a), ("b", of_b), ("a", of_a)):
+        hsaid.set_task(task)
+        assert same(snapshot(model), expected)
+    with hsaid.unwrapped() as plain:
+        assert same(snapshot(plain), before)
+    assert same(snapshot(model), of_a)
+
+
+# --- what is said on a parameter
+
+
+def test_frozen_parameters_stay_unless_they_are_named(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+        model[1].requires_grad_(False)
+        return model
+
+    ids = torch.tensor([1, 8])
+    hsaid = HSAID(net(), 40)
+    assert hsaid.plan.names == ("0.weight", "2.weight", "2.bias") and list(hsaid.frozen) == ["1.weight", "1.bias"]
+    moved(hsaid)(ids).sum().backward()
+    assert torch.equal(hsaid.model[1].weight, net()[1].weight) and not torch.equal(
+        hsaid.model[0].weight, net()[0].weight
+    )
+    assert all(p.grad is None for p in hsaid.model.parameters())
+    assert HSAID(net(), 40, include=".").plan.names == tuple(dict(net().named_parameters()))
+    assert HSAID(net(), 40, train_fully="1.weight").full.keys() == {"1.weight"}
+    hsaid.save_pretrained(tmp_path)
+    trainable = net().requires_grad_(True)  # in the process that loads it, nothing may be frozen
+    loaded = HSAID.from_pretrained(tmp_path, trainable)
+    assert same(loaded.weights(), hsaid.weights()) and torch.equal(loaded.model[1].weight, net()[1].weight)
+    assert all(p.requires_grad for p in loaded.unwrap().parameters())
+    assert [p.requires_grad for p in hsaid.unwrap().parameters()] == [True, False, False, True, True]
+
+
+def test_what_would_not_be_heard_is_refused_by_name():
+    model = mlp()
+    handle = model[0].weight.register_hook(lambda gradient: gradient * 0)
+    with pytest.raises(ValueError, match="without gradient hooks, got '0.weight' with one"):
+        HSAID(model, 24)
+    handle.remove()
+    model[2].bias.register_post_accumulate_grad_hook(lambda parameter: None)
+    with pytest.raises(ValueError, match="without gradient hooks, got '2.bias' with one"):
+        HSAID(model, 24)
+    hsaid = HSAID(model, 24, exclude="2.bias")  # which gets no gradient
+    dict(model.named_parameters())["0.bias"].requires_grad_(True).register_hook(lambda gradient: None)
+    with pytest.raises(ValueError, match="without gradient hooks, got '0.bias' with one"):
+        hsaid(torch.ones(1, 4))
+    hsaid = HSAID(mlp(), 24, exclude="2.bias")
+    for call in ("requires_grad_", "register_hook"):
+        with pytest.raises(RuntimeError, match="a projected weight is"):
+            getattr(hsaid.model[0].weight, call)(False)
+    with pytest.raises(RuntimeError, match="freeze tensors before HSAID wraps the model"):
+        hsaid.model[0].weight.requires_grad = False
+    hsaid.model[2].bias.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="expected '2.bias' to stay frozen, because the HSAID leaves it out"):
+        hsaid(torch.ones(1, 4))
+
+
+def test_shared_memory_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[0].weight.detach().T)
+    with pytest.raises(ValueError, match="got '0.weight' and '1.weight', which share memory"):
+        HSAID(model, 24)
+    whole = torch.randn(4, 8)
+    model[0].weight, model[1].weight = nn.Parameter(whole[:, :4]), nn.Parameter(whole[:, 4:])
+    assert HSAID(model, 24)(torch.ones(1, 4)).shape == (1, 4)  # columns of one matrix, but no value twice
+
+
+def test_layers_that_write_their_own_weight_are_refused_by_name():
+    for layer, kind in (
+        (nn.Embedding(9, 4, max_norm=1.0), "Embedding"),
+        (nn.EmbeddingBag(9, 4, max_norm=1.0), "EmbeddingBag"),
+    ):
+        model = nn.Sequential(layer, nn.Linear(4, 2))
+        with pytest.raises(ValueError, match=rf"got '0', a {kind} with max_norm=1.0: set max_norm to None"):
+            HSAID(model, 24)
+        hsaid = HSAID(model, 24, train_fully="0.weight")  # its own copy
+        before = snapshot(model)
+        hsaid(torch.tensor([[1, 2]])).sum().backward()
+        assert hsaid.full["0.weight"].grad.any() and same(snapshot(model), before)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda layer: nn.init.normal_(layer.weight),
+        lambda layer: layer.reset_parameters(),
+        lambda layer: layer.weight.data.normal_(),
+        lambda layer: layer.weight.data.copy_(torch.ones(6, 4)),
+        lambda layer: layer.weight.detach().zero_(),
+    ],
+)
+@pytest.mark.parametrize("grad", [True, False])
+def test_writes_to_a_projected_weight_are_not_lost_in_silence(write, grad):
+    hsaid = moved(HSAID(mlp(), 24))
+    before = snapshot(hsaid.model)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="read only, because theta makes it"):
+        write(hsaid.model[0])
+        hsaid(torch.ones(1, 4))
+    assert torch.equal(hsaid(torch.ones(1, 4)), hsaid.merge()(torch.ones(1, 4))) and same(snapshot(hsaid.model), before)
+    with pytest.raises(RuntimeError, match="read only"):
+        hsaid.model[0].weight.data = torch.ones(6, 4)
+
+
+# --- layers that keep or copy weights
+
+
+LAYERS = {
+    "lstm": lambda: nn.LSTM(4, 5, num_layers=2, bidirectional=True, proj_size=2, batch_first=True),
+    "gru": lambda: nn.GRU(4, 5),
+    "rnn cell": lambda: nn.RNNCell(4, 4),
+    "attention": lambda: SelfAttention(),
+    "encoder layer": lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0),
+    "encoder": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0), 2),
+    "weight norm": lambda: nn.utils.weight_norm(nn.Linear(4, 4)),
+    "spectral norm": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)).eval(),
+    "new weight norm": lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
+    "orthogonal": lambda: parametrizations.orthogonal(nn.Linear(4, 4)),
+    "pruned": lambda: prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.3),
+    "list": lambda: Listed(),
+}
+
+
+class SelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.matrices = nn.ParameterList([torch.randn(4, 4) for _ in range(2)])
+        self.named = nn.ParameterDict({"scale": torch.ones(4)})
+
+    def forward(self, x):
+        for matrix in self.matrices:
+            x = x @ matrix
+        return x * self.named["scale"]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_that_keep_weights(kind, mode):
+    torch.manual_seed(0)
+    model, x = LAYERS[kind](), torch.randn(2, 3, 4)
+    if kind == "rnn cell":
+        x = x[0]
+    model.train(mode == "train" and kind != "spectral norm")
+    with torch.no_grad():
+        untouched = model(x)
+    plain = copy.deepcopy(model) if "norm" not in kind or "new" in kind else None
+    untouched = untouched[0] if isinstance(untouched, tuple) else untouched
+    hsaid = moved(HSAID(model, 60))
+
+    def first(module):
+        out = module(x)
+        return out[0] if isinstance(out, tuple) else out
+
+    for _ in range(2):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                for run in (hsaid, model):
+                    assert torch.allclose(first(run), first(hsaid.merge()), atol=1e-6), (grad, run is model)
+                    assert not torch.allclose(first(run), untouched, atol=1e-4)
+        assert gradient(hsaid, lambda: first(model)).any()
+        change(hsaid)
+    model = hsaid.unwrap()
+    with torch.no_grad():
+        assert torch.equal(first(model), untouched)
+    if plain is not None:
+        assert type(model) is type(plain) or kind in ("new weight norm", "orthogonal")
+
+
+def test_masks_stay_while_the_model_is_wrapped():
+    with torch.no_grad():  # or what prune stores could not be copied
+        model = nn.Sequential(prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.3))
+    plain, x = copy.deepcopy(model), torch.ones(1, 8)
+    hsaid = moved(HSAID(model, 40))
+    assert (model[0].weight == 0).sum() == 19 and torch.equal(model[0].weight, hsaid.merge()[0].weight)
+    with pytest.raises(RuntimeError, match=r"the mask of 'weight' to stay .* unwrap\(\) before prune.remove\(\)"):
+        prune.remove(model[0], "weight")
+    assert torch.equal(hsaid(x), hsaid.merge()(x)) and same(snapshot(model), snapshot(plain))
+    prune.remove(hsaid.unwrap()[0], "weight")
+    assert torch.equal(model(x), plain(x))
+
+
+# --- modules that are set later
+
+
+def test_modules_of_the_wrapper_are_refused():
+    hsaid = HSAID(mlp(), 24)
+    with pytest.raises(TypeError, match="score: expected a module that is set on the model before it is wrapped"):
+        hsaid.score = nn.Linear(3, 2)
+    with pytest.raises(TypeError, match="bias: expected a parameter of the model"):
+        hsaid.bias = nn.Parameter(torch.ones(3))
+    with pytest.raises(TypeError, match="seen: expected a buffer that is set on the model"):
+        hsaid.register_buffer("seen", torch.ones(3))
+    assert [name for name, _ in hsaid.named_modules()] == ["", "model", "model.0", "model.1", "model.2"]
+
+
+@pytest.mark.parametrize("put", ["setattr", "item", "add_module", "append", "directly"])
+def test_a_module_that_is_put_in_place_of_another_belongs_to_the_model_at_once(put):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4)])
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    hsaid, x, new = moved(HSAID(Net(), 24)), torch.ones(1, 4), nn.Linear(4, 4)
+    hsaid(x)
+    weight, bias = new.weight, new.bias
+    layers = hsaid.model.layers
+    if put == "append":
+        layers.append(new)
+        with pytest.raises(ValueError, match="got others: 'layers.1.weight' .* is unexpected"):
+            hsaid.model(x)
+        return
+    {
+        "setattr": lambda: setattr(layers, "0", new),
+        "item": lambda: layers.__setitem__(0, new),
+        "add_module": lambda: layers.add_module("0", new),
+        "directly": lambda: layers._modules.__setitem__("0", new),
+    }[put]()
+    run = hsaid if put == "directly" else hsaid.model
+    out = run(x)
+    assert hsaid.w0()["layers.0.weight"] is weight and not torch.equal(out, nn.functional.linear(x, weight, bias))
+    assert torch.equal(out, hsaid.merge()(x)) and torch.equal(run(x), hsaid.model(x))
+
+
+def test_mixins_that_change_the_model_are_refused_before_anything_changes():
+    hsaid = HSAID(bert(), 60)
+    names = list(dict(hsaid.model.named_parameters()))
+    for method, arguments in {
+        "add_adapter": (None,),
+        "load_adapter": ("nowhere",),
+        "resize_token_embeddings": (60,),
+        "set_input_embeddings": (nn.Embedding(50, 16),),
+        "tie_weights": (),
+    }.items():
+        with pytest.raises(
+            RuntimeError, match=rf"{method}\(\): expected a plain model, got one that an HSAID wraps: unwrap"
+        ):
+            getattr(hsaid, method)(*arguments)
+    assert list(dict(hsaid.model.named_parameters())) == names and hsaid(IDS).logits.shape == (2, 2)
+
+
+# --- unwrapping
+
+
+def test_unwrap_gives_the_model_back_as_it_was():
+    model = bert()
+    model.bert.embeddings.requires_grad_(False)
+    kinds, flags = [type(module) for module in model.modules()], [p.requires_grad for p in model.parameters()]
+    before, objects = snapshot(model), list(model.parameters())
+    keys = [list(module.__dict__) for module in model.modules()]
+    hsaid = HSAID(model, 60)
+    assert [type(module).__name__ for module in model.modules()] == [kind.__name__ for kind in kinds]
+    assert all(isinstance(module, kind) for module, kind in zip(model.modules(), kinds, strict=True))
+    optimizer = torch.optim.AdamW(hsaid.parameter_groups())
+    hsaid(IDS, labels=torch.tensor([0, 1])).loss.backward()
+    optimizer.step()
+    theta = hsaid.theta.detach().clone()
+    with hsaid.unwrapped() as plain:
+        assert plain is model and [type(module) for module in model.modules()] == kinds
+        with pytest.raises(RuntimeError, match=r"got one after unwrap\(\): wrap the model again"):
+            hsaid(IDS)
+    assert not torch.equal(hsaid(IDS).logits, plain(IDS).logits) or hsaid.training
+    assert hsaid.unwrap() is model and hsaid.unwrap() is model
+    assert [type(module) for module in model.modules()] == kinds and [
+        p.requires_grad for p in model.parameters()
+    ] == flags
+    assert same(snapshot(model), before) and all(a is b for a, b in zip(model.parameters(), objects, strict=True))
+    assert [list(module.__dict__) for module in model.modules()] == keys
+    assert all(type(module.weight) is nn.Parameter for module in model.modules() if isinstance(module, nn.Linear))
+    for call in (lambda: hsaid(IDS), hsaid.weights, hsaid.merge):
+        with pytest.raises(RuntimeError, match=r"after unwrap\(\)"):
+            call()
+    assert torch.equal(hsaid.theta, theta)
+
+
+def test_a_sweep_over_one_model():
+    model, x = mlp(), torch.ones(1, 4)
+    before, found = snapshot(model), []
+    for dim in (10, 20):
+        with HSAID(model, dim, "did") as hsaid:
+            found.append(moved(hsaid)(x))
+            with pytest.raises(ValueError, match=r"unwrap\(\) the first one \(`with HSAID\(model, d\) as hsaid:`"):
+                HSAID(model, 30)
+            with pytest.raises(ValueError, match="expected one that no HSAID wraps, got one of which its '0'"):
+                HSAID(nn.Sequential(model), 30)
+        assert same(snapshot(model), before)
+    assert not torch.equal(*found)
+
+
+def test_a_model_whose_hsaid_is_gone_stays_tuned_until_it_is_wrapped_again():
+    hsaid, x = moved(HSAID(mlp(), 24)), torch.ones(1, 4)
+    model, expected, w0 = hsaid.model, hsaid(x), snapshot(hsaid.model)
+    gone = weakref.ref(hsaid)
+    del hsaid
+    assert gone() is None and torch.equal(model(x), expected)  # freed without the garbage collector
+    again = HSAID(model, 24)
+    assert same(again.weights(), w0) and not torch.equal(model(x), expected)
+
+
+def test_nothing_keeps_a_model_alive():
+    gc.collect()
+    gc.disable()
+    try:
+        hsaid = moved(HSAID(mlp(), 24))
+        hsaid(torch.ones(1, 4)).sum().backward()
+        hsaid.model(torch.ones(1, 4))
+        model = weakref.ref(hsaid.model)
+        del hsaid
+        assert model() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_of_the_model_alone_are_tuned_too(way):
+    hsaid, x = moved(HSAID(mlp(), 24)), torch.ones(1, 4)
+    expected = hsaid(x)
+    if way == "deepcopy":
+        other, layer = copy.deepcopy(hsaid.model), copy.deepcopy(hsaid.model[0])
+    elif way == "pickle":
+        other, layer = pickle.loads(pickle.dumps(hsaid.model)), pickle.loads(pickle.dumps(hsaid.model[0]))
+    else:
+        file = io.BytesIO()
+        torch.save(hsaid.model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+        layer = other[0]
+    gc.collect()
+    weight = hsaid.model[0].weight.detach().clone()
+    change(hsaid)
+    assert torch.equal(other(x), expected) and torch.equal(layer.weight, weight)
+    assert not torch.equal(hsaid(x), expected)
+
+
+# --- several dtypes
+
+
+def test_each_tensor_keeps_its_dtype(tmp_path):
+    """As of T5 in float16, of which transformers keeps the layers "wo" in float32."""
+    model = tied_models()["t5"]().eval().bfloat16()
+    for name, module in model.named_modules():
+        if name.endswith("wo"):
+            module.float()
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert len(set(dtypes.values())) == 2
+    hsaid = moved(HSAID(model, 80))
+    assert {name: weight.dtype for name, weight in hsaid.weights().items()} == dtypes
+    whole = moved(HSAID(copy.deepcopy(hsaid.unwrapped().__enter__()).float(), 80))
+    hsaid._claim()
+    whole.load_state_dict(hsaid.state_dict())
+    for name, weight in hsaid.weights().items():
+        assert torch.equal(weight, whole.weights()[name].to(weight.dtype)), name
+    layer = model.encoder.block[0].layer[1].DenseReluDense
+    (layer.wo(torch.ones(1, 32)).sum() + layer.wi(torch.ones(1, 16, dtype=torch.bfloat16)).float().sum()).backward()
+    assert hsaid.theta.grad.any() and hsaid.multipliers.grad.any()
+    hsaid.save_pretrained(tmp_path)
+    loaded = HSAID.from_pretrained(tmp_path, copy.deepcopy(hsaid.unwrap()))
+    assert {name: weight.dtype for name, weight in loaded.weights().items()} == dtypes
+    assert {weight.dtype for weight in loaded.half().weights().values()} == {torch.float16}
+
+
+# --- torch.compile of parts, and functional calls
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_compiled_parts_run_on_the_weights_of_now(outside):
+    torch.compiler.reset()
+    hsaid, x = moved(HSAID(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), 24)), torch.randn(2, 4)
+    run = hsaid.model if outside else hsaid
+    hsaid.model[0].compile(backend="aot_eager")
+    hsaid.model[2].compile(backend="aot_eager")
+    for _ in range(3):
+        with torch.no_grad():
+            assert torch.allclose(run(x), hsaid.merge()(x), atol=1e-6)
+        expected = gradient(hsaid, lambda: torch.func.functional_call(hsaid.model, hsaid.weights(), (x,)))
+        assert relative(gradient(hsaid, lambda: run(x)), expected) < 1e-5
+        change(hsaid)
+    plain = hsaid.unwrap()
+    assert torch.allclose(plain(x), nn.Sequential(*copy.deepcopy(plain))(x))
+
+
+@pytest.mark.parametrize("part", ["model", "layer"])
+def test_what_is_compiled_around_a_part_is_right_too(part):
+    torch.compiler.reset()
+    hsaid, x = moved(HSAID(mlp(), 24)), torch.randn(2, 4)
+    chosen = {"model": hsaid.model, "layer": hsaid.model[0]}[part]
+    compiled = torch.compile(chosen, backend="aot_eager")
+    for _ in range(3):
+        merged = hsaid.merge()
+        assert torch.allclose(compiled(x), (merged if part == "model" else merged[0])(x), atol=1e-6)
+        assert gradient(hsaid, lambda: compiled(x)).any()
+        change(hsaid)
+
+
+def test_functional_call_runs_on_what_it_is_given():
+    hsaid, x = moved(HSAID(mlp(), 24)), torch.randn(2, 4)
+    old, before = hsaid.weights(), hsaid(x)
+    change(hsaid)
+    assert torch.equal(torch.func.functional_call(hsaid.model, old, (x,)), before)
+    w0 = {name: tensor.detach() for name, tensor in hsaid.w0().items()}
+    plain = torch.func.functional_call(hsaid.model, w0, (x,))
+    some = torch.func.functional_call(hsaid.model, {"0.weight": w0["0.weight"]}, (x,))
+    assert torch.equal(hsaid(x), hsaid.merge()(x)) and same(dict(hsaid.w0()), w0)
+    assert torch.equal(plain, hsaid.unwrap()(x)) and not torch.equal(some, plain)
