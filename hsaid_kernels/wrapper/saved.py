@@ -45,13 +45,14 @@ class Saved(StandIn):
         """
         return checkpoint.from_pretrained(cls, hub.local_directory(directory, **of_hub), model, backend=backend)
 
-    def load_task(self, directory: str | os.PathLike[str]) -> str:
+    def load_task(self, directory: str | os.PathLike[str], **of_hub: Any) -> str:
         """Adds the task stored in a checkpoint, makes it the current task and returns its name.
 
-        The checkpoint must come from the same basis, tensors and W0. A different W0 only causes a warning. Raises what
-        `from_pretrained` raises, and ValueError for a different basis or a task whose name already exists.
+        `directory` and `of_hub` are as in `from_pretrained`. The checkpoint must come from the same basis, tensors and
+        W0. A different W0 only causes a warning. Raises what `from_pretrained` raises, and ValueError for a different
+        basis or a task whose name already exists.
         """
-        return checkpoint.load_task(self, directory)
+        return checkpoint.load_task(self, hub.local_directory(directory, **of_hub))
 
     def push_to_hub(self, repo_id: str, **of_hub: Any) -> str:
         """Uploads the checkpoint of the current task and a model card to the Hugging Face hub; see `hub.push`."""
