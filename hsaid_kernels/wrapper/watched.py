@@ -15,7 +15,7 @@ from hsaid_kernels.wrapper.comparison import differences
 from hsaid_kernels.wrapper.compiled import compiled_as_before, keep_compiled_current
 from hsaid_kernels.wrapper.reads import attach, detach, place_of, watch_registrations
 from hsaid_kernels.wrapper.tree import Tree, masks
-from hsaid_kernels.wrapper.wrapped import check_hooks
+from hsaid_kernels.wrapper.wrapped import check_hooks, check_unsharded
 
 
 class WatchedModel:
@@ -124,6 +124,7 @@ class WatchedModel:
             raise ValueError(
                 f"model: expected {untied[0]!r} to be tied as it was when it was wrapped, got one of its own"
             )
+        check_unsharded(tree.parameters)
         shapes = {name: tuple(tree.parameters[name].shape) for name in self.plan.names if name in tree.parameters}
         found = [name for name in tree.parameters if name not in self.flags and name not in self.others]
         missing = [name for name in self.flags if name not in tree.parameters]

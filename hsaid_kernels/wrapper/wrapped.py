@@ -29,10 +29,15 @@ def plain(model: nn.Module) -> nn.Module:
                 f"model: expected a plain module, got one in {name}, which would not synchronize theta: wrap the plain "
                 "model in HSAID, and that in DistributedDataParallel"
             )
-    for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
-            raise TypeError(f"model: expected parameters that are not sharded, got {name!r}, which is a DTensor")
+    check_unsharded(dict(model.named_parameters()))
     return model
+
+
+def check_unsharded(parameters: Mapping[str, Tensor]) -> None:
+    """Raises TypeError for a parameter that is sharded, as by FSDP2, by name."""
+    for name, parameter in parameters.items():
+        if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):
+            raise TypeError(f"model: expected parameters that are not sharded, got {name!r}, which is a DTensor")
 
 
 def check_layers(model: nn.Module, full: Collection[str]) -> None:

@@ -69,6 +69,36 @@ def train_in_parallel(kind: str, rank: int) -> dict:
         return {"trained": tensors, "weights": hsaid.weights(), "losses": losses, "reduced": reduced}
 
 
+class Normed(torch.nn.Module):
+    """An HSAID with BatchNorm inside a larger module, as in a LightningModule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hsaid = HSAID(
+            torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 2)), 24
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.hsaid(x)
+
+
+def statistics(around: bool, rank: int) -> dict:
+    """Each rank sees other values; DistributedDataParallel broadcasts rank 0's buffers before every forward pass."""
+    module = Normed()
+    ddp = DistributedDataParallel(module if around else module.hsaid)
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(rank)) + rank
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        ddp(x).square().mean().backward()
+        optimizer.step()
+    ddp.eval()
+    own = module.hsaid.model[1].running_mean.clone()
+    ddp(x)
+    return {"own": own, "after": module.hsaid.model[1].running_mean.clone(), "theta": module.hsaid.theta.detach()}
+
+
 def refusal(make, rank: int, compiled: bool = False) -> str:
     hsaid = make(rank)
     ddp = DistributedDataParallel(torch.compile(hsaid, backend="aot_eager") if compiled else hsaid)
@@ -122,6 +152,14 @@ def test_only_what_is_trained_is_reduced(ranks, kind):
     assert all(found[kind]["reduced"] == [trained] * 4 for found in ranks)
 
 
+@pytest.mark.parametrize("around", [False, True])
+def test_buffers_are_broadcast(ranks, around):
+    first, second = (found[f"statistics {around}"] for found in ranks)
+    assert not torch.equal(first["own"], second["own"]) and torch.equal(first["theta"], second["theta"])
+    assert torch.equal(second["after"], first["own"]) and torch.equal(first["after"], first["own"])
+    assert first["theta"].all()
+
+
 @pytest.mark.parametrize("what", DIFFERENT)
 def test_ranks_that_differ_are_named_at_the_first_step(ranks, what):
     assert all(found[what].startswith(DIFFERENT[what][1]) for found in ranks), ranks[0][what]
@@ -136,6 +174,7 @@ if __name__ == "__main__":
     rank = dist.get_rank()
     found = {kind: train_in_parallel(kind, rank) for kind in KINDS}
     found |= {what: refusal(make, rank) for what, (make, _) in DIFFERENT.items()}
+    found |= {f"statistics {around}": statistics(around, rank) for around in (False, True)}
     found["compiled"] = refusal(DIFFERENT["seed"][0], rank, compiled=True)
     torch.save(found, Path(sys.argv[1], f"{rank}.pt"))
     dist.destroy_process_group()

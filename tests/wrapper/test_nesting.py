@@ -32,6 +32,11 @@ def test_sharded_parameters_are_refused(one_rank):
     fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
     with pytest.raises(TypeError, match="not sharded, got '.*', which is a DTensor"):
         HSAID(model, 24)
+    hsaid, x = moved(HSAID(mlp(), 24)), torch.ones(1, 4)
+    fully_shard(hsaid.model[0], mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+    for run in (lambda: hsaid(x), lambda: hsaid.model(x), lambda: hsaid.model[2].weight):
+        with pytest.raises(TypeError, match="not sharded, got '0.weight', which is a DTensor"):
+            run()
 
 
 def test_a_compiled_model_is_the_plain_one(tmp_path):
