@@ -7,6 +7,10 @@
 #
 #   make check    lint, the tests that touch no kernel
 #
+# With hundreds of megabytes more, and a minute:
+#
+#   make clients  other people's training loops on an HSAID: Lightning, sentence-transformers, timm, PEFT, Accelerate
+#
 # Measure (docs/benchmarks.md):
 #
 #   make bench         the quick benchmarks: prints tables, leaves them and the plots in build/bench/
@@ -33,7 +37,7 @@ CMAKE := $(abspath $(BIN))/cmake
 # As many processes as cores, each with a thread.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
-.PHONY: train test check triton-versions cuda-check lint bench bench-full report gpu clean
+.PHONY: train test check clients triton-versions cuda-check lint bench bench-full report gpu clean
 
 train: $(VENV)/.installed
 	$(BIN)/hsaid train $(ARGS)
@@ -47,6 +51,9 @@ test: $(VENV)/.installed-test lint build/cmake/test_core
 
 check: $(VENV)/.installed-test lint
 	$(TESTS) --dist loadfile tests/hierarchy tests/app/test_data.py tests/app/test_fuzz.py tests/app/test_terminal.py tests/fastfood/test_plan.py tests/test_import.py
+
+clients: build/clients/.installed
+	PYTHONPATH=build/clients $(TESTS) --dist loadfile tests/clients $(ARGS)
 
 # With the oldest and the newest Triton that are known to work, which pip does not install beside this torch.
 triton-versions: $(VENV)/.installed-test
@@ -91,6 +98,13 @@ $(VENV)/.installed: constraints.txt $(SOURCES)
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) pytest pytest-benchmark pytest-xdist matplotlib scipy ruff clang-format import-linter mypy triton accelerate datasets
+	@touch $@
+
+# timm and torchvision lie apart, where only `make clients` finds them: beside a torch without CUDA, torchvision for CUDA
+# breaks the import of transformers (tests/clients/conftest.py).
+build/clients/.installed: $(VENV)/.installed-test
+	@$(PIP) lightning peft sentence-transformers
+	@$(PIP) --no-deps --upgrade --target build/clients timm torchvision
 	@touch $@
 
 build/cmake/test_core: $(VENV)/.installed $(wildcard tests/csrc/*)

@@ -119,6 +119,10 @@ class StandIn(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         # For example generation_config, which Trainer sets.
         model = self.__dict__.get("model")
+        if model is not None and name == "model":
+            raise TypeError(
+                "model: expected the one that this HSAID wraps to stay: wrap the other one in an HSAID of its own"
+            )
         if model is None or name in self.__dict__ or hasattr(type(self), name) or name in self._parameters:
             super().__setattr__(name, value)
         elif hasattr(model, name):

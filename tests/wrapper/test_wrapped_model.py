@@ -582,6 +582,8 @@ def test_modules_of_the_wrapper_are_refused():
     hsaid = HSAID(mlp(), 24)
     with pytest.raises(TypeError, match="score: expected a module that is set on the model before it is wrapped"):
         hsaid.score = nn.Linear(3, 2)
+    with pytest.raises(TypeError, match="model: expected the one that this HSAID wraps to stay"):
+        hsaid.model = mlp()
     with pytest.raises(TypeError, match="bias: expected a parameter of the model"):
         hsaid.bias = nn.Parameter(torch.ones(3))
     with pytest.raises(TypeError, match="seen: expected a buffer that is set on the model"):
