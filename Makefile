@@ -7,7 +7,7 @@
 #
 #   make check    lint, the tests that touch no kernel
 #
-# With hundreds of megabytes more, and a minute:
+# With 200 MB of packages more:
 #
 #   make clients  other people's training loops on an HSAID: Lightning, sentence-transformers, timm, PEFT, Accelerate
 #
@@ -53,7 +53,7 @@ check: $(VENV)/.installed-test lint
 	$(TESTS) --dist loadfile tests/hierarchy tests/app/test_data.py tests/app/test_fuzz.py tests/app/test_terminal.py tests/fastfood/test_plan.py tests/test_import.py
 
 clients: build/clients/.installed
-	PYTHONPATH=build/clients $(TESTS) --dist loadfile tests/clients $(ARGS)
+	PYTHONPATH=build/clients $(TESTS) -rs --dist loadfile tests/clients $(ARGS)
 
 # With the oldest and the newest Triton that are known to work, which pip does not install beside this torch.
 triton-versions: $(VENV)/.installed-test
@@ -103,7 +103,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 # timm and torchvision lie apart, where only `make clients` finds them: beside a torch without CUDA, torchvision for CUDA
 # breaks the import of transformers (tests/clients/conftest.py).
 build/clients/.installed: $(VENV)/.installed-test
-	@$(PIP) lightning peft sentence-transformers
+	@$(PIP) lightning peft sentence-transformers pillow
 	@$(PIP) --no-deps --upgrade --target build/clients timm torchvision
 	@touch $@
 

@@ -61,8 +61,8 @@ class Project(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, theta, factors, projection, part, flat, kind):
-        ctx.projection, ctx.part = projection, part
+    def forward(ctx, theta, factors, projection, part, flat, kind, check):
+        ctx.projection, ctx.part, ctx.check = projection, part, check
         # save_for_backward does not work here. The first layer of the part that runs creates this node. Under gradient
         # checkpointing that layer runs again in backward without creating the node, and torch.utils.checkpoint raises
         # an error if the recomputation saves other tensors than the forward did.
@@ -77,6 +77,8 @@ class Project(torch.autograd.Function):
         theta, factors, part = ctx.theta, ctx.factors, ctx.part
         if _version(theta) != ctx.version:
             raise RuntimeError("theta has been changed in place between forward and backward, which needs it unchanged")
+        if ctx.check is not None:
+            ctx.check()
         backend = ops.choose_backend(ctx.projection.backend, theta.device)
         with torch.no_grad():
             rows = part.rows_on(theta.device)
@@ -87,7 +89,7 @@ class Project(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             given = (g for g in grads if g is not None)
             dtheta, dfactors = _NoSecondDerivative.apply(theta, factors, *given, dtheta, dfactors)
-        return dtheta, dfactors, None, None, None, None
+        return dtheta, dfactors, None, None, None, None, None
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -234,13 +236,14 @@ class Projection:
         part: Part,
         flat: Tensor,
         kind: Callable[[Tensor], Tensor] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> tuple[Tensor, ...]:
         """The weights of a part as views of `flat`, with one node of the autograd graph for all of them.
 
         `scaled` is that of `flat`, which these arguments must have made. `kind` may turn each view into one of a
-        subclass of Tensor. Does not check its arguments.
+        subclass of Tensor; `check` is called in backward, and may raise. Does not check its arguments.
         """
-        return Project.apply(theta, scaled, self, part, flat, kind)
+        return Project.apply(theta, scaled, self, part, flat, kind, check)
 
     def adjoint(
         self, grads: Mapping[str, Tensor | None], theta: Tensor, factors: Tensor | None = None

@@ -21,6 +21,10 @@ class Buffers:
     def __init__(self, model: nn.Module):
         self._before = {name: buffer.detach().clone() for name, buffer in _persistent(model)}
 
+    def tracked(self, model: nn.Module) -> dict[str, Tensor]:
+        """{name: buffer} of the model's buffers that are not taken for constants."""
+        return dict(_persistent(model))
+
     @torch.no_grad()
     def changed(self, model: nn.Module) -> dict[str, Tensor]:
         """{name: copy} of the buffers that are not as they were."""

@@ -214,9 +214,9 @@ class _InPlace(HSAID):
             "add_task(): the model has one intrinsic_parameter; for more tasks wrap a plain one in HSAID"
         )
 
-    def _computing(self) -> contextlib.AbstractContextManager[None]:
+    def _checked(self) -> None:
         self._share()  # load_state_dict(assign=True) or a new head may have replaced the model's parameters
-        return super()._computing()
+        super()._checked()
 
     def _share(self) -> None:
         model = dict(self.model.named_parameters())

@@ -1,19 +1,24 @@
 """Modules inside a wrapped model that are compiled by themselves, as by `layer.compile()`.
 
 A compiled graph takes its weights as inputs, from the attribute `graph` of the module's `Place`. They are put there
-before each call, by ordinary Python.
+before each call, by ordinary Python. torch.compile cannot look into a thread's own storage, so one thread runs such
+modules at a time.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from hsaid_kernels.wrapper.reads import place_of
+from hsaid_kernels.wrapper.eager import calls_eagerly
+from hsaid_kernels.wrapper.reads import Place, place_of
 from hsaid_kernels.wrapper.weight import Weight
+
+_one_thread = threading.RLock()
 
 
 class CurrentWeights:
@@ -22,10 +27,17 @@ class CurrentWeights:
     def __init__(self, module: nn.Module, compiled: Callable[..., Any]):
         self.module, self.compiled = module, compiled
 
+    @calls_eagerly
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # inside a larger graph
             return self.compiled(*args, **kwargs)
         inside = [(module, place) for module in self.module.modules() if (place := place_of(module)) is not None]
+        with _one_thread:
+            return self._call(inside, args, kwargs)
+
+    @calls_eagerly
+    def _call(self, inside: list[tuple[nn.Module, Place]], args: Any, kwargs: Any) -> Any:
+        before = [place.graph for _, place in inside]
         for module, place in inside:
             now = {key: getattr(module, key) for key in (*place.names, *place.masks)}
             # as ordinary tensors: torch.compile does not know subclasses
@@ -33,8 +45,8 @@ class CurrentWeights:
         try:
             return self.compiled(*args, **kwargs)
         finally:
-            for _, place in inside:
-                place.graph = None
+            for (_, place), graph in zip(inside, before, strict=True):
+                place.graph = graph
 
 
 def keep_compiled_current(modules: Iterable[nn.Module]) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
 from hsaid_kernels.fastfood.selection import Patterns
 from hsaid_kernels.wrapper.basis import as_json, basis_of
-from hsaid_kernels.wrapper.buffers import Buffers
 from hsaid_kernels.wrapper.comparison import check_active_ranks
 from hsaid_kernels.wrapper.configuration import TASK
 from hsaid_kernels.wrapper.heads import Heads
@@ -80,8 +79,8 @@ class HSAID(MultiTask):
     `hsaid.model.named_parameters()` and `hsaid.model.state_dict()` have W0, which does not require gradients meanwhile.
 
     `modules()`, `buffers()`, `apply()`, `train()` and `to()` reach the model. `parameters()` returns the parameters of
-    the current task; `state_dict()` returns them, the configuration, and the buffers that training has changed (the
-    statistics of BatchNorm). Every other attribute is the model's. As a context manager, an HSAID unwraps the model at
+    the current task; `state_dict()` returns them, the configuration, and the model's buffers (the statistics of
+    BatchNorm). Every other attribute is the model's. As a context manager, an HSAID unwraps the model at
     the end.
 
     Projected weights are kept until theta, the multipliers or W0 change. PyTorch does not track writes through `.data`:
@@ -147,7 +146,6 @@ class HSAID(MultiTask):
             model, self._parameters, basis.full, basis.plan, basis.partition, dtype, backend, own_full=self._own_full
         )
         self._tasks = Tasks(check_task(task), basis.full)
-        self._model_buffers = Buffers(model)
         self._buffers_of: dict[str, dict[str, Tensor]] = {}  # of the tasks that are not set
         self._ranks_agree = False
         self.training = model.training
@@ -163,6 +161,8 @@ class HSAID(MultiTask):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model with the projected weights and returns its output."""
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise RuntimeError("HSAID: expected a call, got tracing for an export: trace or export hsaid.merge()")
         if torch.compiler.is_compiling():
             self._ranks_checked()
             return self._projected.call_traced(self.training, args, kwargs)
@@ -218,9 +218,8 @@ class HSAID(MultiTask):
         raise RuntimeError. Does nothing if the model has been unwrapped already.
         """
         if self._projected.attached:
-            self._buffers_of[self.task] = self._model_buffers.changed(self.model)
+            self._buffers_of[self.task] = self._projected.buffers.changed(self.model)
             self._projected.detach()
-            self._model_buffers.put(self.model, {})
         return self.model
 
     def unwrapped(self) -> contextlib.AbstractContextManager[nn.Module]:
@@ -234,7 +233,7 @@ class HSAID(MultiTask):
             yield model
         finally:
             self._claim()
-            self._model_buffers.put(model, self._buffers_of.pop(self.task, {}))
+            self._projected.buffers.put(model, self._buffers_of.pop(self.task, {}))
 
     def __enter__(self) -> Self:
         return self
@@ -315,8 +314,11 @@ class HSAID(MultiTask):
         if not self._ranks_agree and torch.is_grad_enabled():  # evaluation may run on a single rank
             self._ranks_agree = check_active_ranks(self, {self, self.model})
 
-    def _computing(self) -> contextlib.AbstractContextManager[None]:
+    def _checked(self) -> None:
         self._check_ranks()
+
+    def _computing(self) -> contextlib.AbstractContextManager[None]:
+        self._checked()
         return self._projected.inside(self.training)
 
     def _ranks_checked(self) -> bool:

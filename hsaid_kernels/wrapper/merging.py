@@ -10,8 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from hsaid_kernels.wrapper.compiled import compiled_as_before
-from hsaid_kernels.wrapper.reads import detach, place_of
+from hsaid_kernels.wrapper.reads import Place, detach, merging, place_of
 from hsaid_kernels.wrapper.tree import masks
+
+
+class _Plain:
+    """Answers the reads of a copy that is being made by the copy's own parameters."""
+
+    def read(self, name: str | None, parameter: nn.Parameter) -> Tensor:
+        return parameter
+
+    def tree_changed(self) -> None:
+        pass
+
+    @property
+    def others(self) -> set[str]:
+        return set()
 
 
 @torch.no_grad()
@@ -26,15 +40,22 @@ def merged_copy(
     memo: dict[int, Any] = {id(own[name]): nn.Parameter(value.clone(), False) for name, value in values.items()}
     for module in model.modules():
         if (place := place_of(module)) is not None:
-            memo[id(place)] = place  # and with it the wrapper
+            memo[id(place)] = Place(_Plain())  # so that the wrapper is not copied
         # Weights that hooks compute and store in the module, such as those of prune and weight_norm, may have a graph.
         computed = (value for value in module.__dict__.values() if isinstance(value, Tensor) and not value.is_leaf)
         memo |= {id(value): value.detach() for value in computed}
-    merged = copy.deepcopy(model, memo)
+    replaced = {name: memo[id(own[name])] for name in values}
+    merging.active = True
+    try:
+        merged = copy.deepcopy(model, memo)
+    finally:
+        merging.active = False
     for module in merged.modules():
         compiled_as_before(module)
         detach(module)
     for name, parameter in merged.named_parameters():
+        if name in replaced and parameter is not replaced[name]:  # of a module that copies itself in its own way
+            parameter.data = replaced[name].data
         parameter.requires_grad_(flags.get(name, parameter.requires_grad))
     for module, hook in masks(merged.modules()):
         hook(module, None)

@@ -86,9 +86,9 @@ class MultiTask(Saved):
         """
         self._tasks.check(name)
         self._projected.refuse_merged("set_task()")
-        self._buffers_of[self.task] = self._model_buffers.changed(self.model)
+        self._buffers_of[self.task] = self._projected.buffers.changed(self.model)
         self._tasks.switch(name, self._parameters)
-        self._model_buffers.put(self.model, self._buffers_of.pop(name, {}))
+        self._projected.buffers.put(self.model, self._buffers_of.pop(name, {}))
 
     def remove_task(self, name: str) -> None:
         """Deletes a task and its parameters. Raises ValueError for the current task and for an unknown one."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from hsaid_kernels.fastfood import ops
 from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
@@ -16,6 +19,7 @@ from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.fastfood.projection import Part, Projection
 from hsaid_kernels.hierarchy import Partition
 from hsaid_kernels.wrapper.blocks import blocks_of, joined
+from hsaid_kernels.wrapper.eager import runs_eagerly
 from hsaid_kernels.wrapper.made import Group, Made, Scaled
 from hsaid_kernels.wrapper.tasks import Own, key_of
 from hsaid_kernels.wrapper.watched import WatchedModel
@@ -65,9 +69,11 @@ class ProjectedWeights(WatchedModel):
         self._inside = _Inside()
         self._made: Made | None = None
         self._groups: tuple[Any, list[Group]] = (None, [])
+        # {backward's number: theta and its version of the weights that were read last in it}
+        self._recomputed: dict[int, tuple[nn.Parameter, int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_inside", "_made", "_groups")
+        made_again = ("_inside", "_made", "_groups", "_recomputed")
         return {key: value for key, value in super().__getstate__().items() if key not in made_again}
 
     def trained(self, key: str) -> nn.Parameter:
@@ -80,6 +86,8 @@ class ProjectedWeights(WatchedModel):
 
     def read(self, name: str | None, parameter: nn.Parameter) -> Tensor:
         """What a module of the model gets for its attribute, whose W0 is `parameter`; see `reads.py`."""
+        if not self.attached:
+            return parameter  # of a module that had left the model before it was unwrapped
         if name is None:
             with self.lock:
                 name = next((name for name, own in self._verified().items() if own is parameter), None)
@@ -94,6 +102,13 @@ class ProjectedWeights(WatchedModel):
         if made is None or not self._current(made, name, parameter):
             made = self._made = None  # frees the memory before the new weights need it
             made = self._make()
+            if made.w0[name] is not parameter:
+                raise RuntimeError(
+                    f"model: expected the parameter {name!r} of the model, got another nn.Parameter in its place, "
+                    "which the model was not told of: use setattr(), or call functional_call with ordinary tensors"
+                )
+        if (task := torch._C._current_graph_task_id()) != -1:  # in backward, as torch.utils.checkpoint recomputes
+            self._recomputed = {task: (made.theta, made.versions[0])}
         if torch.is_grad_enabled() and made.wanted:
             weight = made.nodes.get(name)
             return self._join(made, name) if weight is None else weight
@@ -126,7 +141,7 @@ class ProjectedWeights(WatchedModel):
                 made.seen.clear()
                 same = self._serves(made)
             elif theta.device.type == "cpu":
-                same = made.equals((theta, multipliers))
+                same = self._equal(made, theta, multipliers)
             made.seen.add(name)
         if same and made.wanting != (theta.requires_grad, multipliers.requires_grad):
             made.forget_nodes()
@@ -145,8 +160,15 @@ class ProjectedWeights(WatchedModel):
                 (parameter := own[name]) is w0 and parameter._version == version and parameter.data_ptr() == address
                 for name, (w0, address, version, _) in made.stamps.items()
             )
-            and made.equals((theta, multipliers))
+            and self._equal(made, theta, multipliers)
         )
+
+    @staticmethod
+    def _equal(made: Made, theta: Tensor, multipliers: Tensor) -> bool:
+        if not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active():
+            return made.equals((theta, multipliers))
+        with _undisturbed():
+            return made.equals((theta, multipliers))
 
     def _refuse_written(self, made: Made) -> None:
         """Raises RuntimeError, once: the next read makes the weights again."""
@@ -156,7 +178,7 @@ class ProjectedWeights(WatchedModel):
 
     def _make(self) -> Made:
         """Computes the weights of now."""
-        with self.lock, torch.inference_mode(False), torch.no_grad(), _outside_transforms():
+        with self.lock, torch.inference_mode(False), torch.no_grad(), _undisturbed():
             if self._made is not None:  # by another thread, meanwhile
                 return self._made
             own, theta, multipliers = self._verified(), self.trained("theta"), self.trained("multipliers")
@@ -164,6 +186,10 @@ class ProjectedWeights(WatchedModel):
                 raise RuntimeError(
                     "theta: expected an ordinary tensor, got one inside a transform of torch.func, which cannot "
                     "differentiate a projection: use torch.autograd"
+                )
+            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(theta).tangent is not None:
+                raise RuntimeError(
+                    "theta: expected a tensor without a tangent, because a projection has no forward-mode derivative"
                 )
             w0 = {name: own[name] for name in self.plan.names}
             made = Made(theta, multipliers, w0, self.groups(w0, theta))
@@ -182,7 +208,7 @@ class ProjectedWeights(WatchedModel):
     def _join(self, made: Made, name: str) -> Weight:
         """Adds the part of this tensor to the autograd graph, and returns the tensor."""
         theta, multipliers = made.theta, made.multipliers
-        with self.lock, torch.inference_mode(False), torch.enable_grad(), _outside_transforms():
+        with self.lock, torch.inference_mode(False), torch.enable_grad(), _undisturbed():
             nodes, scaled = made.nodes, made.scaled  # another thread may empty them
             if name in nodes:
                 return nodes[name]
@@ -191,7 +217,8 @@ class ProjectedWeights(WatchedModel):
                     if name in part.plan.shapes:
                         if group not in scaled:
                             scaled[group] = Scaled.apply(multipliers, group, self.partition)
-                        weights = group.projection.part(theta, scaled[group], part, flat, Weight.of)
+                        check = partial(_check_backward, weakref.ref(self), theta, made.versions[0])
+                        weights = group.projection.part(theta, scaled[group], part, flat, Weight.of, check)
                         for tensor, weight in zip(part.plan.names, weights, strict=True):
                             nodes[tensor] = cast(Weight, weight)
                             nodes[tensor].w0 = made.w0[tensor]
@@ -210,6 +237,7 @@ class ProjectedWeights(WatchedModel):
         finally:
             self._inside.depth = 0
 
+    @runs_eagerly
     def enter(self, training: bool) -> None:
         if not self.attached:
             raise RuntimeError("HSAID: expected one that wraps a model, got one after unwrap(): wrap the model again")
@@ -228,6 +256,7 @@ class ProjectedWeights(WatchedModel):
             if wanted:
                 made.forget_nodes()
 
+    @runs_eagerly
     def now(self) -> dict[str, Tensor]:
         """{name: projected weight}, differentiable if gradients are enabled."""
         if not self._inside.depth:
@@ -332,10 +361,38 @@ class ProjectedWeights(WatchedModel):
                 ops.prepare(part.plan, device, self.backend)
 
 
-def _outside_transforms() -> AbstractContextManager[object]:
-    """A context outside of vmap, jacrev and others of torch.func, for which the weights are constants."""
-    if not torch._C._are_functorch_transforms_active():
-        return nullcontext()
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+def _check_backward(source: weakref.ref[ProjectedWeights], theta: nn.Parameter, version: int) -> None:
+    """Raises RuntimeError if backward has, or could have, recomputed parts of the model on other weights than forward.
 
-    return temporarily_clear_interpreter_stack()
+    `theta` and its version counter are those of forward.
+    """
+    weights = source()
+    if weights is None:
+        return
+    if not weights.attached:
+        raise RuntimeError("backward(): expected a call before unwrap(), because a part of the model may be recomputed")
+    found = weights._recomputed.get(torch._C._current_graph_task_id())
+    if found is not None and (found[0] is not theta or found[1] != version):
+        raise RuntimeError(
+            "backward(): expected the task and the theta of forward, because torch.utils.checkpoint has recomputed a "
+            "part of the model: call set_task() after backward()"
+        )
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A context outside of the modes and transforms that are active here.
+
+    Those of torch.func (vmap, jacrev, ...), for which the weights are constants, and those that see every operation, as
+    selective activation checkpointing has.
+    """
+    with ExitStack() as stack:
+        if torch._C._are_functorch_transforms_active():
+            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        if torch._C._len_torch_dispatch_stack():
+            from torch.utils._python_dispatch import _disable_current_modes
+
+            stack.enter_context(_disable_current_modes())
+        yield

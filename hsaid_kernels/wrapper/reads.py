@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, SupportsIndex
 
@@ -21,6 +22,7 @@ from torch.nn.modules.module import (
 )
 from torch.nn.utils.prune import BasePruningMethod
 
+from hsaid_kernels.wrapper.eager import calls_eagerly, runs_eagerly
 from hsaid_kernels.wrapper.tree import Tree
 from hsaid_kernels.wrapper.weight import Weight, is_given
 
@@ -34,6 +36,10 @@ class Source(Protocol):
     def tree_changed(self) -> None:
         """Notes that a module or a parameter of the model has been replaced or added."""
 
+    @property
+    def others(self) -> set[str]:
+        """Names of parameters that may be added to the model."""
+
 
 class Place:
     """What a module of a wrapped model knows of its wrapper, as its attribute `_hsaid`.
@@ -43,6 +49,7 @@ class Place:
     masks   {attribute: torch.nn.utils.prune's hook}, for masked weights, which prune stores as ordinary attributes
     graph   {attribute: tensor} while the module runs compiled (`compiled.py`), else None
     tree    of the model itself: what it looked like when it was last looked at, else None
+    before  {attribute: tensor} of what hooks have computed and stored in the module, such as weight_norm's `weight`
     """
 
     def __init__(self, source: Source):
@@ -51,6 +58,7 @@ class Place:
         self.masks: dict[str, BasePruningMethod] = {}
         self.graph: dict[str, Tensor] | None = None
         self.tree: Tree | None = None
+        self.before: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "graph": None, "tree": None}
@@ -65,6 +73,7 @@ def attach(module: nn.Module, source: Source, names: Mapping[str, str | None], m
     place = place_of(module)
     if place is None or place.source is not source:
         place = module.__dict__["_hsaid"] = Place(source)
+        place.before = {key: value for key, value in module.__dict__.items() if isinstance(value, Tensor)}
         _give_back(module)
     place.names, place.masks = dict(names), dict(masks)
     keys = (*place.names, *place.masks)
@@ -81,7 +90,8 @@ def _give_back(module: nn.Module) -> None:
 
 def detach(module: nn.Module) -> None:
     """Gives the module its own class back. It reads its own parameters then."""
-    module.__dict__.pop("_hsaid", None)
+    if (place := module.__dict__.pop("_hsaid", None)) is not None:
+        module.__dict__.update(place.before)
     while "_hsaid_keys" in type(module).__dict__:
         module.__class__ = type(module).__bases__[0]
 
@@ -97,6 +107,7 @@ class _Reading(property):
 
 @functools.cache
 def _reading(key: str) -> _Reading:
+    @calls_eagerly
     def read(module: nn.Module) -> Any:
         parameter = module._parameters.get(key)
         if type(parameter) is not nn.Parameter and is_given(parameter):
@@ -133,6 +144,7 @@ def _reading(key: str) -> _Reading:
     return _Reading(read, write, delete)
 
 
+@runs_eagerly
 def _answer(place: Place, key: str, parameter: nn.Parameter | None, module: nn.Module) -> Any:
     try:
         if key in place.masks:
@@ -145,11 +157,13 @@ def _answer(place: Place, key: str, parameter: nn.Parameter | None, module: nn.M
         raise RuntimeError(f"model: {place.names.get(key)!r} cannot be read: {error}") from error
 
 
+@runs_eagerly
 def _eagerly(place: Place, key: str, parameter: nn.Parameter | None, module: nn.Module) -> Any:
+    """`_answer`, for a module that is compiled with others around it: ends the graph."""
     return _answer(place, key, parameter, module)
 
 
-# What torch.compiler.disable sets. The function itself would import all of torch._dynamo here.
+# What torch.compiler.disable sets, for functions that are called inside a graph.
 _eagerly.__dict__["_torchdynamo_disable"] = True
 _eagerly.__dict__["_torchdynamo_disable_msg"] = "a weight of an HSAID is read: compile the HSAID in place of its parts"
 
@@ -173,13 +187,53 @@ def _class_for(cls: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
     def __reduce_ex__(self: nn.Module, protocol: SupportsIndex) -> Any:
         # pickle looks a class up by its name, but this one is made at run time
         reduced = super(made, self).__reduce_ex__(protocol)
-        ours = isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__  # type: ignore[attr-defined]
-        return (_blank, (cls, keys), *reduced[2:]) if ours else reduced
+        if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return (_blank, (cls, keys), *reduced[2:])
+        _refuse_copy(self)
+        return reduced
 
-    members["__reduce_ex__"] = __reduce_ex__
+    def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> Any:
+        _refuse_copy(self)
+        return super(made, self).__deepcopy__(memo)
+
+    def __delattr__(self: nn.Module, name: str) -> None:
+        place = place_of(self)
+        if place is not None and name in place.names:
+            raise RuntimeError(
+                f"model: expected the parameter {place.names[name]!r} to stay while an HSAID wraps the model: unwrap() "
+                "it first"
+            )
+        super(made, self).__delattr__(name)
+
+    members["__reduce_ex__"], members["__delattr__"] = __reduce_ex__, __delattr__
+    if hasattr(cls, "__deepcopy__") and not _is_parametrized(cls):
+        members["__deepcopy__"] = __deepcopy__
     metaclass: type = type(cls)
     made = metaclass(cls.__name__, (cls,), members)
     return made
+
+
+def _is_parametrized(cls: type) -> bool:
+    """Whether torch.nn.utils.parametrize has made the class. Its copies have all of a module's attributes."""
+    return cls.__name__.startswith("Parametrized") and "__deepcopy__" in cls.__dict__
+
+
+class _Merging(threading.local):
+    """Whether the thread copies a model that `merged_copy` corrects afterwards."""
+
+    active = False
+
+
+merging = _Merging()
+
+
+def _refuse_copy(module: nn.Module) -> None:
+    """Raises RuntimeError for a module whose class makes copies by itself, which would not read the weights of now."""
+    if not merging.active and place_of(module) is not None:
+        raise RuntimeError(
+            f"model: expected modules that torch copies, got a {plain_type(module).__name__} with copies of its own "
+            "(__deepcopy__ or __reduce__), which would have W0: copy a merge(), or unwrap() the model first"
+        )
 
 
 def _flat_weights(module: nn.RNNBase) -> list[Tensor | None]:
@@ -191,22 +245,41 @@ def _blank(cls: type[nn.Module], keys: tuple[str, ...]) -> nn.Module:
     return made.__new__(made)
 
 
-def _on_registration(module: nn.Module, name: str, value: Any) -> None:
-    """Torch calls this before a module or parameter is put into any module."""
+def _on_registration(module: nn.Module, name: str, value: Any) -> Any:
+    """Torch calls this before a module or parameter is put into any module, and puts there what it returns, if any."""
     place = place_of(module)
     if place is None or value is None:
-        return
+        return None
+    _refuse_others(place, module, name, value)
     place.source.tree_changed()
     if isinstance(value, nn.Module):
         # Its reads are ours from now on. `source` learns the names of its parameters at the first read.
         for inner in value.modules():
             if place_of(inner) is None:
                 attach(inner, place.source, {key: None for key, p in inner._parameters.items() if p is not None}, {})
+        return None
+    return value.w0 if type(value) is Weight else None
+
+
+def _refuse_others(place: Place, module: nn.Module, name: str, value: nn.Module | Tensor) -> None:
+    """Raises ValueError if the model would have other tensors with `value` in this place."""
+    before = module._modules.get(name) if isinstance(value, nn.Module) else module._parameters.get(name)
+    own, others = _shapes(before), _shapes(value)
+    if name not in place.source.others and own != others:
+        raise ValueError(
+            f"model: expected {name!r} in a {plain_type(module).__name__} to keep its tensors ({own or 'none'}) while "
+            f"an HSAID wraps the model, got others ({others or 'none'}): unwrap() it first"
+        )
+
+
+def _shapes(of: nn.Module | Tensor | None) -> dict[str, tuple[int, ...]]:
+    tensors = {} if of is None else {"": of} if isinstance(of, Tensor) else dict(of.named_parameters())
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 @functools.cache
 def watch_registrations() -> None:
     """From now on, modules that are put into a wrapped model belong to it at once."""
-    hook: Callable[..., None] = _on_registration
+    hook: Callable[..., Any] = _on_registration
     register_module_module_registration_hook(hook)
     register_module_parameter_registration_hook(hook)

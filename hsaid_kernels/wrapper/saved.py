@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from hsaid_kernels.wrapper import checkpoint, hub
-from hsaid_kernels.wrapper.buffers import PREFIX, Buffers
+from hsaid_kernels.wrapper.buffers import PREFIX
 from hsaid_kernels.wrapper.comparison import check_state
 from hsaid_kernels.wrapper.configuration import describe, encode_state
 from hsaid_kernels.wrapper.projected import ProjectedWeights
@@ -23,7 +23,6 @@ class Saved(StandIn):
     """Checkpoints and `state_dict()` of a class with the attributes of `HSAID`."""
 
     _projected: ProjectedWeights
-    _model_buffers: Buffers
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, is_main_process: bool = True, **_: Any) -> None:
         """Saves the current task's parameters and the configuration, a few kilobytes; see `checkpoint.save_pretrained`.
@@ -60,15 +59,15 @@ class Saved(StandIn):
 
     def buffers_changed(self) -> dict[str, Tensor]:
         """{name: copy} of the model's buffers that have changed since it was wrapped (BatchNorm's statistics)."""
-        return self._model_buffers.changed(self.model)
+        return self._projected.buffers.changed(self.model)
 
     def put_buffers(self, values: Mapping[str, Tensor]) -> None:
         """Gives the model's buffers the values that they had when it was wrapped, or those of `values`.
 
         Raises ValueError, and changes nothing, if the model has no such buffers.
         """
-        self._model_buffers.check("buffers", self.model, values)
-        self._model_buffers.put(self.model, values)
+        self._projected.buffers.check("buffers", self.model, values)
+        self._projected.buffers.put(self.model, values)
 
     def get_extra_state(self) -> Tensor:
         return encode_state(describe(self))
@@ -78,7 +77,9 @@ class Saved(StandIn):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({f"{prefix}{PREFIX}{name}": value for name, value in self.buffers_changed().items()})
+        # All, and not copies, as of any module: averages of models pair values by their order, and write to them.
+        buffers = self._projected.buffers.tracked(self.model)
+        destination.update({f"{prefix}{PREFIX}{name}": buffer.detach() for name, buffer in buffers.items()})
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         # Checked before anything is loaded, so that a state_dict with another configuration changes nothing here.
@@ -86,7 +87,7 @@ class Saved(StandIn):
         buffers = {key[len(of_model) :]: value for key, value in state_dict.items() if key.startswith(of_model)}
         try:
             self._projected.refuse_merged("load_state_dict()")
-            self._model_buffers.check("state_dict", self.model, buffers)
+            self._projected.buffers.check("state_dict", self.model, buffers)
             if (key := f"{prefix}_extra_state") in state_dict:
                 check_state(state_dict[key], self)
         except (RuntimeError, ValueError) as error:
@@ -94,4 +95,4 @@ class Saved(StandIn):
         else:
             own = {key: value for key, value in state_dict.items() if not key.startswith(of_model)}
             super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected, errors)
-            self._model_buffers.put(self.model, buffers)
+            self._projected.buffers.put(self.model, buffers)

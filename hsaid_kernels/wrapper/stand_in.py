@@ -18,13 +18,15 @@ from torch import nn
 
 from hsaid_kernels.wrapper.reads import plain_type
 
-# Methods of transformers' base classes that change the model, so that it would no longer be the one that was wrapped.
+# Methods of transformers' and peft's base classes that change the model, so that it would no longer be the one that was
+# wrapped.
 CHANGING = (
     *("add_adapter", "load_adapter", "set_adapter", "enable_adapters", "disable_adapters", "delete_adapter"),
     *("enable_peft_hotswap", "resize_token_embeddings", "set_input_embeddings", "set_output_embeddings"),
     *("set_decoder", "set_encoder", "tie_weights", "init_weights", "initialize_weights", "post_init", "prune_heads"),
     *("dequantize", "kernelize", "use_kernels", "to_bettertransformer", "reverse_bettertransformer"),
     *("resize_position_embeddings", "tensor_parallel", "smart_apply"),
+    *("merge_adapter", "unmerge_adapter", "merge_and_unload", "unload", "add_weighted_adapter"),
 )
 
 
@@ -38,8 +40,12 @@ class StandIn(nn.Module):
         self.__dict__["model"] = model
         self.__class__ = _class_for(type(self), plain_type(model))  # type: ignore[arg-type]  # classes are hashable
 
+    def _checked(self) -> None:
+        """Runs before the model or one of its methods is called."""
+        raise NotImplementedError
+
     def _computing(self) -> contextlib.AbstractContextManager[None]:
-        """A context manager for a call of the model or of one of its methods."""
+        """A context manager for a call of the model, in which its weights do not change. Runs `_checked` first."""
         raise NotImplementedError
 
     # --- the tree of modules; `modules()`, `buffers()`, `apply()`, `train()` and others rest on these
@@ -91,10 +97,10 @@ class StandIn(nn.Module):
             if model is None or name.startswith("__"):
                 raise
         value = getattr(model, name)
-        if not inspect.ismethod(value) or value.__self__ is not model:
+        if not inspect.ismethod(value):
             return value
         module = value.__func__.__module__ or ""
-        if module.startswith("transformers.") and name in CHANGING:
+        if module.startswith(("transformers.", "peft.")) and name in CHANGING:
 
             @functools.wraps(value)
             def refused(*args: Any, **kwargs: Any) -> Any:
@@ -105,14 +111,16 @@ class StandIn(nn.Module):
 
             return refused
         # Those that transformers' base class defines act on the model itself and are returned as they are.
-        if module == "transformers.modeling_utils":
+        if value.__self__ is not model or module == "transformers.modeling_utils":
             return value
 
         @functools.wraps(value)
         def computing(*args: Any, **kwargs: Any) -> Any:
-            # generate() needs no gradients, and weights computed without gradients are kept for the next call
-            with torch.no_grad() if name == "generate" else contextlib.nullcontext(), self._computing():
-                return value(*args, **kwargs)
+            if name == "generate":  # which needs no gradients, and trains nothing in between
+                with torch.no_grad(), self._computing():
+                    return value(*args, **kwargs)
+            self._checked()
+            return value(*args, **kwargs)
 
         return computing
 

@@ -43,11 +43,12 @@ class Tree:
         """Whether the model still has the same modules and parameters. Takes a sixth of the time of `Tree(model)`."""
         if all(len(h) == len(seen) and all(map(operator.is_, h.values(), seen)) for h, seen in self._seen):
             return True
-        # torch.func.functional_call puts tensors in the places of parameters
+        # torch.func.functional_call puts tensors in the places of parameters, without telling the module.
         return all(
             len(h) == len(seen)
             and all(
-                now is then or (isinstance(then, nn.Parameter) and is_given(now)) for now, then in zip(h.values(), seen)
+                now is then or (isinstance(then, nn.Parameter) and is_given(now, then))
+                for now, then in zip(h.values(), seen)
             )
             for h, seen in self._seen
         )

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hsaid_kernels.fastfood.plan import Plan
+from hsaid_kernels.wrapper.buffers import Buffers
 from hsaid_kernels.wrapper.comparison import differences
 from hsaid_kernels.wrapper.compiled import compiled_as_before, keep_compiled_current
 from hsaid_kernels.wrapper.reads import attach, detach, place_of, watch_registrations
@@ -33,6 +34,7 @@ class WatchedModel:
             that neither an optimizer nor DistributedDataParallel around a larger module take it for trained.
         others: names of parameters that are in the model since, and belong there.
         attached: whether the model is wrapped.
+        buffers: the model's buffers as they were before it was wrapped.
         owner: a weak reference to the HSAID. The model refers to this object, and this object to theta, but not to the
             HSAID, so that `del hsaid` frees the model for another one.
     """
@@ -49,15 +51,17 @@ class WatchedModel:
         self.others: set[str] = set()
         self.kept: dict[str, Tensor] | None = None
         self.attached = False
+        self.buffers = Buffers(model)
 
     def _start(self) -> None:
         """Makes what is not copied with this object."""
         watch_registrations()
         self.owner = None
         self.lock = threading.RLock()
+        self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key not in ("owner", "lock")}
+        state = {key: value for key, value in self.__dict__.items() if key not in ("owner", "lock", "_modules")}
         return state | {"_model": self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -95,16 +99,21 @@ class WatchedModel:
         self._scan()
 
     def detach(self) -> None:
-        """Gives back the plain model: its classes, its W0, and whether its parameters require gradients."""
+        """Gives back the plain model: its classes, W0, its buffers, and whether its parameters require gradients."""
         if self.kept is not None:
             self.unmerge()
         self.attached = False
         self.drop_cache()
         tree = Tree(self.model)
-        for module in (self.model, *tree.modules):
+        for module in {self.model, *tree.modules, *self._modules}:
             compiled_as_before(module)
             detach(module)
-        for name, parameter in tree.parameters.items():
+        self._modules.clear()
+        self._give_flags_back({**self._own, **tree.parameters})
+        self.buffers.put(self.model, {})
+
+    def _give_flags_back(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
             if self.flags.get(name, parameter.requires_grad) != parameter.requires_grad:
                 parameter.requires_grad_(self.flags[name])
 
@@ -146,6 +155,12 @@ class WatchedModel:
         for name, parameter in tree.parameters.items():
             if parameter.requires_grad and name in self.flags and not (self.own_full and name in self._full_names):
                 parameter.requires_grad_(False)
+        for module in set(self._modules) - {model, *tree.modules}:  # which have left the model
+            compiled_as_before(module)
+            detach(module)
+        self._modules = weakref.WeakSet((model, *tree.modules))
+        here = {id(parameter) for parameter in tree.parameters.values()}
+        self._give_flags_back({name: parameter for name, parameter in self._own.items() if id(parameter) not in here})
         place = place_of(model)
         assert place is not None
         place.tree = tree

@@ -63,6 +63,15 @@ class Weight(nn.Parameter):
         raise RuntimeError(HOOKS)
 
 
-def is_given(value: object) -> bool:
-    """Whether a tensor in `module._parameters` was put there for the time of a call, as by functional_call."""
-    return isinstance(value, Tensor) and (type(value) is Weight or not isinstance(value, nn.Parameter))
+def is_given(value: object, before: Tensor | None = None) -> bool:
+    """Whether a tensor in `module._parameters` was put there for the time of a call, as by functional_call.
+
+    So is a parameter in the place of one, `before`, on the same device and in the same dtype.
+    """
+    if not isinstance(value, Tensor):
+        return False
+    if type(value) is Weight or not isinstance(value, nn.Parameter):
+        return True
+    if before is None or type(value) is not nn.Parameter:
+        return False
+    return (value.dtype, value.device, value.shape) == (before.dtype, before.device, before.shape)

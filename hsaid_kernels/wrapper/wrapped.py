@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Mapping
 
 import torch
@@ -58,10 +59,41 @@ def check_layers(model: nn.Module, full: Collection[str]) -> None:
             )
 
 
-def check_parameters(model: nn.Module, trained: Iterable[str]) -> None:
-    """Raises ValueError if one of the tensors `trained` has gradient hooks, or if parameters share memory untied."""
+def check_captured(model: nn.Module, trained: Iterable[str]) -> None:
+    """Raises ValueError if a module keeps one of the tensors `trained` elsewhere than as its parameter.
+
+    For example in a list or a functools.partial: what it reads there would be W0.
+    """
+    parameters = dict(model.named_parameters())
+    names = {id(parameters[name]): name for name in trained}
+    own = {"_parameters", "_buffers", "_modules", "_flat_weights", "_hsaid"}
+    for prefix, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            if key in own:
+                continue
+            held = [value]
+            if isinstance(value, functools.partial):
+                held = [*value.args, *value.keywords.values()]
+            elif isinstance(value, (list, tuple, set)):
+                held = list(value)
+            elif isinstance(value, dict):
+                held = list(value.values())
+            if name := next((names[id(inner)] for inner in held if id(inner) in names), None):
+                place = f"{prefix}.{key}" if prefix else key
+                raise ValueError(
+                    f"model: expected modules that read {name!r} as their parameter, got {place!r}, which keeps it by "
+                    "itself and would have W0: leave the tensor out (exclude=), or read it from its module"
+                )
+
+
+def check_parameters(model: nn.Module, trained: Collection[str]) -> None:
+    """Raises ValueError if one of the tensors `trained` has gradient hooks, or if modules keep it elsewhere.
+
+    Raises ValueError also if parameters of the model share memory without being tied.
+    """
     parameters = dict(model.named_parameters())
     check_hooks({name: parameters[name] for name in trained})
+    check_captured(model, trained)
     check_separate(parameters)
 
 

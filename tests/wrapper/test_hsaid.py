@@ -560,10 +560,12 @@ def test_patterns_may_be_any_iterable():
 def test_a_changed_model_is_refused_by_name():
     model = mlp()
     hsaid = HSAID(model, 24, backend="reference")
-    model[2] = nn.Linear(6, 5)
+    with pytest.raises(ValueError, match=r"expected '2' in a Sequential to keep its tensors .* got others .*5, 6"):
+        model[2] = nn.Linear(6, 5)
+    model._modules["2"] = nn.Linear(6, 5)  # of which the model is not told
     with pytest.raises(ValueError, match=r"'2.weight' has shape \(5, 6\) in place of \(3, 6\), '2.bias' has"):
         hsaid(torch.ones(1, 4))
-    model[2] = nn.Identity()
+    model._modules["2"] = nn.Identity()
     with pytest.raises(ValueError, match=r"'2.weight' of shape \(3, 6\) is missing"):
         hsaid.weights()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -9,6 +10,7 @@ import threading
 import weakref
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from models import IDS, bert, mlp, moved, reads, same, snapshot, tied_models
@@ -298,7 +300,9 @@ def test_the_tree_is_the_models():
         "1.weight",
         "1.bias",
     }
-    assert list(outer.state_dict()) == ["0.theta", "0.multipliers", "0._extra_state", "1.weight", "1.bias"]
+    statistics = [f"0.model.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")]
+    own = ["0.theta", "0.multipliers", "0._extra_state", *statistics]
+    assert list(outer.state_dict()) == [*own, "1.weight", "1.bias"]
     assert outer.load_state_dict(outer.state_dict()).missing_keys == []
 
 
@@ -349,18 +353,22 @@ def test_changed_buffers_are_saved_and_loaded(tmp_path):
     torch.manual_seed(0)
     plain, x = normed(), torch.randn(16, 8)
     hsaid = moved(HSAID(copy.deepcopy(plain), 40))
-    assert list(hsaid.state_dict()) == ["theta", "multipliers", "_extra_state"]
-    hsaid(x)
-    changed = ["model.1.running_mean", "model.1.running_var", "model.1.num_batches_tracked"]
-    assert list(hsaid.state_dict()) == ["theta", "multipliers", "_extra_state", *changed]
+    names = ["theta", "multipliers", "model.1.running_mean", "model.1.running_var", "model.1.num_batches_tracked"]
     hsaid.save_pretrained(tmp_path)
+    assert list(safetensors.torch.load_file(tmp_path / "hsaid.safetensors")) == sorted(names[:2])
+    state = hsaid.state_dict()
+    assert list(state) == [*names[:2], "_extra_state", *names[2:]]
+    hsaid(x)
+    assert torch.equal(state["model.1.running_mean"], hsaid.model[1].running_mean)  # no copy, as of any module
+    hsaid.save_pretrained(tmp_path)
+    assert set(safetensors.torch.load_file(tmp_path / "hsaid.safetensors")) == set(names)
     expected = hsaid.eval()(x)
     loaded = HSAID.from_pretrained(tmp_path, copy.deepcopy(plain)).eval()
     assert torch.equal(loaded(x), expected)
     other = HSAID(copy.deepcopy(plain), 40).eval()
     fresh = copy.deepcopy(other.state_dict())
     assert other.load_state_dict(hsaid.state_dict()).unexpected_keys == [] and torch.equal(other(x), expected)
-    other.load_state_dict(fresh)  # has no statistics: as they were when the model was wrapped
+    other.load_state_dict(fresh)
     assert same(dict(other.model.state_dict()), dict(plain.state_dict()))
     outer, wrong = nn.Sequential(hsaid), hsaid.state_dict() | {"model.1.running_mean": torch.zeros(9)}
     assert outer.load_state_dict(outer.state_dict()).missing_keys == []
@@ -608,9 +616,9 @@ def test_a_module_that_is_put_in_place_of_another_belongs_to_the_model_at_once(p
     weight, bias = new.weight, new.bias
     layers = hsaid.model.layers
     if put == "append":
-        layers.append(new)
-        with pytest.raises(ValueError, match="got others: 'layers.1.weight' .* is unexpected"):
-            hsaid.model(x)
+        with pytest.raises(ValueError, match="expected '1' in a ModuleList to keep its tensors .* unwrap"):
+            layers.append(new)
+        assert len(layers) == 1 and torch.equal(hsaid.model(x), hsaid.merge()(x))
         return
     {
         "setattr": lambda: setattr(layers, "0", new),
@@ -622,6 +630,186 @@ def test_a_module_that_is_put_in_place_of_another_belongs_to_the_model_at_once(p
     out = run(x)
     assert hsaid.w0()["layers.0.weight"] is weight and not torch.equal(out, nn.functional.linear(x, weight, bias))
     assert torch.equal(out, hsaid.merge()(x)) and torch.equal(run(x), hsaid.model(x))
+
+
+def test_what_would_change_the_tensors_is_refused_before_anything_changes():
+    hsaid, x = moved(HSAID(mlp(), 24)), torch.ones(1, 4)
+    model, expected = hsaid.model, hsaid(x)
+    for grad in (True, False):
+        for change in (
+            lambda: setattr(model, "2", nn.Linear(6, 5)),
+            lambda: setattr(model[0], "bias", nn.Parameter(torch.ones(5))),
+            lambda: setattr(model[0], "lora", nn.Parameter(torch.ones(2, 4))),
+            lambda: setattr(model, "3", nn.Linear(3, 3)),
+            lambda: delattr(model[0], "bias"),
+            lambda: prune.l1_unstructured(model[0], "weight", 0.3),
+        ):
+            with torch.set_grad_enabled(grad), pytest.raises((ValueError, RuntimeError, TypeError)):
+                change()
+            assert torch.equal(hsaid(x), expected) and torch.equal(model(x), expected)
+    model.add_module("3", nn.Identity())  # without tensors
+    assert torch.equal(model(x), expected)
+
+
+def test_a_weight_that_is_set_again_is_w0_again():
+    hsaid, x = moved(HSAID(mlp(), 24)), torch.ones(1, 4)
+    w0 = dict(hsaid.w0())
+    with torch.no_grad():
+        hsaid.model[0].weight = hsaid.model[0].weight
+        hsaid.model[0].register_parameter("bias", hsaid.model[0].bias)
+    change(hsaid)
+    assert torch.equal(hsaid(x), hsaid.merge()(x)) and all(a is b for a, b in zip(hsaid.w0().values(), w0.values()))
+    assert all(a is b for a, b in zip(hsaid.unwrap().parameters(), w0.values(), strict=True))
+
+
+def test_a_module_that_has_left_is_itself_again():
+    hsaid, x = moved(HSAID(mlp(), 24)), torch.ones(1, 4)
+    old, w0 = hsaid.model[0], dict(hsaid.w0())
+    hsaid.model[0] = nn.Linear(4, 6)
+    out = hsaid(x)
+    assert old.weight is w0["0.weight"] and old.weight.requires_grad and type(old) is nn.Linear
+    copied = copy.copy(hsaid.model[2])
+    plain = hsaid.unwrap()
+    expected = plain(x)
+    assert copied.weight is plain[2].weight and torch.equal(plain(x), expected) and not torch.equal(out, expected)
+    assert all(p.requires_grad for p in plain.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["fused", "by hand"])
+def test_a_model_that_trains_itself(optimizer):
+    class Trained(Recurrent):
+        def fit(self, step, x):
+            losses = []
+            for _ in range(4):
+                loss = self(x).square().mean()
+                loss.backward()
+                step()
+                losses.append(loss.item())
+            return losses
+
+    found = []
+    for through in (lambda hsaid: hsaid, lambda hsaid: hsaid.model):
+        torch.manual_seed(0)
+        hsaid, x = moved(HSAID(Trained(), 20)), torch.randn(3, 4)
+        fused = torch.optim.AdamW(hsaid.parameters(), lr=0.01, fused=True)
+
+        def by_hand(hsaid=hsaid):
+            for parameter in hsaid.parameters():
+                parameter.data -= 0.5 * parameter.grad
+
+        found.append(through(hsaid).fit(fused.step if optimizer == "fused" else by_hand, x))
+    assert found[0] == found[1] and len(set(found[0])) == 4
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("between", ["set_task", "unwrap"])
+def test_backward_of_another_task_is_refused_where_it_recomputes(between, reentrant):
+    hsaid, x = moved(HSAID(Checkpointed("reentrant" if reentrant else "saved tensors"), 60)), torch.randn(8, 8)
+    hsaid.add_task("b")
+    loss = hsaid(x).sum()
+    hsaid.set_task("b") if between == "set_task" else hsaid.unwrap()
+    reason = r"backward\(\): expected " + ("the task" if between == "set_task" else r"a call before unwrap\(\)")
+    with pytest.raises(RuntimeError, match=reason):
+        loss.backward()
+    if between == "set_task":
+        for task in hsaid.tasks:  # without recomputation, tasks may share a backward pass
+            hsaid.how = "plain"
+            hsaid.set_task(task)
+            loss = loss + hsaid(x).sum() if task == "b" else hsaid(x).sum()
+        loss.backward()
+        assert hsaid.theta.grad.any()
+
+
+def test_selective_activation_checkpointing():
+    policy = torch.utils.checkpoint.CheckpointPolicy
+    save = functools.partial(
+        torch.utils.checkpoint.create_selective_checkpoint_contexts,
+        lambda ctx, op, *args, **kwargs: (
+            policy.MUST_SAVE if op == torch.ops.aten.mm.default else policy.PREFER_RECOMPUTE
+        ),
+    )
+    hsaid, x = moved(HSAID(mlp(), 24)), torch.randn(3, 4)
+    expected = gradient(hsaid, lambda: hsaid(x))
+    for run in (hsaid, hsaid.model):
+        out = lambda run=run: checkpoint(run, x, use_reentrant=False, context_fn=save)  # noqa: E731
+        assert relative(gradient(hsaid, out), expected) < 1e-6
+
+
+def test_derivatives_that_there_are_not_are_refused():
+    hsaid, x = moved(HSAID(mlp(), 24)), torch.ones(1, 4)
+    theta = hsaid.theta.detach()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(theta, torch.ones_like(theta))
+        with pytest.raises(RuntimeError, match="theta: expected a tensor without a tangent"):
+            torch.func.functional_call(hsaid, {"theta": dual}, (x,))
+    with pytest.raises(
+        RuntimeError, match="theta: expected an ordinary tensor, got one inside a transform of torch.func"
+    ):
+        torch.func.grad(lambda t: torch.func.functional_call(hsaid, {"theta": t}, (x,)).sum())(theta)
+    other = {name: nn.Parameter(torch.ones_like(w0)) for name, w0 in hsaid.w0().items()}
+    with pytest.raises(RuntimeError, match="got another nn.Parameter in its place"):
+        torch.func.functional_call(hsaid.model, other, (x,))
+    for export in (torch.jit.trace, torch.export.export):
+        with pytest.raises(Exception, match=r"trace or export hsaid.merge\(\)"):
+            export(hsaid, (x,))
+    assert torch.equal(hsaid(x), hsaid.merge()(x))
+
+
+def test_parameters_that_a_module_keeps_by_itself_are_refused():
+    for keep in (lambda p: [p], lambda p: {"p": p}, lambda p: functools.partial(nn.functional.linear, weight=p)):
+        model = mlp()
+        model.kept = keep(model[2].weight)
+        with pytest.raises(
+            ValueError, match="read '2.weight' as their parameter, got 'kept', which keeps it by itself"
+        ):
+            HSAID(model, 24)
+        assert HSAID(model, 24, exclude="2.weight")(torch.ones(1, 4)).shape == (1, 3)
+
+
+class Copying(nn.Linear):
+    def __deepcopy__(self, memo):
+        made = Copying(self.in_features, self.out_features)
+        made.load_state_dict(self.state_dict())
+        return made
+
+
+class Reducing(nn.Linear):
+    def __reduce__(self):
+        return nn.Linear, (self.in_features, self.out_features), self.__dict__
+
+
+@pytest.mark.parametrize("kind", [Copying, Reducing])
+def test_modules_with_copies_of_their_own(kind):
+    hsaid, x = moved(HSAID(nn.Sequential(kind(4, 4)), 24)), torch.ones(1, 4)
+    for copied in (hsaid, hsaid.model, hsaid.model[0]):
+        with pytest.raises(RuntimeError, match=f"got a {kind.__name__} with copies of its own"):
+            copy.deepcopy(copied)
+    assert torch.equal(hsaid.merge()(x), hsaid(x))
+    assert copy.deepcopy(hsaid.unwrap())(x).shape == (1, 4)
+
+
+def test_compiled_parts_in_several_threads():
+    torch.compiler.reset()
+    hsaid, x = moved(HSAID(mlp(), 24)), torch.randn(2, 4)
+    for layer in (hsaid.model[0], hsaid.model[2]):
+        layer.compile(backend="eager")
+    expected, wrong, done = gradient(hsaid, lambda: hsaid(x)), [], threading.Event()
+
+    def serve():
+        with torch.no_grad():
+            out = hsaid(x)
+            while not done.is_set():
+                if not torch.equal(hsaid(x), out):
+                    wrong.append("served")
+
+    server = threading.Thread(target=serve)
+    server.start()
+    for _ in range(60):
+        if relative(gradient(hsaid, lambda: hsaid(x)), expected) > 1e-6:
+            wrong.append("gradient")
+    done.set()
+    server.join()
+    assert not wrong
 
 
 def test_mixins_that_change_the_model_are_refused_before_anything_changes():

@@ -1,0 +1,109 @@
+"""Accelerate prepares an HSAID, accumulates its gradients, and saves and loads its state."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import bert, same, snapshot
+from torch import nn
+from torch.utils.data import DataLoader
+
+from hsaid_kernels import HSAID
+
+accelerate = pytest.importorskip("accelerate")
+
+ROWS = [{"input_ids": torch.full((8,), 10 + 10 * (i % 2)), "labels": torch.tensor(i % 2)} for i in range(32)]
+
+
+@pytest.fixture(autouse=True)
+def own_state():
+    """Accelerate keeps the precision of the first Accelerator for all of the process."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Run:
+    """The loop of Accelerate's documentation, whose state is saved after half of it, and can be loaded there."""
+
+    def __init__(self, directory: Path, load: bool = False, batch_size: int = 8, dropout: bool = True, **options):
+        torch.manual_seed(0)
+        self.accelerator = accelerate.Accelerator(cpu=True, **options)
+        model = HSAID(bert(), 60)  # the one line that is changed
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout) and not dropout:
+                module.p = 0.0
+        self.before = snapshot(model.model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.0)
+        loader = DataLoader(ROWS, batch_size=batch_size)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, total_iters=12)
+        self.model, optimizer, loader, schedule = self.accelerator.prepare(model, optimizer, loader, schedule)
+        if load:
+            self.accelerator.load_state(str(directory))
+        self.losses: list[float] = []
+        self.steps = 0
+        for epoch in range(2 if load else 0, 4):
+            for batch in loader:
+                with self.accelerator.accumulate(self.model):
+                    loss = self.model(**batch).loss
+                    self.accelerator.backward(loss)
+                    if self.accelerator.sync_gradients:
+                        self.accelerator.clip_grad_norm_(self.model.parameters(), 0.5)
+                        self.steps += 1
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+                self.losses.append(loss.item())
+            if epoch == 1 and not load:
+                self.accelerator.save_state(str(directory))
+        self.rate = schedule.get_last_lr()
+        self.hsaid = self.accelerator.unwrap_model(self.model)
+
+
+def test_trains(tmp_path):
+    run = Run(tmp_path)
+    assert isinstance(run.hsaid, HSAID) and run.steps == len(run.losses) == 16
+    assert run.losses[-1] < 0.7 * run.losses[0]
+    assert same(run.hsaid.model.state_dict(), run.before)
+    batch = next(iter(DataLoader(ROWS, batch_size=8)))
+    run.model.eval()
+    assert torch.equal(run.model(**batch).logits, run.hsaid.merge()(**batch).logits)
+
+
+def test_resuming_continues_bit_for_bit(tmp_path):
+    """With the dropout that would have been drawn."""
+    whole = Run(tmp_path)
+    resumed = Run(tmp_path, load=True)
+    assert resumed.losses == whole.losses[8:] and resumed.rate == whole.rate
+    assert same(resumed.hsaid.state_dict(), whole.hsaid.state_dict()) and resumed.hsaid.theta.all()
+    fresh = HSAID.from_pretrained(tmp_path, resumed.hsaid.unwrap())  # of the moment when it was saved
+    assert fresh.theta.any() and not torch.equal(fresh.theta, whole.hsaid.theta)
+
+
+def test_accumulating_gradients_is_a_larger_batch(tmp_path):
+    large = Run(tmp_path, dropout=False)
+    parts = Run(tmp_path, dropout=False, batch_size=4, gradient_accumulation_steps=2)
+    assert parts.steps == large.steps == 16 and len(parts.losses) == 32
+    assert torch.allclose(parts.hsaid.theta, large.hsaid.theta, atol=1e-4) and large.hsaid.theta.all()
+    single = Run(tmp_path, dropout=False, batch_size=4)
+    assert not torch.allclose(single.hsaid.theta, large.hsaid.theta, atol=1e-2)
+
+
+def test_mixed_precision(tmp_path):
+    exact = Run(tmp_path)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    run = Run(tmp_path, mixed_precision="bf16")
+    assert run.hsaid.theta.dtype == torch.float32 and not torch.equal(run.hsaid.theta, exact.hsaid.theta)
+    assert run.losses[-1] < 0.7 * run.losses[0] and same(run.hsaid.model.state_dict(), run.before)
+
+
+def test_the_model_is_saved_alone(tmp_path):
+    """`save_model` and `get_state_dict` have what is trained, and what `from_pretrained` reads."""
+    run = Run(tmp_path / "state")
+    run.accelerator.save_model(run.model, tmp_path / "model")
+    assert sum(path.stat().st_size for path in (tmp_path / "model").iterdir()) < 10_000
+    torch.manual_seed(0)
+    loaded = HSAID.from_pretrained(tmp_path / "model", bert())
+    assert same(loaded.merge().state_dict(), run.hsaid.merge().state_dict())
+    assert same(run.accelerator.get_state_dict(run.model), run.hsaid.state_dict())
