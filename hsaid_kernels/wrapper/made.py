@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,12 @@ class Made:
             name: (tensor, tensor.data_ptr(), tensor._version if self.tracked else 0, self.weights[name])
             for name, tensor in self.w0.items()
         }
+        self.quick: dict[Any, Any] = {**self.stamps} if self.tracked else {}
         self.kept = [tensor.detach() for tensor in self.w0.values()]
+
+    def has(self, values: list[Tensor]) -> bool:
+        """Whether the weights were made from these values of theta and the multipliers."""
+        return values is self.values or all(map(torch.equal, values, self.values))
 
     def equals(self, trained: Sequence[Tensor]) -> bool:
         """Whether theta and the multipliers still have the values that the weights were made from."""

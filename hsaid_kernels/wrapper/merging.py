@@ -20,6 +20,9 @@ class _Plain:
     def read(self, name: str | None, parameter: nn.Parameter) -> Tensor:
         return parameter
 
+    def quickly(self, name: str | None, parameter: nn.Parameter | None) -> Tensor | None:
+        return parameter
+
     def tree_changed(self) -> None:
         pass
 

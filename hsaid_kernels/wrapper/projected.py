@@ -25,6 +25,11 @@ from hsaid_kernels.wrapper.tasks import Own, key_of
 from hsaid_kernels.wrapper.watched import WatchedModel
 from hsaid_kernels.wrapper.weight import READ_ONLY, Weight
 
+OTHER_THETA = (
+    "backward(): expected the task and the theta of forward, because torch.utils.checkpoint recomputes a part of the "
+    "model: call set_task() and change theta after backward()"
+)
+
 
 class _Inside(threading.local):
     """How deep a thread is inside calls of the HSAID."""
@@ -69,11 +74,13 @@ class ProjectedWeights(WatchedModel):
         self._inside = _Inside()
         self._made: Made | None = None
         self._groups: tuple[Any, list[Group]] = (None, [])
+        # theta, and its value and the multipliers', in the last training call
+        self._trained_on: tuple[nn.Parameter, list[Tensor]] | None = None
         # {backward's number: theta and its version of the weights that were read last in it}
         self._recomputed: dict[int, tuple[nn.Parameter, int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_inside", "_made", "_groups", "_recomputed")
+        made_again = ("_inside", "_made", "_groups", "_trained_on", "_recomputed")
         return {key: value for key, value in super().__getstate__().items() if key not in made_again}
 
     def trained(self, key: str) -> nn.Parameter:
@@ -97,6 +104,31 @@ class ProjectedWeights(WatchedModel):
             return self._read(name, parameter)
         return self.trained(self.full[name]) if name in self.full and not self.own_full else parameter
 
+    @runs_eagerly
+    def quickly(self, name: str | None, parameter: nn.Parameter | None) -> Tensor | None:
+        """What `read` gives inside a call of the HSAID if nothing has changed, else None."""
+        made = self._made
+        if made is None or not self._inside.depth or torch._C._current_graph_task_id() != -1:
+            return None
+        stamp = made.quick.get(name)
+        if name is None or parameter is None or stamp is None:
+            return None
+        own, address, version, weight = stamp
+        theta, multipliers = self.trained("theta"), self.trained("multipliers")
+        if (
+            parameter is own
+            and parameter._version == version
+            and parameter.data_ptr() == address
+            and theta is made.theta
+            and multipliers is made.multipliers
+            and theta._version == made.versions[0]
+            and multipliers._version == made.versions[1]
+            and weight._version == made.written
+            and self.kept is None
+        ):
+            return made.nodes.get(name) if made.wanted and torch.is_grad_enabled() else weight
+        return None
+
     def _read(self, name: str, parameter: nn.Parameter) -> Weight:
         made = self._made
         if made is None or not self._current(made, name, parameter):
@@ -109,6 +141,9 @@ class ProjectedWeights(WatchedModel):
                 )
         if (task := torch._C._current_graph_task_id()) != -1:  # in backward, as torch.utils.checkpoint recomputes
             self._recomputed = {task: (made.theta, made.versions[0])}
+            trained_on = self._trained_on
+            if trained_on is not None and not (trained_on[0] is made.theta and made.has(trained_on[1])):
+                raise RuntimeError(OTHER_THETA)
         if torch.is_grad_enabled() and made.wanted:
             weight = made.nodes.get(name)
             return self._join(made, name) if weight is None else weight
@@ -253,8 +288,10 @@ class ProjectedWeights(WatchedModel):
             if self._made is not None and ((wanted and theta.device.type != "cpu") or not self._serves(self._made)):
                 self._made = None
             made = self._made or self._make()
-            if wanted:
+            if wanted or made.wanting != (theta.requires_grad, self.trained("multipliers").requires_grad):
                 made.forget_nodes()
+            if wanted:
+                self._trained_on = (made.theta, made.values)
 
     @runs_eagerly
     def now(self) -> dict[str, Tensor]:
@@ -373,10 +410,7 @@ def _check_backward(source: weakref.ref[ProjectedWeights], theta: nn.Parameter, 
         raise RuntimeError("backward(): expected a call before unwrap(), because a part of the model may be recomputed")
     found = weights._recomputed.get(torch._C._current_graph_task_id())
     if found is not None and (found[0] is not theta or found[1] != version):
-        raise RuntimeError(
-            "backward(): expected the task and the theta of forward, because torch.utils.checkpoint has recomputed a "
-            "part of the model: call set_task() after backward()"
-        )
+        raise RuntimeError(OTHER_THETA)
 
 
 @contextmanager

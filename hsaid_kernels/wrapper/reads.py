@@ -33,6 +33,9 @@ class Source(Protocol):
     def read(self, name: str | None, parameter: nn.Parameter) -> Tensor:
         """The tensor of now for the parameter `name`, whose W0 is `parameter`; None if it is new in the model."""
 
+    def quickly(self, name: str | None, parameter: nn.Parameter | None) -> Tensor | None:
+        """What `read` gives, or None where this cannot be told quickly."""
+
     def tree_changed(self) -> None:
         """Notes that a module or a parameter of the model has been replaced or added."""
 
@@ -116,7 +119,8 @@ def _reading(key: str) -> _Reading:
         if place is not None and (parameter is None or key in place.names):
             if torch.compiler.is_compiling():
                 return place.graph[key] if place.graph is not None else _eagerly(place, key, parameter, module)
-            return _answer(place, key, parameter, module)
+            weight = place.source.quickly(place.names.get(key), parameter)
+            return _answer(place, key, parameter, module) if weight is None else weight
         if parameter is not None:
             return parameter
         if key in module.__dict__:

@@ -73,6 +73,10 @@ class WatchedModel:
         """What a module of the model gets for its attribute, whose W0 is `parameter`; see `reads.py`."""
         raise NotImplementedError
 
+    def quickly(self, name: str | None, parameter: nn.Parameter | None) -> Tensor | None:
+        """What `read` gives, or None where this cannot be told quickly."""
+        raise NotImplementedError
+
     def drop_cache(self) -> None:
         """Discards what reads are answered by, so that the next read makes it again."""
         raise NotImplementedError
