@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
+from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.fastfood.projection import Part, Projection
 from hsaid_kernels.hierarchy import Partition
 from hsaid_kernels.wrapper.weight import Weight
@@ -109,3 +112,54 @@ class Scaled(torch.autograd.Function):
 def version(tensor: Tensor) -> int | None:
     """The tensor's version counter; None for inference tensors, which have none."""
     return None if tensor.is_inference() else tensor._version
+
+
+def check_devices(w0: Mapping[str, Tensor], theta: Tensor) -> None:
+    """Raises ValueError if W0 is not on theta's device."""
+    if elsewhere := {tensor.device for tensor in w0.values()} - {theta.device}:
+        raise ValueError(
+            f"model: expected its tensors on {theta.device}, where theta is, got some on {elsewhere.pop()}: "
+            "hsaid.to(device) moves both"
+        )
+
+
+def divide(
+    plan: Plan, parts: Sequence[Sequence[str]], dtypes: Sequence[torch.dtype], given: torch.dtype | None, backend: str
+) -> list[Group]:
+    """The tensors of a plan by the dtype of their weights: `given`, or that of W0, one of `dtypes` for each tensor.
+
+    Raises ValueError if W0 has a dtype other than `given` and float32, TypeError for a dtype that cannot be projected.
+    """
+    found = ", ".join(sorted(set(map(str, dtypes))))
+    if not set(dtypes) <= set(WEIGHT_DTYPES):
+        raise TypeError(f"model: expected tensors in float32, bfloat16 or float16, got {found}")
+    if given is not None and not set(dtypes) <= {given, torch.float32}:
+        raise ValueError(f"dtype: expected the dtype of the model's tensors ({found}) or None, got {given}")
+    groups = []
+    one = given is not None or len(set(dtypes)) == 1
+    for dtype in dict.fromkeys(dtypes) if given is None else [given]:
+        names = [name for name, own in zip(plan.names, dtypes, strict=True) if one or own == dtype]
+        whole = Part(plan, None if one else names)
+        chosen = [[name for name in part if name in whole.plan.shapes] for part in parts]
+        own_parts = [Part(whole.plan, part) for part in chosen if part]
+        groups.append(Group(whole, own_parts, Projection(whole.plan, dtype=dtype, backend=backend)))
+    return groups
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """A context outside of the modes and transforms that are active here.
+
+    Those of torch.func (vmap, jacrev, ...), for which the weights are constants, and those that see every operation, as
+    selective activation checkpointing has.
+    """
+    with ExitStack() as stack:
+        if torch._C._are_functorch_transforms_active():
+            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        if torch._C._len_torch_dispatch_stack():
+            from torch.utils._python_dispatch import _disable_current_modes
+
+            stack.enter_context(_disable_current_modes())
+        yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from hsaid_kernels.fastfood import ops
-from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
 from hsaid_kernels.fastfood.plan import Plan
-from hsaid_kernels.fastfood.projection import Part, Projection
 from hsaid_kernels.hierarchy import Partition
 from hsaid_kernels.wrapper.blocks import blocks_of, joined
 from hsaid_kernels.wrapper.eager import runs_eagerly
-from hsaid_kernels.wrapper.made import Group, Made, Scaled
+from hsaid_kernels.wrapper.made import Group, Made, Scaled, check_devices, divide, undisturbed
 from hsaid_kernels.wrapper.tasks import Own, key_of
 from hsaid_kernels.wrapper.watched import WatchedModel
 from hsaid_kernels.wrapper.weight import READ_ONLY, Weight
@@ -202,7 +200,7 @@ class ProjectedWeights(WatchedModel):
     def _equal(made: Made, theta: Tensor, multipliers: Tensor) -> bool:
         if not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active():
             return made.equals((theta, multipliers))
-        with _undisturbed():
+        with undisturbed():
             return made.equals((theta, multipliers))
 
     def _refuse_written(self, made: Made) -> None:
@@ -213,7 +211,7 @@ class ProjectedWeights(WatchedModel):
 
     def _make(self) -> Made:
         """Computes the weights of now."""
-        with self.lock, torch.inference_mode(False), torch.no_grad(), _undisturbed():
+        with self.lock, torch.inference_mode(False), torch.no_grad(), undisturbed():
             if self._made is not None:  # by another thread, meanwhile
                 return self._made
             own, theta, multipliers = self._verified(), self.trained("theta"), self.trained("multipliers")
@@ -243,7 +241,7 @@ class ProjectedWeights(WatchedModel):
     def _join(self, made: Made, name: str) -> Weight:
         """Adds the part of this tensor to the autograd graph, and returns the tensor."""
         theta, multipliers = made.theta, made.multipliers
-        with self.lock, torch.inference_mode(False), torch.enable_grad(), _undisturbed():
+        with self.lock, torch.inference_mode(False), torch.enable_grad(), undisturbed():
             nodes, scaled = made.nodes, made.scaled  # another thread may empty them
             if name in nodes:
                 return nodes[name]
@@ -351,36 +349,12 @@ class ProjectedWeights(WatchedModel):
             self.upload()
 
     def groups(self, w0: Mapping[str, Tensor], theta: Tensor) -> list[Group]:
-        """The tensors by the dtype of their weights.
-
-        Raises ValueError if W0 is not on theta's device, or has a dtype other than the given one and float32. Raises
-        TypeError for a dtype that cannot be projected.
-        """
-        dtypes, devices = [tensor.dtype for tensor in w0.values()], {tensor.device for tensor in w0.values()}
-        if elsewhere := devices - {theta.device}:
-            raise ValueError(
-                f"model: expected its tensors on {theta.device}, where theta is, got some on {elsewhere.pop()}: "
-                "hsaid.to(device) moves both"
-            )
-        if self._groups[0] == dtypes:
-            return self._groups[1]
-        found = ", ".join(sorted(set(map(str, dtypes))))
-        if not set(dtypes) <= set(WEIGHT_DTYPES):
-            raise TypeError(f"model: expected tensors in float32, bfloat16 or float16, got {found}")
-        if self.given_dtype is not None and not set(dtypes) <= {self.given_dtype, torch.float32}:
-            raise ValueError(
-                f"dtype: expected the dtype of the model's tensors ({found}) or None, got {self.given_dtype}"
-            )
-        groups = []
-        for dtype in dict.fromkeys(dtypes) if self.given_dtype is None else [self.given_dtype]:
-            one = self.given_dtype is not None or len(set(dtypes)) == 1
-            names = [name for name, own in zip(w0, dtypes, strict=True) if one or own == dtype]
-            whole = Part(self.plan, None if one else names)
-            chosen = [[name for name in part if name in whole.plan.shapes] for part in self.parts]
-            parts = [Part(whole.plan, part) for part in chosen if part]
-            groups.append(Group(whole, parts, Projection(whole.plan, dtype=dtype, backend=self.backend)))
-        self._groups = (dtypes, groups)
-        return groups
+        """The tensors by the dtype of their weights. Raises as `divide`."""
+        dtypes = [tensor.dtype for tensor in w0.values()]
+        check_devices(w0, theta)
+        if self._groups[0] != dtypes:
+            self._groups = (dtypes, divide(self.plan, self.parts, dtypes, self.given_dtype, self.backend))
+        return self._groups[1]
 
     def upload(self) -> None:
         """Copies small index and scale tables to the device of theta and the multipliers before the first call.
@@ -411,22 +385,3 @@ def _check_backward(source: weakref.ref[ProjectedWeights], theta: nn.Parameter, 
     found = weights._recomputed.get(torch._C._current_graph_task_id())
     if found is not None and (found[0] is not theta or found[1] != version):
         raise RuntimeError(OTHER_THETA)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """A context outside of the modes and transforms that are active here.
-
-    Those of torch.func (vmap, jacrev, ...), for which the weights are constants, and those that see every operation, as
-    selective activation checkpointing has.
-    """
-    with ExitStack() as stack:
-        if torch._C._are_functorch_transforms_active():
-            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-            stack.enter_context(temporarily_clear_interpreter_stack())
-        if torch._C._len_torch_dispatch_stack():
-            from torch.utils._python_dispatch import _disable_current_modes
-
-            stack.enter_context(_disable_current_modes())
-        yield
