@@ -26,6 +26,9 @@ class _Plain:
     def tree_changed(self) -> None:
         pass
 
+    def owns(self, parameter: Tensor) -> bool:
+        return True
+
     @property
     def others(self) -> set[str]:
         return set()

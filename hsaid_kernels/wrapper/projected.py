@@ -102,7 +102,6 @@ class ProjectedWeights(WatchedModel):
             return self._read(name, parameter)
         return self.trained(self.full[name]) if name in self.full and not self.own_full else parameter
 
-    @runs_eagerly
     def quickly(self, name: str | None, parameter: nn.Parameter | None) -> Tensor | None:
         """What `read` gives inside a call of the HSAID if nothing has changed, else None."""
         made = self._made

@@ -39,6 +39,9 @@ class Source(Protocol):
     def tree_changed(self) -> None:
         """Notes that a module or a parameter of the model has been replaced or added."""
 
+    def owns(self, parameter: Tensor) -> bool:
+        """Whether this is a parameter of the model, or a projected weight of one."""
+
     @property
     def others(self) -> set[str]:
         """Names of parameters that may be added to the model."""
@@ -52,7 +55,8 @@ class Place:
     masks   {attribute: torch.nn.utils.prune's hook}, for masked weights, which prune stores as ordinary attributes
     graph   {attribute: tensor} while the module runs compiled (`compiled.py`), else None
     tree    of the model itself: what it looked like when it was last looked at, else None
-    before  {attribute: tensor} of what hooks have computed and stored in the module, such as weight_norm's `weight`
+    before  {attribute: tensor} of what hooks have computed from a parameter and stored in the module, such as
+            weight_norm's `weight`, computed from `weight_g` and `weight_v`
     """
 
     def __init__(self, source: Source):
@@ -76,7 +80,8 @@ def attach(module: nn.Module, source: Source, names: Mapping[str, str | None], m
     place = place_of(module)
     if place is None or place.source is not source:
         place = module.__dict__["_hsaid"] = Place(source)
-        place.before = {key: value for key, value in module.__dict__.items() if isinstance(value, Tensor)}
+        computed = {key.removesuffix(end) for key in module._parameters for end in ("_orig", "_g") if key.endswith(end)}
+        place.before = {key: module.__dict__[key] for key in computed if key in module.__dict__}
         _give_back(module)
     place.names, place.masks = dict(names), dict(masks)
     keys = (*place.names, *place.masks)
@@ -119,8 +124,7 @@ def _reading(key: str) -> _Reading:
         if place is not None and (parameter is None or key in place.names):
             if torch.compiler.is_compiling():
                 return place.graph[key] if place.graph is not None else _eagerly(place, key, parameter, module)
-            weight = place.source.quickly(place.names.get(key), parameter)
-            return _answer(place, key, parameter, module) if weight is None else weight
+            return _answer(place, key, parameter, module)
         if parameter is not None:
             return parameter
         if key in module.__dict__:
@@ -151,6 +155,8 @@ def _reading(key: str) -> _Reading:
 @runs_eagerly
 def _answer(place: Place, key: str, parameter: nn.Parameter | None, module: nn.Module) -> Any:
     try:
+        if (weight := place.source.quickly(place.names.get(key), parameter)) is not None:
+            return weight
         if key in place.masks:
             return place.masks[key].apply_mask(module)  # which reads "<key>_orig"
         if parameter is None:
@@ -268,6 +274,9 @@ def _on_registration(module: nn.Module, name: str, value: Any) -> Any:
 def _refuse_others(place: Place, module: nn.Module, name: str, value: nn.Module | Tensor) -> None:
     """Raises ValueError if the model would have other tensors with `value` in this place."""
     before = module._modules.get(name) if isinstance(value, nn.Module) else module._parameters.get(name)
+    tensors = [] if isinstance(value, Tensor) else list(value.parameters())
+    if tensors and all(map(place.source.owns, tensors)):  # another name for a module of the model
+        return
     own, others = _shapes(before), _shapes(value)
     if name not in place.source.others and own != others:
         raise ValueError(

@@ -16,6 +16,7 @@ from hsaid_kernels.wrapper.comparison import differences
 from hsaid_kernels.wrapper.compiled import compiled_as_before, keep_compiled_current
 from hsaid_kernels.wrapper.reads import attach, detach, place_of, watch_registrations
 from hsaid_kernels.wrapper.tree import Tree, masks
+from hsaid_kernels.wrapper.weight import Weight
 from hsaid_kernels.wrapper.wrapped import check_hooks, check_unsharded
 
 
@@ -100,7 +101,11 @@ class WatchedModel:
     def attach(self) -> None:
         """From now on, reads of the model's weights are answered here."""
         self.attached = True
-        self._scan()
+        try:
+            self._scan()
+        except Exception:  # such as a module whose class cannot be replaced
+            self.detach()
+            raise
 
     def detach(self) -> None:
         """Gives back the plain model: its classes, W0, its buffers, and whether its parameters require gradients."""
@@ -124,6 +129,11 @@ class WatchedModel:
     def tree_changed(self) -> None:
         if (model := self._model()) is not None and (place := place_of(model)) is not None:
             place.tree = None
+
+    def owns(self, parameter: Tensor) -> bool:
+        """Whether this is a parameter of the model, or a projected weight of one."""
+        own = parameter.w0 if type(parameter) is Weight else parameter
+        return any(own is known for known in self._own.values())
 
     def _scan(self) -> Tree:
         """Looks at the model again. Raises ValueError if it has other tensors than when it was wrapped."""

@@ -864,6 +864,30 @@ def test_unwrap_gives_the_model_back_as_it_was():
     assert torch.equal(hsaid.theta, theta)
 
 
+def test_other_attributes_are_left_alone():
+    model = mlp()
+    model.seen = torch.zeros(2)
+    hsaid = HSAID(model, 24)
+    model.seen, model.layer_of_now = torch.ones(2), model[0]
+    with hsaid.unwrapped():
+        assert model.seen.all()
+    assert hsaid.seen.all() and hsaid.unwrap().seen.all() and model.layer_of_now is model[0]
+
+
+def test_a_module_whose_class_cannot_be_replaced():
+    class Fixed(nn.Linear):
+        def __setattr__(self, name, value):
+            if name == "__class__":
+                raise TypeError("__class__ is fixed")
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(nn.Linear(4, 4), Fixed(4, 2))
+    with pytest.raises(TypeError, match="__class__ is fixed"):
+        HSAID(model, 24)
+    assert [type(module) for module in model] == [nn.Linear, Fixed] and all(p.requires_grad for p in model.parameters())
+    assert not any("_hsaid" in module.__dict__ for module in model.modules())
+
+
 def test_a_sweep_over_one_model():
     model, x = mlp(), torch.ones(1, 4)
     before, found = snapshot(model), []
