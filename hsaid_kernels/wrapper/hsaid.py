@@ -80,12 +80,11 @@ class HSAID(MultiTask):
 
     `modules()`, `buffers()`, `apply()`, `train()` and `to()` reach the model. `parameters()` returns the parameters of
     the current task; `state_dict()` returns them, the configuration, and the model's buffers (the statistics of
-    BatchNorm). Every other attribute is the model's. As a context manager, an HSAID unwraps the model at
-    the end.
+    BatchNorm). Every other attribute is the model's. As a context manager, an HSAID unwraps the model at the end.
 
     Projected weights are kept until theta, the multipliers or W0 change. PyTorch does not track writes through `.data`:
     such a write to W0 takes effect only after `train()` or `eval()` changes the mode, and such a write to theta on a
-    GPU with the next call of the HSAID. Projected weights may not be written to: that raises an error.
+    GPU, or during a call of the HSAID, with the next call. A write to a projected weight raises an error.
 
     During backward, the gradients of a block's weights are used and freed as soon as backward has left the block, or
     the last of a group of neighbouring blocks that together are at most half as large as the largest block.

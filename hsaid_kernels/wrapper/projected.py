@@ -138,9 +138,10 @@ class ProjectedWeights(WatchedModel):
                 )
         if (task := torch._C._current_graph_task_id()) != -1:  # in backward, as torch.utils.checkpoint recomputes
             self._recomputed = {task: (made.theta, made.versions[0])}
-            trained_on = self._trained_on
-            if trained_on is not None and not (trained_on[0] is made.theta and made.has(trained_on[1])):
-                raise RuntimeError(OTHER_THETA)
+            with undisturbed():
+                trained_on = self._trained_on
+                if trained_on is not None and not (trained_on[0] is made.theta and made.has(trained_on[1])):
+                    raise RuntimeError(OTHER_THETA)
         if torch.is_grad_enabled() and made.wanted:
             weight = made.nodes.get(name)
             return self._join(made, name) if weight is None else weight

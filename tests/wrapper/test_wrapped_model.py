@@ -721,13 +721,12 @@ def test_backward_of_another_task_is_refused_where_it_recomputes(between, reentr
         assert hsaid.theta.grad.any()
 
 
-def test_selective_activation_checkpointing():
+@pytest.mark.parametrize("saved", [torch.ops.aten.addmm.default, torch.ops.aten.tanh.default, None])
+def test_selective_activation_checkpointing(saved):
     policy = torch.utils.checkpoint.CheckpointPolicy
     save = functools.partial(
         torch.utils.checkpoint.create_selective_checkpoint_contexts,
-        lambda ctx, op, *args, **kwargs: (
-            policy.MUST_SAVE if op == torch.ops.aten.mm.default else policy.PREFER_RECOMPUTE
-        ),
+        lambda ctx, op, *args, **kwargs: policy.MUST_SAVE if saved in (None, op) else policy.PREFER_RECOMPUTE,
     )
     hsaid, x = moved(HSAID(mlp(), 24)), torch.randn(3, 4)
     expected = gradient(hsaid, lambda: hsaid(x))
