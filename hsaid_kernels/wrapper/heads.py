@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from hsaid_kernels.hierarchy.attention import Attention, find_attention, find_attentions
+from hsaid_kernels.wrapper.reads import place_of
 
 # {layer: heads}
 Heads = Mapping[int | str, Iterable[int]] | Mapping[int, Iterable[int]] | Mapping[str, Iterable[int]]
@@ -78,6 +79,7 @@ def prune_heads(model: Model, heads: Heads) -> Model:
             with another module, or the model has no attention heads.
         TypeError: `heads` has another type.
     """
+    _refuse_wrapped(model, "prune_heads()")
     chosen, already = check_heads(model, heads), pruned_heads(model)
     attentions = _own_attentions(model, chosen)
     for attention in attentions:
@@ -175,6 +177,7 @@ def remove(model: Model) -> Model:
     parameters. Under `HSAID` the heads stay pruned, because HSAID writes no update to them. Raises ValueError for a
     model without attention heads.
     """
+    _refuse_wrapped(model, "remove()")
     for attention in find_attentions(model):
         _remove(model, attention)
     return model
@@ -192,6 +195,7 @@ def remove_heads(model: Model, heads: Heads | None = None) -> Model:
     the BERT family: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT. Raises, before anything is changed,
     TypeError for other attention modules, and whatever `prune_heads` raises.
     """
+    _refuse_wrapped(model, "remove_heads()")
     chosen = check_heads(model, pruned_heads(model) if heads is None else heads)
     attentions = _own_attentions(model, chosen)
     for attention in attentions:
@@ -213,6 +217,14 @@ def remove_heads(model: Model, heads: Heads | None = None) -> Model:
         for key, value in zip(REMOVABLE[type(module).__name__], (len(keep), len(keep) * attention.head_dim)):
             setattr(module, key, value)
     return model
+
+
+def _refuse_wrapped(model: nn.Module, call: str) -> None:
+    """Raises RuntimeError for a model whose weights an HSAID answers for."""
+    if isinstance(model, nn.Module) and any(place_of(module) is not None for module in model.modules()):
+        raise RuntimeError(
+            f"{call}: expected a plain model, got one that an HSAID wraps: unwrap() it first, or merge()"
+        )
 
 
 def _slices(attention: Attention, head: int) -> Iterator[HeadSlice]:

@@ -275,3 +275,17 @@ def test_removed_model_trains_and_loads():
     fresh = remove_heads(bert(num_attention_heads=4), {0: [2, 3]})
     fresh.load_state_dict(model.state_dict())
     assert_same_bits(fresh.eval()(IDS).logits, model.eval()(IDS).logits)
+
+
+def test_heads_of_a_wrapped_model_stay():
+    model = prune_heads(bert(num_attention_heads=4), {0: [2]})
+    hsaid = HSAID(model, 300)
+    before = snapshot(model)
+    for call in (lambda: prune_heads(model, {0: [1]}), lambda: heads.remove(model), lambda: remove_heads(hsaid.model)):
+        with pytest.raises(
+            RuntimeError, match=r"expected a plain model, got one that an HSAID wraps: unwrap\(\) it first"
+        ):
+            call()
+    assert same(before, snapshot(model))
+    remove_heads(hsaid.unwrap())
+    assert model.bert.encoder.layer[0].attention.self.num_attention_heads == 3

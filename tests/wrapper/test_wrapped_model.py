@@ -946,6 +946,22 @@ def test_copies_of_the_model_alone_are_tuned_too(way):
     assert not torch.equal(hsaid(x), expected)
 
 
+def in_another_process(hsaid: HSAID, x: torch.Tensor) -> list[torch.Tensor]:
+    torch.set_num_threads(1)
+    out = hsaid.model(x)
+    out.sum().backward()
+    return [out.detach(), hsaid.model[0].weight.detach().clone(), hsaid.theta.grad]
+
+
+def test_another_process():
+    hsaid, x = moved(HSAID(mlp(), 24)), torch.ones(1, 4)
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        out, weight, grad = pool.apply(in_another_process, (hsaid, x))
+    hsaid(x).sum().backward()
+    assert torch.equal(out, hsaid(x)) and torch.equal(weight, hsaid.model[0].weight)
+    assert torch.equal(grad, hsaid.theta.grad)
+
+
 # --- several dtypes
 
 
