@@ -16,7 +16,7 @@ from hsaid_kernels.wrapper.comparison import differences
 from hsaid_kernels.wrapper.compiled import compiled_as_before, keep_compiled_current
 from hsaid_kernels.wrapper.reads import attach, detach, place_of, watch_registrations
 from hsaid_kernels.wrapper.tree import Tree, masks
-from hsaid_kernels.wrapper.weight import Weight
+from hsaid_kernels.wrapper.weight import Weight, is_given
 from hsaid_kernels.wrapper.wrapped import check_hooks, check_unsharded
 
 
@@ -143,6 +143,9 @@ class WatchedModel:
                 attach(module, self, {}, {})
         masked: dict[nn.Module, dict[str, Any]] = defaultdict(dict)
         tree = Tree(model)
+        names = tree.names()
+        given = {name: self._own[name] for name, p in tree.parameters.items() if is_given(p) and name in self._own}
+        tree.parameters |= given  # inside torch.func.functional_call
         if untied := sorted(self._aliases.keys() & tree.parameters.keys()):
             raise ValueError(
                 f"model: expected {untied[0]!r} to be tied as it was when it was wrapped, got one of its own"
@@ -162,7 +165,6 @@ class WatchedModel:
         for module, hook in masks([model, *tree.modules]):
             masked[module][hook._tensor_name] = hook
         answered = self.plan.shapes.keys() | (frozenset() if self.own_full else self._full_names)
-        names = tree.names()
         for module in (model, *tree.modules):
             own = {key: names[id(p)] for key, p in module._parameters.items() if p is not None}
             attach(module, self, {key: name for key, name in own.items() if name in answered}, masked[module])

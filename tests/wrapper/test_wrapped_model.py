@@ -1029,6 +1029,12 @@ def test_functional_call_runs_on_what_it_is_given():
     assert torch.equal(torch.func.functional_call(hsaid.model, old, (x,)), before)
     w0 = {name: tensor.detach() for name, tensor in hsaid.w0().items()}
     plain = torch.func.functional_call(hsaid.model, w0, (x,))
+    hsaid.model.add_module("more", nn.Identity())  # so that the model is looked at again, in the midst of the call
+    leaf = {"0.weight": w0["0.weight"].clone().requires_grad_()}
+    assert (
+        not torch.equal(torch.func.functional_call(hsaid.model, leaf, (x,)), hsaid(x))
+        and leaf["0.weight"].requires_grad
+    )
     some = torch.func.functional_call(hsaid.model, {"0.weight": w0["0.weight"]}, (x,))
     assert torch.equal(hsaid(x), hsaid.merge()(x)) and same(dict(hsaid.w0()), w0)
     assert torch.equal(plain, hsaid.unwrap()(x)) and not torch.equal(some, plain)
