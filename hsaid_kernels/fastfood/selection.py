@@ -65,8 +65,8 @@ def split_tensors(
     kept -= matching("exclude", exclude) | full | set(frozen)
     if not kept and len(frozen) == len(tensors):
         raise ValueError(
-            f"model: expected a parameter with requires_grad=True, or include= to name what is projected, got all "
-            f"{len(tensors)} frozen"
+            f"model: expected a parameter with requires_grad=True and elements, or include= to name what is projected, "
+            f"got all {len(tensors)} frozen or empty"
         )
     if not kept:
         given = {"include": include, "exclude": exclude, "train_fully": train_fully}

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from hsaid_kernels.fastfood.plan import MAX_DIM, Plan, check_int
 from hsaid_kernels.fastfood.selection import Patterns, split_tensors
@@ -85,10 +86,11 @@ def basis_of(
 
 
 def frozen_of(model: nn.Module, include: Patterns) -> list[str]:
-    """Names of the parameters with requires_grad=False, which are left out; none if `include` is given."""
+    """Names of the parameters that are left out: frozen or without elements. None are if `include` is given."""
     if not isinstance(model, nn.Module) or include is not None:
         return []
-    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    empty = {name for name, p in model.named_parameters() if not is_lazy(p) and p.numel() == 0}
+    return [name for name, p in model.named_parameters() if not p.requires_grad or name in empty]
 
 
 def as_json(given: Patterns) -> str | list[str] | None:

@@ -202,6 +202,14 @@ def _class_for(cls: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
         _refuse_copy(self)
         return reduced
 
+    def __setstate__(self: nn.Module, state: dict[str, Any]) -> None:
+        # Some classes, such as nn.LSTM, read their weights here, when the rest of the model is not there yet.
+        own = dict(state)
+        place = own.pop("_hsaid", None)
+        super(made, self).__setstate__(own)
+        if place is not None:
+            self.__dict__["_hsaid"] = place
+
     def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> Any:
         _refuse_copy(self)
         return super(made, self).__deepcopy__(memo)
@@ -215,7 +223,7 @@ def _class_for(cls: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
             )
         super(made, self).__delattr__(name)
 
-    members["__reduce_ex__"], members["__delattr__"] = __reduce_ex__, __delattr__
+    members |= {"__reduce_ex__": __reduce_ex__, "__setstate__": __setstate__, "__delattr__": __delattr__}
     if hasattr(cls, "__deepcopy__") and not _is_parametrized(cls):
         members["__deepcopy__"] = __deepcopy__
     metaclass: type = type(cls)

@@ -519,7 +519,8 @@ def test_a_model_is_wrapped_once():
         (lambda: "bert", {}, TypeError, "model: expected a torch.nn.Module, got str"),
         (lambda: mlp().to("meta"), {}, ValueError, "meta device"),
         (lambda: mlp().to(torch.complex64), {}, TypeError, "floating-point tensor, got torch.complex64"),
-        (lambda: nn.Linear(0, 3), {}, ValueError, "at least one element"),
+        (lambda: nn.Linear(0, 3), dict(include="weight"), ValueError, "at least one element"),
+        (lambda: nn.Linear(0, 3, bias=False), {}, ValueError, "got all 1 frozen or empty"),
         (lambda: mlp().double(), {}, TypeError, "float32, bfloat16 or float16, got torch.float64"),
         (
             lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).half()),
@@ -531,7 +532,7 @@ def test_a_model_is_wrapped_once():
             lambda: mlp().requires_grad_(False),
             {},
             ValueError,
-            "model: expected a parameter with requires_grad=True, or include= .* got all 4 frozen",
+            "model: expected a parameter with requires_grad=True and elements, or include= .* got all 4 frozen or empty",
         ),
         (bert, dict(frozen=["nowhere"]), ValueError, "frozen: expected names of the model's parameters, got 'nowhere'"),
     ],

@@ -571,6 +571,43 @@ def test_layers_that_keep_weights(kind, mode):
         assert type(model) is type(plain) or kind in ("new weight norm", "orthogonal")
 
 
+@pytest.mark.parametrize(
+    "kind", [kind for kind in LAYERS if "norm" not in kind and kind not in ("orthogonal", "pruned")]
+)
+def test_layers_that_keep_weights_are_copied(kind):
+    hsaid, x = (
+        moved(HSAID(nn.Sequential(LAYERS[kind]()), 60).eval()),
+        torch.randn(2, 4) if "cell" in kind else torch.randn(2, 3, 4),
+    )
+    with torch.no_grad():
+        expected = hsaid(x)
+        for copied in (
+            copy.deepcopy(hsaid),
+            pickle.loads(pickle.dumps(hsaid)),
+            copy.deepcopy(hsaid.model),
+            pickle.loads(pickle.dumps(hsaid.model)),
+            hsaid.merge(),
+        ):
+            out = copied(x)
+            pairs = zip(out, expected, strict=True) if isinstance(out, tuple) else [(out, expected)]
+            for a, b in pairs:
+                a, b = (torch.cat([t.flatten() for t in c]) if isinstance(c, tuple) else c for c in (a, b))
+                assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_parameters_without_elements_are_left_out():
+    """As the register tokens of a DINOv3 that has none."""
+    model = mlp()
+    model.tokens = nn.Parameter(torch.empty(1, 0, 4))
+    hsaid, x = moved(HSAID(model, 24)), torch.ones(1, 4)
+    assert (
+        torch.equal(hsaid(x), hsaid.merge()(x))
+        and "tokens" not in hsaid.plan.names
+        and list(hsaid.frozen) == ["tokens"]
+    )
+    assert model.tokens.shape == (1, 0, 4) and hsaid.unwrap().tokens.requires_grad
+
+
 def test_masks_stay_while_the_model_is_wrapped():
     with torch.no_grad():  # or what prune stores could not be copied
         model = nn.Sequential(prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.3))
