@@ -532,7 +532,7 @@ def test_a_model_is_wrapped_once():
             lambda: mlp().requires_grad_(False),
             {},
             ValueError,
-            "model: expected a parameter with requires_grad=True and elements, or include= .* got all 4 frozen or empty",
+            "a parameter with requires_grad=True and elements, or include= .* got all 4 frozen or empty",
         ),
         (bert, dict(frozen=["nowhere"]), ValueError, "frozen: expected names of the model's parameters, got 'nowhere'"),
     ],
