@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hsaid_kernels.wrapper.compiled import compiled_as_before
 from hsaid_kernels.wrapper.reads import Place, detach, merging, place_of
-from hsaid_kernels.wrapper.tree import masks
+from hsaid_kernels.wrapper.tree import forget_derived, masks
 
 
 class _Plain:
@@ -65,4 +65,5 @@ def merged_copy(
         parameter.requires_grad_(flags.get(name, parameter.requires_grad))
     for module, hook in masks(merged.modules()):
         hook(module, None)
+    forget_derived(merged)
     return merged

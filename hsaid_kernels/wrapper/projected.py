@@ -20,6 +20,7 @@ from hsaid_kernels.wrapper.blocks import blocks_of, joined
 from hsaid_kernels.wrapper.eager import runs_eagerly
 from hsaid_kernels.wrapper.made import Group, Made, Scaled, check_devices, divide, undisturbed
 from hsaid_kernels.wrapper.tasks import Own, key_of
+from hsaid_kernels.wrapper.tree import forget_derived
 from hsaid_kernels.wrapper.watched import WatchedModel
 from hsaid_kernels.wrapper.weight import READ_ONLY, Weight
 
@@ -285,6 +286,8 @@ class ProjectedWeights(WatchedModel):
             # A training step on a GPU makes them in any case: to compare values would wait for it.
             if self._made is not None and ((wanted and theta.device.type != "cpu") or not self._serves(self._made)):
                 self._made = None
+            if self._made is None and not training:
+                forget_derived(self.model)
             made = self._made or self._make()
             if wanted or made.wanting != (theta.requires_grad, self.trained("multipliers").requires_grad):
                 made.forget_nodes()

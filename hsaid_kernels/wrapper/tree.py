@@ -56,6 +56,24 @@ class Tree:
         )
 
 
+def forget_derived(model: nn.Module) -> None:
+    """Lets modules forget what they have derived from their weights for evaluation, such as LeViT's attention biases.
+
+    These are modules that keep tensors in a dict, and have a `train` of their own, which clears it. Their modes stay.
+    """
+    for module in model.modules():
+        if type(module).train is not nn.Module.train and any(map(_has_tensors, module.__dict__.items())):
+            modes = [(inner, inner.training) for inner in module.modules()]
+            module.train(True)
+            for inner, mode in modes:
+                inner.training = mode
+
+
+def _has_tensors(item: tuple[str, object]) -> bool:
+    key, value = item
+    return isinstance(value, dict) and key[0] != "_" and any(isinstance(inner, Tensor) for inner in value.values())
+
+
 def masks(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, BasePruningMethod]]:
     """(module, hook) for each parameter masked by torch.nn.utils.prune, which does so in a forward pre-hook."""
     hooks = ((module, hook) for module in modules for hook in module._forward_pre_hooks.values())

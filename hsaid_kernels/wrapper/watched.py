@@ -15,7 +15,7 @@ from hsaid_kernels.wrapper.buffers import Buffers
 from hsaid_kernels.wrapper.comparison import differences
 from hsaid_kernels.wrapper.compiled import compiled_as_before, keep_compiled_current
 from hsaid_kernels.wrapper.reads import attach, detach, place_of, watch_registrations
-from hsaid_kernels.wrapper.tree import Tree, masks
+from hsaid_kernels.wrapper.tree import Tree, forget_derived, masks
 from hsaid_kernels.wrapper.weight import Weight, is_given
 from hsaid_kernels.wrapper.wrapped import check_hooks, check_unsharded
 
@@ -106,6 +106,7 @@ class WatchedModel:
         except Exception:  # such as a module whose class cannot be replaced
             self.detach()
             raise
+        forget_derived(self.model)
 
     def detach(self) -> None:
         """Gives back the plain model: its classes, W0, its buffers, and whether its parameters require gradients."""
@@ -120,6 +121,7 @@ class WatchedModel:
         self._modules.clear()
         self._give_flags_back({**self._own, **tree.parameters})
         self.buffers.put(self.model, {})
+        forget_derived(self.model)
 
     def _give_flags_back(self, parameters: Mapping[str, nn.Parameter]) -> None:
         for name, parameter in parameters.items():
@@ -226,6 +228,7 @@ class WatchedModel:
         # Fully trained tensors are cloned, so that writes to the merged model do not change them.
         for name, value in values.items():
             own[name].data = value.data if name in self.plan.shapes else value.data.clone()
+        forget_derived(self.model)
 
     def unmerge(self) -> None:
         """Restores the data that `merge` replaced. Raises RuntimeError if nothing is merged."""
@@ -235,6 +238,7 @@ class WatchedModel:
         for name, value in self.kept.items():
             own[name].data = value
         self.kept = None
+        forget_derived(self.model)
 
     def refuse_merged(self, call: str) -> None:
         """Raises RuntimeError, which names `call`, if the model holds the projected weights."""

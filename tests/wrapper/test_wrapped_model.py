@@ -595,6 +595,58 @@ def test_layers_that_keep_weights_are_copied(kind):
                 assert torch.allclose(a, b, atol=1e-6)
 
 
+class Caching(nn.Module):
+    """As LeViT: derives a tensor from its weight at the first evaluation, and forgets it when training begins."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.cache = nn.Parameter(torch.randn(4)), {}
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode:
+            self.cache = {}
+        return self
+
+    def forward(self, x):
+        if self.training:
+            return x * self.weight[[3, 2, 1, 0]]
+        if x.device not in self.cache:
+            self.cache[x.device] = self.weight[[3, 2, 1, 0]]
+        return x * self.cache[x.device]
+
+
+@torch.no_grad()
+def test_what_modules_derive_from_their_weights(tmp_path):
+    model, x = nn.Sequential(Caching(), nn.Linear(4, 4)).eval(), torch.ones(1, 4)
+    plain = model(x)
+
+    def truth(hsaid):
+        return torch.func.functional_call(copy.deepcopy(hsaid).train().model, hsaid.weights(), (x,))
+
+    hsaid = HSAID(model, 24, task="a")
+    hsaid.add_task("b")
+    for change in (
+        lambda: hsaid.theta.normal_(),
+        lambda: hsaid.set_task("b"),
+        lambda: hsaid.theta.normal_(),
+        lambda: hsaid.set_task("a"),
+        lambda: hsaid.load_state_dict(copy.deepcopy(hsaid.state_dict()) | {"theta": torch.ones(len(hsaid.theta))}),
+    ):
+        change()
+        assert torch.allclose(hsaid(x), truth(hsaid), atol=1e-6) and torch.allclose(
+            hsaid.merge()(x), hsaid(x), atol=1e-6
+        )
+        assert not model.training and not model[0].training
+    expected = hsaid(x)
+    assert torch.allclose(hsaid.merge(inplace=True)(x), expected, atol=1e-6)
+    hsaid.unmerge()
+    assert torch.allclose(hsaid(x), expected, atol=1e-6)
+    hsaid.save_pretrained(tmp_path)
+    assert torch.equal(hsaid.unwrap()(x), plain)
+    assert torch.allclose(HSAID.from_pretrained(tmp_path, model)(x), expected, atol=1e-6)
+
+
 def test_parameters_without_elements_are_left_out():
     """As the register tokens of a DINOv3 that has none."""
     model = mlp()
