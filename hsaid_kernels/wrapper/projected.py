@@ -183,19 +183,18 @@ class ProjectedWeights(WatchedModel):
 
     def _serves(self, made: Made) -> bool:
         """Whether these weights are those of now. Compares everything; raises as `_verified` does."""
-        own, theta, multipliers = self._verified(), self.trained("theta"), self.trained("multipliers")
+        theta, multipliers = self.trained("theta"), self.trained("multipliers")
         if any(flat._version != made.written for flat in made.flats):
             self._refuse_written(made)
-        return (
-            made.tracked
-            and theta is made.theta
-            and multipliers is made.multipliers
-            and all(
-                (parameter := own[name]) is w0 and parameter._version == version and parameter.data_ptr() == address
-                for name, (w0, address, version, _) in made.stamps.items()
-            )
-            and self._equal(made, theta, multipliers)
-        )
+        if not made.tracked or theta is not made.theta or multipliers is not made.multipliers:
+            return False
+        if [theta._version, multipliers._version] != made.versions:
+            return False
+        own = self._verified()
+        return all(
+            (parameter := own[name]) is w0 and parameter._version == version and parameter.data_ptr() == address
+            for name, (w0, address, version, _) in made.stamps.items()
+        ) and self._equal(made, theta, multipliers)
 
     @staticmethod
     def _equal(made: Made, theta: Tensor, multipliers: Tensor) -> bool:
