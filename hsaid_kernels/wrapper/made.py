@@ -39,7 +39,7 @@ class Made:
     torch's version counter. W0 is compared by address and version counter. References to these tensors are kept, so no
     new tensor can get the same address.
 
-    weights   {name: weight} without a graph
+    weights   {name: weight} without a graph, or empty until one is asked for (`weight`)
     nodes     {name: weight} of the same values with a graph, made part by part when a weight of the part is first read;
               emptied before each call of the HSAID, because autograd runs the most recently made nodes first: a node
               made when its first block runs is reached as soon as backward has left that block
@@ -68,12 +68,28 @@ class Made:
     def finish(self) -> None:
         """Notes what the weights are made of, once they are made."""
         self.written = self.flats[0]._version
+        flats = {name: flat for group, flat in self._flats() for name in group.whole.plan.names}
         self.stamps = {
-            name: (tensor, tensor.data_ptr(), tensor._version if self.tracked else 0, self.weights[name])
+            name: (tensor, tensor.data_ptr(), tensor._version if self.tracked else 0, flats[name])
             for name, tensor in self.w0.items()
         }
         self.quick: dict[Any, Any] = {**self.stamps} if self.tracked else {}
         self.kept = [tensor.detach() for tensor in self.w0.values()]
+
+    def _flats(self) -> Iterator[tuple[Group, Tensor]]:
+        return zip(self.groups, self.flats, strict=True)
+
+    def weight(self, name: str) -> Weight:
+        """A weight without a graph. The first call makes those of all tensors, which a training step does not need."""
+        if not self.weights:
+            with torch.inference_mode(False), torch.no_grad(), undisturbed():
+                made: dict[str, Weight] = {}
+                for group, flat in self._flats():
+                    made |= zip(group.whole.plan.names, map(Weight.of, group.whole.plan.views(flat)), strict=True)
+            for own, weight in made.items():
+                weight.w0 = self.w0[own]
+            self.weights = made
+        return self.weights[name]
 
     def has(self, values: list[Tensor]) -> bool:
         """Whether the weights were made from these values of theta and the multipliers."""

@@ -111,7 +111,7 @@ class ProjectedWeights(WatchedModel):
         stamp = made.quick.get(name)
         if name is None or parameter is None or stamp is None:
             return None
-        own, address, version, weight = stamp
+        own, address, version, flat = stamp
         theta, multipliers = self.trained("theta"), self.trained("multipliers")
         if (
             parameter is own
@@ -121,10 +121,10 @@ class ProjectedWeights(WatchedModel):
             and multipliers is made.multipliers
             and theta._version == made.versions[0]
             and multipliers._version == made.versions[1]
-            and weight._version == made.written
+            and flat._version == made.written
             and self.kept is None
         ):
-            return made.nodes.get(name) if made.wanted and torch.is_grad_enabled() else weight
+            return (made.nodes if made.wanted and torch.is_grad_enabled() else made.weights).get(name)
         return None
 
     def _read(self, name: str, parameter: nn.Parameter) -> Weight:
@@ -146,7 +146,7 @@ class ProjectedWeights(WatchedModel):
         if torch.is_grad_enabled() and made.wanted:
             weight = made.nodes.get(name)
             return self._join(made, name) if weight is None else weight
-        return made.weights[name]
+        return made.weight(name)
 
     def _current(self, made: Made, name: str, parameter: Tensor) -> bool:
         """Whether a weight is that of now. Runs at every read, so it compares what can be compared quickly.
@@ -155,7 +155,7 @@ class ProjectedWeights(WatchedModel):
         of theta and the multipliers too; on a GPU, where this would wait for it, only if a weight is read again.
         """
         theta, multipliers = self.trained("theta"), self.trained("multipliers")
-        own, address, version, weight = made.stamps[name]
+        own, address, version, flat = made.stamps[name]
         if made.tracked:
             same = (
                 theta is made.theta
@@ -168,7 +168,7 @@ class ProjectedWeights(WatchedModel):
             )
         else:
             same = theta is made.theta and multipliers is made.multipliers and parameter is own
-        if weight._version != made.written:
+        if flat._version != made.written:
             self._refuse_written(made)
         if same and not self._inside.depth:
             if name in made.seen:
@@ -227,13 +227,9 @@ class ProjectedWeights(WatchedModel):
             w0 = {name: own[name] for name in self.plan.names}
             made = Made(theta, multipliers, w0, self.groups(w0, theta))
             for group in made.groups:
-                names, scaled = group.whole.plan.names, group.scaled(self.partition, multipliers)
-                flat = group.projection.flat(theta, scaled, [w0[name] for name in names])
-                views = map(Weight.of, group.whole.plan.views(flat))
-                made.flats.append(flat)
-                made.weights |= zip(names, views, strict=True)
-            for name, weight in made.weights.items():
-                weight.w0 = own[name]
+                scaled = group.scaled(self.partition, multipliers)
+                base = [w0[name] for name in group.whole.plan.names]
+                made.flats.append(group.projection.flat(theta, scaled, base))
             made.finish()
             self._made = made
             return made
