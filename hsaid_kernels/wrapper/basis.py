@@ -26,7 +26,7 @@ class Basis:
 
     pruned  {attention module: [heads]}, the heads that receive no update
     full    names of the fully trained tensors
-    frozen  {name: shape} of the tensors that are left out because they were frozen
+    frozen  {name: shape} of the tensors that are left out because they were frozen or have no elements
     """
 
     hierarchy: Hierarchy

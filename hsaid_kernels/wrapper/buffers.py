@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
+
+from hsaid_kernels.wrapper.tree import masks
 
 LARGEST = 2**24  # bytes; larger buffers, such as quantized weights, are taken for constants
 PREFIX = "model."  # of their names in an HSAID's state_dict
@@ -58,11 +59,9 @@ class Buffers:
 def _persistent(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        masks = {
-            f"{h._tensor_name}_mask" for h in module._forward_pre_hooks.values() if isinstance(h, BasePruningMethod)
-        }
+        constant = {f"{hook._tensor_name}_mask" for _, hook in masks([module])}
         for key, buffer in module._buffers.items():
-            left_out = buffer is None or key in module._non_persistent_buffers_set or key in masks
+            left_out = buffer is None or key in module._non_persistent_buffers_set or key in constant
             if not left_out and id(buffer) not in seen and buffer.numel() * buffer.element_size() <= LARGEST:
                 seen.add(id(buffer))
                 yield (f"{prefix}.{key}" if prefix else key), buffer

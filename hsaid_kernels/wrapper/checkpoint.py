@@ -34,7 +34,6 @@ from hsaid_kernels.wrapper.configuration import (
     Config,
     Described,
     bytes_of,
-    describe,
     packed,
     parse,
     text_of_state,
@@ -51,6 +50,7 @@ class Trained(Described, Protocol):
     """What is saved and loaded. `HSAID` implements it."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def configuration(self) -> Config: ...
     def buffers_changed(self) -> dict[str, Tensor]: ...
     def put_buffers(self, values: Mapping[str, Tensor]) -> None: ...
 
@@ -77,7 +77,7 @@ def save_pretrained(hsaid: Trained, directory: str | os.PathLike[str]) -> None:
     """
     import safetensors.torch  # imported here because the kernels can be used without safetensors
 
-    config = packed(describe(hsaid))
+    config = packed(hsaid.configuration())
     text = json.dumps(config, separators=(",", ":"))
     values = {name: parameter.detach() for name, parameter in hsaid.named_parameters()}
     values |= {f"{PREFIX}{name}": buffer for name, buffer in hsaid.buffers_changed().items()}

@@ -104,7 +104,8 @@ class FastfoodWrap(HSAID):
         super().__init__(module, intrinsic_dimension, "did", seed, include=include, normalize="tensor")
         self.to(device)
 
-    from_pretrained = HSAID.from_pretrained  # type: ignore[assignment]  # returns an HSAID, because a checkpoint has more options than this class
+    # Returns an HSAID, because a checkpoint has more options than this class.
+    from_pretrained = HSAID.from_pretrained  # type: ignore[assignment]
 
     @property
     def V(self) -> nn.Parameter:

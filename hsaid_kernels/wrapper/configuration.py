@@ -71,9 +71,9 @@ def describe(hsaid: Described) -> Config:
     """The configuration as a dict.
 
     "tensors" is {name: shape} of the projected tensors, "full" the same for the fully trained ones, "frozen" for those
-    that are left out because they did not require gradients. "w0_checks"
-    (`w0_checks`) serves to detect a different W0. The other keys are the arguments of `HSAID`, the dtype of the weights
-    and the versions of the format and of the random generator.
+    that are left out because they did not require gradients. "w0_checks" (`w0_checks`) serves to detect a different W0.
+    The other keys are the arguments of `HSAID`, the dtype of the weights and the versions of the format and of the
+    random generator.
     """
     plan, partition = hsaid.plan, hsaid.partition
     return {

@@ -145,11 +145,11 @@ class HSAID(MultiTask):
             model, self._parameters, basis.full, basis.plan, basis.partition, dtype, backend, own_full=self._own_full
         )
         self._tasks = Tasks(check_task(task), basis.full)
-        self._buffers_of: dict[str, dict[str, Tensor]] = {}  # of the tasks that are not set
+        self._buffers_of = {}
         self._ranks_agree = False
         self.training = model.training
         self._stand_in_for(model)  # from here on, a new attribute that the model also has is set on the model
-        self._start_task(task)
+        self._new_task(task)
         self._projected.upload()  # raises for incompatible dtypes and devices
         self._claim()
 
@@ -197,7 +197,7 @@ class HSAID(MultiTask):
         RuntimeError, and so does another `merge`.
         """
         projected = self._projected
-        projected.refuse_merged("merge()")
+        projected.check_on_w0("merge()")
         with torch.no_grad():
             values = projected.now() | self.full
             if inplace:
@@ -213,11 +213,13 @@ class HSAID(MultiTask):
     def unwrap(self) -> nn.Module:
         """Gives back the plain model as it was: W0, its buffers, and whether its parameters require gradients.
 
-        Returns the model, which another HSAID may wrap then. theta, the multipliers and `full` stay here, but calls
-        raise RuntimeError. Does nothing if the model has been unwrapped already.
+        Returns the model, which another HSAID may wrap then. theta, the multipliers and `full` stay here, to be read
+        and saved, with the buffers that training changed; calls and changes raise RuntimeError. Does nothing if the
+        model has been unwrapped already.
         """
         if self._projected.attached:
-            self._buffers_of[self.task] = self._projected.buffers.changed(self.model)
+            self._described = self.configuration()
+            self._buffers_of[self.task] = self.buffers_changed()
             self._projected.detach()
         return self.model
 
@@ -266,20 +268,14 @@ class HSAID(MultiTask):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._projected.refuse_merged("to()")
+        self._projected.check_on_w0("to()")
         if recurse:
             self.model._apply(fn)
-
-        def apply(tensor: Tensor) -> Tensor:
-            # theta and the multipliers move to the new device but always stay float32
-            projects = any(tensor is own or tensor is own.grad for own in (self.theta, self.multipliers))
-            return tensor.to(fn(tensor).device) if projects else fn(tensor)
-
-        active = self.task
-        for task in self.tasks:
-            self._tasks.switch(task, self._parameters)
-            super()._apply(apply, recurse=False)
-        self._tasks.switch(active, self._parameters)
+        every: list[Mapping[str, nn.Parameter | None]] = [self._parameters, *self._tasks.others()]
+        for parameters in every:
+            held = nn.Module()
+            held.__dict__["_parameters"] = parameters
+            held._apply(_float32_of(parameters, fn))
         self._projected.drop_cache()
         with contextlib.suppress(TypeError, ValueError):  # which the next read raises: dtypes may be changed once more
             self._projected.upload()
@@ -328,3 +324,16 @@ class HSAID(MultiTask):
 
     # Sets what torch.compiler.assume_constant_result sets. The decorator itself would import all of torch._dynamo here.
     _ranks_checked.__dict__["_dynamo_marked_constant"] = True
+
+
+def _float32_of(
+    parameters: Mapping[str, nn.Parameter | None], fn: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """`fn`, but theta and the multipliers of a task, which move to the new device, always stay float32."""
+    kept = [parameters["theta"], parameters["multipliers"]]
+
+    def apply(tensor: Tensor) -> Tensor:
+        keeps = any(own is not None and (tensor is own or tensor is own.grad) for own in kept)
+        return tensor.to(fn(tensor).device) if keeps else fn(tensor)
+
+    return apply

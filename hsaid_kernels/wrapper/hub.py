@@ -101,9 +101,7 @@ def local_directory(directory: str | os.PathLike[str], **options: Any) -> str | 
     name = os.fspath(directory)
     if os.path.exists(name) or os.path.isabs(name) or name.startswith((".", "~")) or not 1 <= len(name.split("/")) <= 2:
         return directory
-    if (
-        "/" not in name and not options
-    ):  # a folder that is not there, rather than one of the hub's few names without user
+    if "/" not in name and not options:  # a missing folder, rather than one of the hub's few names without a user
         return directory
     hub = _hub()
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.hierarchy import Partition
@@ -19,7 +19,6 @@ class MultiTask(Saved):
     plan: Plan
     partition: Partition
     _tasks: Tasks
-    _buffers_of: dict[str, dict[str, Tensor]]  # the buffers that training changed, of the tasks that are not set
 
     @property
     def task(self) -> str:
@@ -68,13 +67,10 @@ class MultiTask(Saved):
         for, also while another task is current.
 
         Raises TypeError if name is not a non-empty string, ValueError if the task exists, RuntimeError while merged in
-        place.
+        place and after `unwrap()`.
         """
-        self._projected.refuse_merged("add_task()")
-        before = self.task
-        self._tasks.add(name, self._parameters)
-        self._start_task(name)
-        self._tasks.switch(before, self._parameters)
+        self._projected.check_on_w0("add_task()")
+        self._new_task(name)
 
     def set_task(self, name: str) -> None:
         """Makes `name` the current task, which `theta`, `multipliers`, `full`, `parameters()` and all calls refer to.
@@ -82,10 +78,10 @@ class MultiTask(Saved):
         `state_dict()` too is that of the current task, and the buffers that training changed. Set the task before
         wrapping this module in DistributedDataParallel, which keeps the parameters it finds at construction.
 
-        Raises ValueError for an unknown task, RuntimeError while merged in place.
+        Raises ValueError for an unknown task, RuntimeError while merged in place and after `unwrap()`.
         """
         self._tasks.check(name)
-        self._projected.refuse_merged("set_task()")
+        self._projected.check_on_w0("set_task()")
         self._buffers_of[self.task] = self._projected.buffers.changed(self.model)
         self._tasks.switch(name, self._parameters)
         self._projected.buffers.put(self.model, self._buffers_of.pop(name, {}))
@@ -95,8 +91,8 @@ class MultiTask(Saved):
         self._tasks.remove(name)
         self._buffers_of.pop(name, None)
 
-    def _start_task(self, name: str) -> None:
-        """Creates the parameters of a new task with their initial values, and makes it the current task."""
+    def _new_task(self, name: str) -> None:
+        """Creates the parameters of a new task with their initial values."""
         own = self._projected.own()
         device = own[self.plan.names[0]].device
         theta = torch.zeros(self.plan.dim, dtype=torch.float32, device=device)
@@ -104,4 +100,4 @@ class MultiTask(Saved):
         # DID has no multipliers, so this parameter is empty and gets no gradient. requires_grad=False keeps
         # DistributedDataParallel from waiting for one.
         parameters = {"theta": nn.Parameter(theta), "multipliers": nn.Parameter(ones, requires_grad=len(ones) > 0)}
-        self._tasks.start(name, parameters, own, self._parameters)
+        self._tasks.add(name, parameters, own, self._parameters)

@@ -73,13 +73,13 @@ class ProjectedWeights(WatchedModel):
         self._inside = _Inside()
         self._made: Made | None = None
         self._groups: tuple[Any, list[Group]] = (None, [])
-        # theta, and its value and the multipliers', in the last training call
-        self._trained_on: tuple[nn.Parameter, list[Tensor]] | None = None
+        # theta, and its value and the multipliers', when a weight was last read outside of backward
+        self._last_read: tuple[nn.Parameter, list[Tensor]] | None = None
         # {backward's number: theta and its version of the weights that were read last in it}
         self._recomputed: dict[int, tuple[nn.Parameter, int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_inside", "_made", "_groups", "_trained_on", "_recomputed")
+        made_again = ("_inside", "_made", "_groups", "_last_read", "_recomputed")
         return {key: value for key, value in super().__getstate__().items() if key not in made_again}
 
     def trained(self, key: str) -> nn.Parameter:
@@ -140,9 +140,11 @@ class ProjectedWeights(WatchedModel):
         if (task := torch._C._current_graph_task_id()) != -1:  # in backward, as torch.utils.checkpoint recomputes
             self._recomputed = {task: (made.theta, made.versions[0])}
             with undisturbed():
-                trained_on = self._trained_on
-                if trained_on is not None and not (trained_on[0] is made.theta and made.has(trained_on[1])):
+                last = self._last_read
+                if last is not None and not (last[0] is made.theta and made.has(last[1])):
                     raise RuntimeError(OTHER_THETA)
+        else:
+            self._last_read = (made.theta, made.values)
         if torch.is_grad_enabled() and made.wanted:
             weight = made.nodes.get(name)
             return self._join(made, name) if weight is None else weight
@@ -269,12 +271,12 @@ class ProjectedWeights(WatchedModel):
     @runs_eagerly
     def enter(self, training: bool) -> None:
         if not self.attached:
-            raise RuntimeError("HSAID: expected one that wraps a model, got one after unwrap(): wrap the model again")
+            self.check_on_w0("HSAID")
         wanted = torch.is_grad_enabled()
         with self.lock:
             if self.kept is not None:
                 if training and wanted:
-                    self.refuse_merged("training")
+                    self.check_on_w0("training")
                 return
             theta = self.trained("theta")
             wanted = wanted and (theta.requires_grad or self.trained("multipliers").requires_grad)
@@ -286,8 +288,7 @@ class ProjectedWeights(WatchedModel):
             made = self._made or self._make()
             if wanted or made.wanting != (theta.requires_grad, self.trained("multipliers").requires_grad):
                 made.forget_nodes()
-            if wanted:
-                self._trained_on = (made.theta, made.values)
+            self._last_read = (made.theta, made.values)
 
     @runs_eagerly
     def now(self) -> dict[str, Tensor]:
@@ -319,7 +320,7 @@ class ProjectedWeights(WatchedModel):
         tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in own.items()}
         if self.kept is not None:
             if training and torch.is_grad_enabled():
-                self.refuse_merged("training")
+                self.check_on_w0("training")
         else:
             theta, multipliers = self.trained("theta"), self.trained("multipliers")
             for group in self.groups({name: own[name] for name in self.plan.names}, theta):

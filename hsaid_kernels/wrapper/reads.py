@@ -280,8 +280,11 @@ def _on_registration(module: nn.Module, name: str, value: Any) -> Any:
 
 
 def _refuse_others(place: Place, module: nn.Module, name: str, value: nn.Module | Tensor) -> None:
-    """Raises ValueError if the model would have other tensors with `value` in this place."""
+    """Raises ValueError if `value` would give the model other tensors, or belongs to another wrapped model."""
     before = module._modules.get(name) if isinstance(value, nn.Module) else module._parameters.get(name)
+    inside = [] if isinstance(value, Tensor) else list(value.modules())
+    if any((other := place_of(inner)) is not None and other.source is not place.source for inner in inside):
+        raise ValueError(f"model: expected {name!r} to be a plain module, got one that is wrapped in another model")
     tensors = [] if isinstance(value, Tensor) else list(value.parameters())
     if tensors and all(map(place.source.owns, tensors)):  # another name for a module of the model
         return

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hsaid_kernels.wrapper import checkpoint, hub
 from hsaid_kernels.wrapper.buffers import PREFIX
 from hsaid_kernels.wrapper.comparison import check_state
-from hsaid_kernels.wrapper.configuration import describe, encode_state
+from hsaid_kernels.wrapper.configuration import Config, describe, encode_state
 from hsaid_kernels.wrapper.projected import ProjectedWeights
 from hsaid_kernels.wrapper.stand_in import StandIn
 
@@ -23,6 +23,8 @@ class Saved(StandIn):
     """Checkpoints and `state_dict()` of a class with the attributes of `HSAID`."""
 
     _projected: ProjectedWeights
+    _described: Config  # after unwrap()
+    _buffers_of: dict[str, dict[str, Tensor]]  # the buffers that training changed, of tasks that are not in the model
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, is_main_process: bool = True, **_: Any) -> None:
         """Saves the current task's parameters and the configuration, a few kilobytes; see `checkpoint.save_pretrained`.
@@ -58,8 +60,15 @@ class Saved(StandIn):
         return hub.push(self, repo_id, **of_hub)
 
     def buffers_changed(self) -> dict[str, Tensor]:
-        """{name: copy} of the model's buffers that have changed since it was wrapped (BatchNorm's statistics)."""
-        return self._projected.buffers.changed(self.model)
+        """{name: copy} of the model's buffers that have changed since it was wrapped (BatchNorm's statistics).
+
+        After `unwrap()`, those that had changed before.
+        """
+        return self._projected.buffers.changed(self.model) if self._projected.attached else self._buffers_of[self.task]
+
+    def configuration(self) -> Config:
+        """What a checkpoint says beside its values, see `configuration.describe`; after `unwrap()`, as before."""
+        return describe(self) if self._projected.attached else self._described
 
     def put_buffers(self, values: Mapping[str, Tensor]) -> None:
         """Gives the model's buffers the values that they had when it was wrapped, or those of `values`.
@@ -70,7 +79,7 @@ class Saved(StandIn):
         self._projected.buffers.put(self.model, values)
 
     def get_extra_state(self) -> Tensor:
-        return encode_state(describe(self))
+        return encode_state(self.configuration())
 
     def set_extra_state(self, state: Tensor) -> None:
         """Does nothing: `_load_from_state_dict` has already checked the configuration."""
@@ -78,7 +87,8 @@ class Saved(StandIn):
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # All, and not copies, as of any module: averages of models pair values by their order, and write to them.
-        buffers = self._projected.buffers.tracked(self.model)
+        attached = self._projected.attached
+        buffers = self._projected.buffers.tracked(self.model) if attached else self.buffers_changed()
         destination.update({f"{prefix}{PREFIX}{name}": buffer.detach() for name, buffer in buffers.items()})
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
@@ -86,7 +96,7 @@ class Saved(StandIn):
         of_model = f"{prefix}{PREFIX}"
         buffers = {key[len(of_model) :]: value for key, value in state_dict.items() if key.startswith(of_model)}
         try:
-            self._projected.refuse_merged("load_state_dict()")
+            self._projected.check_on_w0("load_state_dict()")
             self._projected.buffers.check("state_dict", self.model, buffers)
             if (key := f"{prefix}_extra_state") in state_dict:
                 check_state(state_dict[key], self)

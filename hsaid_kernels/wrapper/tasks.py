@@ -50,25 +50,24 @@ class Tasks:
         """{name: parameter} of a task. `name=None` means the current task. Raises as `check` does."""
         return _present(own) if name is None or name == self.current else self._parameters[self.check(name)]
 
-    def add(self, name: str, own: Own) -> None:
-        """Saves the current task's parameters before a new task `name` is created by `start`.
+    def add(self, name: str, parameters: Mapping[str, nn.Parameter], w0: Mapping[str, nn.Parameter], own: Own) -> None:
+        """Creates task `name` from `parameters` and copies of W0 for the fully trained tensors.
 
-        Raises ValueError if the task already exists, TypeError if `name` is not a non-empty string.
+        The current task stays, also for other threads; only the first one becomes the module's at once. Raises
+        ValueError if the task already exists, TypeError if `name` is not a non-empty string.
         """
         if check_task(name) in self._parameters:
             raise ValueError(f"name: expected a new task, got {name!r}, which is there already")
-        self._parameters[self.current] = _present(own)
+        full = {key_of(tensor): nn.Parameter(w0[tensor].detach().clone()) for tensor in self.full}
+        self._parameters[name] = {**parameters, **full}
+        if name == self.current:
+            # Written into the dict directly. Attribute assignment and register_parameter() would clash with an
+            # attribute of the same name in the model.
+            own.update(self._parameters[name])
 
-    def start(
-        self, name: str, parameters: Mapping[str, nn.Parameter], w0: Mapping[str, nn.Parameter], own: Own
-    ) -> None:
-        """Creates task `name` from `parameters` and copies of W0 for the fully trained tensors; makes it current."""
-        # Written into the dict directly. Attribute assignment and register_parameter() would clash with an attribute of
-        # the same name in the model.
-        own.update(parameters)
-        own.update({key_of(full): nn.Parameter(w0[full].detach().clone()) for full in self.full})
-        self.current = name
-        self._parameters[name] = _present(own)
+    def others(self) -> list[dict[str, nn.Parameter]]:
+        """The parameters of the tasks that are not set."""
+        return [parameters for name, parameters in self._parameters.items() if name != self.current]
 
     def switch(self, name: str, own: Own) -> None:
         """Makes `name`, which must exist, the current task: its parameters become the module's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from hsaid_kernels.wrapper.weight import Weight, is_given
 from hsaid_kernels.wrapper.wrapped import check_hooks, check_unsharded
 
 
-class WatchedModel:
+class WatchedModel(ABC):
     """A wrapped model.
 
     Args:
@@ -70,17 +71,17 @@ class WatchedModel:
         self.__dict__.update(state | {"_model": weakref.ref(nn.Module() if model is None else model)})
         self._start()
 
+    @abstractmethod
     def read(self, name: str | None, parameter: nn.Parameter) -> Tensor:
         """What a module of the model gets for its attribute, whose W0 is `parameter`; see `reads.py`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def quickly(self, name: str | None, parameter: nn.Parameter | None) -> Tensor | None:
         """What `read` gives, or None where this cannot be told quickly."""
-        raise NotImplementedError
 
+    @abstractmethod
     def drop_cache(self) -> None:
         """Discards what reads are answered by, so that the next read makes it again."""
-        raise NotImplementedError
 
     @property
     def model(self) -> nn.Module:
@@ -240,8 +241,12 @@ class WatchedModel:
         self.kept = None
         forget_derived(self.model)
 
-    def refuse_merged(self, call: str) -> None:
-        """Raises RuntimeError, which names `call`, if the model holds the projected weights."""
+    def check_on_w0(self, call: str) -> None:
+        """Raises RuntimeError, which names `call`, after `unwrap` and while the model holds the projected weights."""
+        if not self.attached:
+            raise RuntimeError(
+                f"{call}: expected an HSAID that wraps a model, got one after unwrap(): wrap the model again"
+            )
         if self.kept is not None:
             raise RuntimeError(
                 f"{call}: expected a model on its W0, got one that merge(inplace=True) has merged: unmerge()"

@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -195,6 +196,26 @@ def test_threads_do_not_wait_for_each_other():
     first.join(20)
     handle.remove()
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], hsaid.merge()(x))
+
+
+def test_tasks_are_added_and_moved_while_others_read():
+    hsaid = moved(HSAID(mlp(), 24, train_fully="2"))
+    expected, wrong, done = {name: w.clone() for name, w in reads(hsaid.model).items()}, [], threading.Event()
+
+    def serve():
+        while not done.is_set():
+            with torch.no_grad():
+                if not same(reads(hsaid.model), expected):
+                    wrong.append("read")
+
+    server = threading.Thread(target=serve)
+    server.start()
+    for number in range(100):
+        hsaid.add_task(str(number))
+        hsaid.float()
+    done.set()
+    server.join()
+    assert not wrong and len(hsaid.tasks) == 101
 
 
 def test_training_and_inference_in_two_threads():
@@ -737,6 +758,9 @@ def test_what_would_change_the_tensors_is_refused_before_anything_changes():
             with torch.set_grad_enabled(grad), pytest.raises((ValueError, RuntimeError, TypeError)):
                 change()
             assert torch.equal(hsaid(x), expected) and torch.equal(model(x), expected)
+    other = HSAID(mlp(), 24)
+    with pytest.raises(ValueError, match="expected '0' to be a plain module, got one that is wrapped in another model"):
+        model[0] = other.model[0]
     model.add_module("3", nn.Identity())  # without tensors
     assert torch.equal(model(x), expected)
 
@@ -789,6 +813,18 @@ def test_a_model_that_trains_itself(optimizer):
 
         found.append(through(hsaid).fit(fused.step if optimizer == "fused" else by_hand, x))
     assert found[0] == found[1] and len(set(found[0])) == 4
+
+
+@pytest.mark.parametrize("how", ["reentrant", "saved tensors"])
+def test_calls_of_the_hsaid_and_of_its_model_may_alternate(how):
+    hsaid, x = HSAID(Checkpointed(how), 60), torch.randn(8, 8)
+    optimizer = torch.optim.SGD(hsaid.parameters(), lr=0.1)
+    for run in (hsaid, hsaid.model, hsaid.model.rest, hsaid):
+        before = hsaid.theta.detach().clone()
+        optimizer.zero_grad()
+        run(x).square().mean().backward()
+        optimizer.step()
+        assert not torch.equal(hsaid.theta, before)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -974,6 +1010,37 @@ def test_a_module_whose_class_cannot_be_replaced():
         HSAID(model, 24)
     assert [type(module) for module in model] == [nn.Linear, Fixed] and all(p.requires_grad for p in model.parameters())
     assert not any("_hsaid" in module.__dict__ for module in model.modules())
+
+
+def test_an_unwrapped_hsaid_is_saved_as_it_was(tmp_path):
+    torch.manual_seed(0)
+    plain, x = normed(), torch.randn(16, 8)
+    with HSAID(copy.deepcopy(plain), 40, task="a") as hsaid:
+        hsaid.add_task("b")
+        moved(hsaid)(x)
+        expected = copy.deepcopy(hsaid).eval()(x)
+        state = copy.deepcopy(hsaid.state_dict())
+    model = hsaid.model
+    with torch.no_grad():
+        model[0].weight.add_(1)  # trained further by itself, for example
+    hsaid.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of another W0
+        assert torch.equal(HSAID.from_pretrained(tmp_path, copy.deepcopy(plain)).eval()(x), expected)
+        other = HSAID(copy.deepcopy(plain), 40, task="a")
+        other.load_state_dict(hsaid.state_dict())
+    assert torch.equal(other.eval()(x), expected) and set(hsaid.state_dict()) == set(state)
+    before = snapshot(model)
+    for call in (
+        lambda: hsaid.set_task("b"),
+        lambda: hsaid.add_task("c"),
+        lambda: hsaid.load_state_dict(state),
+        lambda: hsaid.half(),
+        lambda: hsaid.merge(),
+    ):
+        with pytest.raises(RuntimeError, match=r"expected an HSAID that wraps a model, got one after unwrap\(\)"):
+            call()
+    assert same(snapshot(model), before) and hsaid.task == "a"
 
 
 def test_a_sweep_over_one_model():
