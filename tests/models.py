@@ -97,3 +97,22 @@ def family(name: str, **changes) -> nn.Module:
         for parameter in model.parameters():
             parameter.normal_(float(parameter.dim() == 1), 0.1 if parameter.dim() == 1 else 0.3)
     return model
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+
+
+def change(hsaid: HSAID) -> None:
+    with torch.no_grad():
+        hsaid.theta.add_(torch.randn(len(hsaid.theta)))
+
+
+def gradient(hsaid: HSAID, compute) -> torch.Tensor:
+    hsaid.zero_grad()
+    compute().square().mean().backward()
+    return torch.cat([p.grad.flatten() for p in hsaid.parameters()])
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()

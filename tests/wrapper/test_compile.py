@@ -3,11 +3,12 @@
 import copy
 import gc
 import operator
+import threading
 
 import pytest
 import torch
 import transformers
-from models import BACKENDS, IDS, SIZES, bert, mlp, moved, same, snapshot, tied_models
+from models import BACKENDS, IDS, SIZES, bert, change, gradient, mlp, moved, relative, same, snapshot, tied_models
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -177,3 +178,57 @@ def test_keys_of_plans():
     key = plan.key
     del plan
     assert find_plan(key) is copied
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_compiled_parts_run_on_the_weights_of_now(outside):
+    torch.compiler.reset()
+    hsaid, x = moved(HSAID(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), 24)), torch.randn(2, 4)
+    run = hsaid.model if outside else hsaid
+    hsaid.model[0].compile(backend="aot_eager")
+    hsaid.model[2].compile(backend="aot_eager")
+    for _ in range(3):
+        with torch.no_grad():
+            assert torch.allclose(run(x), hsaid.merge()(x), atol=1e-6)
+        expected = gradient(hsaid, lambda: torch.func.functional_call(hsaid.model, hsaid.weights(), (x,)))
+        assert relative(gradient(hsaid, lambda: run(x)), expected) < 1e-5
+        change(hsaid)
+    plain = hsaid.unwrap()
+    assert torch.allclose(plain(x), nn.Sequential(*copy.deepcopy(plain))(x))
+
+
+@pytest.mark.parametrize("part", ["model", "layer"])
+def test_what_is_compiled_around_a_part_is_right_too(part):
+    torch.compiler.reset()
+    hsaid, x = moved(HSAID(mlp(), 24)), torch.randn(2, 4)
+    chosen = {"model": hsaid.model, "layer": hsaid.model[0]}[part]
+    compiled = torch.compile(chosen, backend="aot_eager")
+    for _ in range(3):
+        merged = hsaid.merge()
+        assert torch.allclose(compiled(x), (merged if part == "model" else merged[0])(x), atol=1e-6)
+        assert gradient(hsaid, lambda: compiled(x)).any()
+        change(hsaid)
+
+
+def test_compiled_parts_in_several_threads():
+    torch.compiler.reset()
+    hsaid, x = moved(HSAID(mlp(), 24)), torch.randn(2, 4)
+    for layer in (hsaid.model[0], hsaid.model[2]):
+        layer.compile(backend="eager")
+    expected, wrong, done = gradient(hsaid, lambda: hsaid(x)), [], threading.Event()
+
+    def serve():
+        with torch.no_grad():
+            out = hsaid(x)
+            while not done.is_set():
+                if not torch.equal(hsaid(x), out):
+                    wrong.append("served")
+
+    server = threading.Thread(target=serve)
+    server.start()
+    for _ in range(60):
+        if relative(gradient(hsaid, lambda: hsaid(x)), expected) > 1e-6:
+            wrong.append("gradient")
+    done.set()
+    server.join()
+    assert not wrong

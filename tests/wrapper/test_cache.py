@@ -1,0 +1,143 @@
+"""Projected weights are made once while theta, the multipliers and W0 stay, and again when one of them changes."""
+
+import pytest
+import torch
+from models import BACKENDS, IDS, bert, mlp, reads, same, snapshot
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from hsaid_kernels import HSAID
+from hsaid_kernels.fastfood import ops
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The storage, weakly held, of every buffer of weights that is made."""
+    made = []
+    forward = ops.fastfood_forward
+
+    def counted(*args):
+        flat = forward(*args)
+        made.append(StorageWeakRef(flat.untyped_storage()))
+        return flat
+
+    monkeypatch.setattr(ops, "fastfood_forward", counted)
+    return made
+
+
+def test_weights_are_made_once_while_nothing_changes(calls, backend):
+    model = bert().eval()
+    hsaid = HSAID(model, 60, backend=backend)
+
+    def made(**_) -> int:
+        """Op calls for three forwards without gradients, in different modes."""
+        del calls[:]
+        with torch.no_grad():
+            first = hsaid(IDS).logits
+        with torch.inference_mode():
+            assert torch.equal(hsaid(IDS).logits, first)
+        with torch.no_grad():
+            assert torch.equal(hsaid(IDS).logits, first)
+        return len(calls)
+
+    assert made() == 1
+    assert made() == 0
+    classifier = model.classifier
+    changes = {
+        "theta": lambda: hsaid.theta.normal_(),
+        "multipliers": lambda: hsaid.multipliers.mul_(2),
+        "theta in inference mode": lambda: torch.inference_mode()(hsaid.theta.normal_)(),
+        "theta replaced": lambda: setattr(hsaid, "theta", nn.Parameter(torch.randn(44))),
+        "W0 in place": lambda: hsaid.w0()["classifier.bias"].add_(1),
+        "W0 loaded": lambda: model.load_state_dict(snapshot(bert())),
+        "W0's data": lambda: setattr(hsaid.w0()["classifier.bias"], "data", torch.randn(2)),
+        "W0 replaced": lambda: setattr(classifier, "bias", nn.Parameter(torch.randn(2))),
+        "module replaced": lambda: setattr(model, "classifier", nn.Linear(16, 2)),
+    }
+    for name, change in changes.items():
+        with torch.no_grad():
+            change()
+        assert made() == 1, name
+        assert made() == 0, name
+        assert same(hsaid.weights(), dict(hsaid.merge().named_parameters())), name
+        assert same(hsaid.weights(), reads(model)), name
+        made()
+    hsaid.theta.data.fill_(1)
+    hsaid.train().eval()
+    assert made() == 1
+
+
+def test_inference_weights_made_first_serve_training_later(backend):
+    hsaid = HSAID(bert(), 60, backend=backend)
+    with torch.inference_mode():
+        hsaid(IDS)
+    hsaid.requires_grad_(False)
+    embedded = torch.randn(2, 4, 16, requires_grad=True)
+    hsaid(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad.any()
+    hsaid.requires_grad_(True)(IDS).logits.sum().backward()
+    assert hsaid.theta.grad.any()
+
+
+def test_without_anything_to_train_the_weights_are_kept(calls):
+    hsaid = HSAID(mlp(), 24, backend="reference").requires_grad_(False)
+    assert torch.equal(hsaid(torch.ones(1, 4)), hsaid(torch.ones(1, 4))) and len(calls) == 1
+    hsaid.multipliers.requires_grad_()
+    hsaid(torch.ones(1, 4)).sum().backward()
+    assert len(calls) == 1 and hsaid.theta.grad is None and hsaid.multipliers.grad is not None
+
+
+def test_parameters_without_version_are_not_relied_on(calls):
+    with torch.inference_mode():
+        model = mlp()
+    hsaid = HSAID(model, 24, backend="reference")
+    with torch.no_grad():
+        first = hsaid(torch.ones(1, 4))
+    with torch.inference_mode():
+        hsaid.w0()["0.weight"].add_(1)
+        assert not torch.equal(hsaid(torch.ones(1, 4)), first)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("options", [dict(fused=True), dict(foreach=True)])
+def test_weights_are_made_again_after_an_optimizer_that_torch_does_not_count(options):
+    hsaid, x = HSAID(mlp(), 24, backend="reference"), torch.ones(1, 4)
+    optimizer = torch.optim.AdamW(hsaid.parameters(), lr=0.1, **options)
+    hsaid(x).sum().backward()
+    with torch.no_grad():
+        before = hsaid(x)
+        optimizer.step()
+        assert not torch.equal(hsaid(x), before) and torch.equal(hsaid(x), hsaid.merge()(x))
+        hsaid.theta.data.zero_()
+        assert torch.equal(hsaid(x), hsaid.merge()(x))
+
+
+def test_the_weights_of_one_theta_are_kept(calls):
+    """For evaluation, several training steps (gradient accumulation) and reads; they go before the next are made."""
+    hsaid, x = HSAID(mlp(), 24, backend="reference"), torch.ones(1, 4)
+    with torch.no_grad():
+        hsaid(x)
+    for _ in range(2):
+        hsaid(x).sum().backward()
+    assert [call.expired() for call in calls] == [False]
+    twice = hsaid.theta.grad.clone()
+    hsaid.zero_grad()
+    (hsaid(x).sum() + hsaid.model(x).sum()).backward()
+    assert torch.allclose(hsaid.theta.grad, twice) and len(calls) == 1
+    with torch.no_grad():
+        hsaid.theta.add_(1)
+    made = ops.fastfood_forward
+    ops.fastfood_forward = lambda *args: (alive.append([call.expired() for call in calls]), made(*args))[1]
+    alive = []
+    try:
+        hsaid(x).sum().backward()
+    finally:
+        ops.fastfood_forward = made
+    assert alive == [[True]] and len(calls) == 2
+    hsaid.merge()
+    assert calls.pop().expired()
