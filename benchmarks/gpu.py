@@ -193,7 +193,7 @@ def blockwise_row(backend: str, name: str, diagonal: str, dim: int) -> dict:
         return part.plan, theta, factors[part.rows_on(theta.device)], [by_name[n] for n in part.plan.names], backend
 
     calls = [call_for(names) for names in blocks().values()]
-    together = [call_for(names) for _, names in joined(blocks().items(), plan.shapes)]  # as HSAID does
+    together = [call_for(names) for names in joined(blocks().values(), plan.shapes)]  # as HSAID does
     layer = calls[1]
     parts = {
         "one": lambda: ops.fastfood_adjoint(plan, theta, factors, tensors, backend),

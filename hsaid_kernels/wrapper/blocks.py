@@ -7,7 +7,6 @@ consecutive values of a segment.)
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -16,45 +15,28 @@ from torch import nn
 from hsaid_kernels.hierarchy import Hierarchy
 
 
-def blocks_of(model: nn.Module, names: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """[(module name, tensor names)] for each block of the model that has any of the tensors `names`.
-
-    The module is the innermost one that contains all these tensors and has a `forward` (a ModuleList has none).
-    """
+def blocks_of(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
+    """The tensors `names` by the block of the model that has them."""
     hierarchy = Hierarchy.from_model(model).select(names)
     blocks: dict[str | None, list[str]] = defaultdict(list)
     for name, (block, *_) in zip(hierarchy.tensors, hierarchy.paths, strict=True):
         blocks[block].append(name)
-    found = []
-    for own in blocks.values():
-        # os.path.commonprefix accepts sequences of any kind, here lists of the parts of module names
-        module = ".".join(os.path.commonprefix([name.split(".")[:-1] for name in own]))
-        while module and not _is_called(model.get_submodule(module)):
-            module = module.rpartition(".")[0]
-        found.append((module, own))
-    return found
+    return list(blocks.values())
 
 
-def joined(
-    blocks: Iterable[tuple[str, list[str]]], shapes: Mapping[str, Sequence[int]]
-) -> list[tuple[list[str], list[str]]]:
-    """[(module names, tensor names)]: joins neighbouring blocks up to half the size of the largest block.
+def joined(blocks: Iterable[Sequence[str]], shapes: Mapping[str, Sequence[int]]) -> list[list[str]]:
+    """Joins neighbouring blocks, each the names of its tensors, up to half the size of the largest block.
 
     Fewer calls of the adjoint have less overhead. Peak memory does not grow noticeably: the gradients of the largest
     block have to be held in any case, and memory freed by the others is not always reused for them.
     """
-    sized = [(module, names, sum(math.prod(shapes[name]) for name in names)) for module, names in blocks]
-    largest, room = max(size for *_, size in sized), 0
-    joined: list[tuple[list[str], list[str]]] = []
-    for module, names, size in sized:
+    sized = [(names, sum(math.prod(shapes[name]) for name in names)) for names in blocks]
+    largest, room = max(size for _, size in sized), 0
+    joined: list[list[str]] = []
+    for names, size in sized:
         if size > room:
-            joined.append(([], []))
+            joined.append([])
             room = max(size, largest // 2)
-        joined[-1][0].append(module)
-        joined[-1][1].extend(names)
+        joined[-1].extend(names)
         room -= size
     return joined
-
-
-def _is_called(module: nn.Module) -> bool:
-    return "forward" in module.__dict__ or type(module).forward is not nn.Module.forward

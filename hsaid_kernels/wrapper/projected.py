@@ -65,7 +65,7 @@ class ProjectedWeights(WatchedModel):
         super().__init__(model, plan, full, own_full)
         self._parameters, self.partition, self.given_dtype, self.backend = trained, partition, dtype, backend
         self.full = {name: key_of(name) for name in full}
-        self.parts = [names for _, names in joined(blocks_of(model, plan.shapes), plan.shapes)]
+        self.parts = joined(blocks_of(model, plan.shapes), plan.shapes)
         self._start()
 
     def _start(self) -> None:

@@ -40,7 +40,7 @@ class Tree:
         return {id(parameter): name for name, parameter in self.parameters.items()}
 
     def holds(self) -> bool:
-        """Whether the model still has the same modules and parameters. Takes a sixth of the time of `Tree(model)`."""
+        """Whether the model still has the same modules and parameters. Takes a twelfth of the time of `Tree(model)`."""
         if any(map(len, self._empty)):
             return False
         if all(tuple(map(id, holder.values())) == ids for holder, _, ids in self._seen):
