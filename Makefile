@@ -24,7 +24,7 @@
 #
 # Without a GPU, but with nvcc and gigabytes to fetch:
 #
-#   make cuda-check   build with, and load into, the oldest and the newest torch for CUDA
+#   make cuda-check   build with, and load into, the oldest and the newest torch for CUDA; the wrapper's tests there
 #
 # PYTHON chooses the interpreter (3.10 or newer), VENV the folder of the virtual environment.
 

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+TRACED = "HSAID: expected a call, got tracing for an export: trace or export hsaid.merge()"
+
+
 class HSAID(MultiTask):
     """Wraps a model for fine-tuning inside a random subspace: DID, SAID or H-SAID (docs/method.md).
 
@@ -50,7 +53,8 @@ class HSAID(MultiTask):
         train_fully: regular expressions that select tensors to train directly, as in ordinary fine-tuning (a new
             classification head, for example). They are not projected and do not count towards intrinsic_dim. The
             trained values are copies; the model's own tensors keep W0.
-        frozen: names of tensors to leave out. None means those with requires_grad=False, or none if `include` is given.
+        frozen: names of tensors to leave out. None means those with requires_grad=False or without elements, or none if
+            `include` is given.
         heads: whether the attention heads form level L5 of the hierarchy. Each head's part of a tensor then has its own
             random basis and factor. None means True if the partition names L5 or if heads are pruned, else False.
         pruned: {layer: [heads]}, the heads that receive no update: their weights in the projected tensors stay at W0.
@@ -69,6 +73,7 @@ class HSAID(MultiTask):
         hierarchy, partition, plan: the `Hierarchy`, `Partition` and `Plan` that define what theta and the multipliers
             mean.
         pruned: {attention module: [heads]}, the heads that receive no update.
+        frozen: {name: shape} of the tensors that are left out because they were frozen or have no elements.
 
     Learning rates of full fine-tuning (2e-5, for example) move theta too little to learn anything: use
     `torch.optim.AdamW(hsaid.parameter_groups())`, whose rates learn, or see docs/integration.md.
@@ -154,17 +159,16 @@ class HSAID(MultiTask):
         self._claim()
 
     def _claim(self) -> None:
-        unwrapped_before(self.model, self)
         self._projected.belongs_to(self)
         self._projected.attach()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model with the projected weights and returns its output."""
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            raise RuntimeError("HSAID: expected a call, got tracing for an export: trace or export hsaid.merge()")
         if torch.compiler.is_compiling():
-            self._ranks_checked()
+            self._traced()
             return self._projected.call_traced(self.training, args, kwargs)
+        if torch.jit.is_tracing():
+            raise RuntimeError(TRACED)
         with self._computing():
             return self.model(*args, **kwargs)
 
@@ -233,6 +237,7 @@ class HSAID(MultiTask):
         try:
             yield model
         finally:
+            unwrapped_before(model, self)
             self._claim()
             self._projected.buffers.put(model, self._buffers_of.pop(self.task, {}))
 
@@ -316,14 +321,16 @@ class HSAID(MultiTask):
         self._checked()
         return self._projected.inside(self.training)
 
-    def _ranks_checked(self) -> bool:
+    def _traced(self) -> bool:
         """What `_computing` checks, for torch.compile, which calls this once, while tracing."""
-        self._check_ranks()
+        if torch.compiler.is_exporting():  # asked here, because torch.compile of torch 2.11 answers with True
+            raise RuntimeError(TRACED)
+        self._checked()
         self._projected.prepare_tracing()
         return True
 
     # Sets what torch.compiler.assume_constant_result sets. The decorator itself would import all of torch._dynamo here.
-    _ranks_checked.__dict__["_dynamo_marked_constant"] = True
+    _traced.__dict__["_dynamo_marked_constant"] = True
 
 
 def _float32_of(

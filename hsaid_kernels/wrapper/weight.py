@@ -21,7 +21,7 @@ class Weight(nn.Parameter):
     """A projected weight. For code that looks, it is an nn.Parameter; what it could not keep, it refuses.
 
     Writes in place increase the version counter, also those through `data`, so that the next read of the model refuses
-    to go on with them. A subclass of nn.Parameter costs nothing in operations: they give ordinary tensors.
+    to go on with them. Operations on it give ordinary tensors.
 
     w0  the parameter of the model
     """
