@@ -217,7 +217,7 @@ class Projection:
 
     def weights(self, theta: Tensor, factors: Tensor | None, base: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The weights as in `forward`, in the order of the plan. Does not check its arguments."""
-        scaled = self._scales(theta) if factors is None else factors * self._scales(theta)
+        scaled = self._scaled(theta, factors)
         return self.part(theta, scaled, Part(self.plan), self.flat(theta, scaled, base))
 
     def flat(self, theta: Tensor, scaled: Tensor, base: Sequence[Tensor]) -> Tensor:
@@ -267,13 +267,16 @@ class Projection:
             if tensor is not None:
                 self._check_tensor(f"grads: {name!r}", tensor, shape, theta.device, ops.WEIGHT_DTYPES)
         with torch.no_grad():
-            scaled = self._scales(theta) if factors is None else factors * self._scales(theta)
+            scaled = self._scaled(theta, factors)
             backend = ops.choose_backend(self.backend, theta.device)
             dtheta, dscaled = ops.fastfood_adjoint(self.plan, theta, scaled, tensors, backend)
             return dtheta, dscaled * self._scales(theta)
 
     def _scales(self, theta: Tensor) -> Tensor:
         return self.plan.scales_on(theta.device).to(theta.dtype)
+
+    def _scaled(self, theta: Tensor, factors: Tensor | None) -> Tensor:
+        return self._scales(theta) if factors is None else factors * self._scales(theta)
 
     def _check(self, theta: Tensor, factors: Tensor | None) -> None:
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32

@@ -7,7 +7,21 @@ import threading
 import pytest
 import torch
 import transformers
-from models import IDS, bert, change, gradient, mlp, moved, reads, relative, same, tied_models
+from models import (
+    FAMILIES,
+    IDS,
+    bert,
+    change,
+    family,
+    gradient,
+    mlp,
+    moved,
+    reads,
+    relative,
+    same,
+    snapshot,
+    tied_models,
+)
 from torch import nn
 
 from hsaid_kernels import HSAID
@@ -54,6 +68,26 @@ def test_every_weight_reads_as_that_of_now(build):
         assert all(p is names[n] for n, p in model.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             assert not any(weight.requires_grad for weight in reads(model).values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_architectures_of_transformers(name):
+    """Each runs on its weights of now, can be trained and copied, and is itself again afterwards."""
+    model = family(name)
+    pixels = torch.randn(2, 3, 16, 16)
+    inputs = {"pixel_values": pixels} if name == "ViT" else {"input_ids": IDS}
+    if name in ("T5", "Bart"):
+        inputs["decoder_input_ids"] = IDS
+    before, plain = snapshot(model), model(**inputs)[0].detach()
+    hsaid = moved(HSAID(model, 200))
+    out = hsaid(**inputs)[0]
+    assert torch.equal(out, hsaid.merge()(**inputs)[0]) and not torch.allclose(out, plain, atol=1e-4)
+    assert torch.equal(out, hsaid.model(**inputs)[0]) and torch.equal(out, copy.deepcopy(hsaid)(**inputs)[0])
+    expected = gradient(
+        hsaid, lambda: torch.func.functional_call(copy.deepcopy(hsaid).unwrap(), hsaid.weights(), (), inputs)[0]
+    )
+    assert relative(gradient(hsaid, lambda: hsaid(**inputs)[0]), expected) < 1e-5
+    assert torch.equal(hsaid.unwrap()(**inputs)[0], plain) and same(snapshot(model), before)
 
 
 @pytest.mark.parametrize("how", ["theta", "data", "fused", "by hand", "multipliers", "W0", "load_state_dict"])

@@ -8,6 +8,7 @@ from models import mlp, moved, same, snapshot
 from torch import nn
 
 from hsaid_kernels import HSAID
+from hsaid_kernels.wrapper.configuration import FIRST, describe
 
 
 def test_frozen_parameters_stay_unless_they_are_named(tmp_path):
@@ -33,6 +34,19 @@ def test_frozen_parameters_stay_unless_they_are_named(tmp_path):
     assert same(loaded.weights(), hsaid.weights()) and torch.equal(loaded.model[1].weight, net()[1].weight)
     assert all(p.requires_grad for p in loaded.unwrap().parameters())
     assert [p.requires_grad for p in hsaid.unwrap().parameters()] == [True, False, False, True, True]
+
+
+def test_checkpoints_from_before_frozen_tensors_were_left_out(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        model = mlp()
+        model[0].requires_grad_(False)
+        return model
+
+    hsaid = moved(HSAID(net(), 24, frozen=()))  # as all were projected then, and "frozen" is empty in their checkpoints
+    assert len(hsaid.plan.names) == 4 and describe(hsaid)["frozen"] == FIRST["frozen"] == {}
+    hsaid.save_pretrained(tmp_path)
+    assert same(HSAID.from_pretrained(tmp_path, net()).weights(), hsaid.weights())
 
 
 def test_what_would_not_be_heard_is_refused_by_name():
