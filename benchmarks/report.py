@@ -309,7 +309,7 @@ def sections(report: Report) -> list[Section]:
             "mBERT in float32. theta longer than 16,384 is cut into chunks, each of which draws normals of its own.",
             ("time_against_d",),
         ),
-        Section("Other widths", report.by_width(), "Than the default, the next power of two."),
+        Section("Other widths", report.by_width(), "Than the default, the next power of two and at least 256."),
         Section("By size", report.by_weights(), "d = 1,000.", ("time_against_weights",)),
         Section(
             "By threads",

@@ -42,7 +42,7 @@ def cases() -> list:
         quick += [Case(isa="avx2", diagonal=g, dim=d) for g, d in product(DIAGONALS, (1000, 16384))]
     quick += [Case(diagonal=g, dim=200) for g in DIAGONALS] + [Case(threads=1), Case(threads=1, diagonal="rademacher")]
     quick += [Case(model=f"10^{k} weights", diagonal=g) for k, g in product((6, 7, 8), DIAGONALS)]
-    full = [Case(diagonal=g, dim=d) for g, d in product(DIAGONALS, (500, 2000, 4000, 8000, 32768, 100_000))]
+    full = [Case(diagonal=g, dim=d) for g, d in product(DIAGONALS, BY_D)]
     full += [Case(diagonal=g, dim=d, width=w) for g, (d, w) in product(DIAGONALS, WIDTHS)]
     full += [Case(threads=1, diagonal=g, dim=16384) for g in DIAGONALS]
     types = ("float32", "bfloat16")
@@ -56,6 +56,7 @@ def cases() -> list:
     return [pytest.param(c, marks=() if c in quick else pytest.mark.full, id=str(c)) for c in chosen]
 
 
+BY_D = (10, 50, 100, 500, 2000, 4000, 8000, 32768, 100_000)
 WIDTHS = ((1000, 2048), (1000, 4096), (1000, 16384), (16384, 4096), (200, 32))
 
 

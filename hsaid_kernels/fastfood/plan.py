@@ -30,6 +30,10 @@ ALIGNMENT = 64  # elements; in the flat buffer every tensor starts at a cache li
 MAX_RUN_BLOCKS = 22
 RUN_SHARES = 108  # a plan whose runs are shorter than MAX_RUN_BLOCKS is divided into at least about this many groups
 
+# The least n by default. Narrower blocks give no better basis and cost more: the CPU kernels draw most of them value by
+# value (n = 32 and 64 take up to nine times as long), and the faster CUDA kernels begin here.
+MIN_DEFAULT_WIDTH = 256
+
 # Columns of Plan.segments and Plan.holes, in the order of the fields of struct Segment in csrc/core/plan.h.
 COLUMNS = ("tensor", "offset", "out_offset", "rows", "cols", "row_stride", "stream", "first_block")
 
@@ -99,8 +103,8 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
 
 
 def default_width(dim: int) -> int:
-    """The default block size n for len(theta) = dim: min(next power of two >= dim, 16384), and at least 32."""
-    return min(max(1 << (dim - 1).bit_length(), MIN_WIDTH), MAX_WIDTH)
+    """The default block size n for len(theta) = dim: min(next power of two >= dim, 16384), and at least 256."""
+    return min(max(1 << (dim - 1).bit_length(), MIN_DEFAULT_WIDTH), MAX_WIDTH)
 
 
 _known: weakref.WeakSet[Plan] = weakref.WeakSet()

@@ -58,7 +58,9 @@ def check_config(where: str, config: Config, hsaid: Described) -> None:
     own = describe(hsaid)
     for key in BASIS:
         if config[key] != own[key]:
-            raise ValueError(f"{where}: expected {key} {own[key]!r}, as in this HSAID, got {config[key]!r}")
+            # The width is rarely given, and what it is by default has changed.
+            hint = f": wrap the model with width={config[key]} for that" if key == "width" else ""
+            raise ValueError(f"{where}: expected {key} {own[key]!r}, as in this HSAID, got {config[key]!r}{hint}")
     check_tensors(config, own)
     check_w0(config, hsaid)
 

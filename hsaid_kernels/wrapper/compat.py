@@ -39,6 +39,7 @@ def intrinsic_dimension(
     device: torch.device | str | int = "cpu",
     *,
     seed: int = 0,
+    width: int | None = None,
 ) -> Model:
     """Puts `module` itself into a random subspace (DID), in place, and returns it.
 
@@ -53,6 +54,7 @@ def intrinsic_dimension(
         projection: "fastfood".
         device: the device to which the module and its new parameters are moved.
         seed: 0 to 2**64 - 1. Determines the random basis.
+        width: that of `Plan`.
 
     The module gets two attributes: `intrinsic_parameter`, an nn.Parameter, float32 [d], initially zeros; and `hsaid`,
     the `HSAID` that runs it. Use `module.hsaid.save_pretrained` for checkpoints of a few kilobytes and
@@ -64,7 +66,7 @@ def intrinsic_dimension(
         ValueError: no parameter is selected, `projection` is not "fastfood", the module is or contains a module that is
             already in a subspace, or HSAID raises it.
     """
-    return _put_into_subspace(module, intrinsic_dimension, "did", str_filter, projection, device, seed)
+    return _put_into_subspace(module, intrinsic_dimension, "did", str_filter, projection, device, seed, width)
 
 
 def intrinsic_dimension_said(
@@ -76,13 +78,14 @@ def intrinsic_dimension_said(
     device: torch.device | str | int = "cpu",
     *,
     seed: int = 0,
+    width: int | None = None,
 ) -> Model:
     """Like `intrinsic_dimension`, but with a multiplier for each of the m projected tensors (SAID).
 
     The module also gets `intrinsic_parameter_said`, an nn.Parameter, float32 [m], initially ones, in the order of
     `named_parameters()`. `intrinsic_parameter` then has d - m values. Raises ValueError also for d <= m.
     """
-    return _put_into_subspace(module, intrinsic_dimension, "said", str_filter, projection, device, seed)
+    return _put_into_subspace(module, intrinsic_dimension, "said", str_filter, projection, device, seed, width)
 
 
 class FastfoodWrap(HSAID):
@@ -93,15 +96,22 @@ class FastfoodWrap(HSAID):
         intrinsic_dimension: d, the number of trained values.
         device: the device to which the module and theta are moved.
         seed: 0 to 2**64 - 1. Determines the random basis.
+        width: that of `Plan`.
 
     Attributes: V is theta, an nn.Parameter, float32 [d]; m is a list that contains only the module. Raises as `HSAID`.
     """
 
     def __init__(
-        self, module: nn.Module, intrinsic_dimension: int, device: torch.device | str | int = 0, *, seed: int = 0
+        self,
+        module: nn.Module,
+        intrinsic_dimension: int,
+        device: torch.device | str | int = 0,
+        *,
+        seed: int = 0,
+        width: int | None = None,
     ):
         include, _ = _choice(module, ())
-        super().__init__(module, intrinsic_dimension, "did", seed, include=include, normalize="tensor")
+        super().__init__(module, intrinsic_dimension, "did", seed, include=include, normalize="tensor", width=width)
         self.to(device)
 
     # Returns an HSAID, because a checkpoint has more options than this class.
@@ -124,6 +134,7 @@ def _put_into_subspace(
     projection: str,
     device: torch.device | str | int,
     seed: int,
+    width: int | None,
 ) -> Model:
     if projection != "fastfood":
         raise ValueError(
@@ -137,7 +148,8 @@ def _put_into_subspace(
         )
     include, train_fully = _choice(module, str_filter)
     torch.empty(0, device=device)  # raises for an unavailable device before anything is changed
-    hsaid = _InPlace(module, dim, partition, seed, include=include, train_fully=train_fully, normalize="tensor")
+    options = dict(include=include, train_fully=train_fully, normalize="tensor", width=width)
+    hsaid = _InPlace(module, dim, partition, seed, **options)
     _carry(module, hsaid)
     return module.to(device)
 

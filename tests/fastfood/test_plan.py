@@ -50,7 +50,7 @@ def test_sums_of_groups_fit_in_44_megabytes():
 
 def test_segments():
     heads = [Segment("w", 32 * h, 24, 32, 96, f"head {h}") for h in range(3)]
-    plan = Plan({"v": (5,), "w": (24, 96)}, 100, segments=[whole("v", (5,)), *heads])
+    plan = Plan({"v": (5,), "w": (24, 96)}, 100, width=128, segments=[whole("v", (5,)), *heads])
     assert column(plan, "tensor") == [0, 1, 1, 1]
     assert column(plan, "offset") == [0, 0, 32, 64]
     assert column(plan, "out_offset") == [0, 64, 96, 128]
@@ -62,10 +62,11 @@ def test_segments():
 
 @pytest.mark.parametrize(
     "dim, width",
-    [(1, 32), (32, 32), (33, 64), (951, 1024), (1024, 1024), (16384, 16384), (16385, 16384), (2**20, 16384)],
+    [(1, 256), (256, 256), (257, 512), (951, 1024), (1024, 1024), (16384, 16384), (16385, 16384), (2**20, 16384)],
 )
 def test_default_width(dim, width):
     assert default_width(dim) == Plan({"a": (3,)}, dim).width == width
+    assert Plan({"a": (3,)}, dim, width=32).width == 32
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import builtins
 import copy
 import errno
+import hashlib
 import json
 import os
 import warnings
@@ -11,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from helpers import sequence
 from models import BACKENDS
 from torch import nn
 
@@ -150,6 +152,53 @@ def test_names_and_shapes_are_packed_without_loss(shapes):
 def test_equal_neighbours_are_packed_into_one():
     shapes = {f"layer.{i}.weight": (4, 4) for i in range(12)}
     assert configuration._pack(shapes) == {"layer": {"0..11": {"weight": "4x4"}}}
+
+
+# What HSAID(..., 50) saved when the width for 46 values of theta was 64 by default, and a digest of its weights.
+WIDTH_64 = """
+{"format":1,"generator":"philox4x32-10.v1","intrinsic_dim":50,"partition":"L1+L2|L3|L4","combine":"product","skip":[],
+"merge":{},"heads":false,"pruned":{},"normalize":"global","diagonal":"gaussian","width":64,"seed":0,"task":"default",
+"include":null,"exclude":null,"train_fully":null,"dtype":"float32","dtype_given":false,
+"tensors":{"0":{"weight":"16x20","bias":"16"},"2":{"weight":"3x16","bias":"3"}},"full":{},"frozen":{},
+"w0_checks":"c7fc 69a2 c6ba e4c2"}
+""".replace("\n", "")
+WIDTH_64_DIGEST, WIDTH_64_WEIGHTS = "c344dfbc091d19a29e92ed3afb029e30", "210d750b5d9f6789feb155cafa5f9490"
+
+
+def model_of_width_64() -> nn.Module:
+    model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(sequence(parameter.numel()).view(parameter.shape))
+    return model
+
+
+@pytest.fixture
+def of_width_64(tmp_path):
+    saved = {"theta": sequence(46, 31, 89), "multipliers": 1 + sequence(4, 29, 97)}
+    metadata = {"config": WIDTH_64, "digest": WIDTH_64_DIGEST}  # which is compared with the values when they are read
+    (tmp_path / VALUES_FILE).write_bytes(safetensors.torch.save(saved, metadata))
+    return tmp_path
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("error")
+def test_a_checkpoint_keeps_its_width(of_width_64, backend):
+    hsaid = HSAID.from_pretrained(of_width_64, model_of_width_64(), backend=backend)
+    assert hsaid.plan.width == 64
+    digest = hashlib.blake2b(digest_size=16)
+    for weight in hsaid.weights().values():
+        digest.update(weight.detach().contiguous().numpy().tobytes())
+    assert digest.hexdigest() == WIDTH_64_WEIGHTS
+
+
+def test_a_task_of_another_width_is_refused_with_the_way_out(of_width_64):
+    with HSAID(model_of_width_64(), 50, task="new") as hsaid:
+        with pytest.raises(ValueError, match="expected width 256, as in .* got 64: wrap the model with width=64 for"):
+            hsaid.load_task(of_width_64)
+        assert hsaid.tasks == ("new",)
+    hsaid = HSAID(model_of_width_64(), 50, width=64, task="new")
+    assert hsaid.load_task(of_width_64) == "default"
 
 
 # --- what saving can meet

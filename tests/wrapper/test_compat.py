@@ -423,6 +423,7 @@ def test_the_two_parameters_alone_reload_on_the_same_w0():
         ),
         (lambda: intrinsic_dimension(bert(), D, "", (), "fastfood"), "expected partition 'did', .* got"),
         (lambda: said(bert(), {"attention"}), "is missing|is unexpected"),
+        (lambda: said(bert(), width=64), "expected width 64, .* got 256: wrap the model with width=256 for that"),
     ],
 )
 def test_a_state_dict_of_another_subspace_is_refused_whole(other, reason):
@@ -595,6 +596,30 @@ def test_fastfood_wrap_reloads(tmp_path):
     assert torch.equal(again(x), model(x)) and torch.equal(FastfoodWrap.from_pretrained(tmp_path, third)(x), model(x))
     copied = pickle.loads(pickle.dumps(model))
     assert isinstance(copied, FastfoodWrap) and torch.equal(copied(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        said,
+        lambda module, **width: intrinsic_dimension(module, 50, None, (), "fastfood", **width),
+        lambda module, **width: FastfoodWrap(module, 50, "cpu", **width),
+    ],
+)
+def test_a_state_dict_of_the_narrower_width_of_earlier_versions(put):
+    def make(**width: int) -> tuple[nn.Module, HSAID]:
+        torch.manual_seed(1)
+        module = put(bert(), **width)
+        return module, getattr(module, "hsaid", module)
+
+    (old, hsaid), (new, by_default), (again, narrow) = make(width=64), make(), make(width=64)
+    assert [h.plan.width for h in (hsaid, by_default, narrow)] == [64, 256, 64]
+    with torch.no_grad():
+        hsaid.theta.normal_()
+    with pytest.raises((ValueError, RuntimeError), match="got 64: wrap the model with width=64 for that"):
+        new.load_state_dict(old.state_dict())
+    again.load_state_dict(old.state_dict())
+    assert same(narrow.weights(), hsaid.weights()) and not by_default.theta.any()
 
 
 def test_fastfood_wrap_goes_to_its_device():

@@ -309,7 +309,7 @@ def test_state_dict_has_theta_multipliers_and_the_configuration(backend, tmp_pat
         (dict(combine="sum"), "expected combine 'sum', .* got 'product'"),
         (dict(diagonal="rademacher"), "expected diagonal 'rademacher', .* got 'gaussian'"),
         (dict(normalize="tensor"), "expected normalize 'tensor', .* got 'global'"),
-        (dict(width=128), "expected width 128, .* got 64"),
+        (dict(width=128), "expected width 128, .* got 256: wrap the model with width=256 for that"),
         (dict(skip=["attention"]), r"expected skip \['attention'\], .* got \[\]"),
         (dict(exclude="classifier.bias"), "'classifier.bias' of shape .* is missing"),
         (dict(model=dict(hidden_size=32)), r"word_embeddings.weight' has shape \(50, 32\) in place of"),
