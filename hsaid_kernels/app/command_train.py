@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from hsaid_kernels.app import data, trained, training
-from hsaid_kernels.app.architecture import FALLBACK, MBERT
-from hsaid_kernels.app.defaults import LARGE, MBERT_STEPS, STEPS, STEPS_IF_LARGE
+from hsaid_kernels.app.architecture import FALLBACK
+from hsaid_kernels.app.defaults import MBERT_STEPS
+from hsaid_kernels.app.inputs import check_writable, load_classifier, load_dataset, num_steps
 from hsaid_kernels.app.terminal import RunError, num_weights, progress, say, user_input
 from hsaid_kernels.fastfood.ops import choose_backend, choose_device
 from hsaid_kernels.wrapper.hsaid import HSAID
@@ -28,14 +27,14 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with user_input():
-        dataset = _dataset(arguments)
-        _check_writable(arguments.out)
-        source, classifier = _classifier(arguments, dataset.labels)
+        dataset = load_dataset(arguments)
+        check_writable(arguments.out)
+        source, classifier = load_classifier(arguments, dataset.labels)
         classifier.model = _wrap(classifier.model, arguments)
     _describe_model(source, classifier.model)
     _describe_data(dataset)
 
-    steps = _steps(classifier.model, dataset, arguments)
+    steps = num_steps(arguments, num_weights(classifier.model.plan.shapes), len(dataset.train))
     seconds = _fit(classifier.model, classifier, dataset, steps, arguments)
     result = training.evaluate(classifier, dataset.test)
     run = {"model": source, "seed": arguments.seed, "data": dataset.name, "steps": steps, "lr": arguments.lr}
@@ -68,12 +67,6 @@ def train(arguments: argparse.Namespace) -> None:
         _time_mbert(mbert_steps, dataset.train, arguments)
 
 
-def _steps(hsaid: HSAID, dataset: data.Dataset, arguments: argparse.Namespace) -> int:
-    if arguments.epochs:
-        return arguments.epochs * math.ceil(len(dataset.train) / arguments.batch_size)
-    return arguments.steps or (STEPS if num_weights(hsaid.plan.shapes) < LARGE else STEPS_IF_LARGE)
-
-
 def _fit(
     hsaid: HSAID, classifier: training.Classifier, dataset: data.Dataset, steps: int, arguments: argparse.Namespace
 ) -> dict[str, float]:
@@ -91,49 +84,6 @@ def _fit(
                 seconds[part] += took
             advance(f"loss={sum(losses[-20:]) / len(losses[-20:]):.3f}")
     return seconds
-
-
-def _dataset(arguments: argparse.Namespace) -> data.Dataset:
-    if arguments.data is None:
-        if arguments.test_data is not None:
-            raise ValueError(f"--test-data: expected --data FILE to train on, got only {arguments.test_data}")
-        validation = [
-            language
-            for language in data.VALIDATION_LANGUAGES
-            if language not in (*arguments.train_languages, *arguments.test_languages)
-        ]
-        return data.load_cldr(arguments.train_languages, validation, arguments.test_languages, seed=arguments.seed)
-    columns = {"text": arguments.text_column, "label": arguments.label_column}
-    return data.load_files(arguments.data, arguments.test_data, **columns, seed=arguments.seed)
-
-
-def _check_writable(directory: Path) -> None:
-    """Raises OSError, before training starts, if no file can be created in the output directory.
-
-    If it does not exist yet, this checks its nearest existing parent. Leaves nothing behind.
-    """
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"--out: expected a directory that can be written to, got {directory}: {error.strerror}"
-        ) from error
-
-
-def _classifier(arguments: argparse.Namespace, labels: Sequence[str]) -> tuple[str, training.Classifier]:
-    """The model given by --model; else mBERT, or FALLBACK if mBERT is not available. Returns (source, classifier)."""
-    options = (labels, arguments.seed, arguments.max_length)
-    if arguments.model is not None:
-        is_directory = Path(arguments.model).is_dir()
-        source = str(Path(arguments.model).absolute()) if is_directory else arguments.model
-        return source, training.build_classifier(source, *options)
-    try:
-        return MBERT, training.build_classifier(MBERT, *options)
-    except ValueError:
-        print(f"{MBERT} is not to be had here (directory, cache, hub): {FALLBACK} stands in for it.")
-        return FALLBACK, training.build_classifier(FALLBACK, *options)
 
 
 def _wrap(model: nn.Module, arguments: argparse.Namespace) -> HSAID:

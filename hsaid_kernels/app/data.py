@@ -11,7 +11,7 @@ import json
 import random
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -139,6 +139,22 @@ def load_files(
     if not unseen:
         raise DataError(f"{test_data or data}: expected test examples whose text is not trained on, got none")
     return Dataset(name, tuple(train), (), unseen)
+
+
+def with_validation(dataset: Dataset, seed: int) -> Dataset:
+    """The dataset with a validation part: a fifth of the training examples of each label, if it has none yet.
+
+    Examples of the same text stay together. Raises DataError if there are too few examples for that.
+    """
+    if dataset.validation:
+        return dataset
+    first = {example.text: example for example in reversed(dataset.train)}
+    _, held_out = _split(list(first.values()), seed)
+    texts = {example.text for example in held_out}
+    if not texts:
+        raise DataError(f"{dataset.name}: expected at least {1 / TEST_FRACTION:.0f} training texts of some label")
+    train = tuple(example for example in dataset.train if example.text not in texts)
+    return replace(dataset, train=train, validation=tuple(held_out))
 
 
 def _split(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:

@@ -110,9 +110,11 @@ def training_batches(
 
 
 def training_steps(
-    hsaid: HSAID, batches: Iterable[Batch], *, steps: int, lr: float, seed: int = 0, dropout: bool = False
+    model: nn.Module, batches: Iterable[Batch], *, steps: int, lr: float, seed: int = 0, dropout: bool = False
 ) -> Iterator[Step]:
-    """Trains the parameters of `hsaid` with AdamW, one step for each `Step` that it yields.
+    """Trains `model`, wrapped in HSAID or not, with AdamW, one step for each `Step` that it yields.
+
+    Trains the parameters that have `requires_grad`; those of an HSAID are theta and the multipliers.
 
     The learning rate rises linearly to `lr` in the first tenth of the steps and then falls linearly to 0. There is no
     weight decay, because it would pull the multipliers towards 0 instead of 1. Dropout is off by default: so few
@@ -122,19 +124,20 @@ def training_steps(
     from transformers import get_linear_schedule_with_warmup
 
     torch.manual_seed(seed)  # dropout
-    hsaid.train(dropout)
-    optimizer = torch.optim.AdamW(hsaid.parameters(), lr=lr, weight_decay=0.0)
+    model.train(dropout)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
-    watch = _Stopwatch(_device(hsaid))
-    with watch.around(hsaid):
+    watch = _Stopwatch(_device(model))
+    with watch.around(model):
         watch.switch("data")
         for batch in itertools.islice(batches, steps):
             watch.switch("projection")
-            loss = hsaid(**batch).loss
+            loss = model(**batch).loss
             watch.switch("backward")
             loss.backward()
             watch.switch("optimiser")
-            nn.utils.clip_grad_norm_(hsaid.parameters(), MAX_NORM)
+            nn.utils.clip_grad_norm_(parameters, MAX_NORM)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -166,22 +169,27 @@ class _Stopwatch:
         return seconds
 
     @contextmanager
-    def around(self, hsaid: HSAID) -> Iterator[None]:
-        """A context manager that installs hooks on the wrapped model.
+    def around(self, model: nn.Module) -> Iterator[None]:
+        """A context manager that installs hooks on the model in an HSAID.
 
         They switch to "forward" when the wrapped model is called, and to "adjoint" for the backward of the projection.
+        A model without HSAID has no projection: its forward counts from the beginning of the step.
         """
 
-        def projected(model: nn.Module, args: tuple) -> None:
+        def called(module: nn.Module, args: tuple) -> None:
             self.switch("forward")
 
-        def computed(model: nn.Module, args: tuple, output: Any) -> None:
+        def computed(module: nn.Module, args: tuple, output: Any) -> None:
             nodes = {weight.grad_fn for weight in hsaid.weights().values()}  # one node for each part of the projection
             for node in filter(None, nodes):
                 node.register_prehook(lambda _: self.switch("adjoint"))
                 node.register_hook(lambda *_: self.switch("backward"))
 
-        handles = [hsaid.model.register_forward_pre_hook(projected), hsaid.model.register_forward_hook(computed)]
+        if isinstance(getattr(model, "_orig_mod", model), HSAID):  # torch.compile keeps the module as _orig_mod
+            hsaid = cast(HSAID, model)
+            handles = [hsaid.model.register_forward_pre_hook(called), hsaid.model.register_forward_hook(computed)]
+        else:
+            handles = [model.register_forward_pre_hook(called)]
         try:
             yield
         finally:

@@ -1,7 +1,6 @@
 """`hsaid` from end to end on a random model of two layers, and what it says to bad input."""
 
 import errno
-import itertools
 import json
 import math
 import os
@@ -12,41 +11,15 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from words import ANIMALS, FRUIT, WORDS
 
 from hsaid_kernels import files as files_module
-from hsaid_kernels.app import architecture, cli, command_train, training
+from hsaid_kernels.app import architecture, cli, inputs, training
 from hsaid_kernels.app import trained as trained_runs
 from hsaid_kernels.app.data import load_files
 from hsaid_kernels.wrapper import checkpoint
 from hsaid_kernels.wrapper.heads import prune_heads, remove
 from hsaid_kernels.wrapper.hsaid import HSAID
-
-FRUIT = ("apple", "banana", "cherry", "grape", "lemon", "mango")
-ANIMALS = ("cat", "dog", "horse", "mouse", "sheep", "tiger")
-WORDS = {"fruit": FRUIT, "animal": ANIMALS}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A directory with a BERT of two layers and random weights, its vocabulary, and two files of data."""
-    from transformers import BertConfig, BertModel
-
-    directory = tmp_path_factory.mktemp("files")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FRUIT, *ANIMALS]
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    # Larger weights and less dropout than BERT's, so that so small a model learns; some dropout, so that seeds matter.
-    random = {"initializer_range": 0.1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.1}
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, **sizes, **random)
-    BertModel(config).save_pretrained(directory / "model")
-    (directory / "model" / "vocab.txt").write_text("\n".join(vocabulary))
-    (directory / "model" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
-    rows = [
-        f"{first} {second},{label}\n" for label in WORDS for first, second in itertools.permutations(WORDS[label], 2)
-    ]
-    for name, chosen in (("train", rows[::2]), ("test", rows[1::2])):
-        (directory / f"{name}.csv").write_text("text,label\n" + "".join(chosen))
-    return directory
 
 
 def command(files, out, *more):
@@ -405,7 +378,7 @@ def test_out_without_permission(files, tmp_path, capsys, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(command_train.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(inputs.tempfile, "TemporaryFile", refuse)
     message = refusal(capsys, command(files, tmp_path / "out"))
     assert message.endswith(f"got {tmp_path / 'out'}: Permission denied")
     assert not list(tmp_path.iterdir())

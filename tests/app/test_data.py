@@ -18,6 +18,7 @@ from hsaid_kernels.app.data import (
     load_cldr,
     load_files,
     read_examples,
+    with_validation,
 )
 
 
@@ -183,6 +184,21 @@ def test_one_file_is_split_label_by_label_by_the_seed(tmp_path):
     assert not {e.text for e in dataset.train} & {e.text for e in dataset.test}
     assert load_files(path, seed=3) == dataset
     assert load_files(path, seed=4) != dataset
+
+
+def test_a_fifth_of_the_training_texts_for_validation(tmp_path):
+    rows = [(f"text {i % 60}", "xy"[i % 2]) for i in range(70)]  # ten texts twice
+    path, test = _write(tmp_path / "train.csv", rows), _write(tmp_path / "test.csv", [("other", "x"), ("more", "y")])
+    dataset = load_files(path, test)
+    divided = with_validation(dataset, 1)
+    assert Counter(e.label for e in divided.validation) == {"x": 6, "y": 6}
+    held_out = {e.text for e in divided.validation}
+    assert divided.train == tuple(e for e in dataset.train if e.text not in held_out)
+    assert divided.test == dataset.test and len(divided.train) >= 70 - 12 - 10
+    assert with_validation(divided, 2) == divided == with_validation(dataset, 1) != with_validation(dataset, 2)
+    few = _write(tmp_path / "few.csv", [("a", "x"), ("b", "y")])
+    with pytest.raises(DataError, match="few.csv, test.csv: expected at least 5 training texts of some label"):
+        with_validation(load_files(few, test), 0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,180 @@
+"""`hsaid measure`: the intrinsic dimension of text classification, on the embedded data or on the user's files."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shlex
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hsaid_kernels.app import data, training
+from hsaid_kernels.app.defaults import PROFILES
+from hsaid_kernels.app.inputs import check_writable, load_classifier, load_dataset, num_steps
+from hsaid_kernels.app.measure.compare import save_adapted
+from hsaid_kernels.app.measure.measure import default_storage, described, design_of, run_study, write_results
+from hsaid_kernels.app.measure.runs import BASELINE, Diverged, Run, Scores
+from hsaid_kernels.app.measure.schedule import Schedule
+from hsaid_kernels.app.measure.study import Study
+from hsaid_kernels.app.measure.workers import BaselineError, Job
+from hsaid_kernels.app.terminal import RunError, duration, say, user_input
+from hsaid_kernels.fastfood.ops import choose_backend, choose_device
+from hsaid_kernels.wrapper.configuration import bytes_of
+from hsaid_kernels.wrapper.hsaid import HSAID
+
+OPTIONS = "options"  # under this key a study keeps what was given on the command line
+
+
+@dataclass(frozen=True)
+class TextClassification:
+    """The training function of `hsaid measure`: `hsaid train` for a run of any method."""
+
+    source: str
+    dataset: data.Dataset
+    max_length: int
+    steps: int
+    batch_size: int
+    dropout: bool
+    normalize: str
+    diagonal: str
+
+    def __call__(self, run: Run) -> Scores:
+        classifier = training.build_classifier(self.source, self.dataset.labels, run.seed, self.max_length)
+        device = choose_device()
+        classifier.model = run.wrap(classifier.model.to(device), normalize=self.normalize, diagonal=self.diagonal)
+        batches = training.training_batches(classifier, self.dataset.train, self.batch_size, run.seed)
+        for step in training.training_steps(
+            classifier.model, batches, steps=self.steps, lr=run.lr, seed=run.seed, dropout=self.dropout
+        ):
+            if not math.isfinite(step.loss):
+                raise Diverged
+        validation, test = (
+            training.evaluate(classifier, part).accuracy for part in (self.dataset.validation, self.dataset.test)
+        )
+        self._save(classifier, run, test)
+        trained = sum(p.numel() for p in classifier.model.parameters() if p.requires_grad)
+        return Scores(validation, test, trained)
+
+    def _save(self, classifier: training.Classifier, run: Run, accuracy: float) -> None:
+        """Saves what was trained, unless it is the whole model."""
+        if isinstance(classifier.model, HSAID):
+            info = {
+                "model": self.source,
+                "seed": run.seed,
+                "data": self.dataset.name,
+                "steps": self.steps,
+                "lr": run.lr,
+            }
+            training.save_trained(classifier, run.directory, **info, test_accuracy=accuracy)
+        elif run.method != BASELINE:
+            save_adapted(classifier.model, run.directory)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Measures, and writes and prints the results. With `--resume`, what is not given is taken from the study.
+
+    Raises UsageError for invalid arguments, RunError if a run or the storage fails, and KeyboardInterrupt with a
+    sentence that says how to go on.
+    """
+    storage = arguments.storage or default_storage(arguments.out)
+    with user_input():
+        options = _options(arguments, storage)
+        check_writable(arguments.out)
+        dataset = data.with_validation(load_dataset(options), options.seed)
+        source, classifier = load_classifier(options, dataset.labels)
+        choose_backend("auto", choose_device())
+        names = ("methods", "dims", "seeds", "threshold", "refine")
+        design = design_of(
+            classifier.model,
+            **{name: getattr(options, name) for name in names},
+            compare=options.compare or (),
+            rates={},
+        )
+        steps = num_steps(options, sum(p.numel() for p in classifier.model.parameters()), len(dataset.train))
+        names = ("max_length", "batch_size", "dropout", "normalize", "diagonal")
+        train = TextClassification(source, dataset, steps=steps, **{name: getattr(options, name) for name in names})
+        study = Study(storage, arguments.study, _settings(train, classifier.model))
+        study.design = design
+        study.note(OPTIONS, {name: _plain(value) for name, value in vars(options).items()})
+    chance = training.majority_baseline(dataset.train, dataset.test).accuracy
+    job = Job(train, Schedule(design), storage, arguments.study, arguments.out / "runs", chance, arguments.threads)
+
+    say("model", f"{source}: {described(classifier.model)}")
+    say("data", f"{dataset.name}: {len(dataset.train):,} texts to train on, {len(dataset.validation):,} to choose")
+    say("", f"learning rates by, {len(dataset.test):,} to test on; {chance:.3f} is reached without training")
+    for method in design.methods:
+        skipped = [d for d in design.dims if d not in design.grid(method)]
+        if skipped:
+            numbers = ", ".join(map(str, skipped))
+            say("", f"{method} has {design.multipliers[method]} multipliers: not measured at d = {numbers}")
+    del classifier
+    title = f"{Path(source).name}, {dataset.name}"
+    try:
+        if not arguments.show:
+            run_study(job, arguments.workers)
+        measurement = write_results(study, job, arguments.out, title)
+    except BaselineError as error:
+        raise RunError(f"{error}: train for more --steps, or look at the data") from error
+    except OSError as error:
+        raise RunError(f"{error} ({_how_to_resume(arguments)})") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {_how_to_resume(arguments)}") from None
+    print(f"\n{measurement.table()}\n")
+    say("time", f"{measurement.runs} runs, together {duration(measurement.seconds)}")
+    say("results", f"table.md, results.json, dimension.png and the checkpoints in {arguments.out}")
+
+
+def _options(arguments: argparse.Namespace, storage: str) -> argparse.Namespace:
+    """What is given on the command line, else what the study remembers (with --resume), else the profile's values."""
+    given = {name: getattr(arguments, name) for name in arguments.defaults if getattr(arguments, name) is not None}
+    if arguments.resume or arguments.show:
+        saved = Study(storage, arguments.study, None).noted(OPTIONS)
+        if saved is None:
+            raise ValueError(f"study: expected one that `hsaid measure` made, got {arguments.study!r} of a script")
+        for name in ("data", "test_data"):
+            saved[name] = saved[name] and Path(saved[name])
+    else:
+        saved = arguments.defaults | PROFILES[given.get("profile", arguments.defaults["profile"])]
+    if "epochs" in given:
+        saved["steps"] = None
+    elif "steps" in given:
+        saved["epochs"] = None
+    return argparse.Namespace(**{**saved, **given})
+
+
+def _settings(train: TextClassification, model: nn.Module) -> dict[str, Any]:
+    """What two runs of a study must have in common. Paths may differ from machine to machine; contents may not."""
+    names = ("max_length", "steps", "batch_size", "dropout", "normalize", "diagonal")
+    examples = json.dumps(
+        [[astuple(e) for e in getattr(train.dataset, part)] for part in ("train", "validation", "test")]
+    )
+    weights = hashlib.blake2b(digest_size=8)
+    for parameter in model.parameters():
+        weights.update(bytes_of(parameter.detach().cpu()))
+    return {
+        "model": Path(train.source).name,
+        "tensors": described(model),
+        "weights": weights.hexdigest(),
+        "data": train.dataset.name,
+        "examples": hashlib.blake2b(examples.encode(), digest_size=8).hexdigest(),
+        **{name: getattr(train, name) for name in names},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """An option in a form for JSON."""
+    return str(value.absolute()) if isinstance(value, Path) else value
+
+
+def _how_to_resume(arguments: argparse.Namespace) -> str:
+    words = ["hsaid", "measure", "--resume", "--out", str(arguments.out)]
+    if arguments.storage:
+        words += ["--storage", arguments.storage]
+    if arguments.study != "measure":
+        words += ["--study", arguments.study]
+    return f"go on with: {shlex.join(words)}"

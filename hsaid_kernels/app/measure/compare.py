@@ -1,0 +1,178 @@
+"""Methods of PEFT on a sequence classifier of transformers, beside our subspaces: what they train, and how many values.
+
+Every method trains the classification head as it is, because it is new, and its own values for the pretrained part.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+VALUES = 5_000  # trained in all, the head included, where a method lets one choose
+VERA_RANK = 32  # VeRA trains rank + outputs values for each matrix, so the rank hardly matters for their number
+BITFIT_FILE = "bitfit.safetensors"
+
+METHODS = ("lora", "vera", "unilora", "fourierft", "bitfit")
+
+
+def check_method(method: str) -> tuple[str, int | None]:
+    """Splits a method such as "lora:8" into its name and size; without a size, that is None.
+
+    Raises ValueError for an unknown method or a size that it cannot have, ImportError if PEFT is needed and missing.
+    """
+    name, colon, text = method.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"compare: expected some of {', '.join(METHODS)}, got {method!r}")
+    if colon and (name == "bitfit" or not text.isdecimal() or int(text) < 1):
+        expected = "no size, because BitFit trains all biases" if name == "bitfit" else "a size above 0, as in lora:8"
+        raise ValueError(f"compare: expected {expected}, got {method!r}")
+    if name != "bitfit":
+        try:
+            import peft  # noqa: F401
+        except ImportError as error:
+            raise ImportError(f"compare: {name} needs the package peft (pip install peft): {error}") from error
+    return name, int(text) if colon else None
+
+
+def adapted(model: nn.Module, method: str, seed: int) -> nn.Module:
+    """A classifier of transformers that trains only the parameters of `method`, and its head; they require gradients.
+
+    `model` is changed in place and must be used no more, except through the result. A size in `method` is LoRA's and
+    VeRA's rank, the length of Uni-LoRA's theta or the number of FourierFT's frequencies for each matrix. Without it,
+    they are a rank of 1, of `VERA_RANK`, and as many as make about `VALUES` trained values in all. `seed` determines
+    all random numbers.
+
+    Raises as `check_method`, and ValueError for a model without a head or, for BitFit, without biases.
+    """
+    method, size = check_method(method)
+    head = _head(model)
+    if not head:
+        raise ValueError(f"model: expected a sequence classifier of transformers, got {type(model).__name__}")
+    if method == "bitfit":
+        return _bitfit(model, head)
+    import peft
+
+    targets = _targets(model, getattr(peft.utils, f"TRANSFORMERS_MODELS_TO_{method.upper()}_TARGET_MODULES_MAPPING"))
+    if not targets:
+        raise ValueError(f"model: expected one with linear layers, got {type(model).__name__}")
+    spare = VALUES - sum(weight.numel() for weight in head.values())
+    config: Any = _CONFIGS[method](size, spare if spare > 0 else VALUES, list(targets.values()), seed)
+    config.task_type = peft.TaskType.SEQ_CLS
+    config.target_modules = set(targets)
+    config.modules_to_save = _modules(model, head)  # the head: trained and saved as it is
+    config.fan_in_fan_out = not isinstance(next(iter(targets.values())), nn.Linear)  # GPT-2's Conv1D
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # A model with both kinds of layers gets the right setting for each, with a warning.
+        warnings.filterwarnings("ignore", "fan_in_fan_out")
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, config)
+
+
+def save_adapted(model: nn.Module, directory: Path) -> None:
+    """Writes what the result of `adapted` trains, and PEFT's configuration, into a directory. Raises OSError."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "peft_config"):
+        # Otherwise PEFT asks the hub whether the embeddings were enlarged.
+        model.save_pretrained(directory, save_embedding_layers=False)  # type: ignore[operator]
+        return
+    from safetensors.torch import save_file
+
+    save_file({n: w.detach() for n, w in model.named_parameters() if w.requires_grad}, directory / BITFIT_FILE)
+
+
+def _lora(size: int | None, spare: int, targets: list[nn.Module], seed: int) -> PeftConfig:
+    from peft import LoraConfig
+
+    return LoraConfig(r=size or 1, lora_alpha=8, lora_dropout=0.0)
+
+
+def _vera(size: int | None, spare: int, targets: list[nn.Module], seed: int) -> PeftConfig:
+    from peft import VeraConfig
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Specified to not save vera_A")  # the seed is saved, as in all our methods
+        return VeraConfig(r=size or VERA_RANK, projection_prng_key=seed, save_projection=False, vera_dropout=0.0)
+
+
+def _unilora(size: int | None, spare: int, targets: list[nn.Module], seed: int) -> PeftConfig:
+    from peft import UniLoraConfig
+
+    rank = 4
+    entries = rank * sum(sum(_shape(target)) for target in targets)  # more values than this would have no effect
+    return UniLoraConfig(r=rank, theta_d_length=size or min(spare, entries), proj_seed=seed, unilora_dropout=0.0)
+
+
+def _fourierft(size: int | None, spare: int, targets: list[nn.Module], seed: int) -> PeftConfig:
+    from peft import FourierFTConfig
+
+    most = min(rows * columns for rows, columns in map(_shape, targets))
+    frequencies = size or min(max(1, spare // len(targets)), most)
+    return FourierFTConfig(n_frequency=frequencies, random_loc_seed=seed)
+
+
+_CONFIGS: dict[str, Callable[[int | None, int, list[nn.Module], int], PeftConfig]] = {
+    "lora": _lora,
+    "vera": _vera,
+    "unilora": _unilora,
+    "fourierft": _fourierft,
+}
+
+
+def _bitfit(model: nn.Module, head: dict[str, Tensor]) -> nn.Module:
+    biases = {name for name, _ in model.named_parameters() if name.endswith("bias")} - set(head)
+    if not biases:
+        raise ValueError(f"model: expected one with biases for BitFit, got {type(model).__name__}, which has none")
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name in biases or name in head)
+    return model
+
+
+def _head(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of the classification head: those outside the pretrained part. Empty if there is none."""
+    pretrained = {id(weight) for weight in getattr(model, "base_model", model).parameters()}
+    return {name: weight for name, weight in model.named_parameters() if id(weight) not in pretrained}
+
+
+def _modules(model: nn.Module, head: dict[str, Tensor]) -> list[str]:
+    """The names of the head's modules.
+
+    Raises ValueError if another module's name ends with one of them, because peft would train that one too.
+    """
+    modules = sorted({name.split(".")[0] for name in head})
+    for name, _ in model.named_modules():
+        if "." in name and name.split(".")[0] not in modules and name.endswith(tuple(modules)):
+            raise ValueError(f"model: expected the head's modules, {', '.join(modules)}, to differ in name from {name}")
+    return modules
+
+
+def _targets(model: Any, mapping: dict[str, Any]) -> dict[str, nn.Module]:
+    """The layers that get an adapter, by name: those that `mapping`, of peft, has for this type of model.
+
+    They are query and value for most types. For an unknown type, all linear layers of the pretrained part.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    inside = {id(module) for module in model.base_model.modules()}
+    linear: dict[str, nn.Module] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and id(module) in inside
+    }
+    endings = mapping.get(model.config.model_type, [])
+    if not isinstance(endings, list):  # a regular expression, for one type of model, which sees images too
+        return linear
+    suffixes = tuple(f".{ending}" for ending in endings)
+    return {name: module for name, module in linear.items() if f".{name}".endswith(suffixes)} or linear
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    rows, columns = layer.weight.shape
+    return rows, columns

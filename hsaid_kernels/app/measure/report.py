@@ -1,0 +1,244 @@
+"""What a study says: a table, results.json, and a picture of the scores against d."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from hsaid_kernels.app.measure.estimate import Estimate, estimate
+from hsaid_kernels.app.measure.runs import BASELINE, Design
+from hsaid_kernels.app.measure.schedule import Outcomes, Point, Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NAMES = {
+    "did": "DID",
+    "said": "SAID",
+    "lora": "LoRA",
+    "vera": "VeRA",
+    "unilora": "Uni-LoRA",
+    "fourierft": "FourierFT",
+    "bitfit": "BitFit",
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The results of a study, finished or not.
+
+    Attributes:
+        design: of the study.
+        baseline: training all weights.
+        curves: {method: its points by increasing d}, without points that have no score yet.
+        compared: a point for each method of PEFT that has a score.
+        dimensions: {method: `Estimate`}, for methods with scores.
+        chance: the score that needs no training.
+        runs: number of finished runs.
+        seconds: of all finished runs together.
+        left: about how many runs are still to come.
+    """
+
+    design: Design
+    baseline: Point
+    curves: Mapping[str, Sequence[Point]]
+    compared: Sequence[Point]
+    dimensions: Mapping[str, Estimate]
+    chance: float
+    runs: int
+    seconds: float
+    left: int
+
+    @classmethod
+    def of(cls, design: Design, outcomes: Outcomes, chance: float) -> Measurement:
+        """The results of a design's runs, as far as they have finished."""
+        schedule = Schedule(design)
+        baseline = schedule.baseline(outcomes)
+        curves = {m: [p for p in schedule.curve(m, outcomes) if p.scores] for m in design.methods}
+        dimensions = {
+            method: estimate({point.dim or 0: point.scores for point in points}, baseline.scores, design.threshold)
+            for method, points in curves.items()
+            if points and baseline.scores
+        }
+        compared = [point for point in schedule.compared(outcomes) if point.scores]
+        missing, later = schedule.left(outcomes)
+        seconds = sum(outcome.seconds for outcome in outcomes.values())
+        return cls(design, baseline, curves, compared, dimensions, chance, len(outcomes), seconds, len(missing) + later)
+
+    @property
+    def label(self) -> str:
+        """What the dimension is called: d90 for a threshold of 0.9."""
+        return f"d{100 * self.design.threshold:g}"
+
+    @property
+    def points(self) -> list[Point]:
+        """All points with scores: the baseline, the methods, the methods of PEFT."""
+        known = [self.baseline] if self.baseline.scores else []
+        return [*known, *(point for points in self.curves.values() for point in points), *self.compared]
+
+    def table(self) -> str:
+        """Two tables in Markdown: the dimension of each method, and all points."""
+        lines = []
+        if self.left:
+            lines += [f"About {self.left} runs are still to come: these are the results so far.", ""]
+        if self.dimensions:
+            goal = self.design.threshold * mean(self.baseline.scores.values())
+            rows = [[named(method), str(found)] for method, found in self.dimensions.items()]
+            lines += _aligned([["method", f"{self.label} (95% interval): {goal:.3f} is reached at"], *rows], ">0")
+            lines.append("")
+        rows = [["method", "d", "test", "seeds", "validation", "lr", "s a run"]]
+        for point in self.points:
+            scores = list(point.scores.values())
+            validation = mean(o.scores.validation for o in point.outcomes.values() if o.scores is not None)
+            seconds = mean(outcome.seconds for outcome in point.outcomes.values())
+            spread = " ".join(f"{score:.3f}" for score in scores)
+            trained = trained_values(point)
+            rows.append(
+                [
+                    named(point.method),
+                    "all" if trained is None else f"{trained:,}",
+                    f"{mean(scores):.3f}",
+                    spread,
+                    f"{validation:.3f}",
+                    f"{point.lr:g}",
+                    f"{seconds:.1f}",
+                ]
+            )
+        return "\n".join([*lines, *_aligned(rows, ">1>2>4>5>6")])
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything in a form for JSON. An end of an interval beyond the grid is null."""
+        return {
+            "design": self.design.to_json(),
+            "chance": self.chance,
+            "runs": self.runs,
+            "seconds": round(self.seconds, 1),
+            "runs_left": self.left,
+            "dimensions": {
+                method: {
+                    "threshold": self.design.threshold,
+                    "answer": found.answer,
+                    "d": _finite(found.d),
+                    "interval": found.interval and list(map(_finite, found.interval)),
+                    "grid": list(found.grid),
+                }
+                for method, found in self.dimensions.items()
+            },
+            "points": [
+                {
+                    "method": point.method,
+                    "d": point.dim,
+                    "trained": trained_values(point),
+                    "lr": point.lr,
+                    "runs": [
+                        {
+                            "seed": seed,
+                            "test": outcome.scores.test,
+                            "validation": outcome.scores.validation,
+                            "seconds": outcome.seconds,
+                        }
+                        for seed, outcome in sorted(point.outcomes.items())
+                        if outcome.scores is not None
+                    ],
+                    "validation_by_lr": {
+                        f"{lr:g}": None if outcome.scores is None else outcome.scores.validation
+                        for lr, outcome in point.tried.items()
+                    },
+                }
+                for point in self.points
+            ],
+        }
+
+    def draw(self, path: Path, title: str = "", score: str = "test accuracy") -> None:
+        """Draws the scores against d into an image file (.png, .svg, .pdf).
+
+        Each method is a line through the means over the seeds, with a band from the lowest seed to the highest, and its
+        dimension marked where it is found.
+
+        Raises ImportError if Matplotlib is not installed, ValueError for another ending.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 5.2), dpi=130, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        if path.suffix.lstrip(".") not in canvas.get_supported_filetypes():
+            raise ValueError(f"path: expected an image file (.png, .svg, .pdf), got {str(path)!r}")
+        axes = figure.add_subplot()
+        axes.set(xscale="log", xlabel="trained values (intrinsic dimension d)", ylabel=score, title=title)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.92")
+        self._draw_levels(axes)
+        for number, (method, points) in enumerate(self.curves.items()):
+            if points:
+                self._draw_curve(axes, method, points, f"C{number}")
+        for point, marker in zip(self.compared, "sD^vPX*"):
+            x, scores = trained_values(point) or 0, list(point.scores.values())
+            bars = [[mean(scores) - min(scores)], [max(scores) - mean(scores)]]
+            label = f"{named(point.method)}: {x:,} values"
+            axes.errorbar([x], [mean(scores)], bars, fmt=marker, color="0.25", markersize=5, elinewidth=1, label=label)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+    def _draw_levels(self, axes: Axes) -> None:
+        if self.baseline.scores:
+            scores = list(self.baseline.scores.values())
+            axes.axhline(mean(scores), color="black", linewidth=1.2, label=f"full fine-tuning: {mean(scores):.3f}")
+            axes.axhspan(min(scores), max(scores), color="black", alpha=0.08, linewidth=0)
+            goal = self.design.threshold * mean(scores)
+            share = f"{100 * self.design.threshold:g}% of it: {goal:.3f}"
+            axes.axhline(goal, color="black", linewidth=1, linestyle="--", label=share)
+        if self.chance > 0:
+            axes.axhline(self.chance, color="0.6", linewidth=1, linestyle=":", label=f"no training: {self.chance:.3f}")
+
+    def _draw_curve(self, axes: Axes, method: str, points: Sequence[Point], colour: str) -> None:
+        dims = [point.dim or 0 for point in points]
+        scores = [list(point.scores.values()) for point in points]
+        found = self.dimensions.get(method)
+        label = named(method) + (f": {self.label} = {found}" if found else "")
+        axes.plot(dims, list(map(mean, scores)), color=colour, marker="o", markersize=4, linewidth=1.6, label=label)
+        axes.fill_between(dims, list(map(min, scores)), list(map(max, scores)), color=colour, alpha=0.15, linewidth=0)
+        if found and found.answer == "found":
+            goal = self.design.threshold * mean(self.baseline.scores.values())
+            axes.plot([found.d], [goal], color=colour, marker="|", markersize=16, markeredgewidth=2.5)
+
+
+def named(method: str) -> str:
+    """A method's usual name."""
+    if method == BASELINE:
+        return "full fine-tuning"
+    name, _, size = method.partition(":")
+    if name.startswith("hsaid-"):
+        return "H-SAID"
+    if "|" in name or "+" in name:
+        return f"H-SAID {name}"
+    return NAMES.get(name, name) + (f" {size}" if size else "")
+
+
+def trained_values(point: Point) -> int | None:
+    """The number of trained values of a point; None for all weights."""
+    if point.dim is not None or point.method == BASELINE:
+        return point.dim
+    return next((o.scores.trained for o in point.outcomes.values() if o.scores is not None), None)
+
+
+def _finite(d: float) -> float | None:
+    return round(d, 1) if 0 < d < math.inf else None
+
+
+def _aligned(rows: Sequence[Sequence[str]], right: str) -> list[str]:
+    """The rows of a Markdown table, of which the first is its head. `right` names the right-aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    to_right = {int(column) for column in right.split(">") if column}
+    lines = []
+    for row in rows:
+        cells = [text.rjust(w) if i in to_right else text.ljust(w) for i, (text, w) in enumerate(zip(row, widths))]
+        lines.append(f"| {' | '.join(cells)} |")
+    rule = ["-" * (w - 1) + ":" if i in to_right else "-" * w for i, w in enumerate(widths)]
+    lines.insert(1, f"| {' | '.join(rule)} |")
+    return lines

@@ -1,0 +1,159 @@
+"""What is measured: runs, what came of them, and the design that says which runs there are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    Model = TypeVar("Model", bound=nn.Module)
+
+BASELINE = "full"  # training all weights
+RATES = range(-14, 7)  # learning rates that are tried at all: 1e-7 to 1e3
+
+
+class Diverged(ArithmeticError):
+    """Training diverged: raise this in a training function if the loss is not finite."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: what a training function is given.
+
+    Attributes:
+        method: "full" (all weights), a partition ("did", "said", "hsaid-3", "L1+L2|L3|L4", ...), or a method of PEFT.
+        dim: intrinsic dimension d, theta and multipliers together; None for "full" and methods of PEFT.
+        lr: peak learning rate.
+        seed: for everything random in this run: the new weights, the subspace, the order of the data.
+        directory: where the training function may save its checkpoint. It does not exist yet.
+    """
+
+    method: str
+    dim: int | None
+    lr: float
+    seed: int
+    directory: Path = field(default=Path(), compare=False)
+
+    def wrap(self, model: nn.Module, **options: Any) -> nn.Module:
+        """The model as this method trains it: itself for "full", else an `HSAID`, or a model with PEFT's adapters.
+
+        Train those of its parameters that have `requires_grad`. `options` go to `HSAID`, such as normalize="tensor".
+        """
+        if self.method == BASELINE:
+            return model
+        if self.dim is None:
+            from hsaid_kernels.app.measure.compare import adapted
+
+            return adapted(model, self.method, self.seed)
+        from hsaid_kernels.wrapper.hsaid import HSAID
+
+        return HSAID(model, self.dim, self.method, self.seed, **options)
+
+    def __str__(self) -> str:
+        dim = "" if self.dim is None else f" d={self.dim}"
+        return f"{self.method}{dim} lr={self.lr:g} seed={self.seed}"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a training function returns. Higher is better, as with accuracy; not finite means that training diverged.
+
+    Attributes:
+        validation: the score by which learning rates are chosen.
+        test: the score that is reported; nothing is chosen by it.
+        trained: number of trained values; needed for methods of PEFT only.
+    """
+
+    validation: float
+    test: float
+    trained: int | None = None
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.validation) and math.isfinite(self.test)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run. `scores` is None if it diverged."""
+
+    run: Run
+    scores: Scores | None
+    seconds: float
+
+    @property
+    def validation(self) -> float:
+        return -math.inf if self.scores is None else self.scores.validation
+
+
+@dataclass(frozen=True)
+class Design:
+    """Which runs a study consists of.
+
+    Attributes:
+        methods: partitions, such as "did", "said", "hsaid-3".
+        dims: the grid of d, increasing. Each method is measured at those that exceed its number of multipliers.
+        seeds: number of seeds; the seeds are 0, 1, ...
+        threshold: share of the baseline's score that defines the dimension.
+        refine: how many d are added, one after another, where a method's curve crosses the threshold.
+        compare: methods of PEFT, such as "lora:1".
+        rates: {method: first learning rate to try}, for "full", methods of PEFT, and "theta" for all partitions; the
+            latter at d = 1,000, and in proportion to 1 / sqrt(d).
+        multipliers: {method: number of multipliers}.
+    """
+
+    methods: tuple[str, ...]
+    dims: tuple[int, ...]
+    seeds: int
+    threshold: float
+    refine: int
+    compare: tuple[str, ...]
+    rates: Mapping[str, float]
+    multipliers: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "compare"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name}: expected each once, got {', '.join(given)}")
+        if not self.dims or list(self.dims) != sorted(set(self.dims)) or self.dims[0] < 1:
+            raise ValueError(f"dims: expected increasing numbers above 0, got {list(self.dims)}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold: expected a share above 0 and at most 1, got {self.threshold}")
+        if self.refine < 0:
+            raise ValueError(f"refine: expected 0 or more, got {self.refine}")
+        for method in self.methods:
+            if not self.grid(method):
+                raise ValueError(
+                    f"dims: expected some d above the {self.multipliers[method]} multipliers of {method!r}, "
+                    f"got at most {self.dims[-1]}"
+                )
+
+    def grid(self, method: str) -> tuple[int, ...]:
+        """The d at which a method is measured first: those above its number of multipliers."""
+        return tuple(d for d in self.dims if d > self.multipliers[method])
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Design:
+        lists = {name: tuple(values[name]) for name in ("methods", "dims", "compare")}
+        return cls(**{**values, **lists})
+
+
+def rate(step: int) -> float:
+    """The learning rates that are tried: ..., 0.01, 0.03, 0.1, 0.3, 1, ..., numbered so that `rate(0)` is 1."""
+    return float(f"{(1, 3)[step % 2]}e{step // 2}")
+
+
+def nearest_rate(lr: float) -> int:
+    """The number of the rate nearest to `lr`."""
+    return min(RATES, key=lambda step: abs(math.log(rate(step) / lr)))

@@ -1,0 +1,191 @@
+"""Workers: processes that take runs of a study, one after another, until none is left."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from hsaid_kernels.app.measure.runs import Diverged, Run, Scores
+from hsaid_kernels.app.measure.schedule import Outcomes, Schedule
+from hsaid_kernels.app.measure.study import Study
+
+POLL = 0.5  # seconds between looks at the study while all runs are being worked on by others
+
+Train = Callable[[Run], Scores]
+Report = Callable[[Outcomes, str], None]  # the finished runs, and a text about the latest
+
+
+class BaselineError(ValueError):
+    """Training all weights does not beat the score that needs no training."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs to know.
+
+    Attributes:
+        train: the training function.
+        schedule: of the study.
+        storage, name: of the study.
+        directory: under which a run may save its checkpoint.
+        chance: the score that the baseline must beat, such as that of always predicting the most frequent label.
+        threads: number of CPU threads of each worker; None means torch's own choice.
+    """
+
+    train: Train
+    schedule: Schedule
+    storage: str
+    name: str
+    directory: Path
+    chance: float
+    threads: int | None
+
+
+def check_baseline(job: Job, outcomes: Outcomes) -> None:
+    """Raises BaselineError if the baseline is complete and its mean test score does not exceed `chance`."""
+    baseline = job.schedule.baseline(outcomes)
+    if not baseline.complete:
+        return
+    if not baseline.scores:
+        raise BaselineError("baseline: expected full fine-tuning to learn, but it diverged at every learning rate")
+    if (score := mean(baseline.scores.values())) <= job.chance:
+        raise BaselineError(
+            f"baseline: expected full fine-tuning to beat {job.chance:.3f}, which needs no training, got {score:.3f}"
+        )
+
+
+def work(job: Job, report: Report, parent: int | None = None) -> None:
+    """Takes runs of the study until all have finished, here or in other processes.
+
+    Calls `report` whenever runs have finished. If `parent` is given, ends with that process. Raises BaselineError, and
+    whatever the training function raises.
+    """
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    study = Study(job.storage, job.name, None)
+    latest, known = "", -1
+    while parent is None or os.getppid() == parent:
+        outcomes, running = study.read()
+        check_baseline(job, outcomes)
+        if len(outcomes) > known:
+            known = len(outcomes)
+            report(outcomes, latest)
+        missing, _ = job.schedule.left(outcomes)
+        if not missing:
+            return
+        free = next((run for run in missing if run not in running), None)
+        if free is None:
+            time.sleep(POLL)
+            continue
+        scores = _take(study, free, job, parent)
+        latest = "" if scores is None else f"{free}: {scores.test:.3f}"
+
+
+def _take(study: Study, run: Run, job: Job, parent: int | None) -> Scores | None:
+    """Claims a run, trains, stores the scores and returns them; None if another worker has the run."""
+    claim = study.claim(run)
+    if claim is None:
+        return None
+    began = time.monotonic()
+    directory = job.directory / _folder(run)
+    try:
+        with claim.beating(parent):
+            try:
+                scores = job.train(replace(run, directory=directory))
+            except Diverged:
+                scores = Scores(float("nan"), float("nan"))
+            if not isinstance(scores, Scores):
+                raise TypeError(f"train: expected a function that returns Scores, got {type(scores).__name__}")
+            if run.dim is None and run.method in job.schedule.design.compare and scores.finite and not scores.trained:
+                raise ValueError(f"train: expected Scores with `trained`, the number of values {run.method} trains")
+            where = {"directory": str(directory.absolute())} if directory.exists() else {}
+            where |= {"machine": platform.node(), "torch": torch.__version__, "threads": str(torch.get_num_threads())}
+            counted = claim.finish(scores, time.monotonic() - began, where)
+    except BaseException as error:
+        with contextlib.suppress(Exception):  # the storage may be the reason
+            claim.fail(f"{type(error).__name__}: {error}"[:500])
+        raise
+    return scores if counted else None
+
+
+def _folder(run: Run) -> str:
+    """A file name for a run, such as "hsaid-3 d=1000 lr=0.1 seed=0"."""
+    return "".join(c if c.isalnum() or c in " .=+-_" else "_" for c in str(run))
+
+
+def work_in_processes(job: Job, workers: int, report: Report) -> None:
+    """Does what `work` does in several processes; this one only watches.
+
+    A worker that is killed does not end the others. Raises what a worker raises, RuntimeError if all were killed,
+    ValueError if the training function cannot be sent to another process.
+    """
+    try:
+        pickle.dumps(job.train)
+    except Exception as error:
+        raise ValueError(
+            f"workers: expected 1, or a training function at the top level of a module, got {workers}: {error}"
+        ) from error
+    if job.threads is None:
+        job = replace(job, threads=max(1, (os.cpu_count() or 1) // workers))
+    context = multiprocessing.get_context("spawn")
+    processes: list[tuple[SpawnProcess, Connection]] = []
+    study, known = Study(job.storage, job.name, None), -1
+    try:
+        for _ in range(workers):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_worker, args=(job, os.getpid(), sender), daemon=True)
+            process.start()
+            sender.close()
+            processes.append((process, receiver))
+        while True:
+            alive = [process.is_alive() for process, _ in processes]  # before reading, so that nothing is overlooked
+            for _, receiver in processes:
+                with contextlib.suppress(EOFError):
+                    while receiver.poll():
+                        failure, text = receiver.recv()
+                        raise failure from RuntimeError(f"in a worker:\n{text}")
+            outcomes, _ = study.read()
+            if len(outcomes) > known:
+                known = len(outcomes)
+                check_baseline(job, outcomes)
+                report(outcomes, "")
+                if not job.schedule.left(outcomes)[0]:
+                    break
+            if not any(alive):
+                raise RuntimeError(f"all {workers} workers were killed (out of memory?)")
+            time.sleep(POLL)
+    finally:
+        for process, _ in processes:
+            process.terminate()
+        for process, receiver in processes:
+            process.join()
+            receiver.close()
+
+
+def _worker(job: Job, parent: int, sender: Connection) -> None:
+    try:
+        work(job, lambda *_: None, parent)
+    except KeyboardInterrupt:  # Ctrl-C reaches the parent, too
+        sys.exit(130)
+    except BaseException as error:
+        text = traceback.format_exc()
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        sender.send((error, text))
+        sys.exit(1)

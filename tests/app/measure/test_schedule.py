@@ -1,0 +1,157 @@
+"""Which runs a study consists of."""
+
+import itertools
+import math
+import random
+
+import pytest
+
+from hsaid_kernels.app.measure.runs import Design, Outcome, Run, Scores, nearest_rate, rate
+from hsaid_kernels.app.measure.schedule import Schedule
+
+RATES = {"full": 1e-4, "theta": 0.1, "lora:1": 0.01}
+
+
+def design(**changes):
+    options = dict(
+        methods=("did", "said"),
+        dims=(30, 100, 1000),
+        seeds=3,
+        threshold=0.9,
+        refine=2,
+        compare=("lora:1",),
+        rates=RATES,
+        multipliers={"did": 0, "said": 40},
+    )
+    return Design(**{**options, **changes})
+
+
+def value(run, best=0.1, half=50):
+    """A score with its best rate at `best`, that reaches half of the baseline's at d = half."""
+    if run.lr > 10:
+        return None
+    top = 0.8 if run.dim is None else 0.8 * run.dim / (run.dim + half)
+    return top - 0.02 * abs(math.log(run.lr / best)) + 0.001 * run.seed
+
+
+def study(design, value, seed=0):
+    """The outcomes of a study whose runs finish in a random order, several at a time."""
+    schedule, chance, outcomes = Schedule(design), random.Random(seed), {}
+    for _ in range(1000):
+        missing, later = schedule.left(outcomes)
+        assert later >= 0 and len(set(missing)) == len(missing) and not outcomes.keys() & set(missing)
+        if not missing:
+            assert later == 0
+            return schedule, outcomes
+        for run in chance.sample(missing, chance.randint(1, len(missing))):
+            score = value(run)
+            outcomes[run] = Outcome(run, None if score is None else Scores(score, score, 10), 1.0)
+    raise AssertionError("no end")
+
+
+def test_the_rates_are_a_ladder():
+    assert [rate(step) for step in range(-3, 4)] == [0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
+    assert all(nearest_rate(rate(step)) == step for step in range(-14, 7))
+    assert rate(nearest_rate(0.05)) == 0.03 and rate(nearest_rate(0.06)) == 0.1
+
+
+def test_the_same_runs_in_whatever_order_they_finish():
+    sets = [frozenset(study(design(), value, seed)[1]) for seed in range(20)]
+    assert len(set(sets)) == 1
+
+
+def test_every_point_has_all_seeds_at_the_rate_with_the_best_validation_score():
+    for best in (1e-4, 0.003, 0.1, 3.0):
+        schedule, outcomes = study(design(), lambda run: value(run, best))  # noqa: B023
+        for point in schedule.points(outcomes):
+            assert point.lr == best and set(point.scores) == {0, 1, 2}
+            step = nearest_rate(best)
+            assert {rate(step - 1), rate(step), rate(step + 1)} <= set(point.tried)
+        assert {run.seed for run in outcomes if run.lr != best} == {0}
+
+
+def test_the_test_score_chooses_nothing():
+    schedule = Schedule(design(refine=0))
+    outcomes = {}
+    while missing := schedule.left(outcomes)[0]:
+        for run in missing:
+            outcomes[run] = Outcome(run, Scores(value(run), random.Random(str(run)).random(), 10), 1.0)
+    assert {point.lr for point in schedule.points(outcomes)} == {0.1}
+
+
+def test_new_d_lie_where_the_curve_crosses():
+    schedule, outcomes = study(design(methods=("did",), refine=4, dims=(10, 100, 10_000)), value)
+    points = schedule.curve("did", outcomes)
+    dims = [point.dim for point in points]
+    goal = 0.9 * 0.8 - 0.0001  # about; reached at d = 450
+    assert len(dims) == 7 and dims == sorted(dims)
+    below = max(d for d in dims if 0.8 * d / (d + 50) < goal)
+    above = min(d for d in dims if 0.8 * d / (d + 50) >= goal)
+    assert below < 450 <= above and above / below < 2
+    assert all(100 < d < 10_000 for d in set(dims) - {10, 100, 10_000})
+
+
+def test_neighbours_are_not_divided_for_ever():
+    schedule, outcomes = study(design(methods=("did",), refine=50), value)
+    dims = [point.dim for point in schedule.curve("did", outcomes)]
+    assert len(dims) < 15
+    assert min(b / a for a, b in itertools.pairwise(dims)) > 1.05
+
+
+def test_no_d_is_added_where_the_threshold_is_not_crossed():
+    for half in (100_000, 0.001):
+        schedule, outcomes = study(design(), lambda run: value(run, half=half))  # noqa: B023
+        assert [point.dim for point in schedule.curve("did", outcomes)] == [30, 100, 1000]
+
+
+def test_a_method_starts_above_its_multipliers():
+    schedule, outcomes = study(design(refine=0), value)
+    assert [point.dim for point in schedule.curve("said", outcomes)] == [100, 1000]
+    with pytest.raises(ValueError, match="dims: expected some d above the 40 multipliers of 'said', got at most 40"):
+        design(dims=(10, 40))
+
+
+def test_a_rate_at_which_a_seed_diverges_is_not_chosen():
+    def diverges(run):
+        return None if run.method == "did" and run.seed == 2 and run.lr == 0.1 else value(run)
+
+    schedule, outcomes = study(design(), diverges)
+    for point in schedule.curve("did", outcomes):
+        assert point.lr in (0.03, 0.3) and set(point.scores) == {0, 1, 2}
+    assert Run("did", 100, 0.1, 2) in outcomes  # it was tried
+
+
+def test_a_point_at_which_every_rate_diverges_has_no_scores():
+    schedule, outcomes = study(design(), lambda run: None if run.dim == 1000 else value(run))
+    last = schedule.curve("did", outcomes)[-1]
+    assert last.dim == 1000 and last.scores == {} and last.lr is None
+
+
+def test_the_search_starts_lower_for_larger_d():
+    schedule = Schedule(design())
+    assert [rate(schedule.start("did", d)) for d in (10, 100, 1000, 10_000)] == [1.0, 0.3, 0.1, 0.03]
+    assert rate(schedule.start("full", None)) == 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"dims": ()}, "dims: expected increasing numbers above 0"),
+        ({"dims": (100, 100)}, "dims: expected increasing numbers above 0"),
+        ({"dims": (0, 100)}, "dims: expected increasing numbers above 0"),
+        ({"seeds": 0}, "seeds: expected at least 1"),
+        ({"threshold": 1.5}, "threshold: expected a share"),
+        ({"refine": -1}, "refine: expected 0 or more"),
+        ({"methods": ("did", "did")}, "methods: expected each once"),
+        ({"compare": ("lora:1", "lora:1")}, "compare: expected each once"),
+    ],
+)
+def test_bad_designs(changes, message):
+    with pytest.raises(ValueError, match=message):
+        design(**changes)
+
+
+def test_a_design_survives_json():
+    import json
+
+    assert Design.from_json(json.loads(json.dumps(design().to_json()))) == design()
