@@ -1,12 +1,14 @@
 """The examples, run as users run them, on a random BERT of two layers: what they say and leave behind, how they go on
-after a kill -9, and two processes.
+after a kill -9, and two processes. measure_mnist.py: on files of invented digits.
 """
 
+import gzip
 import importlib
 import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import string
 import subprocess
@@ -27,8 +29,9 @@ for needed in ("transformers", "accelerate", "datasets", "babel"):
     pytest.importorskip(needed)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-CLASSIFICATION, CUSTOM, MULTI, PRUNE = (
-    EXAMPLES / f"{name}.py" for name in ("text_classification", "custom_loop", "multi_task", "prune_heads")
+CLASSIFICATION, CUSTOM, MULTI, PRUNE, MNIST = (
+    EXAMPLES / f"{name}.py"
+    for name in ("text_classification", "custom_loop", "multi_task", "prune_heads", "measure_mnist")
 )
 FRUIT = ("apple", "banana", "cherry", "grape", "lemon", "mango")
 ANIMALS = ("cat", "dog", "horse", "mouse", "sheep", "tiger")
@@ -345,3 +348,113 @@ def test_pruned_heads(files, example, tmp_path, capsys):
     assert masked[1] == taken_out[1]
     assert float(re.search(r"logits differ by (\S+) at most", said).group(1)) < 1e-4
     assert (tmp_path / "hsaid.safetensors").exists()
+
+
+# --- measure_mnist.py
+
+
+def write_idx(path, values):
+    """`values`: a tensor of bytes."""
+    header = bytes([0, 0, 8, values.dim()]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+    data = header + values.numpy().tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Ten digits that are easy to tell apart, as idx files: those for training gzipped."""
+    folder = tmp_path_factory.mktemp("digits")
+    generator = torch.Generator().manual_seed(0)
+    shapes = torch.rand(10, 28, 28, generator=generator) < 0.2
+    for part, ending, count in (("train", ".gz", 1500), ("t10k", "", 500)):
+        labels = torch.randint(10, (count,), generator=generator)
+        images = 200 * shapes[labels] + torch.randint(50, (count, 28, 28), generator=generator)
+        write_idx(folder / f"{part}-images-idx3-ubyte{ending}", images.to(torch.uint8))
+        write_idx(folder / f"{part}-labels-idx1-ubyte{ending}", labels.to(torch.uint8))
+    return folder
+
+
+def test_measure_mnist(run, digits, tmp_path):
+    pytest.importorskip("optuna")
+    sizes = ["--seeds=1", "--refine=0", "--epochs=1", "--held-out=300", f"--out={tmp_path}", "--threads=1"]
+    command = [MNIST, digits, "--dims", 5, 200, "--dense", 5, *sizes]
+    said = run(*command)
+    check_quiet(said)
+    found = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in os.listdir(tmp_path)}
+    assert sorted(found) == ["fc", "fc-dense", "lenet", "lenet-dense"]
+    for name, results in found.items():
+        weights = "199,210" if name.startswith("fc") else "44,426"
+        assert results["settings"]["tensors"].endswith(f" tensors, {weights} weights")
+        assert results["runs_left"] == 0
+        assert f"published d90 {750 if name.startswith('fc') else 290}\n" in said
+        assert (tmp_path / name / "dimension.png").stat().st_size > 10_000
+        scores = [point["runs"][0]["test"] for point in results["points"]]
+        assert [point["d"] for point in results["points"]] == ([None, 5] if "dense" in name else [None, 5, 200])
+        assert scores[0] > 0.5 and scores[0] > scores[1] > 0.1
+    points = [found[name]["points"] for name in ("fc", "fc-dense")]
+    assert points[0][0]["runs"][0]["test"] == points[1][0]["runs"][0]["test"]  # the same baseline
+    assert points[0][1]["runs"][0]["test"] != points[1][1]["runs"][0]["test"]  # another matrix
+    again = run(*command)  # nothing is left to do
+    assert re.findall(r"^\|.*", again, re.MULTILINE) == re.findall(r"^\|.*", said, re.MULTILINE)
+
+
+def test_measure_mnist_dense_matrix(example):
+    module = example(MNIST)
+    model = module.network("lenet", "he", seed=0)
+    images = torch.rand(2, 1, 28, 28)
+    with torch.no_grad():
+        before = model(images)
+        dense = module.DenseSubspace(model, 300, seed=0)
+        assert torch.equal(dense(images), before)
+        dense.theta.normal_()
+        assert not torch.equal(dense(images), before)
+        assert torch.equal(model(images), before)
+        assert (dense.basis @ dense.theta).norm() / dense.theta.norm() == pytest.approx(1, abs=0.02)
+    assert [name for name, weight in dense.named_parameters() if weight.requires_grad] == ["theta"]
+    assert module.dense_dims("fc", [100, 750, 1500], 1.0, all_must_fit=False) == [100, 750]
+    with pytest.raises(SystemExit, match=r"--dense: expected .* at most 1 GB \(--memory\), got d = 1,500, with 1.2 GB"):
+        module.dense_dims("fc", [100, 750, 1500], 1.0, all_must_fit=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda images, labels: labels.unlink(), "expected the file train-labels-idx1-ubyte or .*.gz, got neither"),
+        (
+            lambda images, labels: images.write_bytes(images.read_bytes()[:1000]),
+            "train-images-idx3-ubyte.gz: expected a file that can be read, got: Compressed file ended",
+        ),
+        (
+            lambda images, labels: images.write_bytes(b"<html>"),
+            "train-images-idx3-ubyte.gz: expected a file that can be read, got: Not a gzipped file",
+        ),
+        (
+            lambda images, labels: labels.write_bytes(images.read_bytes()),
+            "train-labels-idx1-ubyte.gz: expected a 1-dimensional idx file of bytes, which begins with 00 00 08 01, "
+            "got 00 00 08 03",
+        ),
+        (
+            lambda images, labels: images.write_bytes(gzip.compress(gzip.decompress(images.read_bytes())[:-1])),
+            "train-images-idx3-ubyte.gz: expected 1,500 x 28 x 28 values as it says itself, got 1,175,999",
+        ),
+        (
+            lambda images, labels: write_idx(labels, torch.zeros(1400, dtype=torch.uint8)),
+            "train-labels-idx1-ubyte.gz: expected a label for each of 1,500 images, got 1,400",
+        ),
+        (
+            lambda images, labels: write_idx(labels, torch.full((1500,), 10, dtype=torch.uint8)),
+            "train-labels-idx1-ubyte.gz: expected labels from 0 to 9, got 10",
+        ),
+        (
+            lambda images, labels: write_idx(images, torch.zeros(1500, 32, 32, dtype=torch.uint8)),
+            "train-images-idx3-ubyte.gz: expected images of 28 x 28 pixels, got 1,500 x 32 x 32",
+        ),
+    ],
+)
+def test_measure_mnist_says_what_is_wrong_with_files(example, digits, tmp_path, damage, message):
+    pytest.importorskip("optuna")
+    folder = shutil.copytree(digits, tmp_path / "digits")
+    damage(folder / "train-images-idx3-ubyte.gz", folder / "train-labels-idx1-ubyte.gz")
+    with pytest.raises(SystemExit, match=message):
+        example(MNIST).main([str(folder), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

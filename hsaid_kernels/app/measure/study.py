@@ -31,7 +31,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
 from hsaid_kernels.app.measure.runs import Design, Outcome, Run, Scores
 from hsaid_kernels.fastfood.limits import MAX_DIM
@@ -72,7 +72,18 @@ def _connect(storage: str, create: bool) -> BaseStorage:
         connect = {"timeout": PATIENCE}  # seconds to wait while another process writes
     elif url.get_backend_name() in ("postgresql", "mysql", "mariadb"):
         connect = {"connect_timeout": 10}
-    return optuna.storages.get_storage(RDBStorage(storage, {"pool_pre_ping": True, "connect_args": connect}))
+    for attempt in range(10):
+        try:
+            database = RDBStorage(storage, {"pool_pre_ping": True, "connect_args": connect})
+        except SQLAlchemyError as error:
+            # Optuna does not lock the database while it makes its tables: another process may be making them, too.
+            made_by_another = isinstance(error, IntegrityError | ProgrammingError) or "already exists" in str(error)
+            if not made_by_another or attempt == 9:
+                raise
+            time.sleep(0.2)
+        else:
+            break
+    return optuna.storages.get_storage(database)
 
 
 class Study:
