@@ -100,6 +100,7 @@ def measure(arguments: argparse.Namespace) -> None:
         train = TextClassification(source, dataset, steps=steps, **{name: getattr(options, name) for name in names})
         study = Study(storage, arguments.study, _settings(train, classifier.model))
         study.design = design
+        options.model = options.model and source  # the absolute path of a directory
         study.note(OPTIONS, {name: _plain(value) for name, value in vars(options).items()})
     chance = training.majority_baseline(dataset.train, dataset.test).accuracy
     job = Job(train, Schedule(design), storage, arguments.study, arguments.out / "runs", chance, arguments.threads)

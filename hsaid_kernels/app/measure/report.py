@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,8 +35,9 @@ class Measurement:
     Attributes:
         design: of the study.
         baseline: training all weights.
-        curves: {method: its points by increasing d}, without points that have no score yet.
-        compared: a point for each method of PEFT that has a score.
+        curves: {method: its points by increasing d}, without those of which nothing is known yet. A point at which
+            training diverged at every learning rate has no scores.
+        compared: such a point for each method of PEFT.
         dimensions: {method: `Estimate`}, for methods with scores.
         chance: the score that needs no training.
         runs: number of finished runs.
@@ -58,13 +60,14 @@ class Measurement:
         """The results of a design's runs, as far as they have finished."""
         schedule = Schedule(design)
         baseline = schedule.baseline(outcomes)
-        curves = {m: [p for p in schedule.curve(m, outcomes) if p.scores] for m in design.methods}
+        curves = {method: list(filter(_is_known, schedule.curve(method, outcomes))) for method in design.methods}
+        scores = {method: {p.dim or 0: p.scores for p in points if p.scores} for method, points in curves.items()}
         dimensions = {
-            method: estimate({point.dim or 0: point.scores for point in points}, baseline.scores, design.threshold)
-            for method, points in curves.items()
-            if points and baseline.scores
+            method: estimate(curve, baseline.scores, design.threshold)
+            for method, curve in scores.items()
+            if curve and baseline.scores
         }
-        compared = [point for point in schedule.compared(outcomes) if point.scores]
+        compared = list(filter(_is_known, schedule.compared(outcomes)))
         missing, later = schedule.left(outcomes)
         seconds = sum(outcome.seconds for outcome in outcomes.values())
         return cls(design, baseline, curves, compared, dimensions, chance, len(outcomes), seconds, len(missing) + later)
@@ -76,7 +79,7 @@ class Measurement:
 
     @property
     def points(self) -> list[Point]:
-        """All points with scores: the baseline, the methods, the methods of PEFT."""
+        """All points of which something is known: the baseline, the methods, the methods of PEFT."""
         known = [self.baseline] if self.baseline.scores else []
         return [*known, *(point for points in self.curves.values() for point in points), *self.compared]
 
@@ -92,22 +95,17 @@ class Measurement:
             lines.append("")
         rows = [["method", "d", "test", "seeds", "validation", "lr", "s a run"]]
         for point in self.points:
+            trained = trained_values(point)
+            which = [named(point.method), "all" if point.method == BASELINE else f"{trained:,}" if trained else ""]
             scores = list(point.scores.values())
+            if not scores:
+                rows.append([*which, "diverges at every learning rate", *[""] * 4])
+                continue
             validation = mean(o.scores.validation for o in point.outcomes.values() if o.scores is not None)
             seconds = mean(outcome.seconds for outcome in point.outcomes.values())
             spread = " ".join(f"{score:.3f}" for score in scores)
-            trained = trained_values(point)
-            rows.append(
-                [
-                    named(point.method),
-                    "all" if trained is None else f"{trained:,}",
-                    f"{mean(scores):.3f}",
-                    spread,
-                    f"{validation:.3f}",
-                    f"{point.lr:g}",
-                    f"{seconds:.1f}",
-                ]
-            )
+            numbers = [f"{mean(scores):.3f}", spread, f"{validation:.3f}", f"{point.lr:g}", f"{seconds:.1f}"]
+            rows.append([*which, *numbers])
         return "\n".join([*lines, *_aligned(rows, ">1>2>4>5>6")])
 
     def to_json(self) -> dict[str, Any]:
@@ -174,9 +172,9 @@ class Measurement:
         axes.grid(axis="y", color="0.92")
         self._draw_levels(axes)
         for number, (method, points) in enumerate(self.curves.items()):
-            if points:
+            if points := [point for point in points if point.scores]:
                 self._draw_curve(axes, method, points, f"C{number}")
-        for point, marker in zip(self.compared, "sD^vPX*"):
+        for point, marker in zip((point for point in self.compared if point.scores), itertools.cycle("sD^vPX*")):
             x, scores = trained_values(point) or 0, list(point.scores.values())
             bars = [[mean(scores) - min(scores)], [max(scores) - mean(scores)]]
             label = f"{named(point.method)}: {x:,} values"
@@ -225,6 +223,10 @@ def trained_values(point: Point) -> int | None:
     if point.dim is not None or point.method == BASELINE:
         return point.dim
     return next((o.scores.trained for o in point.outcomes.values() if o.scores is not None), None)
+
+
+def _is_known(point: Point) -> bool:
+    return bool(point.scores) or point.complete
 
 
 def _finite(d: float) -> float | None:

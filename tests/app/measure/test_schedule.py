@@ -155,3 +155,13 @@ def test_a_design_survives_json():
     import json
 
     assert Design.from_json(json.loads(json.dumps(design().to_json()))) == design()
+
+
+def test_the_table_says_where_every_rate_diverges():
+    from hsaid_kernels.app.measure.report import Measurement
+
+    schedule, outcomes = study(design(), lambda run: None if run.dim == 1000 else value(run))
+    found = Measurement.of(schedule.design, outcomes, 0.1)
+    rows = [line for line in found.table().splitlines() if "1,000 | diverges at every learning rate" in line]
+    assert len(rows) == 2 and found.left == 0
+    assert found.dimensions["did"].answer == "not reached" and found.dimensions["did"].grid == (30, 100)
