@@ -8,6 +8,8 @@ from models import IDS, bert, moved, same, snapshot
 from torch import nn
 
 from hsaid_kernels import HSAID
+from hsaid_kernels.app.measure.compare import save_adapted
+from hsaid_kernels.measure import Run
 
 peft = pytest.importorskip("peft")
 
@@ -176,3 +178,35 @@ def test_what_changes_the_model_is_refused_before_anything_changes(kind):
         change(hsaid)
     assert same(hsaid.model.state_dict(), before) and torch.equal(hsaid(IDS).logits, expected)
     assert same(hsaid.unwrap().state_dict(), before)
+
+
+HEAD = 2 * 16 + 2
+TRAINED = {  # of a layer with 16 x 16 matrices for query and value
+    "lora": 2 * (16 + 16) + HEAD,
+    "lora:4": 4 * 2 * (16 + 16) + HEAD,
+    "vera:8": 2 * (8 + 16) + HEAD,
+    "unilora:100": 100 + HEAD,
+    "fourierft:7": 2 * 7 + HEAD,
+}
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_methods_to_compare_with(method, tmp_path):
+    """What `hsaid measure --compare` trains: the adapters and the head, from the seed alone, and nothing else."""
+    model = Run(method, None, 0.01, seed=3).wrap(seeded_bert())
+    again = Run(method, None, 0.01, seed=3).wrap(seeded_bert())
+    other = Run(method, None, 0.01, seed=4).wrap(seeded_bert())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in parameters.values()) == TRAINED[method]
+    assert sum("classifier" in name for name in parameters) == 2
+    assert all(torch.equal(p, dict(again.named_parameters())[name]) for name, p in parameters.items())
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    assert train(model) == train(again)
+    assert all(torch.equal(value, dict(model.named_parameters())[name]) for name, value in frozen.items())
+    assert not any(torch.equal(value, parameters[name]) for name, value in start.items())
+    save_adapted(model, tmp_path)
+    fresh = peft.PeftModel.from_pretrained(seeded_bert(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(**BATCH).logits, model.eval()(**BATCH).logits)
+    assert any(not torch.equal(p, start[name]) for name, p in other.named_parameters() if name in start)
