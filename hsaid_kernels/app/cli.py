@@ -148,7 +148,7 @@ def _add_model(parser: argparse.ArgumentParser, default: _Default, out: str) -> 
     add("--model", None, f"directory or hub name (bert-base-multilingual-cased, {small})")
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="where the results go (%(default)s)")
     add("--seed", 0, "of everything random", type=_integer(0, 2**64 - 1), metavar="N")
-    parser.add_argument("--threads", type=_integer(1, 4096), metavar="N", help="of the CPU (torch's choice)")
+    add("--threads", None, "of the CPU, for each process (torch's choice)", type=_integer(1, 4096), metavar="N")
 
 
 def _add_data(parser: argparse.ArgumentParser, default: _Default) -> None:
@@ -217,7 +217,7 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     add = _options(parser.add_argument_group("study (docs/measuring.md)"), _as_it_is)
     text = "database URL, or journal:FILE on a shared disk; the same on several machines (study.db in --out)"
     add("--storage", None, text, metavar="URL")
-    add("--study", "measure", "its name in the storage", metavar="NAME")
+    add("--study", "measure", "its name in the storage; others have a directory in --out", metavar="NAME")
     add("--workers", 1, "processes to train in", type=_integer(1, 4096), metavar="N")
     add("--resume", False, "go on with a study; its settings need not be given again", action="store_true")
     add("--show", False, "only the results that there are; no run is started", action="store_true")

@@ -11,15 +11,29 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hsaid_kernels.app import data, training
 from hsaid_kernels.app.defaults import PROFILES
 from hsaid_kernels.app.inputs import check_writable, load_classifier, load_dataset, num_steps
 from hsaid_kernels.app.measure.compare import save_adapted
-from hsaid_kernels.app.measure.measure import default_storage, described, design_of, run_study, write_results
+from hsaid_kernels.app.measure.measure import (
+    DEFAULT_NAME,
+    PICTURE_FILE,
+    RESULTS_FILE,
+    TABLE_FILE,
+    default_storage,
+    described,
+    design_of,
+    directory_of,
+    remember,
+    run_study,
+    write_results,
+)
 from hsaid_kernels.app.measure.runs import BASELINE, Diverged, Run, Scores
 from hsaid_kernels.app.measure.schedule import Schedule
+from hsaid_kernels.app.measure.storage import shown
 from hsaid_kernels.app.measure.study import Study
 from hsaid_kernels.app.measure.workers import BaselineError, Job
 from hsaid_kernels.app.terminal import RunError, duration, say, user_input
@@ -28,6 +42,7 @@ from hsaid_kernels.wrapper.configuration import bytes_of
 from hsaid_kernels.wrapper.hsaid import HSAID
 
 OPTIONS = "options"  # under this key a study keeps what was given on the command line
+PROTOCOL = 1  # to be raised when runs with the same settings no longer give the same scores
 
 
 @dataclass(frozen=True)
@@ -81,29 +96,52 @@ def measure(arguments: argparse.Namespace) -> None:
     Raises UsageError for invalid arguments, RunError if a run or the storage fails, and KeyboardInterrupt with a
     sentence that says how to go on.
     """
-    storage = arguments.storage or default_storage(arguments.out)
     with user_input():
-        options = _options(arguments, storage)
-        check_writable(arguments.out)
-        dataset = data.with_validation(load_dataset(options), options.seed)
-        source, classifier = load_classifier(options, dataset.labels)
-        choose_backend("auto", choose_device())
-        names = ("methods", "dims", "seeds", "threshold", "refine")
-        design = design_of(
-            classifier.model,
-            **{name: getattr(options, name) for name in names},
-            compare=options.compare or (),
-            rates={},
-        )
-        steps = num_steps(options, sum(p.numel() for p in classifier.model.parameters()), len(dataset.train))
-        names = ("max_length", "batch_size", "dropout", "normalize", "diagonal")
-        train = TextClassification(source, dataset, steps=steps, **{name: getattr(options, name) for name in names})
-        study = Study(storage, arguments.study, _settings(train, classifier.model))
-        study.design = design
-        options.model = options.model and source  # the absolute path of a directory
-        study.note(OPTIONS, {name: _plain(value) for name, value in vars(options).items()})
+        out = directory_of(arguments.out, arguments.study)
+        storage = arguments.storage or default_storage(arguments.out)
+        check_writable(out)
+        study, job = (_shown if arguments.show else _prepared)(arguments, storage, out)
+    try:
+        if job is not None:
+            run_study(job, arguments.workers)
+        measurement = write_results(study, out)
+    except BaselineError as error:
+        raise RunError(f"{error}: train for more --steps in another --out, or look at the data") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {_how_to_resume(arguments)}") from None
+    except Exception as error:
+        what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise RunError(f"{what} ({_how_to_resume(arguments)})") from error
+    print(f"\n{measurement.table()}\n")
+    say("time", f"{measurement.runs} runs, together {duration(measurement.seconds)}")
+    say("results", f"{TABLE_FILE}, {RESULTS_FILE}, {PICTURE_FILE} and the checkpoints in {out}")
+
+
+def _shown(arguments: argparse.Namespace, storage: str, out: Path) -> tuple[Study, None]:
+    if given := [name for name in arguments.defaults if getattr(arguments, name) is not None]:
+        raise ValueError(f"--show: expected no settings beside it, got --{given[0].replace('_', '-')}")
+    return Study(storage, arguments.study, None), None
+
+
+def _prepared(arguments: argparse.Namespace, storage: str, out: Path) -> tuple[Study, Job]:
+    """Loads data and model, opens the study, says what is going to be measured."""
+    options = _options(arguments, storage)
+    dataset = data.with_validation(load_dataset(options), options.seed)
+    source, classifier = load_classifier(options, dataset.labels)
+    choose_backend("auto", choose_device())
+    names = ("methods", "dims", "seeds", "threshold", "refine")
+    chosen = {name: getattr(options, name) for name in names}
+    design = design_of(classifier.model, **chosen, compare=options.compare or (), rates={})
+    steps = num_steps(options, sum(p.numel() for p in classifier.model.parameters()), len(dataset.train))
+    names = ("max_length", "batch_size", "dropout", "normalize", "diagonal")
+    train = TextClassification(source, dataset, steps=steps, **{name: getattr(options, name) for name in names})
+    study = Study(storage, arguments.study, _settings(train, classifier.model))
     chance = training.majority_baseline(dataset.train, dataset.test).accuracy
-    job = Job(train, Schedule(design), storage, arguments.study, arguments.out / "runs", chance, arguments.threads)
+    options.threads = options.threads or max(1, torch.get_num_threads() // arguments.workers)
+    job = Job(train, Schedule(design), storage, arguments.study, out / "runs", chance, options.threads)
+    remember(study, job, f"{Path(source).name}, {dataset.name}")
+    options.model = options.model and source  # the absolute path of a directory
+    study.note(OPTIONS, {name: _plain(value) for name, value in vars(options).items()})
 
     say("model", f"{source}: {described(classifier.model)}")
     say("data", f"{dataset.name}: {len(dataset.train):,} texts to train on, {len(dataset.validation):,} to choose")
@@ -113,56 +151,42 @@ def measure(arguments: argparse.Namespace) -> None:
         if skipped:
             numbers = ", ".join(map(str, skipped))
             say("", f"{method} has {design.multipliers[method]} multipliers: not measured at d = {numbers}")
-    del classifier
-    title = f"{Path(source).name}, {dataset.name}"
-    try:
-        if not arguments.show:
-            run_study(job, arguments.workers)
-        measurement = write_results(study, job, arguments.out, title)
-    except BaselineError as error:
-        raise RunError(f"{error}: train for more --steps, or look at the data") from error
-    except OSError as error:
-        raise RunError(f"{error} ({_how_to_resume(arguments)})") from error
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {_how_to_resume(arguments)}") from None
-    print(f"\n{measurement.table()}\n")
-    say("time", f"{measurement.runs} runs, together {duration(measurement.seconds)}")
-    say("results", f"table.md, results.json, dimension.png and the checkpoints in {arguments.out}")
+    return study, job
 
 
 def _options(arguments: argparse.Namespace, storage: str) -> argparse.Namespace:
     """What is given on the command line, else what the study remembers (with --resume), else the profile's values."""
     given = {name: getattr(arguments, name) for name in arguments.defaults if getattr(arguments, name) is not None}
-    if arguments.resume or arguments.show:
+    known = dict(arguments.defaults)
+    if arguments.resume:
         saved = Study(storage, arguments.study, None).noted(OPTIONS)
         if saved is None:
             raise ValueError(f"study: expected one that `hsaid measure` made, got {arguments.study!r} of a script")
+        known |= saved
         for name in ("data", "test_data"):
-            saved[name] = saved[name] and Path(saved[name])
-    else:
-        saved = arguments.defaults | PROFILES[given.get("profile", arguments.defaults["profile"])]
+            known[name] = known[name] and Path(known[name])
+    if not arguments.resume or "profile" in given:
+        known |= PROFILES[str(given.get("profile", known["profile"]))]
     if "epochs" in given:
-        saved["steps"] = None
+        known["steps"] = None
     elif "steps" in given:
-        saved["epochs"] = None
-    return argparse.Namespace(**{**saved, **given})
+        known["epochs"] = None
+    return argparse.Namespace(**{**known, **given})
 
 
 def _settings(train: TextClassification, model: nn.Module) -> dict[str, Any]:
-    """What two runs of a study must have in common. Paths may differ from machine to machine; contents may not."""
+    """What two runs of a study must have in common. Names and paths may differ from machine to machine."""
     names = ("max_length", "steps", "batch_size", "dropout", "normalize", "diagonal")
-    examples = json.dumps(
-        [[astuple(e) for e in getattr(train.dataset, part)] for part in ("train", "validation", "test")]
-    )
+    parts = [getattr(train.dataset, part) for part in ("train", "validation", "test")]
+    examples = json.dumps([[astuple(example) for example in part] for part in parts])
     weights = hashlib.blake2b(digest_size=8)
     for parameter in model.parameters():
         weights.update(bytes_of(parameter.detach().cpu()))
     return {
-        "model": Path(train.source).name,
+        "protocol": PROTOCOL,
         "tensors": described(model),
-        "weights": weights.hexdigest(),
-        "data": train.dataset.name,
-        "examples": hashlib.blake2b(examples.encode(), digest_size=8).hexdigest(),
+        "weights (digest)": weights.hexdigest(),
+        "examples (digest)": hashlib.blake2b(examples.encode(), digest_size=8).hexdigest(),
         **{name: getattr(train, name) for name in names},
     }
 
@@ -175,7 +199,9 @@ def _plain(value: Any) -> Any:
 def _how_to_resume(arguments: argparse.Namespace) -> str:
     words = ["hsaid", "measure", "--resume", "--out", str(arguments.out)]
     if arguments.storage:
-        words += ["--storage", arguments.storage]
-    if arguments.study != "measure":
+        words += ["--storage", shown(arguments.storage)]
+    if arguments.study != DEFAULT_NAME:
         words += ["--study", arguments.study]
+    if arguments.workers > 1:
+        words += ["--workers", str(arguments.workers)]
     return f"go on with: {shlex.join(words)}"

@@ -42,7 +42,7 @@ def measured(files, tmp_path_factory):
 
 
 def test_everything_is_there(files, measured, capsys):
-    assert cli.main(["measure", "--show", "--out", str(measured)]) == 0
+    assert cli.main(["measure", "--resume", "--out", str(measured)]) == 0
     said = capsys.readouterr().out
     assert re.search(r"data +train.csv, test.csv: 24 texts to train on, 6 to choose", said)
     results = json.loads((measured / "results.json").read_text())
@@ -89,14 +89,18 @@ def test_a_study_can_be_extended(files, measured, tmp_path):
     [
         (["--steps", "30"], "steps was 60 and is now 30"),
         (["--batch-size", "4"], "batch_size was 8 and is now 4"),
+        (["--profile", "full"], "steps was 60 and is now 300"),
         (["--normalize", "tensor"], "normalize was 'global' and is now 'tensor'"),
         (["--dropout"], "dropout was False and is now True"),
-        (["--seed", "5"], "examples was '"),
+        (["--seed", "5"], "examples (digest) was '"),
     ],
 )
 def test_other_settings_are_refused_with_the_difference(files, measured, capsys, more, difference):
     before = (measured / "results.json").read_bytes()
-    for arguments in (command(files, measured, *more), ["measure", "--resume", "--out", str(measured), *more]):
+    commands = [["measure", "--resume", "--out", str(measured), *more]]
+    if "--profile" not in more:  # here the command's --steps is given beside it
+        commands.append(command(files, measured, *more))
+    for arguments in commands:
         message = refusal(capsys, arguments)
         assert "was made with other settings: " in message and difference in message
     assert (measured / "results.json").read_bytes() == before
@@ -114,13 +118,34 @@ def test_other_settings_are_refused_with_the_difference(files, measured, capsys,
         (["--storage", "postgresql://me:secret@127.0.0.1:1/none"], "storage: expected a database"),
         (["--data", "nowhere.csv"], "nowhere.csv"),
         (["--resume"], "no such file"),
-        (["--show"], "no such file"),
     ],
 )
 def test_bad_input_leaves_nothing_behind(files, tmp_path, capsys, more, message):
     said = refusal(capsys, command(files, tmp_path / "out", *more))
     assert message in said and "secret" not in said
     assert not list(tmp_path.iterdir())
+
+
+def test_show_shows_and_changes_nothing(files, measured, tmp_path, capsys):
+    assert "no such file" in refusal(capsys, ["measure", "--show", "--out", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())
+    message = refusal(capsys, ["measure", "--show", "--out", str(measured), "--seeds", "7"])
+    assert message == "hsaid: --show: expected no settings beside it, got --seeds"
+    out = tmp_path / "elsewhere"  # where there is neither data nor model
+    storage = f"sqlite:///{measured / 'study.db'}"
+    assert cli.main(["measure", "--show", "--out", str(out), "--storage", storage]) == 0
+    assert (out / "table.md").read_text() == (measured / "table.md").read_text()
+    assert (out / "dimension.png").read_bytes() == (measured / "dimension.png").read_bytes()
+
+
+def test_a_training_that_fails(files, tmp_path, capsys, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "training_steps", fails)
+    message = refusal(capsys, command(files, tmp_path / "out", "--study", "mine"), code=1)
+    again = f"go on with: hsaid measure --resume --out {tmp_path / 'out'} --study mine"
+    assert message == f"hsaid: RuntimeError: CUDA out of memory ({again})"
 
 
 def test_a_baseline_that_does_not_beat_the_majority(files, tmp_path, capsys):
@@ -150,12 +175,13 @@ def test_interrupted_and_resumed(files, measured, tmp_path, capsys):
     os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.splitlines()[-1] == f"hsaid: interrupted; go on with: hsaid measure --resume --out '{out}'"
+    assert said.splitlines()[-1] == f"hsaid: interrupted; go on with: hsaid measure --resume --out '{out}' --workers 2"
     assert "Traceback" not in said
     assert cli.main(["measure", "--resume", "--out", str(out)]) == 0
     tables = [(folder / "table.md").read_text() for folder in (measured, out)]
-    strip = lambda text: [line.rsplit("|", 2)[0] for line in text.splitlines()]  # noqa: E731  without the seconds
-    assert strip(tables[0]) == strip(tables[1])
+    rows = [[line.split("|") for line in table.splitlines()] for table in tables]
+    first, second = ([row[:-2] if len(row) > 4 else row for row in table] for table in rows)  # without the seconds
+    assert first == second
 
 
 def test_methods_of_peft_by_name():

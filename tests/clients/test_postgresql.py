@@ -55,8 +55,10 @@ def server(tmp_path_factory):
 
 
 def run(out, seconds, storage):
+    """A command on a machine of the name of `out`."""
     arguments = [sys.executable, PROGRAM, out, str(seconds), "1", storage]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, "MEASURING_MACHINE": out.name}
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def table_of(process):

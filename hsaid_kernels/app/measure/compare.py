@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from hsaid_kernels.files import replace_files
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -83,9 +86,8 @@ def save_adapted(model: nn.Module, directory: Path) -> None:
         # Otherwise PEFT asks the hub whether the embeddings were enlarged.
         model.save_pretrained(directory, save_embedding_layers=False)  # type: ignore[operator]
         return
-    from safetensors.torch import save_file
-
-    save_file({n: w.detach() for n, w in model.named_parameters() if w.requires_grad}, directory / BITFIT_FILE)
+    values = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    replace_files({directory / BITFIT_FILE: save(values)})
 
 
 def _lora(size: int | None, spare: int, targets: list[nn.Module], seed: int) -> PeftConfig:

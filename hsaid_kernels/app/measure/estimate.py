@@ -16,13 +16,14 @@ from scipy.optimize import isotonic_regression
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+ROUNDING = 1e-9  # scores that differ by less are equal: 0.9 * 1.0 and the mean of 17/20 and 19/20
 
 Scores = Mapping[int, float]  # {seed: score}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """An intrinsic dimension and its bootstrap interval.
+    """An intrinsic dimension and its bootstrap interval over the seeds.
 
     `d` and the ends of `interval` are 0 if the lowest measured d is above the threshold already ("below the grid"), and
     infinite if no measured d reaches it. `interval` is None with fewer than two seeds.
@@ -51,22 +52,24 @@ class Estimate:
 
 
 def crossing(dims: Sequence[int], scores: Sequence[float], threshold: float, weights: Sequence[float]) -> float:
-    """The smallest d at which the monotone fit of `scores` reaches `threshold`.
+    """The smallest d at which the monotone fit of `scores` reaches `threshold`, up to rounding.
 
     `dims` are increasing and above 0, `weights` the numbers of runs behind the scores. Returns 0 if the fit is above
     the threshold at the lowest d already, infinity if it never reaches it.
     """
     fit = isotonic_regression(scores, weights=weights).x
-    if fit[0] > threshold:
-        return 0.0
-    if fit[-1] < threshold:
+    reached = fit >= threshold - ROUNDING
+    if not reached.any():
         return math.inf
-    above = int(np.argmax(fit >= threshold))
-    if fit[above] == threshold:
+    above = int(np.argmax(reached))
+    if fit[above] <= threshold + ROUNDING:
         return float(dims[above])
-    share = (threshold - fit[above - 1]) / (fit[above] - fit[above - 1])
-    low, high = math.log(dims[above - 1]), math.log(dims[above])
-    return math.exp(low + share * (high - low))
+    if above == 0:
+        return 0.0
+    below = above - 1
+    share = (threshold - fit[below]) / (fit[above] - fit[below])
+    found = math.exp((1 - share) * math.log(dims[below]) + share * math.log(dims[above]))
+    return min(max(found, dims[below]), dims[above])
 
 
 def estimate(curve: Mapping[int, Scores], baseline: Scores, threshold: float) -> Estimate:

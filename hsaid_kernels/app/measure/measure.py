@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hsaid_kernels.app.measure.report import Measurement
 from hsaid_kernels.app.measure.runs import BASELINE, Design
 from hsaid_kernels.app.measure.schedule import Outcomes, Schedule
+from hsaid_kernels.app.measure.storage import sqlite
 from hsaid_kernels.app.measure.study import Study
-from hsaid_kernels.app.measure.workers import Job, Report, Train, check_baseline, work, work_in_processes
+from hsaid_kernels.app.measure.workers import Job, Report, Train, work, work_in_processes
 from hsaid_kernels.app.terminal import run_progress
 from hsaid_kernels.files import replace_files
 from hsaid_kernels.hierarchy import Hierarchy
 
+DEFAULT_NAME = "measure"
 METHODS = ("did", "said", "hsaid-3")
 DIMS = (100, 300, 1000, 3000, 10_000)
 # Where the search for a learning rate starts: AdamW on pretrained models. "theta" is for d = 1,000.
-RATES = {BASELINE: 1e-4, "theta": 0.1, "lora": 0.01, "vera": 0.03, "unilora": 0.03, "fourierft": 0.3, "bitfit": 0.01}
+RATES = {BASELINE: 1e-4, "theta": 0.3, "lora": 0.01, "vera": 0.03, "unilora": 0.03, "fourierft": 0.3, "bitfit": 0.01}
 RESULTS_FILE, TABLE_FILE, PICTURE_FILE = "results.json", "table.md", "dimension.png"
 
 
@@ -41,7 +46,7 @@ def measure(
     settings: Mapping[str, Any] | None = None,
     out: str | Path = "runs/measure",
     storage: str | None = None,
-    name: str = "measure",
+    name: str = DEFAULT_NAME,
     workers: int = 1,
     threads: int | None = None,
     title: str = "",
@@ -70,7 +75,8 @@ def measure(
         chance: the test score that needs no training, which the baseline must beat.
         settings: whatever else determines the scores, as JSON: data, steps, batch size. A study that was made with
             other settings is refused.
-        out: directory for the results, checkpoints and the default storage.
+        out: directory for the results, checkpoints and the default storage; with another `name`, a directory of that
+            name in it.
         storage: where Optuna keeps the study: a SQLAlchemy URL such as "postgresql://user@host/database", or
             "journal:" and a file on a disk that all machines share. None means an SQLite file in `out`.
         name: the study's name in the storage.
@@ -78,10 +84,11 @@ def measure(
         threads: CPU threads of each worker. None means all for one worker, else an equal share.
         title: of the picture.
 
-    Raises ValueError for arguments that cannot be right, for a study of other settings, and for a baseline that does
-    not beat `chance`; OSError if the storage does not answer or a file cannot be written; whatever `train` raises.
+    Raises ValueError or TypeError for arguments that cannot be right, ValueError for a study of other settings and
+    for a baseline whose share is within `chance`; OSError if the storage does not answer or a file cannot be written;
+    and whatever `train` raises.
     """
-    out = Path(out)
+    out = directory_of(Path(out), name)
     design = design_of(
         model,
         methods=methods,
@@ -92,12 +99,12 @@ def measure(
         compare=compare,
         rates=rates or {},
     )
-    settings = {**(settings or {}), "tensors": described(model)}
-    study = Study(storage or default_storage(out), name, settings)
-    study.design = design
+    out.mkdir(parents=True, exist_ok=True)
+    study = Study(storage or default_storage(out), name, {**(settings or {}), "tensors": described(model)})
     job = Job(train, Schedule(design), study.storage, name, out / "runs", chance, threads)
+    remember(study, job, title)
     run_study(job, workers)
-    return write_results(study, job, out, title)
+    return write_results(study, out)
 
 
 def design_of(
@@ -110,18 +117,21 @@ def design_of(
     **options: Any,
 ) -> Design:
     """The design of a study of `model`. Arguments and exceptions are those of `measure`."""
+    if isinstance(methods, str):
+        raise TypeError(f"methods: expected a list of partitions, got the string {methods!r}")
     counts = {method: num_multipliers(model, method) for method in methods}
     if compare:
         from hsaid_kernels.app.measure.compare import check_method
 
         for method in compare:
             check_method(method)
-    starts = {BASELINE: 0.0, "theta": 0.0} | dict.fromkeys(compare, 0.0)
-    known = {**RATES, **rates}
-    for method in starts:
-        starts[method] = known.get(method) or known[method.partition(":")[0]]
-        if not 1e-7 <= starts[method] <= 1e3:
-            raise ValueError(f"rates: expected rates from 1e-7 to 1,000, got {starts[method]} for {method!r}")
+    starts = {method: RATES[method.partition(":")[0]] for method in (BASELINE, "theta", *compare)}
+    for method, lr in rates.items():
+        if method not in starts:
+            raise ValueError(f"rates: expected a rate for some of {', '.join(starts)}, got one for {method!r}")
+        if not 1e-7 <= lr <= 1e3:
+            raise ValueError(f"rates: expected rates from 1e-7 to 1,000, got {lr} for {method!r}")
+    starts |= rates
     return Design(
         methods=tuple(methods),
         dims=tuple(dims),
@@ -143,19 +153,38 @@ def described(model: nn.Module) -> str:
     return f"{len(sizes)} tensors, {sum(sizes):,} weights"
 
 
+def directory_of(out: Path, name: str) -> Path:
+    """Where a study's results go: a study with a name of its own has a directory of its own in `out`."""
+    return out if name == DEFAULT_NAME else out / name
+
+
 def default_storage(out: Path) -> str:
-    return f"sqlite:///{out / 'study.db'}"
+    """The address of the SQLite file in `out`. Raises ValueError for a path that such an address cannot hold."""
+    return sqlite(out / "study.db")
+
+
+def remember(study: Study, job: Job, title: str) -> None:
+    """Stores in the study what `write_results` needs."""
+    study.design = job.schedule.design
+    study.note("chance", job.chance)
+    study.note("title", title)
 
 
 def run_study(job: Job, workers: int) -> None:
     """Takes part in a study until it is complete, in `workers` processes, with a progress bar on stderr."""
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
+    threads = torch.get_num_threads()
     with _progress(job) as report:
-        if workers == 1:
+        if workers > 1:
+            share = job.threads or max(1, (os.cpu_count() or 1) // workers)
+            work_in_processes(replace(job, threads=share), workers, report)
+            return
+        try:
+            torch.set_num_threads(job.threads or threads)
             work(job, report)
-        else:
-            work_in_processes(job, workers, report)
+        finally:
+            torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -169,14 +198,13 @@ def _progress(job: Job) -> Iterator[Report]:
         yield report
 
 
-def write_results(study: Study, job: Job, out: Path, title: str) -> Measurement:
+def write_results(study: Study, out: Path) -> Measurement:
     """Writes table, JSON and picture of what has finished to `out`, and returns the results."""
     outcomes, _ = study.read()
-    check_baseline(job, outcomes)
-    measurement = Measurement.of(job.schedule.design, outcomes, job.chance)
-    out.mkdir(parents=True, exist_ok=True)
+    measurement = Measurement.of(study.design, outcomes, study.noted("chance"))
     results = {"study": study.name, "settings": study.settings, **measurement.to_json()}
     texts = {RESULTS_FILE: json.dumps(results, indent=1, ensure_ascii=False), TABLE_FILE: measurement.table()}
-    replace_files({out / file: f"{text}\n".encode() for file, text in texts.items()})
-    measurement.draw(out / PICTURE_FILE, title)
+    files = {out / file: f"{text}\n".encode() for file, text in texts.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    replace_files(files | {out / PICTURE_FILE: measurement.picture("png", study.noted("title"))})
     return measurement

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,14 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from hsaid_kernels.app.measure.estimate import Estimate, estimate
-from hsaid_kernels.app.measure.runs import BASELINE, Design
+from hsaid_kernels.app.measure.runs import BASELINE, RATES, Design, rate
 from hsaid_kernels.app.measure.schedule import Outcomes, Point, Schedule
+from hsaid_kernels.files import replace_files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+FEW = 5  # seeds, fewer than which give too narrow an interval
 NAMES = {
     "did": "DID",
     "said": "SAID",
@@ -40,6 +43,7 @@ class Measurement:
         compared: such a point for each method of PEFT.
         dimensions: {method: `Estimate`}, for methods with scores.
         chance: the score that needs no training.
+        made_with: the different versions of torch, devices and numbers of threads of the runs.
         runs: number of finished runs.
         seconds: of all finished runs together.
         left: about how many runs are still to come.
@@ -51,6 +55,7 @@ class Measurement:
     compared: Sequence[Point]
     dimensions: Mapping[str, Estimate]
     chance: float
+    made_with: Sequence[str]
     runs: int
     seconds: float
     left: int
@@ -70,7 +75,9 @@ class Measurement:
         compared = list(filter(_is_known, schedule.compared(outcomes)))
         missing, later = schedule.left(outcomes)
         seconds = sum(outcome.seconds for outcome in outcomes.values())
-        return cls(design, baseline, curves, compared, dimensions, chance, len(outcomes), seconds, len(missing) + later)
+        made_with = sorted({outcome.made_with for outcome in outcomes.values()})
+        left = len(missing) + later
+        return cls(design, baseline, curves, compared, dimensions, chance, made_with, len(outcomes), seconds, left)
 
     @property
     def label(self) -> str:
@@ -91,15 +98,23 @@ class Measurement:
         if self.dimensions:
             goal = self.design.threshold * mean(self.baseline.scores.values())
             rows = [[named(method), str(found)] for method, found in self.dimensions.items()]
-            lines += _aligned([["method", f"{self.label} (95% interval): {goal:.3f} is reached at"], *rows], ">0")
-            lines.append("")
+            what = f"{self.label} (95% interval over {self.design.seeds} seeds): {goal:.3f} is reached at"
+            lines += [*_aligned([["method", what], *rows], ">0"), ""]
+            if 1 < self.design.seeds < FEW:
+                lines += [f"With {self.design.seeds} seeds the intervals are too narrow (docs/measuring.md).", ""]
+        if len(self.made_with) > 1:
+            lines += [f"Runs differ in more than method and seed: {'; '.join(self.made_with)}.", ""]
+        at_end = [point for point in self.points if point.lr in (rate(RATES[0]), rate(RATES[-1]))]
+        ends = [f"{named(point.method)} {point.dim or ''}".strip() for point in at_end]
+        if ends:
+            lines += [f"The best learning rate is at the end of those that are tried: {', '.join(ends)}.", ""]
         rows = [["method", "d", "test", "seeds", "validation", "lr", "s a run"]]
         for point in self.points:
             trained = trained_values(point)
             which = [named(point.method), "all" if point.method == BASELINE else f"{trained:,}" if trained else ""]
             scores = list(point.scores.values())
             if not scores:
-                rows.append([*which, "diverges at every learning rate", *[""] * 4])
+                rows.append([*which, "diverges at every rate tried", *[""] * 4])
                 continue
             validation = mean(o.scores.validation for o in point.outcomes.values() if o.scores is not None)
             seconds = mean(outcome.seconds for outcome in point.outcomes.values())
@@ -113,6 +128,7 @@ class Measurement:
         return {
             "design": self.design.to_json(),
             "chance": self.chance,
+            "made_with": list(self.made_with),
             "runs": self.runs,
             "seconds": round(self.seconds, 1),
             "runs_left": self.left,
@@ -151,21 +167,29 @@ class Measurement:
             ],
         }
 
-    def draw(self, path: Path, title: str = "", score: str = "test accuracy") -> None:
-        """Draws the scores against d into an image file (.png, .svg, .pdf).
+    def draw(self, path: str | Path, title: str = "", score: str = "test score") -> None:
+        """Draws the scores against d into an image file (.png, .svg, .pdf), as `picture` does.
+
+        Raises OSError if the file cannot be written, and as `picture`.
+        """
+        path = Path(path)
+        replace_files({path: self.picture(path.suffix.lstrip("."), title, score)})
+
+    def picture(self, kind: str, title: str = "", score: str = "test score") -> bytes:
+        """The scores against d as an image of some kind ("png", "svg", "pdf").
 
         Each method is a line through the means over the seeds, with a band from the lowest seed to the highest, and its
         dimension marked where it is found.
 
-        Raises ImportError if Matplotlib is not installed, ValueError for another ending.
+        Raises ImportError if Matplotlib is not installed, ValueError for an unknown kind.
         """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 5.2), dpi=130, layout="constrained")
         canvas = FigureCanvasAgg(figure)
-        if path.suffix.lstrip(".") not in canvas.get_supported_filetypes():
-            raise ValueError(f"path: expected an image file (.png, .svg, .pdf), got {str(path)!r}")
+        if kind not in canvas.get_supported_filetypes():
+            raise ValueError(f"path: expected the ending .png, .svg or .pdf, got {kind!r}")
         axes = figure.add_subplot()
         axes.set(xscale="log", xlabel="trained values (intrinsic dimension d)", ylabel=score, title=title)
         axes.spines[["top", "right"]].set_visible(False)
@@ -181,7 +205,9 @@ class Measurement:
             axes.errorbar([x], [mean(scores)], bars, fmt=marker, color="0.25", markersize=5, elinewidth=1, label=label)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        image = io.BytesIO()
+        figure.savefig(image, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        return image.getvalue()
 
     def _draw_levels(self, axes: Axes) -> None:
         if self.baseline.scores:

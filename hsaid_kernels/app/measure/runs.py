@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ class Run:
         dim: intrinsic dimension d, theta and multipliers together; None for "full" and methods of PEFT.
         lr: peak learning rate.
         seed: for everything random in this run: the new weights, the subspace, the order of the data.
-        directory: where the training function may save its checkpoint. It does not exist yet.
+        directory: where the training function may save its checkpoint. It exists only if an attempt was interrupted.
     """
 
     method: str
@@ -73,6 +74,14 @@ class Scores:
     test: float
     trained: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("validation", "test"):
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, float(value))
+            except (TypeError, ValueError):
+                raise TypeError(f"{name}: expected a number, got {value!r}") from None
+
     @property
     def finite(self) -> bool:
         return math.isfinite(self.validation) and math.isfinite(self.test)
@@ -80,11 +89,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run. `scores` is None if it diverged."""
+    """A finished run. `scores` is None if it diverged. `made_with` names what else may change the last digits."""
 
     run: Run
     scores: Scores | None
     seconds: float
+    made_with: str = ""
 
     @property
     def validation(self) -> float:
@@ -117,6 +127,13 @@ class Design:
     multipliers: Mapping[str, int]
 
     def __post_init__(self) -> None:
+        for name in ("methods", "compare", "dims"):
+            given = getattr(self, name)
+            if isinstance(given, str):
+                raise TypeError(f"{name}: expected a list, got the string {given!r}")
+            object.__setattr__(self, name, tuple(map(_integer, given)) if name == "dims" else tuple(given))
+        for name in ("seeds", "refine"):
+            object.__setattr__(self, name, _integer(getattr(self, name)))
         for name in ("methods", "compare"):
             given = getattr(self, name)
             if len(set(given)) < len(given):
@@ -145,8 +162,14 @@ class Design:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Design:
-        lists = {name: tuple(values[name]) for name in ("methods", "dims", "compare")}
-        return cls(**{**values, **lists})
+        return cls(**values)
+
+
+def _integer(value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"dims, seeds, refine: expected integers, got {value!r}") from None
 
 
 def rate(step: int) -> float:

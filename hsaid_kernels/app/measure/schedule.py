@@ -1,11 +1,12 @@
 """Which runs a study still needs, as a function of its design and of the runs that have finished.
 
 Nothing here depends on the order in which runs finish, so a study that was killed and resumed, or that several workers
-share, consists of the same runs as an undisturbed one.
+share, ends with the same results as an undisturbed one.
 
 - A point (a method at some d) takes runs with the first seed at several learning rates, and runs with the other seeds
   at the rate with the best validation score. The rates form a ladder (..., 0.03, 0.1, 0.3, ...). Three of them are
-  tried first; while the best one is at the end of those tried, the next one there is tried too.
+  tried first; while the best one is at the end of those tried, the next one there is tried too. Of equally good ones
+  the nearest to the first is the best.
 - A method is measured on the grid, and then at d between the two neighbours of its crossing with the threshold, which
   halve that gap on a logarithmic scale, one after another.
 """
@@ -13,7 +14,7 @@ share, consists of the same runs as an undisturbed one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import mean
 
@@ -111,8 +112,9 @@ class Schedule:
         by_rate = {rate(step): outcome for step, outcome in tried.items()}
         if missing:
             return Point(method, dim, None, {}, by_rate, tuple(missing), len(others))
-        # The best rate at which no seed diverges; of equal ones the lower.
-        for step in sorted(tried, key=lambda step: (-tried[step].validation, step)):
+        # The best rate at which no seed diverges.
+        values = {step: outcome.validation for step, outcome in tried.items()}
+        for step in sorted(tried, key=self._goodness(method, dim, values), reverse=True):
             if tried[step].scores is None:
                 break
             runs = [replace(first, lr=rate(step), seed=seed) for seed in others]
@@ -121,7 +123,12 @@ class Schedule:
             known = {run.seed: outcomes[run] for run in runs if run in outcomes}
             missing = [run for run in runs if run not in outcomes]
             return Point(method, dim, rate(step), {0: tried[step], **known}, by_rate, tuple(missing), 0)
-        return Point(method, dim, None, {}, by_rate, (), 0)  # every rate diverges for some seed
+        return Point(method, dim, None, {}, by_rate, (), 0)  # every rate that was tried diverges for some seed
+
+    def _goodness(self, method: str, dim: int | None, values: Mapping[int, float]) -> Callable[[int], tuple]:
+        """By which rates are compared: {rate: validation score} first, then the distance to the first rate."""
+        start = self.start(method, dim)
+        return lambda step: (values[step], -abs(step - start), -step)
 
     def _ladder(self, method: str, dim: int | None, outcomes: Outcomes) -> Iterator[int]:
         """The numbers of the rates to try for a point, as far as is known now, in increasing order."""
@@ -134,8 +141,8 @@ class Schedule:
                 if outcome is None:
                     return iter(range(low, high + 1))
                 values[step] = outcome.validation
-            best = max(values, key=lambda step: (values[step], -step))
-            if best == low and low > RATES[0]:
+            best = max(values, key=self._goodness(method, dim, values))
+            if (best == low or values[best] == -math.inf) and low > RATES[0]:  # if all diverge, lower ones may not
                 low -= 1
             elif best == high and high < RATES[-1]:
                 high += 1

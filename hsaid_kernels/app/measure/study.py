@@ -3,8 +3,8 @@
 Each run is a trial. A worker claims a run by adding a trial in the state RUNNING that carries the run; if two add one
 for the same run, the lower trial number counts, and the other worker withdraws. While a run lasts, the worker's thread
 keeps changing the trial's "heartbeat". A trial whose worker has died, or whose heartbeat has stood still for a minute,
-is marked as failed by whoever notices it, and the run is free again. A trial that is marked as failed cannot complete,
-so no run counts twice. Optuna's own heartbeats are not used because its journal storage has none.
+is marked as failed by whoever notices it, and the run is free again. Of a run's finished trials only the first counts.
+Optuna's own heartbeats are not used because its journal storage has none.
 
 Trial states: COMPLETE has scores, PRUNED diverged, FAIL was interrupted, raised an error, or was withdrawn.
 """
@@ -18,72 +18,32 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from hsaid_kernels.app.measure.runs import Design, Outcome, Run, Scores
+from hsaid_kernels.app.measure.storage import PATIENCE, StorageError, connect, patiently, reason, shown
 from hsaid_kernels.fastfood.limits import MAX_DIM
 
-JOURNAL = "journal:"
 BEAT = 10.0  # seconds between heartbeats
 STALE = 60.0  # seconds without a heartbeat after which a worker counts as dead
-PATIENCE = 60.0  # seconds for which a storage that does not answer is asked again
+LONG_PATIENCE = 1800.0  # the same, to store what came of a run
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-_T = TypeVar("_T")
-
-
-class StorageError(OSError):
-    """The storage cannot be reached, read or written."""
 
 
 class SettingsError(ValueError):
     """A study of this name was made with other settings."""
-
-
-def shown(storage: str) -> str:
-    """A storage's address without the password."""
-    return make_url(storage).render_as_string(hide_password=True) if "://" in storage else storage
-
-
-def _connect(storage: str, create: bool) -> BaseStorage:
-    journal = storage.startswith(JOURNAL)
-    url = None if journal else make_url(storage)
-    file = storage.removeprefix(JOURNAL) if url is None else url.get_backend_name() == "sqlite" and url.database
-    if file:
-        if not create and not Path(file).exists():
-            raise FileNotFoundError("no such file")
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-    if url is None:
-        return JournalStorage(JournalFileBackend(str(file)))
-    connect: dict[str, Any] = {}
-    if file:
-        connect = {"timeout": PATIENCE}  # seconds to wait while another process writes
-    elif url.get_backend_name() in ("postgresql", "mysql", "mariadb"):
-        connect = {"connect_timeout": 10}
-    for attempt in range(10):
-        try:
-            database = RDBStorage(storage, {"pool_pre_ping": True, "connect_args": connect})
-        except SQLAlchemyError as error:
-            # Optuna does not lock the database while it makes its tables: another process may be making them, too.
-            made_by_another = isinstance(error, IntegrityError | ProgrammingError) or "already exists" in str(error)
-            if not made_by_another or attempt == 9:
-                raise
-            time.sleep(0.2)
-        else:
-            break
-    return optuna.storages.get_storage(database)
 
 
 class Study:
@@ -95,49 +55,55 @@ class Study:
         settings: everything but the design that determines the scores of a run, as JSON. None means those of the
             study, which must exist.
 
-    Raises StorageError if the storage does not answer, SettingsError if the study has other settings, ValueError for an
-    address that is none, and if there is no such study.
+    Raises StorageError if the storage does not answer, SettingsError if the study has other settings, ValueError if
+    there is no such study, TypeError for settings that are not JSON.
     """
 
     def __init__(self, storage: str, name: str, settings: Mapping[str, Any] | None):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.storage, self.name = storage, name
         try:
-            self._storage = _connect(storage, create=settings is not None)
+            json.dumps(settings)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"settings: expected values that JSON has, got {error}") from None
+        try:
+            self._storage = connect(storage, create=settings is not None)
             self._id = self._open(settings)
-        except (StorageInternalError, SQLAlchemyError, OSError, ImportError) as error:
+        except SettingsError:
+            raise
+        except (StorageInternalError, SQLAlchemyError, OSError, ImportError, UnicodeError) as error:
             raise StorageError(
-                f"storage: expected a database or file that can be opened, got {shown(storage)!r}: {_reason(error)}"
+                f"storage: expected a database or file that can be opened, got {shown(storage)!r}: {reason(error)}"
             ) from error
         self._beats: dict[int, tuple[Any, float]] = {}  # trial id -> (its heartbeat, when it was first seen)
+        self._last_read = time.monotonic()
 
     def _open(self, settings: Mapping[str, Any] | None) -> int:
         if settings is not None:
             with contextlib.suppress(DuplicatedStudyError):
-                study = self._storage.create_new_study([StudyDirection.MAXIMIZE], self.name)
-                self._storage.set_study_user_attr(study, "settings", settings)
+                self._storage.create_new_study([StudyDirection.MAXIMIZE], self.name)
         try:
             study = self._storage.get_study_id_from_name(self.name)
         except KeyError:
             raise ValueError(f"study: expected one in {shown(self.storage)!r}, got {self.name!r}") from None
-        for _ in range(50):  # another worker may be just about to write them
-            if "settings" in (attributes := self._storage.get_study_user_attrs(study)):
-                break
-            time.sleep(0.1)
-        else:
+        attributes = self._storage.get_study_user_attrs(study)
+        if "settings" not in attributes and settings is not None and not self._storage.get_all_trials(study):
+            self._storage.set_study_user_attr(study, "settings", settings)  # a new one, or one whose maker was killed
+            attributes = self._storage.get_study_user_attrs(study)
+        if "settings" not in attributes:
             raise ValueError(f"study: expected one that `measure` made, got {self.name!r} in {shown(self.storage)!r}")
         self.settings: dict[str, Any] = attributes["settings"]
         if settings is not None and (differences := _differences(self.settings, settings)):
             raise SettingsError(
                 f"study: {self.name!r} in {shown(self.storage)!r} was made with other settings: "
-                f"{'; '.join(differences)}. Choose another name or directory for these."
+                f"{'; '.join(differences)}. Choose another name for these."
             )
         return study
 
     @property
     def design(self) -> Design:
         """The design with which the study was last worked on. Raises ValueError if there is none yet."""
-        attributes = _patiently(lambda: self._storage.get_study_user_attrs(self._id))
+        attributes = patiently(lambda: self._storage.get_study_user_attrs(self._id))
         if "design" not in attributes:
             raise ValueError(f"study: expected one that was worked on, got {self.name!r} without a design")
         return Design.from_json(attributes["design"])
@@ -148,17 +114,21 @@ class Study:
 
     def note(self, key: str, value: Any) -> None:
         """Stores a value of the study, such as the options of the command line, as JSON."""
-        _patiently(lambda: self._storage.set_study_user_attr(self._id, key, value))
+        patiently(lambda: self._storage.set_study_user_attr(self._id, key, value))
 
     def noted(self, key: str) -> Any:
         """A value that `note` stored, or None."""
-        return _patiently(lambda: self._storage.get_study_user_attrs(self._id)).get(key)
+        return patiently(lambda: self._storage.get_study_user_attrs(self._id)).get(key)
 
     def read(self) -> tuple[dict[Run, Outcome], set[Run]]:
         """Returns (the finished runs, the runs that are being worked on).
 
         Trials whose worker has died are marked as failed, and their runs are in neither.
         """
+        now = time.monotonic()
+        if now - self._last_read > STALE / 3:  # whether hearts were still during so long a silence, nobody knows
+            self._beats.clear()
+        self._last_read = now
         outcomes: dict[Run, Outcome] = {}
         running: set[Run] = set()
         for trial in self._trials():
@@ -184,19 +154,18 @@ class Study:
             distributions={name: _DISTRIBUTIONS[name] for name in parameters},
             user_attrs=attributes | worker,
         )
-        trial_id = _patiently(lambda: self._storage.create_new_trial(self._id, template))
-        claim = Claim(self, trial_id)
-        for trial in self._trials():  # in the order of their numbers
-            if _run_of(trial) == run and (trial.state in _FINISHED or trial.state == TrialState.RUNNING):
-                if trial._trial_id == trial_id:
-                    return claim
-                if not self._is_dead(trial):
-                    break
-        claim.fail("another worker was faster")
-        return None
+        patiently(lambda: self._storage.create_new_trial(self._id, template))
+        # In the order of their numbers. If the answer of the storage was lost, several are ours.
+        trials = [trial for trial in self._trials() if _run_of(trial) == run]
+        open_trials = [t for t in trials if t.state in _FINISHED or t.state == TrialState.RUNNING]
+        first = next(t for t in open_trials if t.user_attrs["token"] == token or not self._is_dead(t))
+        for trial in open_trials:
+            if trial is not first and trial.user_attrs["token"] == token:
+                self._end(trial._trial_id, TrialState.FAIL, reason="another worker was faster")
+        return Claim(self, first._trial_id) if first.user_attrs["token"] == token else None
 
     def _trials(self) -> list[FrozenTrial]:
-        trials = _patiently(lambda: self._storage.get_all_trials(self._id, deepcopy=False))
+        trials = patiently(lambda: self._storage.get_all_trials(self._id, deepcopy=False))
         return sorted((trial for trial in trials if "run" in trial.user_attrs), key=lambda trial: trial.number)
 
     def _is_dead(self, trial: FrozenTrial) -> bool:
@@ -211,15 +180,19 @@ class Study:
         self._beats[trial._trial_id] = beat, since
         return now - since > STALE
 
-    def _set(self, trial_id: int, key: str, value: Any) -> None:
-        _patiently(lambda: self._storage.set_trial_user_attr(trial_id, key, value))
-
-    def _end(self, trial_id: int, state: TrialState, values: list[float] | None = None, **attributes: Any) -> bool:
+    def _end(
+        self,
+        trial_id: int,
+        state: TrialState,
+        values: list[float] | None = None,
+        patience: float = PATIENCE,
+        **attributes: Any,
+    ) -> bool:
         """Ends a trial. False if it has ended already, for example because another worker took this one for dead."""
         try:
             for key, value in attributes.items():
-                self._set(trial_id, key, value)
-            _patiently(lambda: self._storage.set_trial_state_values(trial_id, state, values))
+                patiently(partial(self._storage.set_trial_user_attr, trial_id, key, value), patience)
+            patiently(lambda: self._storage.set_trial_state_values(trial_id, state, values), patience)
         except UpdateFinishedTrialError:
             return False
         return True
@@ -248,10 +221,10 @@ class Claim:
                 if time.monotonic() - last >= BEAT:
                     count, last = count + 1, time.monotonic()
                     try:
-                        self._study._set(self._id, "heartbeat", count)
+                        self._study._storage.set_trial_user_attr(self._id, "heartbeat", count)
                     except UpdateFinishedTrialError:  # another worker took this one for dead
                         return
-                    except StorageError:  # it may answer again, at the latest when the run has ended
+                    except Exception:  # the storage may answer again, at the latest when the run has ended
                         pass
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -260,15 +233,18 @@ class Claim:
             yield
         finally:
             stop.set()
-            thread.join()
+            thread.join(timeout=5)  # it may be waiting for the storage
 
     def finish(self, scores: Scores, seconds: float, where: Mapping[str, str]) -> bool:
-        """Stores what came of the run. False if another worker has taken over the run; then it does not count."""
+        """Stores what came of the run. False if another worker has taken over the run; then it does not count.
+
+        `where` says on which machine, with what, and with which checkpoint.
+        """
         known = {"seconds": round(seconds, 3), **where}
         if not scores.finite:
-            return self._study._end(self._id, TrialState.PRUNED, scores=known)
+            return self._study._end(self._id, TrialState.PRUNED, None, LONG_PATIENCE, scores=known)
         known |= {name: float(value) for name, value in asdict(scores).items() if value is not None}
-        return self._study._end(self._id, TrialState.COMPLETE, [float(scores.validation)], scores=known)
+        return self._study._end(self._id, TrialState.COMPLETE, [scores.validation], LONG_PATIENCE, scores=known)
 
     def fail(self, reason: str) -> None:
         """Gives the run up: it is free for any worker."""
@@ -292,12 +268,12 @@ def _outcome_of(run: Run, trial: FrozenTrial) -> Outcome:
     if trial.state == TrialState.COMPLETE:
         trained = known.get("trained")
         scores = Scores(known["validation"], known["test"], None if trained is None else int(trained))
-    return Outcome(run, scores, known["seconds"])
+    return Outcome(run, scores, known["seconds"], known.get("made_with", ""))
 
 
 def _machine() -> str:
     """Names a set of processes whose numbers mean the same: a host since it was started, or a container on it."""
-    parts = [platform.node()]
+    parts = [platform.node(), str(uuid.getnode())]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
@@ -314,26 +290,6 @@ def _is_alive(process: int) -> bool:
     except OSError:
         pass
     return True
-
-
-def _patiently(action: Callable[[], _T]) -> _T:
-    """Repeats an action on the storage for up to PATIENCE seconds while the storage does not answer."""
-    until = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return action()
-        except (StorageInternalError, SQLAlchemyError, OSError) as error:
-            if time.monotonic() > until or "full" in _reason(error):
-                raise StorageError(f"storage: expected to read and write the study, got: {_reason(error)}") from error
-            time.sleep(1.0)
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what the database or the system says."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(getattr(error, "orig", None) or error).strip()
-    return text.split("\n")[0] if text else type(error).__name__
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import pickle
 import platform
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -30,7 +32,7 @@ Report = Callable[[Outcomes, str], None]  # the finished runs, and a text about 
 
 
 class BaselineError(ValueError):
-    """Training all weights does not beat the score that needs no training."""
+    """Training all weights does not reach a score from which a dimension could be told."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Job:
         storage, name: of the study.
         directory: under which a run may save its checkpoint.
         chance: the score that the baseline must beat, such as that of always predicting the most frequent label.
-        threads: number of CPU threads of each worker; None means torch's own choice.
+        threads: number of CPU threads of each worker; None means torch's own choice, or its share for several workers.
     """
 
     train: Train
@@ -56,15 +58,25 @@ class Job:
 
 
 def check_baseline(job: Job, outcomes: Outcomes) -> None:
-    """Raises BaselineError if the baseline is complete and its mean test score does not exceed `chance`."""
+    """Raises BaselineError if the baseline is complete, and its mean test score or the goal is within `chance`."""
     baseline = job.schedule.baseline(outcomes)
     if not baseline.complete:
         return
     if not baseline.scores:
         raise BaselineError("baseline: expected full fine-tuning to learn, but it diverged at every learning rate")
-    if (score := mean(baseline.scores.values())) <= job.chance:
+    score, share = mean(baseline.scores.values()), job.schedule.design.threshold
+    if score <= 0:
+        raise BaselineError(
+            f"baseline: expected a test score above 0, of which a share can be reached, got {score:.3f}"
+        )
+    if score <= job.chance:
         raise BaselineError(
             f"baseline: expected full fine-tuning to beat {job.chance:.3f}, which needs no training, got {score:.3f}"
+        )
+    if share * score <= job.chance:
+        raise BaselineError(
+            f"threshold: expected a share of the baseline's {score:.3f} above the {job.chance:.3f} that needs no "
+            f"training, got {share:g}, which is {share * score:.3f}"
         )
 
 
@@ -74,8 +86,6 @@ def work(job: Job, report: Report, parent: int | None = None) -> None:
     Calls `report` whenever runs have finished. If `parent` is given, ends with that process. Raises BaselineError, and
     whatever the training function raises.
     """
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
     study = Study(job.storage, job.name, None)
     latest, known = "", -1
     while parent is None or os.getppid() == parent:
@@ -113,13 +123,20 @@ def _take(study: Study, run: Run, job: Job, parent: int | None) -> Scores | None
             if run.dim is None and run.method in job.schedule.design.compare and scores.finite and not scores.trained:
                 raise ValueError(f"train: expected Scores with `trained`, the number of values {run.method} trains")
             where = {"directory": str(directory.absolute())} if directory.exists() else {}
-            where |= {"machine": platform.node(), "torch": torch.__version__, "threads": str(torch.get_num_threads())}
+            where |= {"machine": platform.node(), "made_with": _made_with()}
             counted = claim.finish(scores, time.monotonic() - began, where)
     except BaseException as error:
         with contextlib.suppress(Exception):  # the storage may be the reason
             claim.fail(f"{type(error).__name__}: {error}"[:500])
         raise
     return scores if counted else None
+
+
+def _made_with() -> str:
+    """What may change the last digits of a run, and so its score."""
+    if torch.cuda.is_available():
+        return f"torch {torch.__version__}, {torch.cuda.get_device_name()}"
+    return f"torch {torch.__version__}, CPU with {torch.get_num_threads()} threads"
 
 
 def _folder(run: Run) -> str:
@@ -130,7 +147,7 @@ def _folder(run: Run) -> str:
 def work_in_processes(job: Job, workers: int, report: Report) -> None:
     """Does what `work` does in several processes; this one only watches.
 
-    A worker that is killed does not end the others. Raises what a worker raises, RuntimeError if all were killed,
+    A worker that is killed does not end the others. Raises what a worker raises, RuntimeError if none is left,
     ValueError if the training function cannot be sent to another process.
     """
     try:
@@ -139,16 +156,16 @@ def work_in_processes(job: Job, workers: int, report: Report) -> None:
         raise ValueError(
             f"workers: expected 1, or a training function at the top level of a module, got {workers}: {error}"
         ) from error
-    if job.threads is None:
-        job = replace(job, threads=max(1, (os.cpu_count() or 1) // workers))
     context = multiprocessing.get_context("spawn")
     processes: list[tuple[SpawnProcess, Connection]] = []
     study, known = Study(job.storage, job.name, None), -1
     try:
         for _ in range(workers):
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_worker, args=(job, os.getpid(), sender), daemon=True)
-            process.start()
+            # Not daemons: these could not have processes of their own, as for a DataLoader.
+            process = context.Process(target=_worker, args=(job, os.getpid(), sender), daemon=False)
+            with _without_interrupts():
+                process.start()
             sender.close()
             processes.append((process, receiver))
         while True:
@@ -166,7 +183,13 @@ def work_in_processes(job: Job, workers: int, report: Report) -> None:
                 if not job.schedule.left(outcomes)[0]:
                     break
             if not any(alive):
-                raise RuntimeError(f"all {workers} workers were killed (out of memory?)")
+                codes = [process.exitcode for process, _ in processes]
+                if any(code == 1 for code in codes):
+                    raise RuntimeError(
+                        "workers: expected processes that can import the training function, but none started: call "
+                        "measure() under `if __name__ == '__main__':` in a script, or use workers=1"
+                    )
+                raise RuntimeError(f"all {workers} workers were killed (out of memory?): exit codes {codes}")
             time.sleep(POLL)
     finally:
         for process, _ in processes:
@@ -176,7 +199,23 @@ def work_in_processes(job: Job, workers: int, report: Report) -> None:
             receiver.close()
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C is ignored meanwhile, and in processes that are started, until `_worker` wants it."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may change this
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _worker(job: Job, parent: int, sender: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
     try:
         work(job, lambda *_: None, parent)
     except KeyboardInterrupt:  # Ctrl-C reaches the parent, too

@@ -28,6 +28,19 @@ def test_never_reached_and_below_the_grid_are_answers():
     assert (below.answer, str(below)) == ("below the grid", "< 100")
 
 
+def test_a_tie_is_reached_whatever_the_rounding():
+    # 0.9 * 1.0 and the mean of 17/20 and 19/20 differ in the last digit.
+    curve = {100: {0: 0.5, 1: 0.5}, 1000: {0: 17 / 20, 1: 19 / 20}}
+    assert estimate(curve, {0: 1.0, 1: 1.0}, 0.9).d == 1000
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        n, share = int(random.integers(10, 120)), int(random.integers(1, 10)) / 10
+        k = random.integers(1, n + 1, 2)
+        scores = [k.mean() / n * share / 2, k.mean() / n * share]  # the upper one exactly at the goal
+        found = estimate({100: {0: scores[0]}, 700: {0: scores[1]}}, {0: k[0] / n, 1: k[1] / n}, share)
+        assert found.d == 700
+
+
 def test_a_single_d():
     assert crossing([100], [0.5], 0.6, [1]) == math.inf
     assert crossing([100], [0.5], 0.4, [1]) == 0

@@ -60,6 +60,33 @@ def test_the_same_runs_in_whatever_order_they_finish():
     assert len(set(sets)) == 1
 
 
+def test_the_same_results_in_whatever_order_runs_diverge():
+    def diverges(run):
+        return None if run.seed and random.Random(f"{run} diverges").random() < 0.3 else value(run)
+
+    results = []
+    for seed in range(10):
+        schedule, outcomes = study(design(), diverges, seed)
+        results.append([(p.method, p.dim, p.lr, sorted(p.scores.items())) for p in schedule.points(outcomes)])
+    assert all(result == results[0] for result in results)
+    assert len({lr for _, _, lr, _ in results[0]}) > 1  # the best rate was not always taken
+
+
+def test_a_plateau_is_not_walked_along():
+    for plateau in (0.2, 1.0):
+        schedule, outcomes = study(design(refine=0), lambda run: 0.9 if run.dim is None else plateau)  # noqa: B023
+        for point in schedule.points(outcomes):
+            assert len(point.tried) == 3
+            assert point.lr == rate(schedule.start(point.method, point.dim))
+
+
+def test_a_tie_with_the_goal_ends():
+    scores = {(None, 0): 29 / 30, (None, 1): 19 / 20, (10_000, 0): 13 / 15, (10_000, 1): 103 / 120}
+    tie = design(methods=("did",), dims=(100, 1000, 10_000), seeds=2, refine=3, compare=())
+    schedule, outcomes = study(tie, lambda run: scores.get((run.dim, run.seed), 0.3))
+    assert len(schedule.curve("did", outcomes)) == 6
+
+
 def test_every_point_has_all_seeds_at_the_rate_with_the_best_validation_score():
     for best in (1e-4, 0.003, 0.1, 3.0):
         schedule, outcomes = study(design(), lambda run: value(run, best))  # noqa: B023
@@ -140,6 +167,9 @@ def test_the_search_starts_lower_for_larger_d():
         ({"dims": (100, 100)}, "dims: expected increasing numbers above 0"),
         ({"dims": (0, 100)}, "dims: expected increasing numbers above 0"),
         ({"seeds": 0}, "seeds: expected at least 1"),
+        ({"seeds": "3"}, "dims, seeds, refine: expected integers, got '3'"),
+        ({"dims": (100.5,)}, "dims, seeds, refine: expected integers, got 100.5"),
+        ({"methods": "did"}, "methods: expected a list, got the string 'did'"),
         ({"threshold": 1.5}, "threshold: expected a share"),
         ({"refine": -1}, "refine: expected 0 or more"),
         ({"methods": ("did", "did")}, "methods: expected each once"),
@@ -147,8 +177,14 @@ def test_the_search_starts_lower_for_larger_d():
     ],
 )
 def test_bad_designs(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         design(**changes)
+
+
+def test_dims_of_numpy():
+    import numpy as np
+
+    assert design(dims=np.logspace(2, 4, 3).astype(int)).dims == (100, 1000, 10_000)
 
 
 def test_a_design_survives_json():
@@ -162,6 +198,6 @@ def test_the_table_says_where_every_rate_diverges():
 
     schedule, outcomes = study(design(), lambda run: None if run.dim == 1000 else value(run))
     found = Measurement.of(schedule.design, outcomes, 0.1)
-    rows = [line for line in found.table().splitlines() if "1,000 | diverges at every learning rate" in line]
+    rows = [line for line in found.table().splitlines() if "1,000 | diverges at every rate tried" in line]
     assert len(rows) == 2 and found.left == 0
     assert found.dimensions["did"].answer == "not reached" and found.dimensions["did"].grid == (30, 100)

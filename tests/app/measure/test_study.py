@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import measuring
 import optuna
@@ -17,7 +19,8 @@ import pytest
 
 from hsaid_kernels.app.measure import study as studies
 from hsaid_kernels.app.measure.runs import Run, Scores
-from hsaid_kernels.app.measure.study import SettingsError, StorageError, Study, shown
+from hsaid_kernels.app.measure.storage import StorageError, shown
+from hsaid_kernels.app.measure.study import SettingsError, Study
 from hsaid_kernels.measure import measure
 
 RUN = Run("did", 100, 0.1, 0)
@@ -86,23 +89,49 @@ def test_the_run_of_a_killed_worker_is_free_at_once(storage):
     assert study.claim(RUN).finish(Scores(0.5, 0.5), 1.0, {})
 
 
-def test_a_worker_that_is_not_heard_on_another_machine_is_dead(storage, monkeypatch):
-    mine, other = Study(storage, "measure", {}), Study(storage, "measure", {})
-    monkeypatch.setattr(studies, "_machine", lambda: "another")
-    claim = other.claim(RUN)
-    monkeypatch.undo()
-    monkeypatch.setattr(studies, "STALE", 0.5)
-    for beat in range(3):  # its heartbeat goes on
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of `study`: [seconds]."""
+    now = [1000.0]
+    monkeypatch.setattr(studies, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def claim_elsewhere(storage, monkeypatch):
+    study = Study(storage, "measure", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(studies, "_machine", lambda: "another")
+        return study, study.claim(RUN)
+
+
+def test_a_worker_that_is_not_heard_on_another_machine_is_dead(storage, monkeypatch, clock):
+    mine = Study(storage, "measure", {})
+    other, claim = claim_elsewhere(storage, monkeypatch)
+    for second in range(200):  # its heartbeat goes on
+        clock[0] += 1
         assert mine.read() == ({}, {RUN})
-        time.sleep(0.3)
-        other._set(claim._id, "heartbeat", beat + 1)
-    assert mine.read() == ({}, {RUN})
-    time.sleep(0.7)  # it stands still
+        if second % studies.BEAT == 0:
+            other._storage.set_trial_user_attr(claim._id, "heartbeat", second + 1)
+    for _ in range(int(studies.STALE) - 20):  # it stands still
+        clock[0] += 1
+        assert mine.read() == ({}, {RUN}) and mine.claim(RUN) is None
+    for _ in range(20):
+        clock[0] += 1
+        mine.read()
     assert mine.read() == ({}, set())
     assert mine.claim(RUN).finish(Scores(0.5, 0.5), 1.0, {})
     # It was only slow: its result comes too late and does not count.
     assert not claim.finish(Scores(0.9, 0.9), 9.0, {})
-    assert mine.read()[0][RUN].scores == Scores(0.5, 0.5) and trials(storage) == {"FAIL": 1, "COMPLETE": 1}
+    assert mine.read()[0][RUN].scores == Scores(0.5, 0.5)
+    assert (trials(storage)["COMPLETE"], trials(storage)["RUNNING"]) == (1, 0)
+
+
+def test_a_long_silence_of_the_reader_is_no_death_of_the_worker(storage, monkeypatch, clock):
+    mine = Study(storage, "measure", {})
+    claim_elsewhere(storage, monkeypatch)
+    for _ in range(3):  # the reader looks so seldom that it cannot tell
+        assert mine.read() == ({}, {RUN})
+        clock[0] += 2 * studies.STALE
 
 
 def test_the_heartbeat_goes_on_while_a_run_lasts(storage, monkeypatch):
@@ -158,6 +187,8 @@ def test_trials_that_are_not_ours_are_left_alone(storage):
         ("journal:/proc/nothing/study.log", "nothing"),
         ("nonsense", "URL"),
         ("nosuchbase://here/db", "nosuchbase"),
+        ("postgresql://host:port/db", "port"),
+        ("my db://x", "URL"),
     ],
 )
 def test_a_storage_that_does_not_answer(storage, message):
@@ -166,6 +197,65 @@ def test_a_storage_that_does_not_answer(storage, message):
     text = str(error.value)
     assert text.startswith("storage: expected a database or file that can be opened") and "secret" not in text
     assert re.search(message, text) and "\n" not in text
+
+
+@pytest.mark.parametrize("text", ["my thesis\n", "my thesis\nin two lines\n", "{}\n"])
+def test_a_file_that_is_no_journal(tmp_path, text):
+    file = tmp_path / "study.log"
+    file.write_text(text)
+    with pytest.raises(StorageError, match="not a journal of Optuna"):
+        Study(f"journal:{file}", "measure", {})
+    assert file.read_text() == text
+
+
+def test_a_journal_survives_a_write_that_was_cut_off(tmp_path):
+    storage, file = f"journal:{tmp_path}/study.log", tmp_path / "study.log"
+    study = Study(storage, "measure", {"steps": 1})
+    assert study.claim(RUN).finish(Scores(0.5, 0.5), 1.0, {})
+    for number, cut in enumerate((b'{"op_code":4,"wor', b"x"), 1):
+        with file.open("ab") as journal:
+            journal.write(cut)
+        again = Study(storage, "measure", {"steps": 1})
+        assert list(again.read()[0]) == [RUN]
+        assert again.claim(Run("did", 300, 0.1, number)) is not None
+        assert all(isinstance(json.loads(line), dict) for line in file.read_bytes().splitlines())
+        assert len(Study(storage, "measure", None).read()[1]) == number
+
+
+def test_a_journal_by_a_relative_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Study("journal:sub/study.log", "measure", {}).claim(RUN)
+    assert os.listdir("sub") == ["study.log"]  # the lock is gone
+    assert Study(f"journal:{tmp_path}/sub/study.log", "measure", None).read() == ({}, {RUN})
+
+
+def test_a_study_whose_maker_was_killed_in_between(storage):
+    """Between making it and writing its settings."""
+    first = Study(storage, "other", {})
+    first._storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE], "measure")
+    with pytest.raises(ValueError, match="study: expected one that `measure` made"):
+        Study(storage, "measure", None)
+    assert Study(storage, "measure", {"steps": 1}).settings == {"steps": 1}
+    with pytest.raises(TypeError, match="settings: expected values that JSON has"):
+        Study(storage, "measure", {"data": Path("x")})
+
+
+def test_the_answer_of_the_storage_is_lost(storage, monkeypatch):
+    """The trial was made, but nobody was told so: it is made again, and one of the two counts."""
+    study = Study(storage, "measure", {})
+    create = study._storage.create_new_trial
+    calls = iter([True, False])
+
+    def lost(*args):
+        trial = create(*args)
+        if next(calls, False):
+            raise optuna.exceptions.StorageInternalError("connection lost")
+        return trial
+
+    monkeypatch.setattr(study._storage, "create_new_trial", lost)
+    claim = study.claim(RUN)
+    assert claim.finish(Scores(0.5, 0.5), 1.0, {})
+    assert trials(storage) == {"COMPLETE": 1, "FAIL": 1}
 
 
 def test_a_file_that_is_no_database(tmp_path):
@@ -179,6 +269,7 @@ def test_a_file_that_is_no_database(tmp_path):
 def test_passwords_are_not_shown():
     assert shown("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
     assert shown("journal:/here") == "journal:/here"
+    assert "secret" not in shown("postgresql://me:secret@host:port/db")
 
 
 def run(out, seconds, workers, storage=""):
@@ -276,6 +367,77 @@ def broken(run):
 def test_what_cannot_be_sent_to_workers(tmp_path):
     with pytest.raises(ValueError, match="workers: expected 1, or a training function at the top level of a module"):
         measure(measuring.MODEL, lambda run: Scores(1, 1), out=tmp_path, workers=2)
+
+
+def processes(run):
+    """A training function with processes of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.map(measuring.score, [run])[0]
+
+
+def test_a_training_function_may_have_processes(tmp_path):
+    options = {"methods": ("did",), "dims": (100,), "seeds": 1, "refine": 0, "rates": measuring.RATES}
+    assert measure(measuring.MODEL, processes, out=tmp_path, workers=2, **options).runs == 6
+
+
+def test_a_script_without_a_guard(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import measuring\nfrom hsaid_kernels.measure import measure\n"
+        f"measure(measuring.MODEL, measuring.score, out={str(tmp_path)!r}, workers=2, methods=('did',))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROGRAM.parent), *sys.path])}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "call measure() under `if __name__ == '__main__':`" in done.stderr.splitlines()[-1]
+
+
+def test_another_name_has_a_directory_of_its_own(tmp_path):
+    options = {"methods": ("did",), "dims": (100,), "seeds": 1, "refine": 0, "rates": measuring.RATES, "out": tmp_path}
+    measure(measuring.MODEL, measuring.score, **options)
+    before = (tmp_path / "results.json").read_bytes()
+    measure(measuring.MODEL, measuring.score, name="two", settings={"steps": 2}, **options)
+    assert (tmp_path / "results.json").read_bytes() == before
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["settings"]["steps"] == 2
+
+
+def reaching(top, run):
+    return Scores(top, top) if run.dim is None else Scores(top / 2, top / 2)
+
+
+@pytest.mark.parametrize(
+    "top, chance, message",
+    [
+        (0.5, 0.5, "baseline: expected full fine-tuning to beat 0.500"),
+        (0.85, 0.8, "threshold: expected a share of the baseline's 0.850 above the 0.800 that needs no training"),
+        (-1.0, -10.0, "baseline: expected a test score above 0"),
+        (float("nan"), 0.1, "baseline: expected full fine-tuning to learn, but it diverged"),
+    ],
+)
+def test_a_baseline_of_which_no_share_can_be_told(tmp_path, top, chance, message):
+    with pytest.raises(ValueError, match=message):
+        measure(measuring.MODEL, partial(reaching, top), chance=chance, out=tmp_path, dims=(500,), methods=("did",))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rates": {"theat": 3.0}}, "rates: expected a rate for some of full, theta, got one for 'theat'"),
+        ({"rates": {"theta": 1e9}}, "rates: expected rates from 1e-7 to 1,000"),
+        ({"methods": "did"}, "methods: expected a list of partitions, got the string 'did'"),
+        ({"workers": 0}, "workers: expected at least 1"),
+        ({"out": "what?x=1"}, "out: expected a path without [?], or a storage elsewhere"),
+    ],
+)
+def test_arguments_that_cannot_be_right(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((TypeError, ValueError), match=message):
+        measure(measuring.MODEL, measuring.score, **{"out": "out", **options})
+
+
+def test_scores_that_are_none():
+    with pytest.raises(TypeError, match="test: expected a number, got None"):
+        Scores(1.0, None)
 
 
 def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, undisturbed):
