@@ -403,7 +403,7 @@ def pages(report: Report, folder: Path, pictures: str) -> str:
 
 
 def summary(report: Report) -> str:
-    """README's part: the default instruction set, and AVX2 where that is AVX-512."""
+    """README's part, in float32: the default instruction set, and AVX2 where that is AVX-512."""
     rows = report.rows
     said = []
     published = pick(rows, what="published")
@@ -421,7 +421,7 @@ def summary(report: Report) -> str:
     for row in pick(rows, what="step", method="H-SAID"):
         said.append(f"Of a training step (16 texts of 16 tokens) the projection is {100 * row['share']:.0f}%.")
     best = Report(report.about, [row for row in rows if row.get("isa") in (report.isa, "avx2")])
-    return f"{report.machine()}\n\n{best.headline(('float32', 'bfloat16'))}\n{' '.join(said)}\n"
+    return f"{report.machine()}\n\n{best.headline(('float32',))}\n{' '.join(said)}\n"
 
 
 def gpu_summary(report: Report) -> str:

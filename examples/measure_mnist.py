@@ -65,6 +65,7 @@ def measured(args, name, design):
         workers=args.workers,
         threads=args.threads,
         title=title,
+        labels={"full": "all weights"} | ({"did": "dense Gaussian matrix"} if dense else {}),
         **design,
     )
     print(f"\n{title}: published {found.label} {PUBLISHED[net]}\n\n{found.table()}\n\n{out}", flush=True)

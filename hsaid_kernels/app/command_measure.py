@@ -139,7 +139,7 @@ def _prepared(arguments: argparse.Namespace, storage: str, out: Path) -> tuple[S
     chance = training.majority_baseline(dataset.train, dataset.test).accuracy
     options.threads = options.threads or max(1, torch.get_num_threads() // arguments.workers)
     job = Job(train, Schedule(design), storage, arguments.study, out / "runs", chance, options.threads)
-    remember(study, job, f"{Path(source).name}, {dataset.name}")
+    remember(study, job, f"{Path(source).name}, {dataset.name}", {})
     options.model = options.model and source  # the absolute path of a directory
     study.note(OPTIONS, {name: _plain(value) for name, value in vars(options).items()})
 

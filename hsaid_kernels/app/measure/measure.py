@@ -50,6 +50,7 @@ def measure(
     workers: int = 1,
     threads: int | None = None,
     title: str = "",
+    labels: Mapping[str, str] | None = None,
 ) -> Measurement:
     """Measures the intrinsic dimension of a task: the smallest d at which training reaches 90% of full fine-tuning.
 
@@ -83,6 +84,7 @@ def measure(
         workers: number of processes to train in. More than 1 needs a `train` at the top level of a module.
         threads: CPU threads of each worker. None means all for one worker, else an equal share.
         title: of the picture.
+        labels: {method: what it is called in table and picture}, where it has a name of its own.
 
     Raises ValueError or TypeError for arguments that cannot be right, ValueError for a study of other settings and
     for a baseline whose share is within `chance`; OSError if the storage does not answer or a file cannot be written;
@@ -102,7 +104,7 @@ def measure(
     out.mkdir(parents=True, exist_ok=True)
     study = Study(storage or default_storage(out), name, {**(settings or {}), "tensors": described(model)})
     job = Job(train, Schedule(design), study.storage, name, out / "runs", chance, threads)
-    remember(study, job, title)
+    remember(study, job, title, labels or {})
     run_study(job, workers)
     return write_results(study, out)
 
@@ -163,8 +165,9 @@ def default_storage(out: Path) -> str:
     return sqlite(out / "study.db")
 
 
-def remember(study: Study, job: Job, title: str) -> None:
+def remember(study: Study, job: Job, title: str, labels: Mapping[str, str]) -> None:
     """Stores in the study what `write_results` needs."""
+    study.note("labels", labels)
     study.design = job.schedule.design
     study.note("chance", job.chance)
     study.note("title", title)
@@ -201,7 +204,7 @@ def _progress(job: Job) -> Iterator[Report]:
 def write_results(study: Study, out: Path) -> Measurement:
     """Writes table, JSON and picture of what has finished to `out`, and returns the results."""
     outcomes, _ = study.read()
-    measurement = Measurement.of(study.design, outcomes, study.noted("chance"))
+    measurement = Measurement.of(study.design, outcomes, study.noted("chance"), study.noted("labels"))
     results = {"study": study.name, "settings": study.settings, **measurement.to_json()}
     texts = {RESULTS_FILE: json.dumps(results, indent=1, ensure_ascii=False), TABLE_FILE: measurement.table()}
     files = {out / file: f"{text}\n".encode() for file, text in texts.items()}

@@ -43,6 +43,7 @@ class Measurement:
         compared: such a point for each method of PEFT.
         dimensions: {method: `Estimate`}, for methods with scores.
         chance: the score that needs no training.
+        labels: {method: what it is called in table and picture}, for methods with a name of their own.
         made_with: the different versions of torch, devices and numbers of threads of the runs.
         runs: number of finished runs.
         seconds: of all finished runs together.
@@ -55,13 +56,16 @@ class Measurement:
     compared: Sequence[Point]
     dimensions: Mapping[str, Estimate]
     chance: float
+    labels: Mapping[str, str]
     made_with: Sequence[str]
     runs: int
     seconds: float
     left: int
 
     @classmethod
-    def of(cls, design: Design, outcomes: Outcomes, chance: float) -> Measurement:
+    def of(
+        cls, design: Design, outcomes: Outcomes, chance: float, labels: Mapping[str, str] | None = None
+    ) -> Measurement:
         """The results of a design's runs, as far as they have finished."""
         schedule = Schedule(design)
         baseline = schedule.baseline(outcomes)
@@ -75,9 +79,10 @@ class Measurement:
         compared = list(filter(_is_known, schedule.compared(outcomes)))
         missing, later = schedule.left(outcomes)
         seconds = sum(outcome.seconds for outcome in outcomes.values())
-        made_with = sorted({outcome.made_with for outcome in outcomes.values()})
+        made_with = sorted({outcome.made_with for outcome in outcomes.values()} - {""})
         left = len(missing) + later
-        return cls(design, baseline, curves, compared, dimensions, chance, made_with, len(outcomes), seconds, left)
+        known = (design, baseline, curves, compared, dimensions, chance, labels or {})
+        return cls(*known, made_with, len(outcomes), seconds, left)
 
     @property
     def label(self) -> str:
@@ -90,6 +95,19 @@ class Measurement:
         known = [self.baseline] if self.baseline.scores else []
         return [*known, *(point for points in self.curves.values() for point in points), *self.compared]
 
+    def named(self, method: str) -> str:
+        """What a method is called in table and picture."""
+        if method in self.labels:
+            return self.labels[method]
+        if method == BASELINE:
+            return "full fine-tuning"
+        name, _, size = method.partition(":")
+        if name.startswith("hsaid-"):
+            return "H-SAID"
+        if "|" in name or "+" in name:
+            return f"H-SAID {name}"
+        return NAMES.get(name, name) + (f" {size}" if size else "")
+
     def table(self) -> str:
         """Two tables in Markdown: the dimension of each method, and all points."""
         lines = []
@@ -97,21 +115,22 @@ class Measurement:
             lines += [f"About {self.left} runs are still to come: these are the results so far.", ""]
         if self.dimensions:
             goal = self.design.threshold * mean(self.baseline.scores.values())
-            rows = [[named(method), str(found)] for method, found in self.dimensions.items()]
-            what = f"{self.label} (95% interval over {self.design.seeds} seeds): {goal:.3f} is reached at"
+            rows = [[self.named(method), str(found)] for method, found in self.dimensions.items()]
+            over = f" (95% interval over {self.design.seeds} seeds)" if self.design.seeds > 1 else ""
+            what = f"{self.label}{over}: {goal:.3f} is reached at"
             lines += [*_aligned([["method", what], *rows], ">0"), ""]
             if 1 < self.design.seeds < FEW:
                 lines += [f"With {self.design.seeds} seeds the intervals are too narrow (docs/measuring.md).", ""]
         if len(self.made_with) > 1:
             lines += [f"Runs differ in more than method and seed: {'; '.join(self.made_with)}.", ""]
         at_end = [point for point in self.points if point.lr in (rate(RATES[0]), rate(RATES[-1]))]
-        ends = [f"{named(point.method)} {point.dim or ''}".strip() for point in at_end]
+        ends = [f"{self.named(point.method)} {point.dim or ''}".strip() for point in at_end]
         if ends:
             lines += [f"The best learning rate is at the end of those that are tried: {', '.join(ends)}.", ""]
         rows = [["method", "d", "test", "seeds", "validation", "lr", "s a run"]]
         for point in self.points:
             trained = trained_values(point)
-            which = [named(point.method), "all" if point.method == BASELINE else f"{trained:,}" if trained else ""]
+            which = [self.named(point.method), "all" if point.method == BASELINE else f"{trained:,}" if trained else ""]
             scores = list(point.scores.values())
             if not scores:
                 rows.append([*which, "diverges at every rate tried", *[""] * 4])
@@ -201,7 +220,7 @@ class Measurement:
         for point, marker in zip((point for point in self.compared if point.scores), itertools.cycle("sD^vPX*")):
             x, scores = trained_values(point) or 0, list(point.scores.values())
             bars = [[mean(scores) - min(scores)], [max(scores) - mean(scores)]]
-            label = f"{named(point.method)}: {x:,} values"
+            label = f"{self.named(point.method)}: {x:,} values"
             axes.errorbar([x], [mean(scores)], bars, fmt=marker, color="0.25", markersize=5, elinewidth=1, label=label)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
@@ -212,7 +231,9 @@ class Measurement:
     def _draw_levels(self, axes: Axes) -> None:
         if self.baseline.scores:
             scores = list(self.baseline.scores.values())
-            axes.axhline(mean(scores), color="black", linewidth=1.2, label=f"full fine-tuning: {mean(scores):.3f}")
+            axes.axhline(
+                mean(scores), color="black", linewidth=1.2, label=f"{self.named(BASELINE)}: {mean(scores):.3f}"
+            )
             axes.axhspan(min(scores), max(scores), color="black", alpha=0.08, linewidth=0)
             goal = self.design.threshold * mean(scores)
             share = f"{100 * self.design.threshold:g}% of it: {goal:.3f}"
@@ -224,24 +245,12 @@ class Measurement:
         dims = [point.dim or 0 for point in points]
         scores = [list(point.scores.values()) for point in points]
         found = self.dimensions.get(method)
-        label = named(method) + (f": {self.label} = {found}" if found else "")
+        label = self.named(method) + (f": {self.label} = {found}" if found else "")
         axes.plot(dims, list(map(mean, scores)), color=colour, marker="o", markersize=4, linewidth=1.6, label=label)
         axes.fill_between(dims, list(map(min, scores)), list(map(max, scores)), color=colour, alpha=0.15, linewidth=0)
         if found and found.answer == "found":
             goal = self.design.threshold * mean(self.baseline.scores.values())
             axes.plot([found.d], [goal], color=colour, marker="|", markersize=16, markeredgewidth=2.5)
-
-
-def named(method: str) -> str:
-    """A method's usual name."""
-    if method == BASELINE:
-        return "full fine-tuning"
-    name, _, size = method.partition(":")
-    if name.startswith("hsaid-"):
-        return "H-SAID"
-    if "|" in name or "+" in name:
-        return f"H-SAID {name}"
-    return NAMES.get(name, name) + (f" {size}" if size else "")
 
 
 def trained_values(point: Point) -> int | None:

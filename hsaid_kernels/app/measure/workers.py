@@ -136,7 +136,7 @@ def _made_with() -> str:
     """What may change the last digits of a run, and so its score."""
     if torch.cuda.is_available():
         return f"torch {torch.__version__}, {torch.cuda.get_device_name()}"
-    return f"torch {torch.__version__}, CPU with {torch.get_num_threads()} threads"
+    return f"torch {torch.__version__}, CPU, threads: {torch.get_num_threads()}"
 
 
 def _folder(run: Run) -> str:

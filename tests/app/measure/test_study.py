@@ -464,6 +464,14 @@ def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, undisturbed):
         subprocess.run(["umount", "--lazy", small], check=True)
 
 
+def test_methods_with_names_of_their_own(tmp_path):
+    options = {"methods": ("did",), "dims": (50, 500), "seeds": 1, "refine": 0, "rates": measuring.RATES}
+    labels = {"full": "all weights", "did": "dense matrix"}
+    found = measure(measuring.MODEL, measuring.score, out=tmp_path, labels=labels, **options)
+    assert "| all weights " in found.table() and "dense matrix |" in found.table() and "DID" not in found.table()
+    assert "interval" not in found.table()  # of one seed
+
+
 def test_results_in_a_file(tmp_path):
     found = measure(measuring.MODEL, measuring.score, out=tmp_path, methods=("did",), dims=(50, 500), seeds=2, refine=0)
     results = json.loads((tmp_path / "results.json").read_text())
