@@ -403,7 +403,7 @@ def pages(report: Report, folder: Path, pictures: str) -> str:
 
 
 def summary(report: Report) -> str:
-    """README's part, in float32: the default instruction set, and AVX2 where that is AVX-512."""
+    """README's part: float32 with the default instruction set."""
     rows = report.rows
     said = []
     published = pick(rows, what="published")
@@ -420,7 +420,7 @@ def summary(report: Report) -> str:
         said.append(f"Torch drawing as many normals takes {row['/ours']:.1f} times as long as the forward.")
     for row in pick(rows, what="step", method="H-SAID"):
         said.append(f"Of a training step (16 texts of 16 tokens) the projection is {100 * row['share']:.0f}%.")
-    best = Report(report.about, [row for row in rows if row.get("isa") in (report.isa, "avx2")])
+    best = Report(report.about, [row for row in rows if row.get("isa") == report.isa])
     return f"{report.machine()}\n\n{best.headline(('float32',))}\n{' '.join(said)}\n"
 
 

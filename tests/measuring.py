@@ -6,10 +6,13 @@ python tests/measuring.py OUT [SECONDS] [WORKERS] [STORAGE]    measures with the
 import math
 import os
 import random
+import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+import optuna
 from torch import nn
 
 from hsaid_kernels.app.measure import study
@@ -37,6 +40,29 @@ def slowly(run: Run) -> Scores:
         file.write(f"{os.getpid()} {run}\n")
     time.sleep(seconds)
     return score(run)
+
+
+def start(out, seconds, workers, storage="", machine=False) -> subprocess.Popen:
+    """Starts this program; with `machine` as if on a machine of the name of `out`."""
+    environment = os.environ | ({"MEASURING_MACHINE": Path(out).name} if machine else {})
+    arguments = [sys.executable, __file__, out, str(seconds), str(workers), storage]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def table_of(process) -> list[list[str]]:
+    """The rows that a process of `start` prints in the end; those of the second table without the seconds of a run."""
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    return [row[:-2] if len(row) > 4 else row for row in rows]
+
+
+def trials(storage):
+    """Optuna's own view of the study: {state: how many trials}."""
+    if storage.startswith("journal:"):
+        backend = optuna.storages.journal.JournalFileBackend(storage.removeprefix("journal:"))
+        storage = optuna.storages.JournalStorage(backend)
+    return Counter(trial.state.name for trial in optuna.load_study(study_name="measure", storage=storage).trials)
 
 
 def main(out: str, seconds: str = "0", workers: str = "1", storage: str = "") -> Measurement:

@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,7 +17,6 @@ import pytest
 pytest.importorskip("psycopg")
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-PROGRAM = Path(measuring.__file__)
 
 
 def as_user(*command):
@@ -54,24 +52,10 @@ def server(tmp_path_factory):
             shutil.rmtree(folder)
 
 
-def run(out, seconds, storage):
-    """A command on a machine of the name of `out`."""
-    arguments = [sys.executable, PROGRAM, out, str(seconds), "1", storage]
-    environment = {**os.environ, "MEASURING_MACHINE": out.name}
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
-def table_of(process):
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text
-    rows = [line.split("|") for line in text.splitlines() if line.startswith("|")]
-    return [row[:-2] if len(row) > 4 else row for row in rows]  # the second table without the seconds of a run
-
-
 def test_two_machines_share_a_study_and_one_dies(server, tmp_path):
-    expected = table_of(run(tmp_path / "alone", 0, ""))
+    expected = measuring.table_of(measuring.start(tmp_path / "alone", 0, 1, "", machine=True))
     runs = sorted(line.split(" ", 1)[1] for line in (tmp_path / "alone" / "started").read_text().splitlines())
-    first, second = (run(tmp_path / name, 0.3, server) for name in ("first", "second"))
+    first, second = (measuring.start(tmp_path / name, 0.3, 1, server, machine=True) for name in ("first", "second"))
     started = tmp_path / "first" / "started"
     for _ in range(1200):
         if started.exists() and len(started.read_text().splitlines()) >= 4:
@@ -80,11 +64,12 @@ def test_two_machines_share_a_study_and_one_dies(server, tmp_path):
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    assert table_of(second) == expected
+    assert measuring.table_of(second) == expected
     trials = optuna.load_study(study_name="measure", storage=server).trials
     states = Counter(trial.state.name for trial in trials)
     assert states["COMPLETE"] == len(runs) and states["RUNNING"] == 0 and states["FAIL"] >= 1
     complete = Counter(tuple(t.user_attrs["run"].values()) for t in trials if t.state.name == "COMPLETE")
     assert max(complete.values()) == 1
-    assert table_of(run(tmp_path / "third", 0, server)) == expected  # another command finds everything done
+    third = measuring.start(tmp_path / "third", 0, 1, server, machine=True)
+    assert measuring.table_of(third) == expected  # everything is done
     assert not (tmp_path / "third" / "started").exists()

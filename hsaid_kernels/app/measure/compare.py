@@ -6,7 +6,7 @@ Every method trains the classification head as it is, because it is new, and its
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ METHODS = ("lora", "vera", "unilora", "fourierft", "bitfit")
 def check_method(method: str) -> tuple[str, int | None]:
     """Splits a method such as "lora:8" into its name and size; without a size, that is None.
 
-    Raises ValueError for an unknown method or a size that it cannot have, ImportError if PEFT is needed and missing.
+    Raises ValueError for an unknown method or a size that it cannot have.
     """
     name, colon, text = method.partition(":")
     if name not in METHODS:
@@ -37,12 +37,17 @@ def check_method(method: str) -> tuple[str, int | None]:
     if colon and (name == "bitfit" or not text.isdecimal() or int(text) < 1):
         expected = "no size, because BitFit trains all biases" if name == "bitfit" else "a size above 0, as in lora:8"
         raise ValueError(f"compare: expected {expected}, got {method!r}")
-    if name != "bitfit":
+    return name, int(text) if colon else None
+
+
+def check_methods(methods: Iterable[str]) -> None:
+    """Raises as `check_method`, and ImportError if PEFT is needed and missing."""
+    names = [check_method(method)[0] for method in methods]
+    if set(names) - {"bitfit"}:
         try:
             import peft  # noqa: F401
         except ImportError as error:
-            raise ImportError(f"compare: {name} needs the package peft (pip install peft): {error}") from error
-    return name, int(text) if colon else None
+            raise ImportError(f"compare: {', '.join(names)} need the package peft (pip install peft): {error}") from error
 
 
 def adapted(model: nn.Module, method: str, seed: int) -> nn.Module:

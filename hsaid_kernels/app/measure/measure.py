@@ -123,10 +123,9 @@ def design_of(
         raise TypeError(f"methods: expected a list of partitions, got the string {methods!r}")
     counts = {method: num_multipliers(model, method) for method in methods}
     if compare:
-        from hsaid_kernels.app.measure.compare import check_method
+        from hsaid_kernels.app.measure.compare import check_methods
 
-        for method in compare:
-            check_method(method)
+        check_methods(compare)
     starts = {method: RATES[method.partition(":")[0]] for method in (BASELINE, "theta", *compare)}
     for method, lr in rates.items():
         if method not in starts:
