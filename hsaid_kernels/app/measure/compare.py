@@ -47,7 +47,8 @@ def check_methods(methods: Iterable[str]) -> None:
         try:
             import peft  # noqa: F401
         except ImportError as error:
-            raise ImportError(f"compare: {', '.join(names)} need the package peft (pip install peft): {error}") from error
+            needed = ", ".join(names)
+            raise ImportError(f"compare: {needed} need the package peft (pip install peft): {error}") from error
 
 
 def adapted(model: nn.Module, method: str, seed: int) -> nn.Module:
