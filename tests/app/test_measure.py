@@ -174,7 +174,7 @@ def test_interrupted_and_resumed(files, measured, tmp_path, capsys):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert said.splitlines()[-1] == f"hsaid: interrupted; go on with: hsaid measure --resume --out '{out}' --workers 2"
     assert "Traceback" not in said
     assert cli.main(["measure", "--resume", "--out", str(out)]) == 0

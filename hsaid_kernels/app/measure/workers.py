@@ -25,6 +25,7 @@ from hsaid_kernels.app.measure.runs import Diverged, Run, Scores
 from hsaid_kernels.app.measure.schedule import Outcomes, Schedule
 from hsaid_kernels.app.measure.study import Study
 
+INTERRUPTED = 130  # the exit code of a worker after Ctrl-C
 POLL = 0.5  # seconds between looks at the study while all runs are being worked on by others
 
 Train = Callable[[Run], Scores]
@@ -182,8 +183,10 @@ def work_in_processes(job: Job, workers: int, report: Report) -> None:
                 report(outcomes, "")
                 if not job.schedule.left(outcomes)[0]:
                     break
+            codes = [process.exitcode for process, _ in processes]
+            if INTERRUPTED in codes:  # Ctrl-C reaches everybody, but a library here may have swallowed it
+                raise KeyboardInterrupt
             if not any(alive):
-                codes = [process.exitcode for process, _ in processes]
                 if any(code == 1 for code in codes):
                     raise RuntimeError(
                         "workers: expected processes that can import the training function, but none started: call "
@@ -213,14 +216,21 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _worker(job: Job, parent: int, sender: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupted = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     try:
         work(job, lambda *_: None, parent)
-    except KeyboardInterrupt:  # Ctrl-C reaches the parent, too
-        sys.exit(130)
     except BaseException as error:
+        if interrupted:  # whatever a library has made of it
+            sys.exit(INTERRUPTED)
         text = traceback.format_exc()
         try:
             pickle.loads(pickle.dumps(error))
