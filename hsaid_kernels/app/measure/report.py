@@ -270,6 +270,7 @@ def _finite(d: float) -> float | None:
 
 def _aligned(rows: Sequence[Sequence[str]], right: str) -> list[str]:
     """The rows of a Markdown table, of which the first is its head. `right` names the right-aligned columns."""
+    rows = [[text.replace("|", "\\|") for text in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     to_right = {int(column) for column in right.split(">") if column}
     lines = []

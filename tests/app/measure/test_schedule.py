@@ -193,6 +193,16 @@ def test_a_design_survives_json():
     assert Design.from_json(json.loads(json.dumps(design().to_json()))) == design()
 
 
+def test_the_table_is_one_whatever_the_partition():
+    from hsaid_kernels.app.measure.report import Measurement
+
+    flat = design(methods=("L1|L2|L3|L4",), multipliers={"L1|L2|L3|L4": 3})
+    schedule, outcomes = study(flat, value)
+    table = Measurement.of(flat, outcomes, 0.1).table()
+    bars = {line.replace("\\|", "").count("|") for line in table.splitlines() if line.startswith("|")}
+    assert "L1\\|L2\\|L3\\|L4" in table and bars == {3, 8}
+
+
 def test_the_table_says_where_every_rate_diverges():
     from hsaid_kernels.app.measure.report import Measurement
 
