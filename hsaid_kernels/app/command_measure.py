@@ -101,10 +101,11 @@ def measure(arguments: argparse.Namespace) -> None:
         storage = arguments.storage or default_storage(arguments.out)
         check_writable(out)
         study, job = (_shown if arguments.show else _prepared)(arguments, storage, out)
+        design = study.design if job is None else job.schedule.design
     try:
         if job is not None:
             run_study(job, arguments.workers)
-        measurement = write_results(study, out)
+        measurement = write_results(study, design, out)
     except BaselineError as error:
         raise RunError(f"{error}: train for more --steps in another --out, or look at the data") from error
     except KeyboardInterrupt:
@@ -136,7 +137,8 @@ def _prepared(arguments: argparse.Namespace, storage: str, out: Path) -> tuple[S
     names = ("max_length", "batch_size", "dropout", "normalize", "diagonal")
     train = TextClassification(source, dataset, steps=steps, **{name: getattr(options, name) for name in names})
     study = Study(storage, arguments.study, _settings(train, classifier.model))
-    chance = training.majority_baseline(dataset.train, dataset.test).accuracy
+    majority = training.majority_baseline(dataset.train, dataset.test)
+    chance = majority.accuracy
     options.threads = options.threads or max(1, torch.get_num_threads() // arguments.workers)
     job = Job(train, Schedule(design), storage, arguments.study, out / "runs", chance, options.threads)
     remember(study, job, f"{Path(source).name}, {dataset.name}", {})
@@ -144,8 +146,10 @@ def _prepared(arguments: argparse.Namespace, storage: str, out: Path) -> tuple[S
     study.note(OPTIONS, {name: _plain(value) for name, value in vars(options).items()})
 
     say("model", f"{source}: {described(classifier.model)}")
-    say("data", f"{dataset.name}: {len(dataset.train):,} texts to train on, {len(dataset.validation):,} to choose")
-    say("", f"learning rates by, {len(dataset.test):,} to test on; {chance:.3f} is reached without training")
+    say("data", f"{dataset.name}: which of {len(dataset.labels)} labels?")
+    say("  train", f"{len(dataset.train):,} texts")
+    say("  validate", f"{len(dataset.validation):,} texts, by which learning rates are chosen")
+    say("  test", f"{len(dataset.test):,} texts; {chance:.3f} by always saying {majority.predictions[0]!r}")
     for method in design.methods:
         skipped = [d for d in design.dims if d not in design.grid(method)]
         if skipped:

@@ -44,7 +44,7 @@ def measured(files, tmp_path_factory):
 def test_everything_is_there(files, measured, capsys):
     assert cli.main(["measure", "--resume", "--out", str(measured)]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"data +train.csv, test.csv: 24 texts to train on, 6 to choose", said)
+    assert re.search(r"data +train.csv, test.csv: which of 2 labels", said) and "validate   6 texts" in said
     results = json.loads((measured / "results.json").read_text())
     assert results["runs_left"] == 0 and set(results["dimensions"]) == {"did", "hsaid-3"}
     assert results["settings"]["steps"] == 60 and results["chance"] == 0.5

@@ -18,7 +18,7 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 ROUNDING = 1e-9  # scores that differ by less are equal: 0.9 * 1.0 and the mean of 17/20 and 19/20
 
-Scores = Mapping[int, float]  # {seed: score}
+BySeed = Mapping[int, float]  # {seed: score}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def crossing(dims: Sequence[int], scores: Sequence[float], threshold: float, wei
     return min(max(found, dims[below]), dims[above])
 
 
-def estimate(curve: Mapping[int, Scores], baseline: Scores, threshold: float) -> Estimate:
+def estimate(curve: Mapping[int, BySeed], baseline: BySeed, threshold: float) -> Estimate:
     """The smallest d whose score reaches `threshold` times the baseline's.
 
     The interval is a percentile bootstrap over seeds, with 95% confidence. A seed is drawn with all its runs, those of

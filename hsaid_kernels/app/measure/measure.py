@@ -76,8 +76,8 @@ def measure(
         chance: the test score that needs no training, which the baseline must beat.
         settings: whatever else determines the scores, as JSON: data, steps, batch size. A study that was made with
             other settings is refused.
-        out: directory for the results, checkpoints and the default storage; with another `name`, a directory of that
-            name in it.
+        out: directory for the default storage, the results and checkpoints; the latter two, with another `name`, in a
+            directory of that name in it.
         storage: where Optuna keeps the study: a SQLAlchemy URL such as "postgresql://user@host/database", or
             "journal:" and a file on a disk that all machines share. None means an SQLite file in `out`.
         name: the study's name in the storage.
@@ -90,7 +90,6 @@ def measure(
     for a baseline whose share is within `chance`; OSError if the storage does not answer or a file cannot be written;
     and whatever `train` raises.
     """
-    out = directory_of(Path(out), name)
     design = design_of(
         model,
         methods=methods,
@@ -101,12 +100,13 @@ def measure(
         compare=compare,
         rates=rates or {},
     )
+    storage, out = storage or default_storage(Path(out)), directory_of(Path(out), name)
     out.mkdir(parents=True, exist_ok=True)
-    study = Study(storage or default_storage(out), name, {**(settings or {}), "tensors": described(model)})
-    job = Job(train, Schedule(design), study.storage, name, out / "runs", chance, threads)
+    study = Study(storage, name, {**(settings or {}), "tensors": described(model)})
+    job = Job(train, Schedule(design), storage, name, out / "runs", chance, threads)
     remember(study, job, title, labels or {})
     run_study(job, workers)
-    return write_results(study, out)
+    return write_results(study, design, out)
 
 
 def design_of(
@@ -166,10 +166,10 @@ def default_storage(out: Path) -> str:
 
 def remember(study: Study, job: Job, title: str, labels: Mapping[str, str]) -> None:
     """Stores in the study what `write_results` needs."""
-    study.note("labels", labels)
-    study.design = job.schedule.design
     study.note("chance", job.chance)
     study.note("title", title)
+    study.note("labels", labels)
+    study.design = job.schedule.design  # the last: where it is, the others are
 
 
 def run_study(job: Job, workers: int) -> None:
@@ -200,10 +200,10 @@ def _progress(job: Job) -> Iterator[Report]:
         yield report
 
 
-def write_results(study: Study, out: Path) -> Measurement:
-    """Writes table, JSON and picture of what has finished to `out`, and returns the results."""
+def write_results(study: Study, design: Design, out: Path) -> Measurement:
+    """Writes table, JSON and picture of what has finished of a design to `out`, and returns the results."""
     outcomes, _ = study.read()
-    measurement = Measurement.of(study.design, outcomes, study.noted("chance"), study.noted("labels"))
+    measurement = Measurement.of(design, outcomes, study.noted("chance"), study.noted("labels"))
     results = {"study": study.name, "settings": study.settings, **measurement.to_json()}
     texts = {RESULTS_FILE: json.dumps(results, indent=1, ensure_ascii=False), TABLE_FILE: measurement.table()}
     files = {out / file: f"{text}\n".encode() for file, text in texts.items()}

@@ -14,7 +14,7 @@ share, ends with the same results as an undisturbed one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from statistics import mean
 
@@ -75,7 +75,7 @@ class Schedule:
         points = {d: self._point(method, d, outcomes) for d in self.design.grid(method)}
         baseline = self.baseline(outcomes)
         for _ in range(self.design.refine):
-            if not (baseline.complete and all(point.complete for point in points.values())):
+            if not (baseline.complete and baseline.scores and all(point.complete for point in points.values())):
                 break
             threshold = self.design.threshold * mean(baseline.scores.values())
             d = _between(points, threshold)
@@ -93,21 +93,19 @@ class Schedule:
         """Returns (the runs that can start now, about how many follow them). Nothing is left if the first is empty."""
         points = self.points(outcomes)
         missing = [run for point in points for run in point.missing]
-        per_point = FIRST_RATES + self.design.seeds - 1
         later = sum(point.later for point in points)
         for method in self.design.methods:
-            grid, points_now = self.design.grid(method), self.curve(method, outcomes)
-            if not all(point.complete for point in points_now):
-                later += per_point * (self.design.refine - (len(points_now) - len(grid)))
+            curve = [point for point in points if point.method == method]
+            if not all(point.complete for point in curve):
+                added = len(curve) - len(self.design.grid(method))
+                later += (self.design.refine - added) * (FIRST_RATES + self.design.seeds - 1)
         return missing, later
 
     def _point(self, method: str, dim: int | None, outcomes: Outcomes) -> Point:
         first = Run(method, dim, 0.0, 0)
-        steps = list(self._ladder(method, dim, outcomes))
-        tried = {
-            step: outcomes[run] for step in steps if (run := replace(first, lr=rate(step))) in outcomes
-        }  # in the order of the ladder
-        missing = [replace(first, lr=rate(step)) for step in steps if step not in tried]
+        runs = {step: replace(first, lr=rate(step)) for step in self._ladder(method, dim, outcomes)}
+        tried = {step: outcomes[run] for step, run in runs.items() if run in outcomes}
+        missing = [run for step, run in runs.items() if step not in tried]
         others = range(1, self.design.seeds)
         by_rate = {rate(step): outcome for step, outcome in tried.items()}
         if missing:
@@ -117,20 +115,20 @@ class Schedule:
         for step in sorted(tried, key=self._goodness(method, dim, values), reverse=True):
             if tried[step].scores is None:
                 break
-            runs = [replace(first, lr=rate(step), seed=seed) for seed in others]
-            if any(run in outcomes and outcomes[run].scores is None for run in runs):
+            repeated = [replace(runs[step], seed=seed) for seed in others]
+            if any(run in outcomes and outcomes[run].scores is None for run in repeated):
                 continue
-            known = {run.seed: outcomes[run] for run in runs if run in outcomes}
-            missing = [run for run in runs if run not in outcomes]
+            known = {run.seed: outcomes[run] for run in repeated if run in outcomes}
+            missing = [run for run in repeated if run not in outcomes]
             return Point(method, dim, rate(step), {0: tried[step], **known}, by_rate, tuple(missing), 0)
         return Point(method, dim, None, {}, by_rate, (), 0)  # every rate that was tried diverges for some seed
 
     def _goodness(self, method: str, dim: int | None, values: Mapping[int, float]) -> Callable[[int], tuple]:
-        """By which rates are compared: {rate: validation score} first, then the distance to the first rate."""
+        """By which numbers of rates are compared: the validation score in `values`, then the distance to the first."""
         start = self.start(method, dim)
         return lambda step: (values[step], -abs(step - start), -step)
 
-    def _ladder(self, method: str, dim: int | None, outcomes: Outcomes) -> Iterator[int]:
+    def _ladder(self, method: str, dim: int | None, outcomes: Outcomes) -> range:
         """The numbers of the rates to try for a point, as far as is known now, in increasing order."""
         start = self.start(method, dim)
         low, high = max(start - 1, RATES[0]), min(start + 1, RATES[-1])
@@ -139,7 +137,7 @@ class Schedule:
             for step in range(low, high + 1):
                 outcome = outcomes.get(Run(method, dim, rate(step), 0))
                 if outcome is None:
-                    return iter(range(low, high + 1))
+                    return range(low, high + 1)
                 values[step] = outcome.validation
             best = max(values, key=self._goodness(method, dim, values))
             if (best == low or values[best] == -math.inf) and low > RATES[0]:  # if all diverge, lower ones may not
@@ -147,7 +145,7 @@ class Schedule:
             elif best == high and high < RATES[-1]:
                 high += 1
             else:
-                return iter(range(low, high + 1))
+                return range(low, high + 1)
 
     def start(self, method: str, dim: int | None) -> int:
         """The number of the rate in the middle of those tried first.

@@ -113,12 +113,8 @@ def patiently(action: Callable[[], T], patience: float = PATIENCE) -> T:
             return action()
         except UpdateFinishedTrialError:  # a RuntimeError
             raise
-        except (
-            StorageInternalError,
-            SQLAlchemyError,
-            OSError,
-            RuntimeError,
-        ) as error:  # the latter of a journal's lock
+        # A journal whose lock was taken away raises RuntimeError.
+        except (StorageInternalError, SQLAlchemyError, OSError, RuntimeError) as error:
             if time.monotonic() > until or _is_full(error):
                 raise StorageError(f"storage: expected to read and write the study, got: {reason(error)}") from error
             time.sleep(1.0)

@@ -38,7 +38,7 @@ from hsaid_kernels.fastfood.limits import MAX_DIM
 
 BEAT = 10.0  # seconds between heartbeats
 STALE = 60.0  # seconds without a heartbeat after which a worker counts as dead
-LONG_PATIENCE = 1800.0  # the same, to store what came of a run
+LONG_PATIENCE = 1800.0  # in place of PATIENCE, to store what came of a run
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 

@@ -100,6 +100,16 @@ def test_noise_moves_the_estimate_little_and_the_interval_covers_the_truth():
         assert covered >= 0.8  # 95% of a percentile bootstrap over eight seeds is rather less
 
 
+def test_the_interval_of_few_seeds_is_too_narrow():
+    """How often it holds the truth, as docs/measuring.md says."""
+    random = np.random.default_rng(2)
+    covered = {}
+    for seeds in (2, 3, 5):
+        found = [estimate(*noisy(random, 800, seeds, 0.02), 0.9) for _ in range(200)]
+        covered[seeds] = np.mean([e.interval[0] <= 800 <= e.interval[1] for e in found])
+    assert covered == pytest.approx({2: 0.47, 3: 0.73, 5: 0.87}, abs=0.1)
+
+
 def test_the_interval_has_open_ends():
     curve = {100: {0: 0.5, 1: 0.6}, 1000: {0: 0.75, 1: 0.65}}
     found = estimate(curve, {0: 0.8, 1: 0.8}, 0.9)

@@ -193,6 +193,12 @@ def test_a_design_survives_json():
     assert Design.from_json(json.loads(json.dumps(design().to_json()))) == design()
 
 
+def test_a_baseline_that_diverges_beside_complete_curves():
+    schedule, outcomes = study(design(), lambda run: None if run.method == "full" else value(run))
+    assert schedule.baseline(outcomes).scores == {}
+    assert [point.dim for point in schedule.curve("did", outcomes)] == [30, 100, 1000]
+
+
 def test_the_table_is_one_whatever_the_partition():
     from hsaid_kernels.app.measure.report import Measurement
 

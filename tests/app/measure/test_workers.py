@@ -127,9 +127,11 @@ def test_another_name_has_a_directory_of_its_own(tmp_path):
     options = {"methods": ("did",), "dims": (100,), "seeds": 1, "refine": 0, "rates": measuring.RATES, "out": tmp_path}
     measure(measuring.MODEL, measuring.score, **options)
     before = (tmp_path / "results.json").read_bytes()
+    assert (tmp_path / "study.db").exists()
     measure(measuring.MODEL, measuring.score, name="two", settings={"steps": 2}, **options)
     assert (tmp_path / "results.json").read_bytes() == before
     assert json.loads((tmp_path / "two" / "results.json").read_text())["settings"]["steps"] == 2
+    assert not (tmp_path / "two" / "study.db").exists()  # both are in one
 
 
 def reaching(top, run):
@@ -201,6 +203,22 @@ def test_methods_with_names_of_their_own(tmp_path):
     found = measure(measuring.MODEL, measuring.score, out=tmp_path, labels=labels, **options)
     assert "| all weights " in found.table() and "dense matrix |" in found.table() and "DID" not in found.table()
     assert "interval" not in found.table()  # of one seed
+
+
+def test_a_study_costs_little_beside_its_runs(tmp_path):
+    began = time.monotonic()
+    found = measure(measuring.MODEL, measuring.score, out=tmp_path, methods=("did",), rates=measuring.RATES)
+    assert found.runs >= 30 and time.monotonic() - began < 0.2 * found.runs
+
+
+def test_a_picture_of_any_kind(tmp_path):
+    options = {"methods": ("did",), "dims": (50, 500), "seeds": 1, "refine": 0, "rates": measuring.RATES}
+    found = measure(measuring.MODEL, measuring.score, out=tmp_path, **options)
+    found.draw(tmp_path / "picture.svg", title="A title")
+    assert "<svg" in (tmp_path / "picture.svg").read_text()
+    with pytest.raises(ValueError, match="path: expected the ending .png, .svg or .pdf, got 'txt'"):
+        found.draw(tmp_path / "picture.txt")
+    assert not (tmp_path / "picture.txt").exists()
 
 
 def test_results_in_a_file(tmp_path):
