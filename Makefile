@@ -110,7 +110,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 # timm and torchvision lie apart, where only `make clients` finds them: beside a torch without CUDA, torchvision for CUDA
 # breaks the import of transformers (tests/clients/conftest.py).
 build/clients/.installed: $(VENV)/.installed-test
-	@$(PIP) lightning peft sentence-transformers pillow 'psycopg[binary]'
+	@$(PIP) lightning peft sentence-transformers pillow 'psycopg[binary]' optuna-dashboard
 	@$(PIP) --no-deps --upgrade --target build/clients timm torchvision
 	@touch $@
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 from models import same
 from safetensors.torch import load_file
+from words import ANIMALS, FRUIT
 
 from hsaid_kernels.wrapper.checkpoint import last_checkpoint
 from hsaid_kernels.wrapper.hsaid import HSAID
@@ -33,8 +34,6 @@ CLASSIFICATION, CUSTOM, MULTI, PRUNE, MNIST = (
     EXAMPLES / f"{name}.py"
     for name in ("text_classification", "custom_loop", "multi_task", "prune_heads", "measure_mnist")
 )
-FRUIT = ("apple", "banana", "cherry", "grape", "lemon", "mango")
-ANIMALS = ("cat", "dog", "horse", "mouse", "sheep", "tiger")
 SECONDS = 120  # a run takes ten, but the machine may be busy
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")  # standalone: at a free port
 ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
