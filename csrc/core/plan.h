@@ -30,6 +30,17 @@ struct Params {
   bool rademacher;
 };
 
+// Some blocks of a plan's only segment, which is dense: place i of them is what block_of gives.
+struct Listed {
+  const int64_t* entries;  // [count], rising; each stands for `span` blocks, from entry * span on. Null: all blocks
+  int64_t count, span;
+};
+
+HSAID_INLINE int64_t block_of(const Listed& listed, int64_t place) {
+  if (!listed.entries) return place;
+  return listed.entries[place / listed.span] * listed.span + place % listed.span;
+}
+
 HSAID_INLINE int64_t width(const Params& p) { return (int64_t)1 << p.q; }
 // Blocks that the adjoint adds up in one go: a group is run_blocks tiles of 2^14 values. Run r of a group are the
 // blocks r, r + 2^14 / n, r + 2 * 2^14 / n, ... of it (docs/rng.md).

@@ -104,8 +104,7 @@ void fastfood_forward(const Forward& a, const Threads& threads) {
     if (a.out_dtype == Dtype::kHalf) fill_hole<fp16>(a, a.holes[i], threads);
   }
   // Threads get equal shares of the work: a block is one unit of it, making a segment's z is kZCost units.
-  const Segment& last = a.segments[a.num_segments - 1];
-  const int64_t blocks = last.first_block + num_blocks(a.params, last);
+  const int64_t blocks = num_blocks(a);
   const auto cost_before = [&](int64_t i) {
     return (i < a.num_segments ? a.segments[i].first_block : blocks) + kZCost * i;
   };

@@ -41,6 +41,7 @@ struct Forward {
   void* out;
   Dtype out_dtype;
   bool stream;  // store past the caches: more is written than they hold
+  Listed listed{};  // blocks to make, which are written side by side; those behind the segment's end become 0
 };
 
 struct Adjoint {
@@ -51,7 +52,15 @@ struct Adjoint {
   int64_t num_segments;
   const TensorView* grads;  // per tensor; data null: zero
   int64_t run_blocks;       // of the first of the sums (docs/rng.md)
+  Listed listed{};          // blocks that the gradients, which lie side by side, are of: the only segment has no others
 };
+
+// The number of blocks that a forward makes.
+HSAID_INLINE int64_t num_blocks(const Forward& a) {
+  if (a.listed.entries) return a.listed.count * a.listed.span;
+  const Segment& last = a.segments[a.num_segments - 1];
+  return last.first_block + num_blocks(a.params, last);
+}
 
 struct Kernels {
   const char* isa;

@@ -185,14 +185,15 @@ HSAID_INLINE float* buffer_in(char* room, const void* to, int q, uintptr_t item)
 struct Emission {
   const float* buffer;  // after the middle passes
   const Segment* segment;
-  int64_t block;
+  int64_t block, next;  // `next` is the one behind it
+  int64_t place;        // of the block among those that are made of the segment
   float factor;
 };
 
 template <class T, class Base>
 HSAID_NOINLINE void emit_lines(const Forward& a, const Emission& e, const Base* base, int64_t begin, int64_t end) {
-  const int64_t first = e.block << a.params.q, n = width(a.params);
-  T* out = (T*)a.out + e.segment->out_offset + first;
+  const int64_t first = e.block << a.params.q, ahead = (e.next - e.block) << a.params.q;
+  T* out = (T*)a.out + e.segment->out_offset + (e.place << a.params.q);
   if constexpr (!std::is_void_v<Base>) base += e.segment->offset + first;
   const bool stream = a.stream && (uintptr_t)out % kLineBytes == 0 &&
                       !(base && writes_pages_apart(a.params.q, sizeof(T)) && lies_behind(base, out));
@@ -216,7 +217,7 @@ HSAID_NOINLINE void emit_lines(const Forward& a, const Emission& e, const Base* 
     if constexpr (!std::is_void_v<Base>)
       if (fetch)
         for (int i = 0; i < (int)(vectors * kLanes * sizeof(Base)); i += kLineBytes)
-          __builtin_prefetch((const char*)(base + k + n) + i, 0, 2);
+          __builtin_prefetch((const char*)(base + k + ahead) + i, 0, 2);
     store_line(out + k, w, stream);
   });
 }
@@ -227,13 +228,18 @@ HSAID_NOINLINE void emit_slowly(const Forward& a, const Emission& e, float* valu
   const int64_t n = width(a.params), first = e.block * n;
   const Segment& s = *e.segment;
   const int64_t left = s.rows * s.cols - first, count = left < n ? left : n;
+  T* out = (T*)a.out + s.out_offset;
+  if (a.listed.entries) {
+    out += (e.place - e.block) * n;
+    if (count < n) std::memset(out + (count > 0 ? first + count : first), 0, (count > 0 ? n - count : n) * sizeof(T));
+    if (count <= 0) return;
+  }
   last_pass<1, false>(e.buffer, a.params.q, 0, num_lines<1>(a.params.q),
                       [&](int64_t k, const vf(&y)[1]) HSAID_LAMBDA { store(values + k, y[0]); });
   if (a.base)
     gather_any(a.base[s.tensor], s, first, count, base_values);
   else
     std::memset(base_values, 0, count * sizeof(float));
-  T* out = (T*)a.out + s.out_offset;
   for_runs(s, first, count, [&](int64_t offset, int64_t done, int64_t length) HSAID_LAMBDA {
     for (int64_t i = 0; i < length; ++i) {
       const float step = e.factor * values[done + i];
@@ -309,13 +315,14 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     while (index + 1 < a.num_segments && a.segments[index + 1].first_block <= i) ++index;
     const Segment& s = a.segments[index];
-    const int64_t block = i - s.first_block;
-    if (i == begin || block == 0)
+    const int64_t place = i - s.first_block, block = block_of(a.listed, place);
+    const int64_t next = i + 1 < end ? block_of(a.listed, place + 1) : block + 1;
+    if (i == begin || place == 0)
       for (int chunk = 0; chunk < p.chunks; ++chunk)
         make_z(p, s, chunk, a.theta, diagonal.keys, z_scratch, z + chunk * n);
     diagonal.start(s, block);
     const int64_t item = item_size(a.out_dtype);
-    float* buffer = buffer_in(rooms[i & 1], (const char*)a.out + (s.out_offset + block * n) * item, p.q, item);
+    float* buffer = buffer_in(rooms[i & 1], (const char*)a.out + (s.out_offset + place * n) * item, p.q, item);
     const float* ahead = a.base ? ahead_of(p, a.base[s.tensor], s, block * n) : nullptr;
     const auto generate_draw = p.rademacher ? generate<true, false>
                                : ahead      ? generate<false, true>
@@ -325,7 +332,7 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
       if (waiting.buffer) emit(a, waiting, draw, draws, scratch);
     }
     middle_passes<false>(buffer, p.q);
-    waiting = {buffer, &s, block, a.factors[index]};
+    waiting = {buffer, &s, block, next, place, a.factors[index]};
   }
   for (int64_t draw = 0; draw < draws; ++draw) emit(a, waiting, draw, draws, scratch);
   if (a.stream) finish_streaming();
@@ -410,7 +417,7 @@ void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) 
   // A block is read while the one before it is accumulated.
   int64_t block = begin, before = -1;
   for (int which = 0; block >= 0 || before >= 0; which ^= 1, before = block, block = after(block)) {
-    if (before >= 0) diagonal.start(s, before);
+    if (before >= 0) diagonal.start(s, block_of(a.listed, before));
     const int64_t next = after(block);
     const float* ahead = ahead_of(p, a.grads[s.tensor], s, std::max<int64_t>(next, 0) * n);
     const auto accumulate_draw = p.rademacher ? accumulate<true, false>

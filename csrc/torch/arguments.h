@@ -123,6 +123,33 @@ inline const hsaid::Segment* check_written(const CheckedPlan& plan, const std::v
   return hole_rows;
 }
 
+// The blocks that a call is of, as `listed` names them: int64 [count], of `span` blocks each. Their values are checked
+// where the host can read them; of a device's the caller has to be sure.
+inline hsaid::Listed check_listed(const CheckedPlan& plan, const Tensor& listed, int64_t span) {
+  const hsaid::Segment& s = plan.segments[0];
+  STD_TORCH_CHECK(plan.num_segments == 1 && hsaid::is_dense(s), "segments: expected one dense segment with `listed`");
+  STD_TORCH_CHECK(listed.scalar_type() == ScalarType::Long && listed.dim() == 1 && listed.is_contiguous(),
+                  "listed: expected a contiguous int64 tensor [count]");
+  const int64_t blocks = hsaid::num_blocks(plan.params, s), entries = (blocks + span - 1) / std::max<int64_t>(span, 1);
+  STD_TORCH_CHECK(span >= 1 && listed.numel() <= entries, "listed: expected at most ", entries, " entries of ", span,
+                  " blocks, got ", listed.numel());
+  const int64_t* values = listed.const_data_ptr<int64_t>();
+  if (listed.is_cpu())
+    for (int64_t i = 0; i < listed.numel(); ++i)
+      STD_TORCH_CHECK(values[i] >= 0 && values[i] < entries && (i == 0 || values[i] > values[i - 1]),
+                      "listed: expected rising numbers from 0 to ", entries - 1, ", got ", values[i]);
+  return {values, listed.numel(), span};
+}
+
+// The only segment of a plan as the gradients of listed blocks lie in memory.
+inline hsaid::Segment segment_of(const CheckedPlan& plan, const hsaid::Listed& listed) {
+  hsaid::Segment s = plan.segments[0];
+  s.offset = s.out_offset = 0;
+  s.rows = 1;
+  s.cols = s.row_stride = listed.count * listed.span << plan.params.q;
+  return s;
+}
+
 inline void check_run_blocks(int64_t run_blocks) {
   STD_TORCH_CHECK(run_blocks >= 1 && run_blocks <= 1 << 28, "run_blocks: expected at least 1, got ", run_blocks);
 }

@@ -45,7 +45,8 @@ Tensor pooled(int64_t numel, int64_t item, ScalarType dtype, const Tensor& like)
 int64_t empty_cache() { return hsaid::empty_pool(); }
 
 Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, Tensor segments, int64_t seed,
-                        int64_t width, bool rademacher, Tensor holes, int64_t numel, ScalarType dtype) {
+                        int64_t width, bool rademacher, Tensor holes, int64_t numel, ScalarType dtype,
+                        std::optional<Tensor> listed, int64_t span) {
   theta = torch::stable::contiguous(theta);
   factors = torch::stable::contiguous(factors);
   const CheckedPlan plan =
@@ -57,23 +58,42 @@ Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, 
     check_base_dtype(views.back().dtype, out_dtype);
   }
   const hsaid::Segment* hole_rows = check_written(plan, base, holes, numel);
+  hsaid::Listed blocks{};
+  if (listed) {
+    STD_TORCH_CHECK(listed->is_cpu() && plan.segments[0].out_offset == 0, "listed: expected a tensor on the CPU");
+    blocks = check_listed(plan, *listed, span);
+    numel = blocks.count * span * width;
+    if (numel == 0) return torch::stable::empty({0}, dtype);
+  }
   const int64_t item = hsaid::item_size(out_dtype);
   const bool large = numel * item > kLargeBytes;
   Tensor out = large ? pooled(numel, item, dtype, theta) : torch::stable::empty({numel}, dtype);
   hsaid::fastfood_forward(
       {plan.params, floats(theta, plan.params.dim, "theta"), floats(factors, plan.num_segments, "factors"),
-       plan.segments, plan.num_segments, hole_rows, holes.size(0), views.empty() ? nullptr : views.data(),
-       out.mutable_data_ptr(), out_dtype, large},
+       plan.segments, plan.num_segments, hole_rows, listed ? 0 : holes.size(0),
+       views.empty() ? nullptr : views.data(), out.mutable_data_ptr(), out_dtype, large, blocks},
       torch_threads());
   return out;
 }
 
 std::tuple<Tensor, Tensor> fastfood_adjoint(Tensor theta, Tensor factors, std::vector<std::optional<Tensor>> grads,
                                             Tensor segments, int64_t seed, int64_t width, bool rademacher,
-                                            int64_t run_blocks) {
+                                            int64_t run_blocks, std::optional<Tensor> listed, int64_t span) {
   theta = torch::stable::contiguous(theta);
   factors = torch::stable::contiguous(factors);
-  const CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, grads.size());
+  CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, grads.size());
+  hsaid::Listed blocks{};
+  hsaid::Segment segment;
+  if (listed) {
+    STD_TORCH_CHECK(listed->is_cpu(), "listed: expected a tensor on the CPU");
+    blocks = check_listed(plan, *listed, span);
+    if (blocks.count == 0) {
+      Tensor dtheta = torch::stable::empty_like(theta), dfactors = torch::stable::empty_like(factors);
+      return {torch::stable::zero_(dtheta), torch::stable::zero_(dfactors)};
+    }
+    segment = segment_of(plan, blocks);
+    plan.segments = &segment;
+  }
   check_run_blocks(run_blocks);
   std::vector<hsaid::TensorView> views;
   for (const std::optional<Tensor>& t : grads)
@@ -85,7 +105,7 @@ std::tuple<Tensor, Tensor> fastfood_adjoint(Tensor theta, Tensor factors, std::v
   Tensor dfactors = torch::stable::empty_like(factors);
   hsaid::fastfood_adjoint(
       {plan.params, floats(theta, plan.params.dim, "theta"), floats(factors, plan.num_segments, "factors"),
-       plan.segments, plan.num_segments, views.data(), run_blocks},
+       plan.segments, plan.num_segments, views.data(), run_blocks, blocks},
       padded.mutable_data_ptr<float>(), dfactors.mutable_data_ptr<float>(), torch_threads());
   Tensor dtheta = torch::stable::empty_like(theta);
   std::memcpy(dtheta.mutable_data_ptr(), padded.const_data_ptr(), plan.params.dim * sizeof(float));

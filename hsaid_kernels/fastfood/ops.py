@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hsaid_kernels.fastfood import reference
-from hsaid_kernels.fastfood.plan import Plan, check_choice, find_plan
+from hsaid_kernels.fastfood.plan import MAX_WIDTH, Plan, check_choice, find_plan
 
 NAMESPACE, TRITON_NAMESPACE = "hsaid_kernels", "hsaid_kernels_triton"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,12 +29,15 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 # `segments` and `holes` are Plan's tables, on the CPU for every backend. `factors` [S] already contain the scales s_i.
 # `base` and `grads` have one entry per tensor. stream_values, for tests, returns one block [width] of a random stream
-# (docs/rng.md) as the backend generates it; `purpose` is one of the constants in reference.py.
+# (docs/rng.md) as the backend generates it; `purpose` is one of the constants in reference.py. With `listed`, int64
+# [count] in rising order, of a plan with one dense segment, only some blocks are made, or have a gradient: entry e
+# stands for the blocks from e * span to (e + 1) * span - 1. They lie side by side: [count * span * width] values.
 _PLAN = "Tensor segments, int seed, int width, bool rademacher"
 _SCHEMAS = {
     "fastfood_forward": f"(Tensor theta, Tensor factors, Tensor[] base, {_PLAN}, Tensor holes, int numel, "
-    "ScalarType dtype) -> Tensor",
-    "fastfood_adjoint": f"(Tensor theta, Tensor factors, Tensor?[] grads, {_PLAN}, int run_blocks) -> (Tensor, Tensor)",
+    "ScalarType dtype, Tensor? listed=None, int span=1) -> Tensor",
+    "fastfood_adjoint": f"(Tensor theta, Tensor factors, Tensor?[] grads, {_PLAN}, int run_blocks, "
+    "Tensor? listed=None, int span=1) -> (Tensor, Tensor)",
     "hadamard_transform": "(Tensor x, float scale) -> Tensor",
     "stream_values": "(Tensor like, int seed, int stream, int purpose, int block, int chunk, int width, "
     "bool rademacher) -> Tensor",
@@ -42,11 +45,11 @@ _SCHEMAS = {
 torch.library.define(f"{NAMESPACE}::empty_cache", "() -> int")
 
 
-def _fake_forward(theta, factors, base, segments, seed, width, rademacher, holes, numel, dtype):
-    return theta.new_empty(numel, dtype=dtype)
+def _fake_forward(theta, factors, base, segments, seed, width, rademacher, holes, numel, dtype, listed=None, span=1):
+    return theta.new_empty(numel if listed is None else len(listed) * span * width, dtype=dtype)
 
 
-def _fake_adjoint(theta, factors, grads, segments, seed, width, rademacher, run_blocks):
+def _fake_adjoint(theta, factors, grads, segments, seed, width, rademacher, run_blocks, listed=None, span=1):
     return torch.empty_like(theta), torch.empty_like(factors)
 
 
@@ -237,7 +240,14 @@ def _signed(seed: int) -> int:
 
 
 def fastfood_forward(
-    plan: Plan, theta: Tensor, factors: Tensor, base: Sequence[Tensor], dtype: torch.dtype, backend: str
+    plan: Plan,
+    theta: Tensor,
+    factors: Tensor,
+    base: Sequence[Tensor],
+    dtype: torch.dtype,
+    backend: str,
+    listed: Tensor | None = None,
+    span: int = 1,
 ) -> Tensor:
     """The weights base_i + factors_i * H(G z_i) of all segments, as one flat buffer [plan.numel] in `dtype`.
 
@@ -245,33 +255,53 @@ def fastfood_forward(
         theta: float32 [plan.dim].
         factors: float32 [S], already multiplied by the scales s_i.
         base: a tensor for each tensor of the plan, in `dtype` or float32, or empty for zeros.
+        listed: int64 [count], rising, for a plan with one dense segment. Then only some of its blocks are made, and lie
+            side by side: entry e stands for the `span` blocks from e * span on. None means the whole buffer. On a GPU
+            the values are not checked.
+        span: on a GPU `row_span(...)`, else any.
 
     The gaps between tensors in the buffer are 0. Equivalent to `reference.forward`, bit for bit in float32.
     """
     if torch.compiler.is_compiling():
         return torch.ops.hsaid_kernels.planned_forward(theta, factors, list(base), plan.key, dtype, backend)
     if backend == "reference":
-        return reference.forward(plan, theta, factors, base, dtype)
+        return reference.forward(plan, theta, factors, base, dtype, listed, span)
     width, signs, seed = plan.width, plan.rademacher, _signed(plan.seed)
     return _kernels(backend).fastfood_forward(
-        theta, factors, list(base), plan.segments, seed, width, signs, plan.holes, plan.numel, dtype
+        theta, factors, list(base), plan.segments, seed, width, signs, plan.holes, plan.numel, dtype, listed, span
     )
 
 
 def fastfood_adjoint(
-    plan: Plan, theta: Tensor, factors: Tensor, grads: Sequence[Tensor | None], backend: str
+    plan: Plan,
+    theta: Tensor,
+    factors: Tensor,
+    grads: Sequence[Tensor | None],
+    backend: str,
+    listed: Tensor | None = None,
+    span: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Returns (dtheta [dim], dfactors [S]), both float32, for the gradients of the plan's tensors; None counts as zero.
 
-    `theta` and `factors` are as in `fastfood_forward`. Equivalent to `reference.adjoint`, bit for bit in float32.
+    `theta`, `factors`, `listed` and `span` are as in `fastfood_forward`; with `listed`, the one gradient is that of the
+    listed blocks, as they lie side by side. Equivalent to `reference.adjoint`, bit for bit in float32.
     """
     if torch.compiler.is_compiling():
         return torch.ops.hsaid_kernels.planned_adjoint(theta, factors, list(grads), plan.key, backend)
     if backend == "reference":
-        return reference.adjoint(plan, theta, factors, [_plain(grad) for grad in grads])
+        return reference.adjoint(plan, theta, factors, [_plain(grad) for grad in grads], listed, span)
+    width, signs, seed = plan.width, plan.rademacher, _signed(plan.seed)
     return _kernels(backend).fastfood_adjoint(
-        theta, factors, grads, plan.segments, _signed(plan.seed), plan.width, plan.rademacher, plan.run_blocks
+        theta, factors, grads, plan.segments, seed, width, signs, plan.run_blocks, listed, span
     )
+
+
+def row_span(plan: Plan, backend: str) -> int:
+    """How many blocks an entry of `listed` should stand for: as few as a backend can make by themselves.
+
+    The kernels of GPUs work in tiles of 2^14 values, which may be several blocks.
+    """
+    return MAX_WIDTH // plan.width if backend in ("cuda", "triton") else 1
 
 
 # The ops that torch.compile puts into its graphs. They take the plan by its key instead of its tables, because those

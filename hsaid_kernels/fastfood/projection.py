@@ -67,7 +67,7 @@ class Project(torch.autograd.Function):
         # checkpointing that layer runs again in backward without creating the node, and torch.utils.checkpoint raises
         # an error if the recomputation saves other tensors than the forward did.
         ctx.theta, ctx.factors = theta, factors
-        ctx.version = _version(theta)
+        ctx.version = version(theta)
         ctx.set_materialize_grads(False)
         views = projection.plan.views(flat, part.plan.names)
         return tuple(views if kind is None else map(kind, views))
@@ -75,7 +75,7 @@ class Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         theta, factors, part = ctx.theta, ctx.factors, ctx.part
-        if _version(theta) != ctx.version:
+        if version(theta) != ctx.version:
             raise RuntimeError("theta has been changed in place between forward and backward, which needs it unchanged")
         if ctx.check is not None:
             ctx.check()
@@ -88,16 +88,16 @@ class Project(torch.autograd.Function):
                 dfactors = torch.zeros_like(factors).index_copy(0, rows, dfactors)
         if torch.is_grad_enabled():  # create_graph=True
             given = (g for g in grads if g is not None)
-            dtheta, dfactors = _NoSecondDerivative.apply(theta, factors, *given, dtheta, dfactors)
+            dtheta, dfactors = NoSecondDerivative.apply(theta, factors, *given, dtheta, dfactors)
         return dtheta, dfactors, None, None, None, None, None
 
 
-def _version(tensor: Tensor) -> int | None:
+def version(tensor: Tensor) -> int | None:
     """The tensor's version counter; None in a compiled graph and for inference tensors, which have none."""
     return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
-class _NoSecondDerivative(torch.autograd.Function):
+class NoSecondDerivative(torch.autograd.Function):
     """Returns the last two arguments. They depend on all the others, but differentiating them raises RuntimeError.
 
     torch's `once_differentiable` is not enough: it only looks at the incoming gradients. If these do not require grad,

@@ -162,13 +162,24 @@ def _elements(piece: Segment, tensor: Tensor) -> Tensor:
 
 
 def forward(
-    plan: Plan, theta: Tensor, factors: Tensor, base: Sequence[Tensor], dtype: torch.dtype = torch.float32
+    plan: Plan,
+    theta: Tensor,
+    factors: Tensor,
+    base: Sequence[Tensor],
+    dtype: torch.dtype = torch.float32,
+    listed: Tensor | None = None,
+    span: int = 1,
 ) -> Tensor:
     """The weights W_i = base_i + factors_i * (P_i theta / s_i) as a flat buffer [plan.numel] in `dtype`.
 
     `factors` [S] already contain the scales s_i. `base` has a tensor for each tensor of the plan, or is empty for
-    zeros. Computes in theta's dtype, on the CPU.
+    zeros. With `listed`, as in `ops.fastfood_forward`, only these blocks: [len(listed) * span * n], 0 behind the end of
+    the segment. Computes in theta's dtype, on the CPU.
     """
+    if listed is not None:
+        whole = forward(plan, theta, factors, base, dtype)[: plan.pieces[0].numel]
+        size = span * plan.width
+        return torch.nn.functional.pad(whole, (0, -len(whole) % size)).view(-1, size)[listed].flatten()
     flat = torch.zeros(plan.numel, dtype=theta.dtype)
     weights = plan.views(flat)
     for w, b in zip(weights, base):
@@ -188,11 +199,18 @@ def forward(
     return flat.to(dtype)
 
 
-def adjoint(plan: Plan, theta: Tensor, factors: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+def adjoint(
+    plan: Plan,
+    theta: Tensor,
+    factors: Tensor,
+    grads: Sequence[Tensor | None],
+    listed: Tensor | None = None,
+    span: int = 1,
+) -> tuple[Tensor, Tensor]:
     """Returns (dtheta [dim], dfactors [S]) for the gradients of the plan's tensors, where None counts as zero.
 
-    `factors` [S] already contain the scales s_i; dfactors are the gradients of these. Computes in theta's dtype, on the
-    CPU.
+    `factors` [S] already contain the scales s_i; dfactors are the gradients of these. With `listed`, as in
+    `ops.fastfood_adjoint`, the one gradient is that of these blocks. Computes in theta's dtype, on the CPU.
     """
     n, dtype = plan.width, theta.dtype
     dtheta, dfactors = torch.zeros(plan.chunks, n, dtype=dtype), torch.zeros(len(plan.pieces), dtype=dtype)
@@ -201,8 +219,11 @@ def adjoint(plan: Plan, theta: Tensor, factors: Tensor, grads: Sequence[Tensor |
         if grad is None:
             continue
         stream = stream_id(piece.tensor, piece.label)
-        g = _elements(piece, grad).to(dtype).flatten()
-        g = torch.nn.functional.pad(g, (0, plan.blocks(piece) * n - piece.numel)).view(-1, n)
+        g = (grad.flatten() if listed is not None else _elements(piece, grad).flatten()).to(dtype)
+        g = torch.nn.functional.pad(g, (0, -len(g) % n)).view(-1, n)
+        numbers = torch.arange(len(g))  # of the blocks
+        if listed is not None:
+            numbers = (listed[:, None] * span + torch.arange(span)).flatten()
         u = torch.zeros(plan.chunks, n, dtype=dtype)
         runs = MAX_WIDTH // n  # number of runs in a group
         for group_blocks in torch.arange(len(g)).split(plan.run_blocks * runs):
@@ -211,7 +232,7 @@ def adjoint(plan: Plan, theta: Tensor, factors: Tensor, grads: Sequence[Tensor |
                 hg = walsh_hadamard(g[block], transpose=True)
                 run = torch.zeros_like(u)
                 for chunk in range(plan.chunks):
-                    for product in _diagonal(plan, stream, block, chunk, dtype) * hg:
+                    for product in _diagonal(plan, stream, numbers[block], chunk, dtype) * hg:
                         run[chunk] += product
                 group += run
             u += group
