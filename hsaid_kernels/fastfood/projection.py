@@ -51,6 +51,16 @@ class Part:
             self._rows[key] = None if rows is None else rows.to(device)
         return self._rows[key]
 
+    def own(self, factors: Tensor) -> Tensor:
+        """The factors of the part's segments, of those of the whole plan."""
+        rows = self.rows_on(factors.device)
+        return factors if rows is None else factors[rows]
+
+    def among(self, own: Tensor, factors: Tensor) -> Tensor:
+        """The transpose of `own`: 0 for all other segments."""
+        rows = self.rows_on(factors.device)
+        return own if rows is None else torch.zeros_like(factors).index_copy(0, rows, own)
+
 
 class Project(torch.autograd.Function):
     """(theta, factors) -> the weights of a part, as views of `flat`. Backward gives the exact gradients of both.
@@ -81,11 +91,8 @@ class Project(torch.autograd.Function):
             ctx.check()
         backend = ops.choose_backend(ctx.projection.backend, theta.device)
         with torch.no_grad():
-            rows = part.rows_on(theta.device)
-            own = factors if rows is None else factors[rows]
-            dtheta, dfactors = ops.fastfood_adjoint(part.plan, theta, own, grads, backend)
-            if rows is not None:
-                dfactors = torch.zeros_like(factors).index_copy(0, rows, dfactors)
+            dtheta, own = ops.fastfood_adjoint(part.plan, theta, part.own(factors), grads, backend)
+            dfactors = part.among(own, factors)
         if torch.is_grad_enabled():  # create_graph=True
             given = (g for g in grads if g is not None)
             dtheta, dfactors = NoSecondDerivative.apply(theta, factors, *given, dtheta, dfactors)

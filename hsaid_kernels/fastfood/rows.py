@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hsaid_kernels.fastfood import ops
 from hsaid_kernels.fastfood.plan import Plan, whole
-from hsaid_kernels.fastfood.projection import NoSecondDerivative, Projection, version
+from hsaid_kernels.fastfood.projection import NoSecondDerivative, Part, Projection, version
 
 
 def has_rows(plan: Plan, name: str) -> bool:
@@ -68,49 +68,51 @@ class Blocks:
 
 
 class Rows(torch.autograd.Function):
-    """(theta, factor) -> rows [U, D] of the only tensor of a plan. Backward gives the exact gradients of both.
+    """(theta, factors) -> rows [U, D] of the only tensor of a part. Backward gives the exact gradients of both.
 
-    `factor` [1] is multiplied by the scale already; see `Project` for `check`.
+    `factors` and `check` are those of `Project`.
     """
 
     @staticmethod
-    def forward(ctx, theta, factor, projection, base, rows, check):
-        plan = projection.plan
+    def forward(ctx, theta, factors, projection, part, base, rows, check):
+        plan = part.plan
         (shape,) = plan.shapes.values()
         backend = ops.choose_backend(projection.backend, theta.device)
         blocks = Blocks.of(rows, shape[1], plan.width, ops.row_span(plan, backend))
-        ctx.theta, ctx.factor, ctx.projection, ctx.blocks, ctx.check = theta, factor, projection, blocks, check
-        ctx.version = version(theta)
+        ctx.theta, ctx.factors, ctx.projection, ctx.part, ctx.blocks = theta, factors, projection, part, blocks
+        ctx.check, ctx.version = check, version(theta)
+        factor = part.own(factors)
         flat = ops.fastfood_forward(plan, theta, factor, [base], projection.dtype, backend, blocks.listed, blocks.span)
         return blocks.gathered(flat)
 
     @staticmethod
     def backward(ctx, grad):
-        theta, factor, blocks, plan = ctx.theta, ctx.factor, ctx.blocks, ctx.projection.plan
+        theta, factors, part, blocks = ctx.theta, ctx.factors, ctx.part, ctx.blocks
         if version(theta) != ctx.version:
             raise RuntimeError("theta has been changed in place between forward and backward, which needs it unchanged")
         if ctx.check is not None:
             ctx.check()
         backend = ops.choose_backend(ctx.projection.backend, theta.device)
         with torch.no_grad():
-            grads = [blocks.scattered(grad, plan.width)]
-            dtheta, dfactor = ops.fastfood_adjoint(plan, theta, factor, grads, backend, blocks.listed, blocks.span)
+            grads, listed = [blocks.scattered(grad, part.plan.width)], (blocks.listed, blocks.span)
+            dtheta, own = ops.fastfood_adjoint(part.plan, theta, part.own(factors), grads, backend, *listed)
+            dfactors = part.among(own, factors)
         if torch.is_grad_enabled():  # create_graph=True
-            dtheta, dfactor = NoSecondDerivative.apply(theta, factor, grad, dtheta, dfactor)
-        return dtheta, dfactor, None, None, None, None
+            dtheta, dfactors = NoSecondDerivative.apply(theta, factors, grad, dtheta, dfactors)
+        return dtheta, dfactors, None, None, None, None, None
 
 
 def rows_of(
     projection: Projection,
     theta: Tensor,
-    factor: Tensor,
+    scaled: Tensor,
+    part: Part,
     base: Tensor,
     rows: Tensor,
     check: Callable[[], None] | None = None,
 ) -> Tensor:
-    """`rows` [U] of the only tensor of the projection's plan, a matrix: [U, D]. Does not check its arguments.
+    """Rows [U, D] of the only tensor of a part, a matrix whose W0 is `base`. Does not check its arguments.
 
-    `factor` [1] is multiplied by the plan's scale, `base` is W0 and contiguous, `rows` int64 in rising order without
-    repetitions; `check` as in `Projection.part`.
+    `rows` is int64 [U], rising; the other arguments are those of `Projection.part`.
     """
-    return Rows.apply(theta, factor, projection, base, rows, check)
+    return Rows.apply(theta, scaled, projection, part, base, rows, check)

@@ -41,7 +41,7 @@ class CurrentWeights:
         for module, place in inside:
             now = {key: getattr(module, key) for key in (*place.names, *place.masks)}
             # as ordinary tensors: torch.compile does not know subclasses
-            place.graph = {key: t.as_subclass(torch.Tensor) if type(t) is Weight else t for key, t in now.items()}
+            place.graph = {key: t.as_subclass(torch.Tensor) if isinstance(t, Weight) else t for key, t in now.items()}
         try:
             return self.compiled(*args, **kwargs)
         finally:

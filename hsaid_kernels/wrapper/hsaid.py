@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
+from hsaid_kernels.fastfood.plan import check_choice
 from hsaid_kernels.fastfood.selection import Patterns
 from hsaid_kernels.wrapper.basis import as_json, basis_of
 from hsaid_kernels.wrapper.comparison import check_active_ranks
 from hsaid_kernels.wrapper.configuration import TASK
+from hsaid_kernels.wrapper.groups import MEMORY
 from hsaid_kernels.wrapper.heads import Heads
 from hsaid_kernels.wrapper.merging import merged_copy
 from hsaid_kernels.wrapper.multitask import MultiTask
@@ -62,6 +64,9 @@ class HSAID(MultiTask):
         dtype: of the projected weights: torch.float32, bfloat16 or float16. None means for each tensor the dtype of its
             W0, and follows `.to(dtype)`. A dtype other than that of W0 requires W0 in float32.
         backend: "auto", or one of `available_backends()`.
+        memory: "step" makes the weights of all blocks of the model in one launch, and keeps them. "block" makes those
+            of a block when it runs, frees them when the next one runs, and makes them again, with the same bits, when
+            backward needs them: a training step then holds W0, the activations, and about two blocks.
         task: the name of the first task, see `add_task`.
 
     Attributes:
@@ -126,9 +131,11 @@ class HSAID(MultiTask):
         pruned: Heads | None = None,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
+        memory: str = "step",
         task: str = TASK,
     ):
         super().__init__()
+        check_choice("memory", memory, MEMORY)
         if isinstance(model, nn.Module) and any(isinstance(module, HSAID) for module in model.modules()):
             raise TypeError("model: expected a plain module, got one that is or holds an HSAID")
         model = plain(model)
@@ -147,7 +154,15 @@ class HSAID(MultiTask):
         self.hierarchy, self.partition = basis.hierarchy, basis.partition
         self.plan, self.pruned, self.frozen = basis.plan, basis.pruned, basis.frozen
         self._projected = ProjectedWeights(
-            model, self._parameters, basis.full, basis.plan, basis.partition, dtype, backend, own_full=self._own_full
+            model,
+            self._parameters,
+            basis.full,
+            basis.plan,
+            basis.partition,
+            dtype,
+            backend,
+            memory=memory,
+            own_full=self._own_full,
         )
         self._tasks = Tasks(check_task(task), basis.full)
         self._buffers_of = {}
@@ -261,6 +276,11 @@ class HSAID(MultiTask):
     def backend(self) -> str:
         """The argument `backend`."""
         return self._projected.backend
+
+    @property
+    def memory(self) -> str:
+        """The argument `memory`."""
+        return self._projected.memory
 
     @property
     def dtype(self) -> torch.dtype:

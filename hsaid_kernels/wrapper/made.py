@@ -9,27 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
 from hsaid_kernels.fastfood.plan import Plan
-from hsaid_kernels.fastfood.projection import Part, Projection
+from hsaid_kernels.fastfood.projection import version
 from hsaid_kernels.hierarchy import Partition
-from hsaid_kernels.wrapper.weight import Weight
-
-
-class Group:
-    """The tensors whose weights have the same dtype. They are made by one launch, into one buffer.
-
-    whole   all of them, as a part of the plan
-    parts   the same tensors, divided: one node of the autograd graph, and one call of the adjoint, for each
-    """
-
-    def __init__(self, whole: Part, parts: Sequence[Part], projection: Projection):
-        self.whole, self.parts, self.projection = whole, parts, projection
-
-    def scaled(self, partition: Partition, multipliers: Tensor) -> Tensor:
-        """The factors of the group's segments, multiplied by the plan's scales."""
-        factors, rows = partition.factors(multipliers), self.whole.rows_on(multipliers.device)
-        return (factors if rows is None else factors[rows]) * self.whole.plan.scales_on(multipliers.device)
+from hsaid_kernels.wrapper.groups import Group
+from hsaid_kernels.wrapper.weight import READ_ONLY, Weight
 
 
 class Made:
@@ -39,56 +23,101 @@ class Made:
     torch's version counter. W0 is compared by address and version counter. References to these tensors are kept, so no
     new tensor can get the same address.
 
-    weights   {name: weight} without a graph, or empty until one is asked for (`weight`)
+    values    theta and the multipliers, as they were: the weights are made from these
+    flats     {group: its weights, as one buffer}, those made last at the end
+    room      bytes of buffers that are kept; None means all
+    weights   {name: weight} without a graph, made group by group when one is asked for (`weight`)
     nodes     {name: weight} of the same values with a graph, made part by part when a weight of the part is first read;
               emptied before each call of the HSAID, because autograd runs the most recently made nodes first: a node
               made when its first block runs is reached as soon as backward has left that block
+    scaled    the factors of all segments, multiplied by the plan's scales, with a graph; as `nodes`
     tracked   whether torch counts the versions of all these tensors; it does not for inference tensors
     seen      names read from outside a call since everything was last compared
     """
 
     def __init__(
-        self, theta: nn.Parameter, multipliers: nn.Parameter, w0: Mapping[str, nn.Parameter], groups: Sequence[Group]
+        self,
+        theta: nn.Parameter,
+        multipliers: nn.Parameter,
+        w0: Mapping[str, nn.Parameter],
+        groups: Sequence[Group],
+        room: int | None,
     ):
-        self.theta, self.multipliers, self.w0, self.groups = theta, multipliers, w0, groups
+        self.theta, self.multipliers, self.w0, self.groups, self.room = theta, multipliers, w0, groups, room
         self.tracked = not any(tensor.is_inference() for tensor in (theta, multipliers, *w0.values()))
         self.values = [tensor.detach().clone() for tensor in (theta, multipliers)]
         self.versions = [tensor._version if self.tracked else 0 for tensor in (theta, multipliers)]
-        self.flats: list[Tensor] = []
+        self.group_of = {name: group for group in groups for name in group.names}
+        self.stamps = {
+            name: (tensor, tensor.data_ptr(), tensor._version if self.tracked else 0) for name, tensor in w0.items()
+        }
+        self.kept = [tensor.detach() for tensor in w0.values()]
+        self.flats: dict[Group, Tensor] = {}
+        self.written = 0  # the version of a buffer that nobody has written to
+        self.quick: dict[Any, Any] = {}  # {name: what to compare} of the weights that there are
         self.weights: dict[str, Weight] = {}
+        self.storages: dict[int, Group] = {}
         self.seen: set[str] = set()
         self.forget_nodes()
 
     def forget_nodes(self) -> None:
         self.nodes: dict[str, Weight] = {}
-        self.scaled: dict[Group, Tensor] = {}
+        self.scaled: Tensor | None = None
         self.wanting = (self.theta.requires_grad, self.multipliers.requires_grad)
         self.wanted = any(self.wanting)
 
-    def finish(self) -> None:
-        """Notes what the weights are made of, once they are made."""
-        self.written = self.flats[0]._version
-        flats = {name: flat for group, flat in self._flats() for name in group.whole.plan.names}
-        self.stamps = {
-            name: (tensor, tensor.data_ptr(), tensor._version if self.tracked else 0, flats[name])
-            for name, tensor in self.w0.items()
-        }
-        self.quick: dict[Any, Any] = {**self.stamps} if self.tracked else {}
-        self.kept = [tensor.detach() for tensor in self.w0.values()]
+    def make(self, group: Group, scaled: Tensor) -> Tensor:
+        """Makes the weights of a group, where they are not there. `scaled` is of `values`.
 
-    def _flats(self) -> Iterator[tuple[Group, Tensor]]:
-        return zip(self.groups, self.flats, strict=True)
+        Raises RuntimeError if its W0 has changed.
+        """
+        if group in self.flats:
+            return self.flats[group]
+        base = [self.w0[name] for name in group.names]
+        for name, tensor in zip(group.names, base, strict=True):
+            _, address, before = self.stamps[name]
+            if tensor.data_ptr() != address or (self.tracked and tensor._version != before):
+                raise RuntimeError(
+                    f"model: expected {name!r} to stay as it is between forward and backward, which makes its weight "
+                    "again (memory='block'), got one that has been changed"
+                )
+        while self.room is not None and self.flats and self.nbytes() + group.nbytes > self.room:
+            self._drop(next(iter(self.flats)))  # before the new ones need the memory
+        flat = group.projection.flat(self.values[0], group.whole.own(scaled), base)
+        self.written = flat._version
+        self.flats[group] = flat
+        self.storages[flat.untyped_storage().data_ptr()] = group
+        if self.tracked:
+            self.quick |= {name: (*self.stamps[name], flat) for name in group.names}
+        return flat
+
+    def nbytes(self) -> int:
+        """Of the buffers that are kept."""
+        return sum(group.nbytes for group in self.flats)
+
+    def _drop(self, group: Group) -> None:
+        flat = self.flats.pop(group)
+        self.check_unwritten(flat)
+        del self.storages[flat.untyped_storage().data_ptr()]
+        for held in (self.quick, self.weights, self.nodes):
+            for name in group.names:
+                held.pop(name, None)
+
+    def check_unwritten(self, flat: Tensor) -> None:
+        """Raises RuntimeError if somebody has written to a weight in this buffer."""
+        if flat._version != self.written:
+            raise RuntimeError(f"model: one of its weights was written to in place, but {READ_ONLY}")
 
     def weight(self, name: str) -> Weight:
-        """A weight without a graph. The first call makes those of all tensors, which a training step does not need."""
-        if not self.weights:
+        """A weight without a graph. The first call makes those of its whole group, which must have been made."""
+        if name not in self.weights:
+            group = self.group_of[name]
             with torch.inference_mode(False), torch.no_grad(), undisturbed():
-                made: dict[str, Weight] = {}
-                for group, flat in self._flats():
-                    made |= zip(group.whole.plan.names, map(Weight.of, group.whole.plan.views(flat)), strict=True)
+                views = map(Weight.of, group.whole.plan.views(self.flats[group]))
+                made = dict(zip(group.names, views, strict=True))
             for own, weight in made.items():
                 weight.w0 = self.w0[own]
-            self.weights = made
+            self.weights |= made
         return self.weights[name]
 
     def has(self, values: list[Tensor]) -> bool:
@@ -100,16 +129,21 @@ class Made:
         return all(map(torch.equal, self.values, trained))
 
 
+def scaled_factors(plan: Plan, partition: Partition, multipliers: Tensor) -> Tensor:
+    """The factors of all segments of a plan, multiplied by its scales."""
+    return partition.factors(multipliers) * plan.scales_on(multipliers.device)
+
+
 class Scaled(torch.autograd.Function):
-    """Multipliers [m] -> `Group.scaled`. Saves nothing that one backward would free.
+    """Multipliers [m] -> `scaled_factors`. Saves nothing that one backward would free.
 
     So the weights of now can be used by several forward passes, each with a backward of its own.
     """
 
     @staticmethod
-    def forward(ctx, multipliers, group, partition):
-        ctx.multipliers, ctx.version, ctx.group, ctx.partition = multipliers, version(multipliers), group, partition
-        return group.scaled(partition, multipliers)
+    def forward(ctx, multipliers, plan, partition):
+        ctx.multipliers, ctx.version, ctx.plan, ctx.partition = multipliers, version(multipliers), plan, partition
+        return scaled_factors(plan, partition, multipliers)
 
     @staticmethod
     def backward(ctx, grad):
@@ -120,14 +154,9 @@ class Scaled(torch.autograd.Function):
         graph = torch.is_grad_enabled()
         with torch.enable_grad():
             multipliers = ctx.multipliers if graph else ctx.multipliers.detach().requires_grad_()
-            scaled = ctx.group.scaled(ctx.partition, multipliers)
+            scaled = scaled_factors(ctx.plan, ctx.partition, multipliers)
             (found,) = torch.autograd.grad(scaled, multipliers, grad, create_graph=graph, allow_unused=True)
         return found, None, None
-
-
-def version(tensor: Tensor) -> int | None:
-    """The tensor's version counter; None for inference tensors, which have none."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def check_devices(w0: Mapping[str, Tensor], theta: Tensor) -> None:
@@ -137,29 +166,6 @@ def check_devices(w0: Mapping[str, Tensor], theta: Tensor) -> None:
             f"model: expected its tensors on {theta.device}, where theta is, got some on {elsewhere.pop()}: "
             "hsaid.to(device) moves both"
         )
-
-
-def divide(
-    plan: Plan, parts: Sequence[Sequence[str]], dtypes: Sequence[torch.dtype], given: torch.dtype | None, backend: str
-) -> list[Group]:
-    """The tensors of a plan by the dtype of their weights: `given`, or that of W0, one of `dtypes` for each tensor.
-
-    Raises ValueError if W0 has a dtype other than `given` and float32, TypeError for a dtype that cannot be projected.
-    """
-    found = ", ".join(sorted(set(map(str, dtypes))))
-    if not set(dtypes) <= set(WEIGHT_DTYPES):
-        raise TypeError(f"model: expected tensors in float32, bfloat16 or float16, got {found}")
-    if given is not None and not set(dtypes) <= {given, torch.float32}:
-        raise ValueError(f"dtype: expected the dtype of the model's tensors ({found}) or None, got {given}")
-    groups = []
-    one = given is not None or len(set(dtypes)) == 1
-    for dtype in dict.fromkeys(dtypes) if given is None else [given]:
-        names = [name for name, own in zip(plan.names, dtypes, strict=True) if one or own == dtype]
-        whole = Part(plan, None if one else names)
-        chosen = [[name for name in part if name in whole.plan.shapes] for part in parts]
-        own_parts = [Part(whole.plan, part) for part in chosen if part]
-        groups.append(Group(whole, own_parts, Projection(whole.plan, dtype=dtype, backend=backend)))
-    return groups
 
 
 @contextmanager

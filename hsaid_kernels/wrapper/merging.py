@@ -23,6 +23,13 @@ class _Plain:
     def quickly(self, name: str | None, parameter: nn.Parameter | None) -> Tensor | None:
         return parameter
 
+    def table(self, name: str | None, parameter: nn.Parameter) -> nn.Parameter:
+        return parameter
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        return ()
+
     def tree_changed(self) -> None:
         pass
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -15,14 +15,18 @@ from torch.autograd import forward_ad
 
 from hsaid_kernels.fastfood import ops
 from hsaid_kernels.fastfood.plan import Plan
+from hsaid_kernels.fastfood.rows import rows_of
 from hsaid_kernels.hierarchy import Partition
 from hsaid_kernels.wrapper.blocks import blocks_of, joined
 from hsaid_kernels.wrapper.eager import runs_eagerly
-from hsaid_kernels.wrapper.made import Group, Made, Scaled, check_devices, divide, undisturbed
+from hsaid_kernels.wrapper.groups import Group, divide, tables_of
+from hsaid_kernels.wrapper.made import Made, Scaled, check_devices, scaled_factors, undisturbed
+from hsaid_kernels.wrapper.saving import BlockWeight, keeping_places
+from hsaid_kernels.wrapper.table import Table
 from hsaid_kernels.wrapper.tasks import Own, key_of
 from hsaid_kernels.wrapper.tree import forget_derived
 from hsaid_kernels.wrapper.watched import WatchedModel
-from hsaid_kernels.wrapper.weight import READ_ONLY, Weight
+from hsaid_kernels.wrapper.weight import Weight
 
 OTHER_THETA = (
     "backward(): expected the task and the theta of forward, because torch.utils.checkpoint recomputes a part of the "
@@ -45,9 +49,11 @@ class ProjectedWeights(WatchedModel):
         partition: defines, with the plan, what theta and the multipliers mean.
         dtype: of the weights. None means for each tensor the dtype of its W0.
         backend: "auto", or one of `available_backends()`.
+        memory: "step" or "block", see `HSAID`.
 
     Attributes:
-        parts: [names], the tensors of each call of the adjoint in backward.
+        tables: names of the tensors of which single rows are made, for embeddings.
+        parts: [names], the other tensors of each call of the adjoint in backward.
     """
 
     def __init__(
@@ -60,12 +66,16 @@ class ProjectedWeights(WatchedModel):
         dtype: torch.dtype | None,
         backend: str,
         *,
+        memory: str = "step",
         own_full: bool = False,
     ):
         super().__init__(model, plan, full, own_full)
+        self.memory = memory
         self._parameters, self.partition, self.given_dtype, self.backend = trained, partition, dtype, backend
         self.full = {name: key_of(name) for name in full}
-        self.parts = joined(blocks_of(model, plan.shapes), plan.shapes)
+        self.tables = tables_of(model, plan)
+        others = [name for name in plan.names if name not in self.tables]
+        self.parts = joined(blocks_of(model, others), plan.shapes) if others else []
         self._start()
 
     def _start(self) -> None:
@@ -127,7 +137,35 @@ class ProjectedWeights(WatchedModel):
             return (made.nodes if made.wanted and torch.is_grad_enabled() else made.weights).get(name)
         return None
 
+    def table(self, name: str | None, parameter: nn.Parameter) -> Table | nn.Parameter:
+        """What a lookup of rows gets for a weight of `tables`; see `reads.py`."""
+        if not self.attached or self.kept is not None or name is None:
+            return parameter
+        return Table(self, name, parameter)
+
+    def rows(self, name: str, parameter: nn.Parameter, rows: Tensor) -> Tensor:
+        """Rows [U, D] of a weight of `tables`, for U different numbers in rising order."""
+        made = self._now(name, parameter)
+        group = made.group_of[name]
+        if not (torch.is_grad_enabled() and made.wanted):
+            return rows_of(group.projection, made.values[0], self._scaled(made), group.whole, parameter, rows)
+        with self.lock, torch.inference_mode(False), torch.enable_grad(), undisturbed():
+            return rows_of(
+                group.projection, made.theta, self._node(made), group.whole, parameter, rows, self._check(made)
+            )
+
     def _read(self, name: str, parameter: nn.Parameter) -> Weight:
+        with self.lock:  # or another thread could drop the weight in between
+            made = self._now(name, parameter)
+            if made.group_of[name] not in made.flats:
+                self._fill(made, made.group_of[name])
+            if torch.is_grad_enabled() and made.wanted:
+                weight = made.nodes.get(name)
+                return self._join(made, name) if weight is None else weight
+            return made.weight(name)
+
+    def _now(self, name: str, parameter: nn.Parameter) -> Made:
+        """What the weights of now are made of, compared with the model as far as this weight needs it."""
         made = self._made
         if made is None or not self._current(made, name, parameter):
             made = self._made = None  # frees the memory before the new weights need it
@@ -145,10 +183,7 @@ class ProjectedWeights(WatchedModel):
                     raise RuntimeError(OTHER_THETA)
         else:
             self._last_read = (made.theta, made.values)
-        if torch.is_grad_enabled() and made.wanted:
-            weight = made.nodes.get(name)
-            return self._join(made, name) if weight is None else weight
-        return made.weight(name)
+        return made
 
     def _current(self, made: Made, name: str, parameter: Tensor) -> bool:
         """Whether a weight is that of now. Runs at every read, so it compares what can be compared quickly.
@@ -157,7 +192,7 @@ class ProjectedWeights(WatchedModel):
         of theta and the multipliers too; on a GPU, where this would wait for it, only if a weight is read again.
         """
         theta, multipliers = self.trained("theta"), self.trained("multipliers")
-        own, address, version, flat = made.stamps[name]
+        own, address, version = made.stamps[name]
         if made.tracked:
             same = (
                 theta is made.theta
@@ -170,8 +205,8 @@ class ProjectedWeights(WatchedModel):
             )
         else:
             same = theta is made.theta and multipliers is made.multipliers and parameter is own
-        if flat._version != made.written:
-            self._refuse_written(made)
+        if (flat := made.flats.get(made.group_of[name])) is not None:
+            self._check_unwritten(made, flat)
         if same and not self._inside.depth:
             if name in made.seen:
                 made.seen.clear()
@@ -186,8 +221,8 @@ class ProjectedWeights(WatchedModel):
     def _serves(self, made: Made) -> bool:
         """Whether these weights are those of now. Compares everything; raises as `_verified` does."""
         theta, multipliers = self.trained("theta"), self.trained("multipliers")
-        if any(flat._version != made.written for flat in made.flats):
-            self._refuse_written(made)
+        for flat in made.flats.values():
+            self._check_unwritten(made, flat)
         if not made.tracked or theta is not made.theta or multipliers is not made.multipliers:
             return False
         if [theta._version, multipliers._version] != made.versions:
@@ -195,7 +230,7 @@ class ProjectedWeights(WatchedModel):
         own = self._verified()
         return all(
             (parameter := own[name]) is w0 and parameter._version == version and parameter.data_ptr() == address
-            for name, (w0, address, version, _) in made.stamps.items()
+            for name, (w0, address, version) in made.stamps.items()
         ) and self._equal(made, theta, multipliers)
 
     @staticmethod
@@ -205,14 +240,17 @@ class ProjectedWeights(WatchedModel):
         with undisturbed():
             return made.equals((theta, multipliers))
 
-    def _refuse_written(self, made: Made) -> None:
-        """Raises RuntimeError, once: the next read makes the weights again."""
-        if self._made is made:
-            self._made = None
-        raise RuntimeError(f"model: one of its weights was written to in place, but {READ_ONLY}")
+    def _check_unwritten(self, made: Made, flat: Tensor) -> None:
+        """Raises RuntimeError, once, if somebody has written to a weight: the next read makes the weights again."""
+        try:
+            made.check_unwritten(flat)
+        except RuntimeError:
+            if self._made is made:
+                self._made = None
+            raise
 
     def _make(self) -> Made:
-        """Computes the weights of now."""
+        """Computes the weights of now, but those that are made when they are read."""
         with self.lock, torch.inference_mode(False), torch.no_grad(), undisturbed():
             if self._made is not None:  # by another thread, meanwhile
                 return self._made
@@ -227,33 +265,49 @@ class ProjectedWeights(WatchedModel):
                     "theta: expected a tensor without a tangent, because a projection has no forward-mode derivative"
                 )
             w0 = {name: own[name] for name in self.plan.names}
-            made = Made(theta, multipliers, w0, self.groups(w0, theta))
-            for group in made.groups:
-                scaled = group.scaled(self.partition, multipliers)
-                base = [w0[name] for name in group.whole.plan.names]
-                made.flats.append(group.projection.flat(theta, scaled, base))
-            made.finish()
+            groups = self.groups(w0, theta)
+            blocks = (group.nbytes for group in groups if group.names[0] not in self.tables)
+            room = max(blocks, default=0) if self.memory == "block" else None
+            made = Made(theta, multipliers, w0, groups, room)
+            if any(not group.on_read for group in groups):
+                scaled = self._scaled(made)
+                for group in groups:
+                    if not group.on_read:
+                        made.make(group, scaled)
             self._made = made
             return made
 
+    def _scaled(self, made: Made) -> Tensor:
+        return scaled_factors(self.plan, self.partition, made.values[1])
+
+    def _fill(self, made: Made, group: Group) -> Tensor:
+        """Computes the weights of a group that are not there."""
+        with self.lock, torch.inference_mode(False), torch.no_grad(), undisturbed():
+            return made.make(group, self._scaled(made))
+
+    def _node(self, made: Made) -> Tensor:
+        """The factors of all segments, with a graph."""
+        if made.scaled is None:
+            made.scaled = Scaled.apply(made.multipliers, self.plan, self.partition)
+        return made.scaled
+
+    def _check(self, made: Made) -> Callable[[], None]:
+        return partial(_check_backward, weakref.ref(self), made.theta, made.versions[0])
+
     def _join(self, made: Made, name: str) -> Weight:
         """Adds the part of this tensor to the autograd graph, and returns the tensor."""
-        theta, multipliers = made.theta, made.multipliers
-        with self.lock, torch.inference_mode(False), torch.enable_grad(), undisturbed():
-            nodes, scaled = made.nodes, made.scaled  # another thread may empty them
-            if name in nodes:
-                return nodes[name]
-            for group, flat in zip(made.groups, made.flats, strict=True):
-                for part in group.parts:
-                    if name in part.plan.shapes:
-                        if group not in scaled:
-                            scaled[group] = Scaled.apply(multipliers, group, self.partition)
-                        check = partial(_check_backward, weakref.ref(self), theta, made.versions[0])
-                        weights = group.projection.part(theta, scaled[group], part, flat, Weight.of, check)
-                        for tensor, weight in zip(part.plan.names, weights, strict=True):
-                            nodes[tensor] = cast(Weight, weight)
-                            nodes[tensor].w0 = made.w0[tensor]
-            return nodes[name]
+        with torch.inference_mode(False), torch.enable_grad(), undisturbed():
+            group = made.group_of[name]
+            part = next(part for part in group.parts if name in part.plan.shapes)
+            check, flat = self._check(made), made.flats[group]
+            kind = Weight if self.memory == "step" else BlockWeight
+            weights = group.projection.part(made.theta, self._node(made), part, flat, kind.of, check)
+            for tensor, weight in zip(part.plan.names, cast(Sequence[Weight], weights), strict=True):
+                made.nodes[tensor] = weight
+                weight.w0 = made.w0[tensor]
+                if isinstance(weight, BlockWeight):
+                    weight.of_model = weakref.ref(made), tensor
+            return made.nodes[name]
 
     @contextmanager
     def inside(self, training: bool) -> Iterator[None]:
@@ -264,7 +318,11 @@ class ProjectedWeights(WatchedModel):
         self.enter(training)
         self._inside.depth = 1
         try:
-            yield
+            if self.memory == "step" or self.kept is not None or not torch.is_grad_enabled():
+                yield
+            else:
+                with keeping_places(lambda: self._made, self._fill):
+                    yield
         finally:
             self._inside.depth = 0
 
@@ -323,9 +381,9 @@ class ProjectedWeights(WatchedModel):
                 self.check_on_w0("training")
         else:
             theta, multipliers = self.trained("theta"), self.trained("multipliers")
+            scaled = scaled_factors(self.plan, self.partition, multipliers)
             for group in self.groups({name: own[name] for name in self.plan.names}, theta):
-                scaled = group.scaled(self.partition, multipliers)
-                flat = group.projection.flat(theta, scaled, [own[name] for name in group.whole.plan.names])
+                flat = group.projection.flat(theta, group.whole.own(scaled), [own[name] for name in group.names])
                 for part in group.parts:
                     weights = group.projection.part(theta, scaled, part, flat)
                     tensors |= zip(part.plan.names, weights, strict=True)
@@ -349,10 +407,11 @@ class ProjectedWeights(WatchedModel):
 
     def groups(self, w0: Mapping[str, Tensor], theta: Tensor) -> list[Group]:
         """The tensors by the dtype of their weights. Raises as `divide`."""
-        dtypes = [tensor.dtype for tensor in w0.values()]
+        dtypes = {name: tensor.dtype for name, tensor in w0.items()}
         check_devices(w0, theta)
         if self._groups[0] != dtypes:
-            self._groups = (dtypes, divide(self.plan, self.parts, dtypes, self.given_dtype, self.backend))
+            given = (self.given_dtype, self.backend, self.memory)
+            self._groups = (dtypes, divide(self.plan, self.parts, self.tables, dtypes, *given))
         return self._groups[1]
 
     def upload(self) -> None:
@@ -362,9 +421,11 @@ class ProjectedWeights(WatchedModel):
         """
         own, multipliers = dict(self.model.named_parameters()), self.trained("multipliers")
         device = multipliers.device
-        for group in self.groups({name: own[name] for name in self.plan.names}, self.trained("theta")):
-            with torch.no_grad():
-                group.scaled(self.partition, multipliers)
+        groups = self.groups({name: own[name] for name in self.plan.names}, self.trained("theta"))
+        with torch.no_grad():
+            scaled = scaled_factors(self.plan, self.partition, multipliers)
+        for group in groups:
+            group.whole.own(scaled)
             ops.prepare(group.whole.plan, device, self.backend)
             for part in group.parts:
                 part.rows_on(device)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol, SupportsIndex
 
 import torch
@@ -24,7 +25,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from hsaid_kernels.wrapper.eager import calls_eagerly, runs_eagerly
 from hsaid_kernels.wrapper.tree import Tree
-from hsaid_kernels.wrapper.weight import Weight, is_given
+from hsaid_kernels.wrapper.weight import LOOKUPS, Weight, is_given
 
 
 class Source(Protocol):
@@ -35,6 +36,13 @@ class Source(Protocol):
 
     def quickly(self, name: str | None, parameter: nn.Parameter | None) -> Tensor | None:
         """What `read` gives, or None where this cannot be told quickly."""
+
+    def table(self, name: str | None, parameter: nn.Parameter) -> object:
+        """What a lookup of rows gets, in the place of the tensor."""
+
+    @property
+    def tables(self) -> Collection[str]:
+        """Names of the tensors of which single rows are made."""
 
     def tree_changed(self) -> None:
         """Notes that a module or a parameter of the model has been replaced or added."""
@@ -52,6 +60,7 @@ class Place:
 
     source  answers the module's reads
     names   {attribute: name of the parameter in the model}
+    tables  attributes that only embeddings have, and of which `source` makes single rows
     masks   {attribute: torch.nn.utils.prune's hook}, for masked weights, which prune stores as ordinary attributes
     graph   {attribute: tensor} while the module runs compiled (`compiled.py`), else None
     tree    of the model itself: what it looked like when it was last looked at, else None
@@ -62,6 +71,7 @@ class Place:
     def __init__(self, source: Source):
         self.source = source
         self.names: dict[str, str | None] = {}
+        self.tables: frozenset[str] = frozenset()
         self.masks: dict[str, BasePruningMethod] = {}
         self.graph: dict[str, Tensor] | None = None
         self.tree: Tree | None = None
@@ -84,6 +94,7 @@ def attach(module: nn.Module, source: Source, names: Mapping[str, str | None], m
         place.before = {key: module.__dict__[key] for key in computed if key in module.__dict__}
         _give_back(module)
     place.names, place.masks = dict(names), dict(masks)
+    place.tables = frozenset(key for key, name in names.items() if name in source.tables)
     keys = (*place.names, *place.masks)
     if any(not isinstance(getattr(type(module), key, None), _Reading) for key in keys):
         module.__class__ = _class_for(type(module), keys)  # type: ignore[arg-type]  # classes are hashable
@@ -92,7 +103,7 @@ def attach(module: nn.Module, source: Source, names: Mapping[str, str | None], m
 def _give_back(module: nn.Module) -> None:
     """Where a projected weight was set as a parameter, as SyncBatchNorm's conversion does, puts its W0 back."""
     for key, value in module._parameters.items():
-        if type(value) is Weight:
+        if isinstance(value, Weight):
             module._parameters[key] = value.w0
 
 
@@ -124,6 +135,8 @@ def _reading(key: str) -> _Reading:
         if place is not None and (parameter is None or key in place.names):
             if torch.compiler.is_compiling():
                 return place.graph[key] if place.graph is not None else _eagerly(place, key, parameter, module)
+            if key in place.tables and sys._getframe(1).f_code in LOOKUPS.values():
+                return place.source.table(place.names[key], parameter)
             return _answer(place, key, parameter, module)
         if parameter is not None:
             return parameter
@@ -276,7 +289,7 @@ def _on_registration(module: nn.Module, name: str, value: Any) -> Any:
             if place_of(inner) is None:
                 attach(inner, place.source, {key: None for key, p in inner._parameters.items() if p is not None}, {})
         return None
-    return value.w0 if type(value) is Weight else None
+    return value.w0 if isinstance(value, Weight) else None
 
 
 def _refuse_others(place: Place, module: nn.Module, name: str, value: nn.Module | Tensor) -> None:

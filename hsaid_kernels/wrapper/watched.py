@@ -42,6 +42,7 @@ class WatchedModel(ABC):
     """
 
     owner: weakref.ref[nn.Module] | None
+    tables: Collection[str] = ()
     lock: threading.RLock
 
     def __init__(self, model: nn.Module, plan: Plan, full: Collection[str], own_full: bool):
@@ -78,6 +79,10 @@ class WatchedModel(ABC):
     @abstractmethod
     def quickly(self, name: str | None, parameter: nn.Parameter | None) -> Tensor | None:
         """What `read` gives, or None where this cannot be told quickly."""
+
+    @abstractmethod
+    def table(self, name: str | None, parameter: nn.Parameter) -> object:
+        """What a lookup of rows gets for a weight of `tables`."""
 
     @abstractmethod
     def drop_cache(self) -> None:
@@ -135,7 +140,7 @@ class WatchedModel(ABC):
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether this is a parameter of the model, or a projected weight of one."""
-        own = parameter.w0 if type(parameter) is Weight else parameter
+        own = parameter.w0 if isinstance(parameter, Weight) else parameter
         return any(own is known for known in self._own.values())
 
     def _scan(self) -> Tree:

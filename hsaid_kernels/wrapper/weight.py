@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Modules whose `forward` passes their weight on to a lookup of rows, and the code that does so.
+LOOKUPS = {nn.Embedding: nn.Embedding.forward.__code__, nn.EmbeddingBag: nn.EmbeddingBag.forward.__code__}
 
 READ_ONLY = (
     "a projected weight is read only, because theta makes it: write to W0 (hsaid.w0()), or unwrap() the model to "
@@ -28,10 +34,10 @@ class Weight(nn.Parameter):
 
     w0: nn.Parameter
 
-    @staticmethod
-    def of(tensor: Tensor) -> Weight:
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
         """`tensor` as a Weight, which shares its memory and its version counter. Has no graph."""
-        made: Weight = torch.Tensor._make_subclass(Weight, tensor, False)
+        made: Self = torch.Tensor._make_subclass(cls, tensor, False)
         return made
 
     def __new__(cls, data: Tensor, requires_grad: bool = True) -> Any:
@@ -70,7 +76,7 @@ def is_given(value: object, before: Tensor | None = None) -> bool:
     """
     if not isinstance(value, Tensor):
         return False
-    if type(value) is Weight or not isinstance(value, nn.Parameter):
+    if isinstance(value, Weight) or not isinstance(value, nn.Parameter):
         return True
     if before is None or type(value) is not nn.Parameter:
         return False

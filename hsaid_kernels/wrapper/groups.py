@@ -1,0 +1,97 @@
+"""`Group`: the tensors whose weights one launch makes; and how a model's tensors are divided into groups."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
+from hsaid_kernels.fastfood.plan import Plan
+from hsaid_kernels.fastfood.projection import Part, Projection
+from hsaid_kernels.fastfood.rows import has_rows
+from hsaid_kernels.wrapper.weight import LOOKUPS
+
+MEMORY = ("step", "block")
+# Elements of the smallest table whose rows are made by themselves. What finding the rows of a batch takes, some 0.5 ms,
+# makes and differentiates a million weights on two cores.
+SMALLEST_TABLE = 2**20
+
+
+class Group:
+    """Tensors whose weights have the same dtype. They are made by one launch, into one buffer.
+
+    whole     all of them, as a part of the plan
+    parts     the same tensors, divided: one node of the autograd graph, and one call of the adjoint, for each
+    on_read   whether they are made when one of them is read, not when a call begins
+    """
+
+    def __init__(self, plan: Plan, parts: Sequence[Sequence[str]], dtype: torch.dtype, backend: str, on_read: bool):
+        names = {name for part in parts for name in part}
+        everything = len(names) == len(plan.names)
+        self.whole = Part(plan, None if everything else [name for name in plan.names if name in names])
+        self.parts = [self.whole] if len(parts) == 1 else [Part(plan, part) for part in parts]
+        self.projection = Projection(self.whole.plan, dtype=dtype, backend=backend)
+        self.on_read = on_read
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.whole.plan.names
+
+    @property
+    def nbytes(self) -> int:
+        return self.whole.plan.numel * self.projection.dtype.itemsize
+
+
+def tables_of(model: nn.Module, plan: Plan) -> list[str]:
+    """Names of the tensors of which single rows are made: large tables that embeddings alone read.
+
+    A table that is tied to another layer, such as a language model's head, is read as a whole.
+    """
+    readers: dict[int, list[bool]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                alone = key == "weight" and isinstance(module, tuple(LOOKUPS))
+                readers.setdefault(id(parameter), []).append(alone)
+    large = [(name, p) for name, p in model.named_parameters() if name in plan.shapes and p.numel() >= SMALLEST_TABLE]
+    return [name for name, parameter in large if all(readers[id(parameter)]) and has_rows(plan, name)]
+
+
+def divide(
+    plan: Plan,
+    parts: Sequence[Sequence[str]],
+    tables: Collection[str],
+    dtypes: Mapping[str, torch.dtype],
+    given: torch.dtype | None,
+    backend: str,
+    memory: str,
+) -> list[Group]:
+    """The tensors of a plan by the dtype of their weights: `given`, or that of W0, `dtypes`.
+
+    Args:
+        parts: the names of the tensors by the block of the model that has them.
+        tables: names of the tables of which single rows are made. Each is a group of its own.
+        memory: "step" for a group of all other tensors, "block" for one of each part.
+
+    Raises ValueError if W0 has a dtype other than `given` and float32, TypeError for a dtype that cannot be projected.
+    """
+    every = set(dtypes.values())
+    found = ", ".join(sorted(map(str, every)))
+    if not every <= set(WEIGHT_DTYPES):
+        raise TypeError(f"model: expected tensors in float32, bfloat16 or float16, got {found}")
+    if given is not None and not every <= {given, torch.float32}:
+        raise ValueError(f"dtype: expected the dtype of the model's tensors ({found}) or None, got {given}")
+    groups = []
+    by_block = memory == "block"
+    for dtype in dict.fromkeys(dtypes.values()) if given is None else [given]:
+        chosen = [[name for name in part if given is not None or dtypes[name] == dtype] for part in parts]
+        chosen = [part for part in chosen if part]
+        if by_block:
+            groups += [Group(plan, [part], dtype, backend, True) for part in chosen]
+        elif chosen:
+            groups.append(Group(plan, chosen, dtype, backend, False))
+        own = [name for name in tables if given is not None or dtypes[name] == dtype]
+        groups += [Group(plan, [[name]], dtype, backend, True) for name in own]
+    return groups

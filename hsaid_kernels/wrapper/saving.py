@@ -1,0 +1,169 @@
+"""What autograd keeps of a model whose weights live while their block runs (memory="block").
+
+Backward needs most weights once more. In place of each, autograd is given a `Place`: which weight it was. Backward then
+makes the weights of that block again, from the same values, so with the same bits.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+
+from hsaid_kernels.wrapper.groups import Group
+from hsaid_kernels.wrapper.made import Made
+from hsaid_kernels.wrapper.weight import Weight
+
+
+@dataclass
+class Place:
+    """A tensor that shares the memory of a group's weights, or of what autocast takes in the place of one.
+
+    name, dtype  the weight, and autocast's dtype; None where the memory is the group's own
+    """
+
+    made: Made
+    group: Group
+    layout: tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset
+    name: str | None = None
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, tensor: Tensor, made: Made) -> Place | None:
+        """None if the tensor is no weight, or a view of one as another dtype."""
+        if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.numel() == 0:
+            return None
+        address = tensor.untyped_storage().data_ptr()
+        layout = (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+        group = made.storages.get(address)
+        if group is not None and tensor.dtype == group.projection.dtype:
+            return cls(made, group, layout)
+        lowered = _lowered.get(address)
+        if lowered is None or lowered[0].expired() or (of := lowered[1]()) is None or tensor.dtype != lowered[3]:
+            return None
+        return cls(of, of.group_of[lowered[2]], layout, *lowered[2:])
+
+    def tensor(self, flat: Tensor) -> Tensor:
+        """The tensor again, of the group's weights `flat`."""
+        size, stride, offset = self.layout
+        if self.name is None:
+            return flat.as_strided(size, stride, offset)
+        (weight,) = self.group.whole.plan.views(flat, [self.name])
+        return weight.to(self.dtype).as_strided(size, stride, offset)
+
+
+@dataclass
+class Saved:
+    """Any other tensor, as autograd would have kept it: it refuses one that has been written to since."""
+
+    tensor: Tensor
+    version: int | None
+
+    def unpacked(self) -> Tensor:
+        if self.version is not None and self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"[{self.tensor.type()} {list(self.tensor.shape)}] is at version {self.tensor._version}; expected "
+                f"version {self.version} instead"
+            )
+        return self.tensor
+
+
+@contextmanager
+def keeping_places(made: Callable[[], Made | None], again: Callable[[Made, Group], Tensor]) -> Iterator[None]:
+    """While this is active, autograd keeps places of weights in place of the weights.
+
+    Args:
+        made: gives the weights of now, if there are any.
+        again: makes the weights of a group once more.
+
+    Hooks for saved tensors that were active before, such as `torch.autograd.graph.save_on_cpu`, get all other tensors.
+    """
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]  # inside transforms of torch.func
+        yield
+        return
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+    def pack(tensor: Tensor) -> Any:
+        now = made()
+        place = None if now is None else Place.of(tensor, now)
+        if place is not None:
+            return place
+        if outer is not None:
+            return outer[0](tensor)
+        return Saved(tensor.detach(), None if tensor.is_inference() else tensor._version)
+
+    def unpack(kept: Any) -> Tensor:
+        if type(kept) is Place:
+            with torch.no_grad():
+                return kept.tensor(again(kept.made, kept.group))
+        if type(kept) is Saved:
+            return kept.unpacked()
+        assert outer is not None
+        unpacked: Tensor = outer[1](kept)
+        return unpacked
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+# Functions whose weights autocast computes in its own dtype, on every device.
+_NAMES = ("matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm")
+_LOWERED = {getattr(kind, name) for kind in (torch, Tensor) for name in _NAMES}
+_LOWERED |= {Tensor.__matmul__, Tensor.__rmatmul__, F.linear}
+_LOWERED |= {getattr(F, f"{name}{d}d") for name in ("conv", "conv_transpose") for d in (1, 2, 3)}
+
+# {address: (what lives there, whose weight it is, its name, dtype)}
+_lowered: dict[int, tuple[StorageWeakRef, weakref.ref[Made], str, torch.dtype]] = {}
+
+
+class BlockWeight(Weight):
+    """A weight that lives while its block runs.
+
+    Autocast computes with copies of weights in another dtype, which autograd would keep. The copies made here are known
+    by their addresses.
+    """
+
+    of_model: tuple[weakref.ref[Made], str]  # and its name there
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in _LOWERED:
+                args = tuple(map(_lower, args))
+                kwargs = {key: _lower(value) for key, value in kwargs.items()}
+            return function(*args, **kwargs)
+
+
+def _lower(value: Any) -> Any:
+    """The weight in autocast's dtype, where that is active; any other value as it is."""
+    if not isinstance(value, BlockWeight) or value.dim() < 2 or not torch.is_autocast_enabled(value.device.type):
+        return value
+    dtype = torch.get_autocast_dtype(value.device.type)
+    return value if value.dtype == dtype else Lowered.apply(value, dtype)
+
+
+class Lowered(torch.autograd.Function):
+    """A weight in another dtype, as `weight.to(dtype)`."""
+
+    @staticmethod
+    def forward(ctx, weight, dtype):
+        ctx.dtype = weight.dtype
+        lowered = weight.detach().to(dtype)
+        storage = lowered.untyped_storage()
+        for address in [address for address, (ref, *_) in _lowered.items() if ref.expired()]:
+            _lowered.pop(address, None)
+        _lowered[storage.data_ptr()] = (StorageWeakRef(storage), *weight.of_model, dtype)
+        return lowered
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype), None
