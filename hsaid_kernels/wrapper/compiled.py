@@ -16,7 +16,7 @@ from torch import nn
 
 from hsaid_kernels.wrapper.eager import calls_eagerly
 from hsaid_kernels.wrapper.reads import Place, place_of
-from hsaid_kernels.wrapper.weight import Weight
+from hsaid_kernels.wrapper.weight import as_tensor
 
 _one_thread = threading.RLock()
 
@@ -40,8 +40,7 @@ class CurrentWeights:
         before = [place.graph for _, place in inside]
         for module, place in inside:
             now = {key: getattr(module, key) for key in (*place.names, *place.masks)}
-            # as ordinary tensors: torch.compile does not know subclasses
-            place.graph = {key: t.as_subclass(torch.Tensor) if isinstance(t, Weight) else t for key, t in now.items()}
+            place.graph = {key: as_tensor(weight) for key, weight in now.items()}
         try:
             return self.compiled(*args, **kwargs)
         finally:

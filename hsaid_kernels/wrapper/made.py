@@ -25,6 +25,7 @@ class Made:
 
     values    theta and the multipliers, as they were: the weights are made from these
     flats     {group: its weights, as one buffer}, those made last at the end
+    written   {group: the version of its buffer}, as long as nobody writes to it
     room      bytes of buffers that are kept; None means all
     weights   {name: weight} without a graph, made group by group when one is asked for (`weight`)
     nodes     {name: weight} of the same values with a graph, made part by part when a weight of the part is first read;
@@ -53,7 +54,7 @@ class Made:
         }
         self.kept = [tensor.detach() for tensor in w0.values()]
         self.flats: dict[Group, Tensor] = {}
-        self.written = 0  # the version of a buffer that nobody has written to
+        self.written: dict[Group, int] = {}
         self.quick: dict[Any, Any] = {}  # {name: what to compare} of the weights that there are
         self.weights: dict[str, Weight] = {}
         self.storages: dict[int, Group] = {}
@@ -84,11 +85,10 @@ class Made:
         while self.room is not None and self.flats and self.nbytes() + group.nbytes > self.room:
             self._drop(next(iter(self.flats)))  # before the new ones need the memory
         flat = group.projection.flat(self.values[0], group.whole.own(scaled), base)
-        self.written = flat._version
-        self.flats[group] = flat
+        self.flats[group], self.written[group] = flat, flat._version
         self.storages[flat.untyped_storage().data_ptr()] = group
         if self.tracked:
-            self.quick |= {name: (*self.stamps[name], flat) for name in group.names}
+            self.quick |= {name: (*self.stamps[name], flat, flat._version) for name in group.names}
         return flat
 
     def nbytes(self) -> int:
@@ -96,16 +96,16 @@ class Made:
         return sum(group.nbytes for group in self.flats)
 
     def _drop(self, group: Group) -> None:
+        self.check_unwritten(group)
         flat = self.flats.pop(group)
-        self.check_unwritten(flat)
         del self.storages[flat.untyped_storage().data_ptr()]
         for held in (self.quick, self.weights, self.nodes):
             for name in group.names:
                 held.pop(name, None)
 
-    def check_unwritten(self, flat: Tensor) -> None:
-        """Raises RuntimeError if somebody has written to a weight in this buffer."""
-        if flat._version != self.written:
+    def check_unwritten(self, group: Group) -> None:
+        """Raises RuntimeError if somebody has written to a weight of this group."""
+        if group in self.flats and self.flats[group]._version != self.written[group]:
             raise RuntimeError(f"model: one of its weights was written to in place, but {READ_ONLY}")
 
     def weight(self, name: str) -> Weight:

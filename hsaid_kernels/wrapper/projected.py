@@ -121,7 +121,7 @@ class ProjectedWeights(WatchedModel):
         stamp = made.quick.get(name)
         if name is None or parameter is None or stamp is None:
             return None
-        own, address, version, flat = stamp
+        own, address, version, flat, written = stamp
         theta, multipliers = self.trained("theta"), self.trained("multipliers")
         if (
             parameter is own
@@ -131,7 +131,7 @@ class ProjectedWeights(WatchedModel):
             and multipliers is made.multipliers
             and theta._version == made.versions[0]
             and multipliers._version == made.versions[1]
-            and flat._version == made.written
+            and flat._version == written
             and self.kept is None
         ):
             return (made.nodes if made.wanted and torch.is_grad_enabled() else made.weights).get(name)
@@ -205,8 +205,7 @@ class ProjectedWeights(WatchedModel):
             )
         else:
             same = theta is made.theta and multipliers is made.multipliers and parameter is own
-        if (flat := made.flats.get(made.group_of[name])) is not None:
-            self._check_unwritten(made, flat)
+        self._check_unwritten(made, made.group_of[name])
         if same and not self._inside.depth:
             if name in made.seen:
                 made.seen.clear()
@@ -221,8 +220,8 @@ class ProjectedWeights(WatchedModel):
     def _serves(self, made: Made) -> bool:
         """Whether these weights are those of now. Compares everything; raises as `_verified` does."""
         theta, multipliers = self.trained("theta"), self.trained("multipliers")
-        for flat in made.flats.values():
-            self._check_unwritten(made, flat)
+        for group in made.flats:
+            self._check_unwritten(made, group)
         if not made.tracked or theta is not made.theta or multipliers is not made.multipliers:
             return False
         if [theta._version, multipliers._version] != made.versions:
@@ -240,10 +239,10 @@ class ProjectedWeights(WatchedModel):
         with undisturbed():
             return made.equals((theta, multipliers))
 
-    def _check_unwritten(self, made: Made, flat: Tensor) -> None:
+    def _check_unwritten(self, made: Made, group: Group) -> None:
         """Raises RuntimeError, once, if somebody has written to a weight: the next read makes the weights again."""
         try:
-            made.check_unwritten(flat)
+            made.check_unwritten(group)
         except RuntimeError:
             if self._made is made:
                 self._made = None

@@ -25,7 +25,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from hsaid_kernels.wrapper.eager import calls_eagerly, runs_eagerly
 from hsaid_kernels.wrapper.tree import Tree
-from hsaid_kernels.wrapper.weight import LOOKUPS, Weight, is_given
+from hsaid_kernels.wrapper.weight import LOOKUPS, Weight, as_tensor, is_given
 
 
 class Source(Protocol):
@@ -182,8 +182,8 @@ def _answer(place: Place, key: str, parameter: nn.Parameter | None, module: nn.M
 
 @runs_eagerly
 def _eagerly(place: Place, key: str, parameter: nn.Parameter | None, module: nn.Module) -> Any:
-    """`_answer`, for a module that is compiled with others around it: ends the graph."""
-    return _answer(place, key, parameter, module)
+    """`_answer` as an ordinary tensor, for a module that is compiled with others around it: ends the graph."""
+    return as_tensor(_answer(place, key, parameter, module))
 
 
 # What torch.compiler.disable sets, for functions that are called inside a graph.

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
+from hsaid_kernels.wrapper.eager import runs_eagerly
 from hsaid_kernels.wrapper.groups import Group
 from hsaid_kernels.wrapper.made import Made
 from hsaid_kernels.wrapper.weight import Weight
@@ -134,6 +135,7 @@ class BlockWeight(Weight):
     of_model: tuple[weakref.ref[Made], str]  # and its name there
 
     @classmethod
+    @runs_eagerly
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from hsaid_kernels.wrapper.eager import runs_eagerly
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -69,6 +71,13 @@ class Weight(nn.Parameter):
         raise RuntimeError(HOOKS)
 
 
+@runs_eagerly
+def as_tensor(value: Any) -> Any:
+    """A weight as an ordinary tensor, for torch.compile, which does not know subclasses; any other value as it is."""
+    return value.as_subclass(Tensor) if isinstance(value, Weight) else value
+
+
+@runs_eagerly
 def is_given(value: object, before: Tensor | None = None) -> bool:
     """Whether a tensor in `module._parameters` was put there for the time of a call, as by functional_call.
 

@@ -29,10 +29,10 @@ def adjoints(monkeypatch):
     calls, gradients = [], []
     adjoint = ops.fastfood_adjoint
 
-    def watched(plan, theta, factors, grads, backend):
+    def watched(plan, theta, factors, grads, *others):
         calls.append((plan.names, sum(not gradient.expired() for gradient in gradients)))
         gradients.extend(StorageWeakRef(grad.untyped_storage()) for grad in grads if grad is not None)
-        return adjoint(plan, theta, factors, grads, backend)
+        return adjoint(plan, theta, factors, grads, *others)
 
     monkeypatch.setattr(ops, "fastfood_adjoint", watched)
     return calls
