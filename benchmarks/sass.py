@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 VALUES = 64  # that a thread holds
 BUTTERFLIES = 14
 KINDS = ("n = 2^14", "n = 2^14, chunks", "n = 1024", "n >= 256", "general")
-KERNEL = re.compile(r"\d+([a-z_]+_kernel)(?:I(?:Lb([01])E)?(?:LNS\w*?4KindE([0-4])E)?)?")
+KERNEL = re.compile(r"\d+([a-z_]+_kernel)(?:I(?:Lb([01])E)?(?:LNS\w*?4KindE([0-4])E)?(?:Lb([01])E)?)?")
 
 
 class Instruction(NamedTuple):
@@ -176,8 +176,9 @@ def cuda_tables(library: Path, arch: str) -> None:
     print("|---|---|---|---|---|")
     main_kernels = {}
     for name, instructions in sorted(code.items()):
-        kernel, diagonal, kind = KERNEL.search(name).groups()
+        kernel, diagonal, kind, listed = KERNEL.search(name).groups()
         title = kernel if diagonal is None else f"{kernel}, {('gaussian', 'rademacher')[int(diagonal)]}"
+        title += ", listed" if listed == "1" else ""
         widths = KINDS[int(kind)] if kind is not None else ""
         print(f"| {title} | {widths} | {used[name][0]} | {used[name][1]} | {spills(instructions)} |")
         if kind == "0" and diagonal is not None:

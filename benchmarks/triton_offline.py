@@ -13,7 +13,7 @@ from hsaid_kernels.fastfood.plan import MAX_WIDTH
 from hsaid_kernels.fastfood.triton import memory, tile
 
 FLOATS = "theta factors scratch zs sums carry dfactors dtheta x".split()
-TABLES = "runs first_runs pieces bases grads items parts lines table".split()
+TABLES = "listed runs first_runs pieces bases grads items parts lines table".split()
 TYPES = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(TABLES, "*i64") | {"seed": "i64", "scale": "fp32"}
 OUT_TYPES = ("*fp32", "*bf16", "*fp16")
 
@@ -26,6 +26,7 @@ class Kernel(NamedTuple):
     constants: dict
     threads: int
     registers: int | None = None  # at most, on NVIDIA
+    listed: bool = False  # for listed tiles
 
     @property
     def q(self) -> int:
@@ -60,6 +61,8 @@ def kernels(qs: tuple[int, ...] = (14, 10), codes: tuple[int, ...] = (0, 1)) -> 
 
 def compiled(kernel: Kernel, backend: str = "cuda", arch: int | str = 90, warp_size: int = 32):
     names, constants = kernel.function.arg_names, kernel.constants
+    if not kernel.listed:
+        constants = constants | dict.fromkeys({"listed", "num_runs", "before", "after"} & set(names))  # None
     if "PREFETCH" in names:
         constants = constants | dict(PREFETCH=backend == "cuda")
     types = {name: TYPES.get(name, "i32") for name in names} | {"out": OUT_TYPES[constants.get("OUT", 0)]}

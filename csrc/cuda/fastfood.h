@@ -34,6 +34,7 @@ struct Forward {
   const DeviceTensor* base;  // per tensor; null: zeros
   void* out;
   Dtype out_dtype;
+  Listed listed{};  // on the device, with a tile of 2^14 values an entry: these tiles alone, side by side in `out`
 };
 
 // Two launches for every kMaxPieces segments and holes, or for as many as have place for z in 44 MB.
@@ -47,6 +48,7 @@ struct Adjoint {
   int64_t num_segments;
   const DeviceTensor* grads;  // per tensor
   int64_t run_blocks;         // of the first of the sums (docs/rng.md)
+  Listed listed{};            // as in Forward: the only segment is of these tiles, which lie side by side
 };
 
 // dtheta [dim] and dfactors [num_segments]; the same bits on every device. Takes at most 68 MB, or what one group and

@@ -2,7 +2,9 @@
 // of run_blocks tiles of a segment, adds up sum_b G_b H^T g_b for each of its 2^(14-q) runs side by side, then the
 // runs; other blocks meanwhile make z and Pi of each segment. Three small kernels then add the groups of each segment,
 // transform the sums, and add the segments, all in the order of the plan, so that the bits depend on nothing else
-// (docs/rng.md). Where a device can, each of these is started before the one in front of it has ended, and waits.
+// (docs/rng.md). Where tiles are listed, the only gradient is of these, side by side, and the random stream alone
+// knows which they are. Where a device can, each of these is started before the one in front of it has ended, and
+// waits.
 
 #include <algorithm>
 #include <vector>
@@ -30,12 +32,13 @@ struct AdjointParams {
   const float* theta;
   const float* factors;
   int64_t run_blocks;
-  float* sums;           // [chunks, slots, n], natural order
-  const float* carried;  // [chunks, n]: the sum of a segment that began in the wave before
-  float* carry;          // the same for the wave after
-  float* dots;           // [pieces, chunks]
-  float* z;              // [finished, chunks, n], natural order
-  uint16_t* pi_back;     // [finished, chunks, n]: pi^-1
+  const int64_t* listed;  // of kernels for listed tiles
+  float* sums;            // [chunks, slots, n], natural order
+  const float* carried;   // [chunks, n]: the sum of a segment that began in the wave before
+  float* carry;           // the same for the wave after
+  float* dots;            // [pieces, chunks]
+  float* z;               // [finished, chunks, n], natural order
+  uint16_t* pi_back;      // [finished, chunks, n]: pi^-1
   float* dtheta;
   float* dfactors;
   bool first_wave;
@@ -157,7 +160,7 @@ HSAID_DEVICE void prefetch_tile(const Piece& p, int64_t first) {
   if (p.dtype == Dtype::kFloat) prefetch(line + 128);
 }
 
-template <bool kRademacher, Kind kKind>
+template <bool kRademacher, Kind kKind, bool kListed>
 __global__ void __launch_bounds__(kThreads, 2) adjoint_groups_kernel(const __grid_constant__ AdjointParams a) {
   start_next_kernel();
   const Params p = specialised<kKind>(a.params);
@@ -191,7 +194,8 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_groups_kernel(const __gri
       read_tile<false>(piece.grad, first, x);
     if (is_vectors(piece.grad) && tile + 1 < last_tile) prefetch_tile(piece.grad, first + kTile);
     transform_reversed(x, p.q);
-    const Draws draws = {p, piece.stream, kDiagonal, (int64_t)tile << (kTileBits - p.q), 1, chunk};
+    const Draws draws = {p, piece.stream, kDiagonal, (int64_t)tile_of<kListed>(a.listed, tile) << (kTileBits - p.q),
+                         1, chunk};
     draw<kRademacher, kKind>(draws, [&](int v, const auto(&d)[4]) {
       const int place = vector_place(v, thread_index());
       const float4 u = kept().load<float4>(place);
@@ -415,6 +419,7 @@ void fastfood_adjoint(const Adjoint& f, float* dtheta, float* dfactors, const Wo
   a.theta = f.theta;
   a.factors = f.factors;
   a.run_blocks = f.run_blocks;
+  a.listed = f.listed.entries;
   // n is a multiple of 32: what begins a table lies on a multiple of 16 bytes.
   const int64_t table = (int64_t)pieces * size;
   a.sums = workspace(slots * size + 2 * carry_size + table + table / 2 + (int64_t)pieces * p.chunks);
@@ -428,8 +433,13 @@ void fastfood_adjoint(const Adjoint& f, float* dtheta, float* dfactors, const Wo
   a.dfactors = dfactors;
   a.first_wave = true;
   a.slots = slots;
-  const auto groups_kernel = choose<AdjointParams>(
-      p, [](auto rademacher, auto kind) { return adjoint_groups_kernel<rademacher.value, kind.value>; });
+  const auto all = [](auto rademacher, auto kind) {
+    return adjoint_groups_kernel<rademacher.value, kind.value, false>;
+  };
+  const auto listed = [](auto rademacher, auto kind) {
+    return adjoint_groups_kernel<rademacher.value, kind.value, true>;
+  };
+  const auto groups_kernel = f.listed.entries ? choose_listed<AdjointParams>(p, listed) : choose<AdjointParams>(p, all);
   const auto segments_kernel =
       choose<AdjointParams>(p, [](auto, auto kind) { return adjoint_segments_kernel<kind.value>; });
   const int64_t group_values = f.run_blocks << kTileBits;

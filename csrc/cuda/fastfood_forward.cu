@@ -1,6 +1,7 @@
 // W = W0 + factor * H(sum_c G_c z_c) for every tensor, in two launches: z of all pieces, then all tiles. The second is
 // a persistent grid: each block of threads takes a run of tiles, all of equal length, then tiles of a common pool,
-// because multiprocessors are not equally fast; and needs nothing of the other blocks.
+// because multiprocessors are not equally fast; and needs nothing of the other blocks. Where tiles are listed, there is
+// one piece, and tile t of the call is tile listed[t] of it.
 
 #include <algorithm>
 #include <vector>
@@ -33,19 +34,20 @@ struct ForwardParams {
   int runs, run;  // the first tickets are for runs of so many tiles, the others for one
   int num_tiles;
   int num_pieces;
+  const int64_t* listed;  // of kernels for listed tiles
   ForwardPiece pieces[kMaxPieces];
 };
 static_assert(sizeof(ForwardParams) <= kParameterBytes, "kMaxPieces is too large");
 
 HSAID_INLINE int64_t num_tiles(const Piece& p) { return (p.count + kTile - 1) / kTile; }
 
-// W of a whole tile, in vectors of four values.
+// W of a whole tile, in vectors of four values; its place in `out` is that of tile `to`.
 template <class Out, class Base>
-HSAID_DEVICE void write_vectors(const ForwardPiece& piece, int t, const float (&x)[kPerThread], float factor) {
+HSAID_DEVICE void write_vectors(const ForwardPiece& piece, int t, int to, const float (&x)[kPerThread], float factor) {
   using Load = typename Quad<Base>::Bits;
   using Store = typename Quad<Out>::Bits;
   const Base* base = tile_address((const Base*)piece.base.data, t) + position_c(0);
-  Out* out = tile_address((Out*)piece.out, t) + position_c(0);
+  Out* out = tile_address((Out*)piece.out, to) + position_c(0);
   constexpr int batch = 32 / (sizeof(Load) / 4);  // vectors in flight: as many as there are registers left
 #pragma unroll
   for (int first = 0; first < kPerThread / 4; first += batch) {
@@ -75,8 +77,10 @@ HSAID_DEVICE void prefetch_base(const ForwardPiece& piece, int t) {
 
 // The same by elements, in fours where the piece allows it, in two halves that go through the exchange: ragged,
 // strided, misaligned or without a base.
-HSAID_DEVICE void write_elements(const ForwardPiece& piece, Dtype dtype, int t, const float (&x)[kPerThread],
+template <bool kListed>
+HSAID_DEVICE void write_elements(const ForwardPiece& piece, Dtype dtype, int t, int to, const float (&x)[kPerThread],
                                  float factor) {
+  void* out = kListed ? (char*)piece.out + (int64_t)(to - t) * (kTile * item_size(dtype)) : piece.out;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const uint32_t own = opaque(position_c(0));
@@ -91,7 +95,7 @@ HSAID_DEVICE void write_elements(const ForwardPiece& piece, Dtype dtype, int t, 
       for (int at = thread_index() * 4; at < kTile / 2 && first + at < piece.base.count; at += kThreads * 4) {
         const int64_t offset = element(piece.base, first + at);
         const float4 w = load_four(piece.base, offset), v = exchange().load<float4>(at);
-        store_four(piece.out, dtype, offset,
+        store_four(out, dtype, offset,
                    {w.x + factor * v.x, w.y + factor * v.y, w.z + factor * v.z, w.w + factor * v.w});
       }
       continue;
@@ -99,25 +103,35 @@ HSAID_DEVICE void write_elements(const ForwardPiece& piece, Dtype dtype, int t, 
 #pragma unroll 1
     for (int at = thread_index(); at < kTile / 2 && first + at < piece.base.count; at += kThreads) {
       const int64_t offset = element(piece.base, first + at);
-      store_element(piece.out, dtype, offset, load_element(piece.base, offset) + factor * exchange().load(at));
+      store_element(out, dtype, offset, load_element(piece.base, offset) + factor * exchange().load(at));
     }
   }
 }
 
-HSAID_DEVICE void write_tile(const ForwardPiece& piece, Dtype dtype, int t, const float (&x)[kPerThread],
+// Zeros behind the end of a piece, in the rest of the tile.
+HSAID_DEVICE void write_rest(const ForwardPiece& piece, Dtype dtype, int t, int to) {
+  const int64_t first = (int64_t)to * kTile, left = piece.base.count - (int64_t)t * kTile;
+#pragma unroll 1
+  for (int64_t at = left + thread_index(); at < kTile; at += kThreads)
+    store_element(piece.out, dtype, first + at, 0.0f);
+}
+
+template <bool kListed>
+HSAID_DEVICE void write_tile(const ForwardPiece& piece, Dtype dtype, int t, int to, const float (&x)[kPerThread],
                              float factor) {
-  if (t >= piece.whole_tiles)
-    write_elements(piece, dtype, t, x, factor);
-  else if (dtype == Dtype::kFloat)
-    write_vectors<float, float>(piece, t, x, factor);
+  if (t >= piece.whole_tiles) {
+    write_elements<kListed>(piece, dtype, t, to, x, factor);
+    if (kListed) write_rest(piece, dtype, t, to);
+  } else if (dtype == Dtype::kFloat)
+    write_vectors<float, float>(piece, t, to, x, factor);
   else if (dtype == Dtype::kBfloat16 && piece.base.dtype == Dtype::kFloat)
-    write_vectors<bf16, float>(piece, t, x, factor);
+    write_vectors<bf16, float>(piece, t, to, x, factor);
   else if (dtype == Dtype::kBfloat16)
-    write_vectors<bf16, bf16>(piece, t, x, factor);
+    write_vectors<bf16, bf16>(piece, t, to, x, factor);
   else if (piece.base.dtype == Dtype::kFloat)
-    write_vectors<fp16, float>(piece, t, x, factor);
+    write_vectors<fp16, float>(piece, t, to, x, factor);
   else
-    write_vectors<fp16, fp16>(piece, t, x, factor);
+    write_vectors<fp16, fp16>(piece, t, to, x, factor);
 }
 
 HSAID_DEVICE void copy_hole(const ForwardPiece& piece, Dtype dtype, int t) {
@@ -147,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_z_kernel(const __grid_con
   store_z(a.z + ((int64_t)(piece * p.chunks + chunk) << p.q), p.q);
 }
 
-template <bool kRademacher, Kind kKind>
+template <bool kRademacher, Kind kKind, bool kListed>
 __global__ void __launch_bounds__(kThreads, 2) fastfood_forward_kernel(const __grid_constant__ ForwardParams a) {
   constexpr bool kChunks = has_chunks(kKind);
   const Params p = specialised<kKind>(a.params);
@@ -190,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 2) fastfood_forward_kernel(const __g
     }
     for (; t < t_end; ++t) {
       float x[kPerThread];
-      Draws draws = {p, piece.stream, kDiagonal, (int64_t)t << (kTileBits - p.q), 1, 0};
+      Draws draws = {p, piece.stream, kDiagonal, (int64_t)tile_of<kListed>(a.listed, t) << (kTileBits - p.q), 1, 0};
       const auto add_product = [&](int v, const auto(&d)[4], float4 z) {
         const float product[4] = {d[0].times(z.x), d[1].times(z.y), d[2].times(z.z), d[3].times(z.w)};
 #pragma unroll
@@ -212,9 +226,9 @@ __global__ void __launch_bounds__(kThreads, 2) fastfood_forward_kernel(const __g
           add_product(v, d, kept().load<float4>(vector_place(v, thread_index())));
         });
       }
-      prefetch_base(piece, t);
+      prefetch_base(piece, tile_of<kListed>(a.listed, t));
       transform(x, p.q);
-      write_tile(piece, a.out_dtype, t, x, factor);
+      write_tile<kListed>(piece, a.out_dtype, tile_of<kListed>(a.listed, t), t, x, factor);
     }
   }
 }
@@ -251,6 +265,7 @@ void launch_forward(void (*z_kernel)(ForwardParams), void (*kernel)(ForwardParam
   a.theta = f.theta;
   a.factors = f.factors;
   a.out_dtype = f.out_dtype;
+  a.listed = f.listed.entries;
   a.z = workspace(most * z_floats + 1);
   a.taken = (int*)(a.z + most * z_floats);
   for (size_t begin = 0; begin < pieces.size(); begin += most) {
@@ -259,7 +274,7 @@ void launch_forward(void (*z_kernel)(ForwardParams), void (*kernel)(ForwardParam
     for (int i = 0; i < a.num_pieces; ++i) {
       a.pieces[i] = pieces[begin + i];
       a.pieces[i].first_tile = a.num_tiles;
-      a.num_tiles += (int)num_tiles(a.pieces[i].base);
+      a.num_tiles += (int)(a.listed ? f.listed.count : num_tiles(a.pieces[i].base));
     }
     // Tiles of 16-bit weights take less time, so that coming to the pool for each would tell; but the last go singly.
     a.pool = a.num_tiles > resident ? a.num_tiles / 2 : 0;
@@ -275,8 +290,14 @@ void launch_forward(void (*z_kernel)(ForwardParams), void (*kernel)(ForwardParam
 
 void fastfood_forward(const Forward& f, const Workspace& workspace, cudaStream_t stream) {
   const auto z_kernel = choose<ForwardParams>(f.params, [](auto, auto kind) { return forward_z_kernel<kind.value>; });
-  const auto kernel = choose<ForwardParams>(
-      f.params, [](auto rademacher, auto kind) { return fastfood_forward_kernel<rademacher.value, kind.value>; });
+  const auto all = [](auto rademacher, auto kind) {
+    return fastfood_forward_kernel<rademacher.value, kind.value, false>;
+  };
+  const auto listed = [](auto rademacher, auto kind) {
+    return fastfood_forward_kernel<rademacher.value, kind.value, true>;
+  };
+  const auto kernel =
+      f.listed.entries ? choose_listed<ForwardParams>(f.params, listed) : choose<ForwardParams>(f.params, all);
   launch_forward(z_kernel, kernel, f, workspace, stream);
 }
 

@@ -224,6 +224,12 @@ HSAID_DEVICE int place_in_a(int i, uint32_t mask) {
 
 // --- random streams
 
+// Which tile of the segment tile t of a call is.
+template <bool kListed>
+HSAID_DEVICE int tile_of(const int64_t* listed, int t) {
+  return kListed ? (int)listed[t] : t;
+}
+
 // What multiplies a value: a normal, or a sign in bit 31 (times +-1 is exact).
 struct Normal {
   float g;
@@ -368,6 +374,17 @@ auto choose(const Params& p, Kernel&& kernel) -> void (*)(P) {
       default:
         return kernel(rademacher, std::integral_constant<Kind, Kind::kGeneral>{});
     }
+  };
+  return p.rademacher ? of_kind(std::true_type{}) : of_kind(std::false_type{});
+}
+
+// The same for listed tiles. Kernels of their own, or all others would take longer (docs/kernels.md); of fewer kinds.
+template <class P, class Kernel>
+auto choose_listed(const Params& p, Kernel&& kernel) -> void (*)(P) {
+  const auto of_kind = [&](auto rademacher) -> void (*)(P) {
+    if (p.q == kTileBits) return kernel(rademacher, std::integral_constant<Kind, Kind::kChunks>{});
+    if (p.chunks > 1 || p.q < kFastDrawBits) return kernel(rademacher, std::integral_constant<Kind, Kind::kGeneral>{});
+    return kernel(rademacher, std::integral_constant<Kind, Kind::kWide>{});
   };
   return p.rademacher ? of_kind(std::true_type{}) : of_kind(std::false_type{});
 }

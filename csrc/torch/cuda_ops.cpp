@@ -54,6 +54,14 @@ struct Arguments {
     };
   }
 
+  // Tiles by number: the kernels make no less.
+  hsaid::Listed tiles(const CheckedPlan& plan, const Tensor& listed, int64_t span) const {
+    check_device(listed, "listed");
+    const int64_t of_tile = (int64_t)1 << (hsaid::kMaxWidthBits - plan.params.q);
+    STD_TORCH_CHECK(span == of_tile, "span: expected ", of_tile, ", a tile of 16384 values, got ", span);
+    return check_listed(plan, listed, span);
+  }
+
   const int32_t device;
   std::vector<Tensor> kept;
 };
@@ -65,7 +73,8 @@ DeviceGuard guard_for(const Tensor& theta, const char* what) {
 }
 
 Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, Tensor segments, int64_t seed,
-                        int64_t width, bool rademacher, Tensor holes, int64_t numel, ScalarType dtype) {
+                        int64_t width, bool rademacher, Tensor holes, int64_t numel, ScalarType dtype,
+                        std::optional<Tensor> listed, int64_t span) {
   const auto guard = guard_for(theta, "theta");
   theta = torch::stable::contiguous(theta);
   factors = torch::stable::contiguous(factors);
@@ -80,24 +89,42 @@ Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, 
     check_base_dtype(tensors.back().dtype, out_dtype);
   }
   const hsaid::Segment* hole_rows = check_written(plan, base, holes, numel);
+  hsaid::Listed tiles{};
+  if (listed) {
+    tiles = arguments.tiles(plan, *listed, span);
+    STD_TORCH_CHECK(plan.segments[0].out_offset == 0, "segments: expected one that begins at 0 with `listed`");
+    numel = tiles.count << hsaid::kMaxWidthBits;
+  }
   Tensor out = torch::stable::new_empty(theta, {numel}, dtype);
-  cuda::fastfood_forward(
-      {plan.params, arguments.floats(theta, plan.params.dim, "theta"),
-       arguments.floats(factors, plan.num_segments, "factors"), plan.segments, plan.num_segments, hole_rows,
-       holes.size(0), tensors.empty() ? nullptr : tensors.data(), out.mutable_data_ptr(), out_dtype},
-      arguments.workspace(theta), current_stream(theta));
+  if (listed && numel == 0) return out;
+  cuda::fastfood_forward({plan.params, arguments.floats(theta, plan.params.dim, "theta"),
+                          arguments.floats(factors, plan.num_segments, "factors"), plan.segments, plan.num_segments,
+                          hole_rows, listed ? 0 : holes.size(0), tensors.empty() ? nullptr : tensors.data(),
+                          out.mutable_data_ptr(), out_dtype, tiles},
+                         arguments.workspace(theta), current_stream(theta));
   return out;
 }
 
 std::tuple<Tensor, Tensor> fastfood_adjoint(Tensor theta, Tensor factors, std::vector<std::optional<Tensor>> grads,
                                             Tensor segments, int64_t seed, int64_t width, bool rademacher,
-                                            int64_t run_blocks) {
+                                            int64_t run_blocks, std::optional<Tensor> listed, int64_t span) {
   const auto guard = guard_for(theta, "theta");
   theta = torch::stable::contiguous(theta);
   factors = torch::stable::contiguous(factors);
-  const CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, grads.size());
+  CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, grads.size());
   check_run_blocks(run_blocks);
   Arguments arguments(theta);
+  hsaid::Listed tiles{};
+  hsaid::Segment segment;
+  if (listed) {
+    tiles = arguments.tiles(plan, *listed, span);
+    if (tiles.count == 0) {
+      Tensor dtheta = torch::stable::empty_like(theta), dfactors = torch::stable::empty_like(factors);
+      return {torch::stable::zero_(dtheta), torch::stable::zero_(dfactors)};
+    }
+    segment = segment_of(plan, tiles);
+    plan.segments = &segment;
+  }
   std::vector<cuda::DeviceTensor> tensors;
   tensors.reserve(grads.size());
   for (const std::optional<Tensor>& t : grads)
@@ -106,7 +133,7 @@ std::tuple<Tensor, Tensor> fastfood_adjoint(Tensor theta, Tensor factors, std::v
   Tensor dtheta = torch::stable::empty_like(theta), dfactors = torch::stable::empty_like(factors);
   cuda::fastfood_adjoint({plan.params, arguments.floats(theta, plan.params.dim, "theta"),
                           arguments.floats(factors, plan.num_segments, "factors"), plan.segments, plan.num_segments,
-                          tensors.data(), run_blocks},
+                          tensors.data(), run_blocks, tiles},
                          dtheta.mutable_data_ptr<float>(), dfactors.mutable_data_ptr<float>(),
                          arguments.workspace(theta), current_stream(theta));
   return {dtheta, dfactors};

@@ -167,6 +167,58 @@ void test_pool() {
   many_blocks = 7;
 }
 
+// Some tiles of a tensor alone, which lie side by side: nothing else is written, and nothing behind the tensor's end
+// read.
+template <class T>
+void check_listed(const Plan& c, const std::vector<int64_t>& entries, bool based, int64_t shift,
+                  const std::string& what) {
+  const int64_t numel = c.segments[0].rows * c.segments[0].cols, listed_numel = entries.size() * kTile;
+  const Listed listed{entries.data(), (int64_t)entries.size(), kTile >> c.params.q};
+  const Segment s{0, 0, 0, 1, numel, numel, c.segments[0].stream, 0};
+  std::vector<T> base(numel + shift), grads(listed_numel + shift);
+  for (int64_t k = 0; k < numel; ++k) base[shift + k] = narrowed<T>(value(k));
+  for (int64_t k = 0; k < listed_numel; ++k) grads[shift + k] = narrowed<T>(value(k + 7));
+  const TensorView view{base.data() + shift, kDtype<T>, true, 1, &numel, nullptr};
+  const cuda::DeviceTensor tensor{base.data() + shift, kDtype<T>};
+  std::vector<T> expected(listed_numel + 128, kGuard<T>), out = expected;
+  fastfood_forward({c.params, c.theta.data(), c.factors.data(), &s, 1, nullptr, 0, based ? &view : nullptr,
+                    expected.data() + 64, kDtype<T>, false, listed},
+                   fake_threads(1));
+  on_devices([&](const std::string& on) {
+    std::fill(out.begin() + 64, out.end() - 64, narrowed<T>(NAN));
+    cuda::fastfood_forward({c.params, c.theta.data(), c.factors.data(), &s, 1, nullptr, 0, based ? &tensor : nullptr,
+                            out.data() + 64, kDtype<T>, listed},
+                           workspace(), {});
+    check_same_bits(out.data(), expected.data(), out.size(), what + ", " + on);
+  });
+
+  const Segment of_grads{0, 0, 0, 1, listed_numel, listed_numel, s.stream, 0};
+  const TensorView grad_view{grads.data() + shift, kDtype<T>, true, 1, &listed_numel, nullptr};
+  const cuda::DeviceTensor grad{grads.data() + shift, kDtype<T>};
+  std::vector<float> padded((int64_t)c.params.chunks << c.params.q), dtheta(c.params.dim, NAN);
+  float dfactor_expected, dfactor = NAN;
+  fastfood_adjoint({c.params, c.theta.data(), c.factors.data(), &of_grads, 1, &grad_view, 2, listed}, padded.data(),
+                   &dfactor_expected, fake_threads(1));
+  cuda::fastfood_adjoint({c.params, c.theta.data(), c.factors.data(), &of_grads, 1, &grad, 2, listed}, dtheta.data(),
+                         &dfactor, workspace(), {});
+  check_same_bits(dtheta.data(), padded.data(), c.params.dim, what + ", dtheta");
+  check_same_bits(&dfactor, &dfactor_expected, 1, what + ", dfactor");
+}
+
+void test_listed() {
+  for (int q : quick ? std::vector<int>{7, 10, 14} : std::vector<int>{5, 7, 8, 10, 11, 14})
+    for (int chunks : {1, 2})
+      for (bool rademacher : {false, true}) {
+        if (quick && rademacher != (chunks == 1)) continue;
+        const Plan c(q, chunks, rademacher);  // its first tensor is two whole tiles and a ragged one
+        const std::string what = "listed, " + name_of(q, chunks, rademacher);
+        check_listed<float>(c, {0, 2}, true, 0, what);
+        check_listed<bf16>(c, {1}, true, 0, what + ", bf16");
+        if (chunks == 1) check_listed<fp16>(c, {1, 2}, true, 1, what + ", shifted fp16");
+        if (chunks == 1) check_listed<float>(c, {0, 1, 2}, false, 0, what + ", no base");
+      }
+}
+
 // Of every pair of types, in vectors and (shifted by an element) one at a time.
 void test_types() {
   for (int q : quick ? std::vector<int>{14} : std::vector<int>{7, 10, 14}) {
@@ -425,6 +477,7 @@ int main(int argc, char** argv) {
   timed("every width", test_every_width);
   timed("chunks", test_chunks);
   timed("pool", test_pool);
+  timed("listed", test_listed);
   timed("types", test_types);
   if (!quick) {
     timed("banks", test_banks);

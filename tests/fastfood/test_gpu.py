@@ -284,6 +284,117 @@ def test_strided_and_misaligned(backend):
         assert_same_bits(got.cpu(), expected)
 
 
+# --- some tiles of a segment alone
+
+TILE = 2**14
+LONG = 4 * TILE + 1003  # values: the last of five tiles is ragged
+
+
+def listed_plan(width: int, dim: int, diagonal: str = "gaussian") -> Plan:
+    plan = Plan({"a": (LONG,)}, dim, seed=5, width=width, diagonal=diagonal)
+    plan.run_blocks = 2
+    return plan
+
+
+def assert_same_listed(
+    plan: Plan, entries: list[int], base: torch.Tensor | None, dtype: torch.dtype, backend: str, off: int = 0
+) -> None:
+    """Forward and adjoint, bit for bit the CPU backend's; base and gradient begin `off` elements into their memory."""
+    listed, span = torch.tensor(entries, dtype=torch.int64), ops.row_span(plan, backend)
+    theta = torch.randn(plan.dim, generator=torch.Generator().manual_seed(2))
+    factors, bases = plan.scales.clone(), [] if base is None else [base]
+    grad = torch.randn(len(entries) * TILE, generator=torch.Generator().manual_seed(3)).to(dtype)
+    on = [t.to(DEVICE) for t in (theta, factors)]
+    moved = [torch.cat([t[:off], t]).to(DEVICE)[off:] for t in (grad, *bases)]
+    poison(len(entries) * TILE, dtype, DEVICE)
+    got = ops.fastfood_forward(plan, *on, moved[1:], dtype, backend, listed.to(DEVICE), span)
+    assert_same_bits(got.cpu(), ops.fastfood_forward(plan, theta, factors, bases, dtype, "cpu", listed, span))
+    got = ops.fastfood_adjoint(plan, *on, moved[:1], backend, listed.to(DEVICE), span)
+    expected = ops.fastfood_adjoint(plan, theta, factors, [grad], "cpu", listed, span)
+    for what, a, b in zip(("dtheta", "dfactors"), got, expected, strict=True):
+        assert_same_bits(a.cpu(), b, what)
+
+
+@pytest.mark.parametrize(
+    "width, dim, diagonal, dtype",
+    [
+        (32, 29, "rademacher", torch.float16),
+        (32, 60, "gaussian", torch.float32),
+        (256, 250, "gaussian", torch.bfloat16),
+        (256, 500, "rademacher", torch.float32),
+        (1024, 1000, "gaussian", torch.float32),
+        (1024, 1000, "rademacher", torch.bfloat16),
+        (TILE, TILE, "gaussian", torch.float16),
+        (TILE, TILE + 5, "rademacher", torch.bfloat16),
+    ],
+)
+def test_listed_tiles(width, dim, diagonal, dtype, backend):
+    plan = listed_plan(width, dim, diagonal)
+    base = torch.randn(LONG, generator=torch.Generator().manual_seed(1))
+    for entries in ([2], [0, 4], list(range(5)), []):
+        assert_same_listed(plan, entries, base.to(dtype), dtype, backend)
+    assert_same_listed(plan, [1, 4], base, dtype, backend, off=1)
+    assert_same_listed(plan, [1, 4], None, dtype, backend)
+
+
+def test_all_tiles_listed_are_the_whole(backend):
+    plan = listed_plan(256, 250)
+    theta, factors, base = torch.randn(250).to(DEVICE), plan.scales.to(DEVICE), torch.randn(LONG).to(DEVICE)
+    whole = ops.fastfood_forward(plan, theta, factors, [base], torch.float32, backend)
+    listed = torch.arange(5, device=DEVICE)
+    got = ops.fastfood_forward(plan, theta, factors, [base], torch.float32, backend, listed, 64)
+    assert_same_bits(got[:LONG], whole[:LONG])
+    assert not got[LONG:].any()
+    padded = torch.nn.functional.pad(base, (0, 5 * TILE - LONG))
+    got = ops.fastfood_adjoint(plan, theta, factors, [padded], backend, listed, 64)
+    for a, b in zip(got, ops.fastfood_adjoint(plan, theta, factors, [base], backend), strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("width", [1024, TILE])
+def test_listed_tiles_come_in_waves(width, monkeypatch, backend):
+    if backend != "triton":
+        pytest.skip("Triton's, whose tables can be made for less memory than there is; CUDA's waves know of no list")
+    from hsaid_kernels.fastfood.triton import tables
+
+    monkeypatch.setattr(tables, "SUMS_FLOATS", 2 * TILE)
+    plan = listed_plan(width, 1000)
+    plan.run_blocks = 1
+    for entries in ([1], [0, 1, 2, 4], list(range(5))):
+        assert_same_listed(plan, entries, None, torch.float32, backend)
+
+
+@on_a_device
+def test_listed_tiles_in_a_cuda_graph(backend):
+    """Which the device alone knows: they differ from one replay to the next."""
+    plan = listed_plan(1024, 1000)
+    theta, factors, base = torch.randn(1000), plan.scales.clone(), torch.randn(LONG)
+    grad, listed, span = torch.randn(2 * TILE), torch.tensor([0, 4]), ops.row_span(plan, backend)
+    on = [t.cuda() for t in (theta, factors, base, grad)]
+    static = listed.cuda()
+
+    def run():
+        forward = ops.fastfood_forward(plan, *on[:2], [on[2]], torch.float32, backend, static, span)
+        return forward, *ops.fastfood_adjoint(plan, *on[:2], [on[3]], backend, static, span)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    for entries in ([0, 4], [1, 3]):
+        listed = torch.tensor(entries)
+        static.copy_(listed)
+        graph.replay()
+        forward = ops.fastfood_forward(plan, theta, factors, [base], torch.float32, "cpu", listed, span)
+        expected = forward, *ops.fastfood_adjoint(plan, theta, factors, [grad], "cpu", listed, span)
+        for a, b in zip(got, expected, strict=True):
+            assert_same_bits(a.cpu(), b)
+
+
 @on_a_device
 def test_theta_of_many_chunks_in_little_memory(backend):
     plan = Plan({"a": (20, 16384)}, 2**20)
@@ -491,6 +602,15 @@ def test_opcheck(backend):
         op.fastfood_forward.default, (theta, factors, tensors, *table, plan.holes, plan.numel, torch.float32)
     )
     torch.library.opcheck(op.fastfood_adjoint.default, (theta, factors, [tensors[0], None], *table, plan.run_blocks))
+    one, listed = Plan({"a": (300,)}, 100), torch.tensor([0], device=DEVICE)
+    table = (one.segments, 3, one.width, False)
+    of_listed = (listed, ops.row_span(one, backend))
+    torch.library.opcheck(
+        op.fastfood_forward.default,
+        (theta, factors[:1], tensors[:1], *table, one.holes, one.numel, torch.float32, *of_listed),
+    )
+    grad = torch.randn(TILE, device=DEVICE)
+    torch.library.opcheck(op.fastfood_adjoint.default, (theta, factors[:1], [grad], *table, one.run_blocks, *of_listed))
     torch.library.opcheck(op.hadamard_transform.default, (torch.randn(2, 5, device=DEVICE, requires_grad=True), 0.5))
     torch.library.opcheck(op.stream_values.default, (theta, 7, -5, 0, 3, 1, 64, False))
 
@@ -579,6 +699,48 @@ def test_bad_arguments_of_the_others(backend):
         op.fastfood_adjoint(theta, factors, short, plan.segments, 0, 256, False, 24)
     with pytest.raises(RuntimeError, match="purpose: expected 0, 1 or 2, got 3"):
         op.stream_values(theta, 0, 0, 3, 0, 0, 64, False)
+
+
+LISTED = torch.tensor([0, 4])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"span": 32}, "span: expected 64, a tile of 16384 values, got 32"),
+        ({"listed": LISTED.int()}, r"listed: expected a contiguous int64 tensor \[count\]"),
+        ({"listed": torch.arange(6)}, "listed: expected at most 5 entries of 64 blocks, got 6"),
+        ({"listed": LISTED.flip(0)}, "listed: expected rising numbers from 0 to 4, got "),
+        ({"listed": LISTED + 1}, "listed: expected rising numbers from 0 to 4, got "),
+    ],
+)
+def test_bad_lists(changes, message, backend):
+    if not ON_CPU and "rising" in message:
+        pytest.skip("the values are the device's")
+    plan = listed_plan(256, 200)
+    given = {"listed": LISTED, "span": 64} | changes
+    given["listed"] = given["listed"].to(DEVICE)
+    theta, factors, table = torch.ones(200, device=DEVICE), plan.scales.to(DEVICE), (plan.segments, 0, 256, False)
+    with pytest.raises(RuntimeError, match=message):
+        kernels(backend).fastfood_forward(theta, factors, [], *table, plan.holes, plan.numel, torch.float32, **given)
+    with pytest.raises(RuntimeError, match=message):
+        grad = torch.ones(2 * TILE, device=DEVICE)
+        kernels(backend).fastfood_adjoint(theta, factors, [grad], *table, plan.run_blocks, **given)
+
+
+def test_lists_of_other_plans(backend):
+    """Of several segments, of a gradient that is too short, and of a list that lies elsewhere."""
+    given = arguments(listed=torch.tensor([0], device=DEVICE), span=64)
+    with pytest.raises(RuntimeError, match="segments: expected one dense segment"):
+        kernels(backend).fastfood_forward(**given)
+    plan, op = listed_plan(256, 200), kernels(backend)
+    rest = (plan.segments, 0, 256, False, plan.run_blocks)
+    theta, factors, grad = torch.ones(200, device=DEVICE), plan.scales.to(DEVICE), torch.ones(TILE, device=DEVICE)
+    with pytest.raises(RuntimeError, match="grads: tensor 0 has 16384 elements, the plan needs 32768"):
+        op.fastfood_adjoint(theta, factors, [grad], *rest, LISTED.to(DEVICE), 64)
+    if not ON_CPU:
+        with pytest.raises(RuntimeError, match="listed: expected a tensor on .*0, where theta is, got one on"):
+            op.fastfood_adjoint(theta, factors, [grad], *rest, LISTED, 64)
 
 
 @on_a_device

@@ -84,6 +84,23 @@ def test_pieces_are_the_plans():
 
 @pytest.mark.parametrize("most", [1, 2, 5, 10**6])
 @pytest.mark.parametrize("q", [5, 10, 14])
+def test_waves_of_listed_blocks_are_those_of_a_segment_that_is_as_long(q, most, monkeypatch):
+    t = tile.tile_bits(q)
+    monkeypatch.setattr(tables, "SUMS_FLOATS", most << 14)
+    for count in (1, 24, 25, 7 * 24 + 5):
+        plan = Plan({"a": (count << 14,)}, 100, width=2**q)
+        expected = tables.waves_of(tables.pieces_of(plan.segments.numpy()), q, t, 24, CPU)
+        got = tables.listed_waves_of(count, q, t, 24)
+        assert len(got) == len(expected)
+        for wave, of_segment in zip(got, expected):
+            assert wave.items == len(of_segment.items) and wave.runs == of_segment.parts[0, tables.LAST.value]
+            assert wave.first_item << (t - q) == of_segment.items[0, tables.FIRST.value]
+            assert (wave.before < 0) == (of_segment.parts[0, tables.FROM.value] < 0)
+            assert (wave.after < 0) == (of_segment.finished == 1)
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 10**6])
+@pytest.mark.parametrize("q", [5, 10, 14])
 def test_waves_have_every_run_once(q, most, monkeypatch):
     """And no group is cut; of the last one there are as many runs as it has blocks, up to all of them."""
     t = tile.tile_bits(q)
@@ -265,6 +282,34 @@ def test_everything_compiles(width, chunks, rademacher, device):
     ops.hadamard_transform(torch.ones(3, width - 1).bfloat16(), 0.5)
 
 
+def test_listed_tiles_leave_nothing_behind(device):
+    """Whatever a list's length, nothing is compiled or made for it, nor is it read: its values are none."""
+    plan = Plan({"a": (9 * 2**14 + 5,)}, 300, width=256)
+    plan.run_blocks = 2
+    theta, factors, base = torch.ones(300), plan.scales, torch.zeros(plan.numel)
+    table = (plan.segments, 3, 256, False)
+
+    def call_listed(count: int) -> list[tuple[str, tuple]]:
+        device.launches.clear()
+        listed, grad = torch.full((count,), -1), torch.zeros(count * 2**14)
+        out = ops.fastfood_forward(theta, factors, [base], *table, plan.holes, plan.numel, base.dtype, listed, 64)
+        ops.fastfood_adjoint(theta, factors, [grad], *table, plan.run_blocks, listed, 64)
+        assert out.shape == (count * 2**14,)
+        return [(name, grid) for name, grid, _ in device.launches]
+
+    first = call_listed(1)
+    binaries, made = len(device.binaries), len(ops._made[plan.segments])
+    for count in (2, 5, 9, 10):
+        launches = call_listed(count)
+        assert [name for name, _ in launches] == [name for name, _ in first]
+        grids = {name: grid[0] for name, grid in launches}
+        groups = -(-count // 2)
+        assert grids["forward_z_kernel"] == 2 and grids["fastfood_forward_kernel"] == 4 * count
+        assert grids["adjoint_groups_kernel"] == 4 * groups and grids["adjoint_sums_kernel"] == 1
+    assert (len(device.binaries), len(ops._made[plan.segments])) == (binaries, made)
+    assert call_listed(0) == []
+
+
 def test_hadamard_transform_of_any_length_compiles(device):
     for dim in (1, 2, 5, 2**15, 2**22 - 1):
         ops.hadamard_transform(torch.ones(1, dim), 0.5)
@@ -282,7 +327,10 @@ def test_hadamard_transform_of_any_length_compiles(device):
 @pytest.mark.parametrize("backend, arch, warp_size", [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)])
 def test_compiles_for(backend, arch, warp_size):
     """Without fused multiplications, within the shared memory and registers that are counted on."""
-    for kernel in triton_offline.kernels(qs=(14,), codes=(1,)):
+    kernels = triton_offline.kernels(qs=(14,), codes=(1,))
+    listed = ("fastfood_forward_kernel, g", "adjoint_groups_kernel, g", "adjoint_sums_kernel")
+    kernels += [kernel._replace(listed=True) for kernel in kernels if kernel.title.startswith(listed)]
+    for kernel in kernels:
         built = triton_offline.compiled(kernel, backend, arch, warp_size)
         assert built.metadata.shared <= 65536, kernel.title
         code = built.asm["ptx" if backend == "cuda" else "amdgcn"]

@@ -3,13 +3,14 @@
 A program processes an item (tables.py): a run of blocks of a segment, or several runs side by side. For each run it
 stores sum_b G_b H^T g_b. Three small kernels then add the runs of each group and the groups of each segment, transform
 the sums, and add the segments. All additions are in the order of the plan, so the result is deterministic to the bit
-(docs/rng.md).
+(docs/rng.md). Where blocks are listed, which only the device knows, the only gradient is of these, side by side, and
+all its items have as many runs as fit.
 """
 
 import triton
 import triton.language as tl
 
-from hsaid_kernels.fastfood.triton.memory import element, load_floats, tensor_at
+from hsaid_kernels.fastfood.triton.memory import element, listed_at, load_floats, tensor_at
 from hsaid_kernels.fastfood.triton.streams import (
     SIGNS,
     permutation_keys,
@@ -66,12 +67,18 @@ def read_tile(
     return x
 
 
-@triton.jit(do_not_specialize=["seed", "chunk", "run_blocks"])
+@triton.jit(
+    do_not_specialize=["seed", "chunk", "run_blocks", "num_listed", "first_item"],
+    do_not_specialize_on_alignment=["listed"],
+)
 def adjoint_groups_kernel(
     grads,  # table_of the tensors
     seed: tl.int64,
     chunk: tl.int32,
-    items,  # [programs, COLUMNS]
+    items,  # [programs, COLUMNS]; of listed blocks one row, the piece's
+    listed,  # [num_listed], rising: which RUNS blocks of the only segment have gradients; None: all of every piece
+    num_listed: tl.int32,
+    first_item: tl.int32,  # of listed blocks, in this wave
     sums,  # [programs, 2^T]
     lines,
     run_blocks: tl.int32,
@@ -82,13 +89,18 @@ def adjoint_groups_kernel(
     T: tl.constexpr,
 ):
     item = tl.program_id(0)
-    row = items + item * COLUMNS
+    ALL: tl.constexpr = listed is None
+    row = items + item * COLUMNS if ALL else items
     seed = seed.to(tl.int64)
-    grad, code = tensor_at(grads, tl.load(row + TENSOR), tl.load(row + OFFSET))
+    grad, code = tensor_at(grads, tl.load(row + TENSOR), tl.load(row + OFFSET) if ALL else 0)
     if grad != 0:
-        count, cols, row_stride = tl.load(row + COUNT), tl.load(row + COLS), tl.load(row + ROW_STRIDE)
-        stream, first = tl.load(row + STREAM), tl.load(row + FIRST)
-        runs = (tl.load(row + LAST) - first).to(tl.int32)
+        cols, row_stride, stream = tl.load(row + COLS), tl.load(row + ROW_STRIDE), tl.load(row + STREAM)
+        if ALL:
+            count, first = tl.load(row + COUNT), tl.load(row + FIRST)
+            runs = (tl.load(row + LAST) - first).to(tl.int32)
+        else:
+            count, first = num_listed.to(tl.int64) * (RUNS << Q), (first_item + item).to(tl.int64) << (T - Q)
+            runs = 1 << (T - Q)
         first_block = (first // RUNS * run_blocks * RUNS + first % RUNS).to(tl.int32)
         blocks = ((count + (1 << Q) - 1) >> Q).to(tl.int32)
         out = sums + (item.to(tl.int64) << T)
@@ -97,16 +109,20 @@ def adjoint_groups_kernel(
             at = tl.cast(block, tl.int64) << Q
             x = read_tile(grad, code, count, cols, row_stride, at, out, GRADS, Q, T)
             x = transform_reversed(x, Q, T)
-            u += times_diagonal(x, seed, stream, block, 1, chunk, lines, RADEMACHER, Q, T)
+            of_stream = listed_at(listed, block, RUNS)
+            u += times_diagonal(x, seed, stream, of_stream, 1, chunk, lines, RADEMACHER, Q, T)
         tl.debug_barrier()
         e = tl.arange(0, 1 << T)
         tl.store(out + e, a_to_natural(u, T), mask=e < runs << Q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs", "before", "after"])
 def adjoint_sums_kernel(
     grads,
     parts,  # [programs, COLUMNS]
+    num_runs,  # of listed blocks: FIRST is 0; LAST, FROM and TO are these three. None: they are in the table
+    before,
+    after,
     sums,
     carry,  # [2, 2^Q]
     RUNS: tl.constexpr,
@@ -117,8 +133,11 @@ def adjoint_sums_kernel(
     row = parts + tl.program_id(0) * COLUMNS
     grad, _ = tensor_at(grads, tl.load(row + TENSOR), 0)
     at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    first, last = tl.load(row + FIRST), tl.load(row + LAST)
-    before, after = tl.load(row + FROM), tl.load(row + TO)
+    if num_runs is None:
+        first, last = tl.load(row + FIRST), tl.load(row + LAST)
+        before, after = tl.load(row + FROM), tl.load(row + TO)
+    else:
+        first, last = tl.full([], 0, tl.int64), num_runs.to(tl.int64)
     if grad != 0:
         sum = tl.load(carry + (before << Q) + at, mask=at < tl.where(before < 0, 0, 1 << Q), other=0.0)
         if RUNS == 1:

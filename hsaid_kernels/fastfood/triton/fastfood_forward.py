@@ -4,12 +4,15 @@ The programs are persistent: each processes its runs of tiles (tables.py), with 
 not depend on the others. z of all segments is computed by a separate launch. A program that computed z whenever it
 reached a new segment would spend most of its time on that if tensors are small, because in Triton, unlike in CUDA, the
 computation goes through memory step by step.
+
+Where tiles are listed, which only the device knows, there is one segment, and the programs have equal shares of the
+list.
 """
 
 import triton
 import triton.language as tl
 
-from hsaid_kernels.fastfood.triton.memory import element, load_floats, prefetch, store_floats, tensor_at
+from hsaid_kernels.fastfood.triton.memory import element, listed_at, load_floats, prefetch, store_floats, tensor_at
 from hsaid_kernels.fastfood.triton.streams import times_diagonal
 from hsaid_kernels.fastfood.triton.tables import (
     COLS,
@@ -30,11 +33,26 @@ from hsaid_kernels.fastfood.triton.tile import load_z, make_z, transform
 
 @triton.jit
 def write_elements(
-    out, base, code, count, cols, row_stride, first, x, factor, OUT: tl.constexpr, BASES: tl.constexpr, T: tl.constexpr
+    out,
+    base,
+    code,
+    count,
+    cols,
+    row_stride,
+    first,
+    x,
+    factor,
+    OUT: tl.constexpr,
+    BASES: tl.constexpr,
+    T: tl.constexpr,
+    REST: tl.constexpr = False,
 ):
-    """base + factor * x, or the base where factor is None, into the piece's elements first ... first + 2^T - 1."""
+    """base + factor * x, or the base where factor is None, into the piece's elements first ... first + 2^T - 1.
+
+    With REST, 0 into those behind the piece's end.
+    """
     STEP: tl.constexpr = 1 << (T - 4)  # four values a thread at a time: offsets take many registers
-    for i in range(0, tl.minimum(count - first, 1 << T).to(tl.int32), STEP):
+    for i in range(0, 1 << T if REST else tl.minimum(count - first, 1 << T).to(tl.int32), STEP):
         at = i + tl.arange(0, STEP)
         mask = first + at < count
         offsets = element(first + at, cols, row_stride)
@@ -44,7 +62,10 @@ def write_elements(
             w = load_floats(base, code, 0, offsets, first + at < tl.where(base == 0, 0, count), BASES, 0)
         if factor is not None:
             w += factor * tl.load(x + at)
-        store_floats(out, 0, offsets, w, mask, OUT, 0)
+        if REST:
+            store_floats(out, 0, offsets, tl.where(mask, w, 0.0), at >= 0, OUT, 0)
+        else:
+            store_floats(out, 0, offsets, w, mask, OUT, 0)
 
 
 @triton.jit
@@ -70,10 +91,11 @@ def write_tile(
     OUT: tl.constexpr,
     BASES: tl.constexpr,
     T: tl.constexpr,
+    REST: tl.constexpr,
 ):
     """base + factor * x into tile t of the piece that begins at the addresses `out` and `base` (0: zeros).
 
-    BASES 0: no piece has a base.
+    BASES 0: no piece has a base. REST: as in write_elements.
     """
     at = tl.arange(0, 1 << T)
     first = tl.cast(t, tl.int64) << T
@@ -85,7 +107,7 @@ def write_tile(
         tl.debug_barrier()
         tl.store(scratch + at, x)
         tl.debug_barrier()
-        write_elements(out, base, code, count, cols, row_stride, first, scratch, factor, OUT, BASES, T)
+        write_elements(out, base, code, count, cols, row_stride, first, scratch, factor, OUT, BASES, T, REST)
 
 
 @triton.jit(do_not_specialize=["seed", "dim", "chunks", "count"])
@@ -111,13 +133,15 @@ def forward_z_kernel(
             make_z(theta, dim, seed, tl.load(row + STREAM), i % chunks, scratch, z, Q, T)
 
 
-@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["chunks"])
+@triton.jit(do_not_specialize=["seed", "num_listed"], do_not_specialize_on_alignment=["chunks", "listed"])
 def fastfood_forward_kernel(
     chunks,
     factors,
     seed: tl.int64,
-    runs,  # [runs, COLUMNS]
+    runs,  # [runs, COLUMNS]; of listed tiles one row, the piece's
     first_runs,  # [programs + 1]
+    listed,  # [num_listed], rising: which 2^14 values of the only segment are written; None: all of every piece
+    num_listed: tl.int32,
     bases,  # table_of the tensors
     out,
     lines,
@@ -133,21 +157,32 @@ def fastfood_forward_kernel(
     program = tl.program_id(0).to(tl.int64)
     seed = seed.to(tl.int64)
     scratch += program << T
-    for i in range(tl.load(first_runs + program), tl.load(first_runs + program + 1)):
+    ALL: tl.constexpr = listed is None
+    SPAN: tl.constexpr = 1 << (14 - T)  # tiles of an entry
+    if ALL:
+        begin, end = tl.load(first_runs + program), tl.load(first_runs + program + 1)
+    else:
+        begin, end = program * 0, program * 0 + 1
+    for i in range(begin, end):
         row = runs + i * COLUMNS
         base, code = tensor_at(bases, tl.load(row + TENSOR), tl.load(row + OFFSET))
         to = out.to(tl.int64) + tl.load(row + OUT_OFFSET) * (4 if OUT == 0 else 2)
         count, cols, row_stride = tl.load(row + COUNT), tl.load(row + COLS), tl.load(row + ROW_STRIDE)
         stream, segment = tl.load(row + STREAM), tl.load(row + SEGMENT)
-        first, last = tl.load(row + FIRST).to(tl.int32), tl.load(row + LAST).to(tl.int32)
+        if ALL:
+            first, last = tl.load(row + FIRST).to(tl.int32), tl.load(row + LAST).to(tl.int32)
+        else:
+            first = (program * num_listed * SPAN // tl.num_programs(0)).to(tl.int32)
+            last = ((program + 1) * num_listed * SPAN // tl.num_programs(0)).to(tl.int32)
         if segment < 0:
             for t in range(first, last):
                 at = tl.cast(t, tl.int64) << T
                 write_elements(to, base, code, count, cols, row_stride, at, None, None, OUT, BASES, T)
         else:
             factor = tl.load(factors + segment)
-            z = zs + (tl.load(row + FROM) * chunks << T)
-            for t in range(first, last):
+            z = zs + (tl.load(row + FROM) * chunks << T if ALL else 0)
+            for place in range(first, last):
+                t = listed_at(listed, place, SPAN)
                 if PREFETCH and BASES != 0:
                     prefetch_base(base, code, count, cols, t, BASES, T)
                 block = t << (T - Q)
@@ -156,4 +191,6 @@ def fastfood_forward_kernel(
                     of_chunk = load_z(z + (tl.cast(chunk, tl.int64) << T), T)
                     x += times_diagonal(of_chunk, seed, stream, block, 1, chunk, lines, RADEMACHER, Q, T)
                 w = transform(x, Q, T)
-                write_tile(to, base, code, count, cols, row_stride, t, w, factor, scratch, OUT, BASES, T)
+                # Where tile t would begin at `at`, it begins at its place.
+                at = to + (tl.cast(place - t, tl.int64) << T) * (4 if OUT == 0 else 2)
+                write_tile(at, base, code, count, cols, row_stride, t, w, factor, scratch, OUT, BASES, T, not ALL)

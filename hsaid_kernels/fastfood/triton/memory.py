@@ -208,6 +208,15 @@ def store_floats(address, first, offsets, x, mask, CODE: tl.constexpr, FOURS: tl
 
 
 @triton.jit
+def listed_at(listed, place, SPAN: tl.constexpr):
+    """What is at a place: an entry of `listed` stands for SPAN places in a row. None: each place for itself."""
+    if listed is None:
+        return place
+    else:
+        return tl.load(listed + place // SPAN).to(tl.int32) * SPAN + place % SPAN
+
+
+@triton.jit
 def element(e, cols, row_stride):
     """Offset of a piece's row-major e-th element. cols 0: of a dense piece; others have less than 2^32 elements."""
     if cols == 0:

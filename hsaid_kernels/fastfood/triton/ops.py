@@ -121,6 +121,23 @@ def _bits(width: int) -> int:
     return width.bit_length() - 1
 
 
+def _check_listed(listed: Tensor, span: int, theta: Tensor, segments: Tensor, width: int) -> None:
+    """Their values too, where the host can read them."""
+    expected = plan.MAX_WIDTH // width
+    _check(span == expected, f"span: expected {expected}, a tile of {plan.MAX_WIDTH} values, got {span}")
+    _, _, out_offset, rows, cols, row_stride, *_ = segments[0].tolist()
+    dense = len(segments) == 1 and (rows == 1 or row_stride == cols) and out_offset == 0
+    _check(dense, "segments: expected one dense segment that begins at 0 with `listed`")
+    _check_device(listed, theta, "listed")
+    good = listed.dtype == torch.int64 and listed.dim() == 1 and listed.is_contiguous()
+    _check(good, "listed: expected a contiguous int64 tensor [count]")
+    entries = -(-rows * cols // plan.MAX_WIDTH)
+    _check(len(listed) <= entries, f"listed: expected at most {entries} entries of {span} blocks, got {len(listed)}")
+    if INTERPRETED:
+        rising = torch.equal(listed, listed.unique()) and bool(((listed >= 0) & (listed < entries)).all())
+        _check(rising, f"listed: expected rising numbers from 0 to {entries - 1}, got {listed.tolist()}")
+
+
 class _Forward(NamedTuple):
     needed: list[int]
     waves: list[tables.Runs]
@@ -161,6 +178,8 @@ def fastfood_forward(
     holes: Tensor,
     numel: int,
     dtype: torch.dtype,
+    listed: Tensor | None = None,
+    span: int = 1,
 ) -> Tensor:
     theta, q, t = _theta(theta), _bits(width), tile.tile_bits(_bits(width))
     device, chunks = theta.device, -(-theta.numel() // width)
@@ -168,25 +187,35 @@ def fastfood_forward(
     made = _forward_tables(device, segments, holes, q, chunks, len(base), numel)
     factors = _floats(factors, theta, len(segments), "factors")
 
+    waves, tiles, most = made.waves, 0, max(len(wave.pieces) for wave in made.waves)
+    if listed is not None:
+        _check_listed(listed, span, theta, segments, width)
+        # The only segment is the first piece. Which tiles a program takes it computes, as nothing is made for a list.
+        waves, tiles, most = waves[:1], len(listed) << (plan.MAX_WIDTH.bit_length() - 1 - t), 1
+        numel = tiles << t
     out = torch.empty(numel, dtype=dtype, device=device)
-    most = max(len(wave.pieces) for wave in made.waves)
+    if listed is not None and tiles == 0:
+        return out
     zs, scratch = _workspace(most * chunks << t, device), _workspace(made.programs << t, device)
     options = _options(tile.threads(q), 128)
     with _on(device):
         bases = memory.table_of(base or [None] * len(made.needed), made.needed, device, "base")
         allowed = 1 | 1 << memory.CODES[dtype]
         _check(bases.codes & ~allowed == 0, "base: expected tensors in float32 or in the dtype of the weights")
-        for rows, first, pieces in made.waves:
-            count = len(pieces) * chunks
+        for rows, first, pieces in waves:
+            programs = len(first) - 1 if listed is None else min(made.programs, tiles)
+            count = (len(pieces) if listed is None else 1) * chunks
             forward_z_kernel[(min(made.programs, count),)](
                 theta, theta.numel(), chunks, seed, pieces, count, zs, scratch, Q=q, T=t, **options
             )
-            fastfood_forward_kernel[(len(first) - 1,)](
+            fastfood_forward_kernel[(programs,)](
                 chunks,
                 factors,
                 seed,
-                rows,
+                rows if listed is None else pieces,
                 first,
+                listed,
+                0 if listed is None else len(listed),
                 bases.words,
                 out,
                 _normal_lines(device),
@@ -230,6 +259,8 @@ def fastfood_adjoint(
     width: int,
     rademacher: bool,
     run_blocks: int,
+    listed: Tensor | None = None,
+    span: int = 1,
 ) -> tuple[Tensor, Tensor]:
     theta, q, t = _theta(theta), _bits(width), tile.tile_bits(_bits(width))
     device, dim = theta.device, theta.numel()
@@ -237,24 +268,38 @@ def fastfood_adjoint(
     factors = _floats(factors, theta, len(segments), "factors")
 
     dtheta, dfactors = torch.zeros_like(theta), torch.zeros_like(factors)
-    if all(tensor is None for tensor in grads):
+    needed, num_listed = made.needed, 0
+    # Of a wave: how many items, from which on; what adjoint_sums_kernel is told; tables; finished parts.
+    waves = [(len(wave.items), 0, (None, None, None), *wave) for wave in made.waves]
+    if listed is not None:
+        _check_listed(listed, span, theta, segments, width)
+        num_listed, (items, parts, _) = len(listed), made.waves[0]  # whose first rows are the only segment's
+        needed = [*needed[:-1], num_listed * plan.MAX_WIDTH]
+        waves = [
+            (wave.items, wave.first_item, wave[2:], items, parts, int(wave.after < 0))
+            for wave in tables.listed_waves_of(num_listed, q, t, run_blocks)
+        ]
+    if all(tensor is None for tensor in grads) or not waves:
         return dtheta, dfactors
-    sums = _workspace(max(len(wave.items) for wave in made.waves) << t, device)
-    carry = _workspace(2 << q if len(made.waves) > 1 else 1, device)
-    scratch = _workspace(min(SEGMENT_PROGRAMS, max(wave.finished for wave in made.waves)) << (t + 1), device)
+    sums = _workspace(max(wave[0] for wave in waves) << t, device)
+    carry = _workspace(2 << q if len(waves) > 1 else 1, device)
+    scratch = _workspace(min(SEGMENT_PROGRAMS, max(wave[-1] for wave in waves)) << (t + 1), device)
     lines, small = _normal_lines(device), _options(128)
     size, runs = min(SIZE, width), plan.MAX_WIDTH // width
     with _on(device):
-        table = memory.table_of(grads, made.needed, device, "grads")
+        table = memory.table_of(grads, needed, device, "grads")
         for chunk in range(-(-dim // width)):
             part_of_dtheta = dtheta[chunk * width : (chunk + 1) * width]
             count = len(part_of_dtheta)
-            for items, parts, finished in made.waves:
-                adjoint_kernels.adjoint_groups_kernel[(len(items),)](
+            for num_items, first_item, of_listed, items, parts, finished in waves:
+                adjoint_kernels.adjoint_groups_kernel[(num_items,)](
                     table.words,
                     seed,
                     chunk,
                     items,
+                    listed,
+                    num_listed,
+                    first_item,
                     sums,
                     lines,
                     run_blocks,
@@ -266,7 +311,7 @@ def fastfood_adjoint(
                     **_options(tile.threads(q)),
                 )
                 adjoint_kernels.adjoint_sums_kernel[(len(parts), width // size)](
-                    table.words, parts, sums, carry, RUNS=runs, Q=q, SIZE=size, **small
+                    table.words, parts, *of_listed, sums, carry, RUNS=runs, Q=q, SIZE=size, **small
                 )
                 if finished == 0:
                     continue

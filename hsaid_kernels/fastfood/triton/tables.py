@@ -43,6 +43,16 @@ class Wave(NamedTuple):
     finished: int  # parts that are the last of their segments; all but the last part are
 
 
+class ListedWave(NamedTuple):
+    """The same of listed blocks. A list differs at every step, so it has no table: its segment's items are alike."""
+
+    first_item: int
+    items: int
+    runs: int
+    before: int  # where the sum comes from, as in FROM
+    after: int  # and goes on, as in TO
+
+
 def _column(table: np.ndarray, name: str) -> np.ndarray:
     return table[:, plan.COLUMNS.index(name)]
 
@@ -189,3 +199,16 @@ def waves_of(pieces: np.ndarray, q: int, t: int, run_blocks: int, device: torch.
         Wave(*_on(device, np.stack(items), np.stack(parts)), sum(int(part[TO.value] < 0) for part in parts))
         for items, parts in waves
     ]
+
+
+def listed_waves_of(count: int, q: int, t: int, run_blocks: int) -> list[ListedWave]:
+    """For `count` tiles of 2^14 values, every group of which has all its runs. One place is enough for what is carried:
+    a wave has one part."""
+    of_group = plan.MAX_WIDTH >> t  # items
+    groups, most = -(-count // run_blocks), max(1, SUMS_FLOATS // plan.MAX_WIDTH)
+    waves = []
+    for first in range(0, groups, most):
+        items = min(most, groups - first) * of_group
+        before, after = -1 if first == 0 else 0, -1 if first + most >= groups else 0
+        waves.append(ListedWave(first * of_group, items, items << (t - q), before, after))
+    return waves
