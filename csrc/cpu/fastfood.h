@@ -40,7 +40,7 @@ struct Forward {
   const TensorView* base;  // per tensor; null: zeros
   void* out;
   Dtype out_dtype;
-  bool stream;  // store past the caches: more is written than they hold
+  bool stream;      // store past the caches: more is written than they hold
   Listed listed{};  // blocks to make, which are written side by side; those behind the segment's end become 0
 };
 

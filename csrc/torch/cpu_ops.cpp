@@ -60,7 +60,8 @@ Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, 
   const hsaid::Segment* hole_rows = check_written(plan, base, holes, numel);
   hsaid::Listed blocks{};
   if (listed) {
-    STD_TORCH_CHECK(listed->is_cpu() && plan.segments[0].out_offset == 0, "listed: expected a tensor on the CPU");
+    STD_TORCH_CHECK(listed->is_cpu(), "listed: expected a tensor on the CPU, where theta is");
+    STD_TORCH_CHECK(plan.segments[0].out_offset == 0, "segments: expected one that begins at 0 with `listed`");
     blocks = check_listed(plan, *listed, span);
     numel = blocks.count * span * width;
     if (numel == 0) return torch::stable::empty({0}, dtype);
@@ -70,8 +71,8 @@ Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, 
   Tensor out = large ? pooled(numel, item, dtype, theta) : torch::stable::empty({numel}, dtype);
   hsaid::fastfood_forward(
       {plan.params, floats(theta, plan.params.dim, "theta"), floats(factors, plan.num_segments, "factors"),
-       plan.segments, plan.num_segments, hole_rows, listed ? 0 : holes.size(0),
-       views.empty() ? nullptr : views.data(), out.mutable_data_ptr(), out_dtype, large, blocks},
+       plan.segments, plan.num_segments, hole_rows, listed ? 0 : holes.size(0), views.empty() ? nullptr : views.data(),
+       out.mutable_data_ptr(), out_dtype, large, blocks},
       torch_threads());
   return out;
 }
