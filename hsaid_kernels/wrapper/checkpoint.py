@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -38,6 +38,7 @@ from hsaid_kernels.wrapper.configuration import (
     parse,
     text_of_state,
 )
+from hsaid_kernels.wrapper.sharded import gathered
 from hsaid_kernels.wrapper.wrapped import plain
 
 VALUES_FILE, CONFIG_FILE = "hsaid.safetensors", "hsaid_config.json"
@@ -49,7 +50,6 @@ ABOUT = f"for reading: what is loaded is the copy in {VALUES_FILE}"
 class Trained(Described, Protocol):
     """What is saved and loaded. `HSAID` implements it."""
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def configuration(self) -> Config: ...
     def buffers_changed(self) -> dict[str, Tensor]: ...
     def put_buffers(self, values: Mapping[str, Tensor]) -> None: ...
@@ -79,7 +79,7 @@ def save_pretrained(hsaid: Trained, directory: str | os.PathLike[str]) -> None:
 
     config = packed(hsaid.configuration())
     text = json.dumps(config, separators=(",", ":"))
-    values = {name: parameter.detach() for name, parameter in hsaid.named_parameters()}
+    values = {name: gathered(parameter.detach()) for name, parameter in hsaid.named_parameters()}
     values |= {f"{PREFIX}{name}": buffer for name, buffer in hsaid.buffers_changed().items()}
     values = {name: value.cpu().contiguous() for name, value in values.items()}
     metadata = {"config": text, "digest": _digest(text, values)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 
@@ -15,10 +16,11 @@ from hsaid_kernels.wrapper.configuration import (
     Config,
     Described,
     Shapes,
+    bytes_of,
     decode_state,
     describe,
-    w0_checks,
 )
+from hsaid_kernels.wrapper.sharded import Ranks, is_sharded
 
 
 def differences(expected: Shapes, got: Shapes, at_most: int = 3) -> str:
@@ -78,7 +80,7 @@ def check_state(state: Tensor, hsaid: Described) -> None:
 
 def check_w0(config: Config, hsaid: Described) -> None:
     """Warns if the W0 of some tensors is not the W0 of the configuration, from which theta was trained."""
-    pairs = zip(config["w0_checks"].split(), w0_checks(hsaid).split(), config["tensors"], strict=True)
+    pairs = zip(config["w0_checks"].split(), hsaid.w0_checks().split(), config["tensors"], strict=True)
     if other := [name for saved, own, name in pairs if saved != own]:
         names = ", ".join(map(repr, other[:3])) + (", ..." if len(other) > 3 else "")
         warnings.warn(
@@ -102,6 +104,16 @@ def check_ranks(configs: Sequence[Config]) -> None:
         if other and key in SHAPES:
             reason = differences(first, configs[other[0]][key]) or "they are in another order"
             raise ValueError(f"model: expected the same tensors on all ranks, got others on rank {other[0]}: {reason}")
+        if other and key == "shards":
+            second = configs[other[0]][key]
+            name = next(name for name in first if second.get(name) != first[name])
+            got = f"{first[name]} on rank 0, {second.get(name)} on rank {other[0]}"
+            raise ValueError(f"model: expected the same shards on all ranks, got {name!r} as {got}")
+        if other and key == "values":
+            raise ValueError(
+                f"theta: expected the same values on all ranks, got others on rank {other[0]}: load checkpoints on all "
+                "ranks"
+            )
         if other:
             got = ", ".join(f"{config[key]!r} on rank {rank}" for rank, config in enumerate(configs))
             raise ValueError(f"{key}: expected the same on all ranks, got {got}")
@@ -119,3 +131,18 @@ def check_active_ranks(hsaid: Described, modules: Collection[nn.Module]) -> bool
     dist.all_gather_object(found, describe(hsaid), ddp.process_group)
     check_ranks(found)
     return True
+
+
+def check_sharded_ranks(hsaid: Described, ranks: Ranks, parameters: Mapping[str, Tensor]) -> None:
+    """Checks that all ranks of a sharded model have the same configuration, W0, shards, and values to train.
+
+    `parameters` are those of the model. Raises ValueError as `check_ranks` does. All ranks must call this.
+    """
+    trained = {name: p for name, p in hsaid.named_parameters() if not is_sharded(p)}
+    values = [hashlib.blake2b(bytes_of(p.detach().cpu()), digest_size=8).hexdigest() for p in trained.values()]
+    layout = {name: str(getattr(p, "placements", "whole")) for name, p in parameters.items()}
+    own = describe(hsaid) | {"shards": layout, "values": values}
+    for group in ranks.groups:
+        found: list[Config] = [{}] * dist.get_world_size(group)
+        dist.all_gather_object(found, own, group)
+        check_ranks(found)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from hsaid_kernels.fastfood.plan import GENERATOR, Plan
 from hsaid_kernels.fastfood.selection import Patterns
 from hsaid_kernels.hierarchy import Hierarchy, Partition
 from hsaid_kernels.hierarchy.paths import HEADS
+from hsaid_kernels.wrapper.sharded import sampled
 
 Config = dict[str, Any]
 Shapes = Mapping[str, Sequence[int]]
@@ -64,7 +65,8 @@ class Described(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def full(self) -> dict[str, nn.Parameter]: ...
-    def w0(self) -> dict[str, Tensor]: ...
+    def w0_checks(self) -> str: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
 def describe(hsaid: Described) -> Config:
@@ -97,18 +99,17 @@ def describe(hsaid: Described) -> Config:
         "tensors": plan.shapes,
         "full": {name: tuple(parameter.shape) for name, parameter in hsaid.full.items()},
         "frozen": hsaid.frozen,
-        "w0_checks": w0_checks(hsaid),
+        "w0_checks": hsaid.w0_checks(),
     }
 
 
-def w0_checks(hsaid: Described) -> str:
-    """For each projected tensor four hex digits, separated by spaces: a hash of up to 16 values of its W0."""
-    samples = []
-    for parameter in hsaid.w0().values():
-        flat = parameter.detach().reshape(-1)
-        samples.append(flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float())
-    on_cpu = torch.cat(samples).cpu().split([len(sample) for sample in samples])  # a single device-to-host copy
-    return " ".join(hashlib.blake2b(bytes_of(sample), digest_size=2).hexdigest() for sample in on_cpu)
+def w0_checks(w0: Mapping[str, Tensor]) -> str:
+    """For each projected tensor four hex digits, separated by spaces: a hash of up to 16 values of its W0.
+
+    Of W0 in shards, all ranks must call this together.
+    """
+    values = sampled(list(w0.values()), SAMPLES)
+    return " ".join(hashlib.blake2b(bytes_of(value), digest_size=2).hexdigest() for value in values)
 
 
 def bytes_of(tensor: Tensor) -> bytes:

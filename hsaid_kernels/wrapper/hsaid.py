@@ -17,8 +17,8 @@ from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
 from hsaid_kernels.fastfood.plan import check_choice
 from hsaid_kernels.fastfood.selection import Patterns
 from hsaid_kernels.wrapper.basis import as_json, basis_of
-from hsaid_kernels.wrapper.comparison import check_active_ranks
-from hsaid_kernels.wrapper.configuration import TASK
+from hsaid_kernels.wrapper.comparison import check_active_ranks, check_sharded_ranks
+from hsaid_kernels.wrapper.configuration import TASK, w0_checks
 from hsaid_kernels.wrapper.groups import MEMORY
 from hsaid_kernels.wrapper.heads import Heads
 from hsaid_kernels.wrapper.merging import merged_copy
@@ -108,6 +108,7 @@ class HSAID(MultiTask):
             parameters are frozen.
     """
 
+    _w0_checks: str | None = None
     _own_full = False  # whether the fully trained tensors are the model's own parameters, not copies
 
     def __init__(
@@ -172,6 +173,8 @@ class HSAID(MultiTask):
         self._new_task(task)
         self._projected.upload()  # raises for incompatible dtypes and devices
         self._claim()
+        if self._projected.ranks is not None:
+            self.w0_checks()
 
     def _claim(self) -> None:
         self._projected.belongs_to(self)
@@ -198,6 +201,15 @@ class HSAID(MultiTask):
     def w0(self) -> dict[str, Tensor]:
         """{name: W0_i} for the projected tensors: the model's own parameters, not copies."""
         return self._projected.w0()
+
+    def w0_checks(self) -> str:
+        """Hashes of some values of each W0_i, as they are in checkpoints; see `configuration.w0_checks`."""
+        if self._projected.ranks is None:
+            return w0_checks(self.w0())
+        # All ranks compute these together, when they have wrapped the model or at the first step, and one may save.
+        if self._w0_checks is None:
+            self._w0_checks = w0_checks(self.w0())
+        return self._w0_checks
 
     @property
     def merged(self) -> bool:
@@ -327,11 +339,16 @@ class HSAID(MultiTask):
         )
 
     def _check_ranks(self) -> None:
-        """At the first training step under DistributedDataParallel, checks that all ranks have the same basis and W0.
+        """At the first training step of several ranks, checks that all have the same basis and W0.
 
-        DistributedDataParallel itself broadcasts neither. Raises ValueError if they differ.
+        DistributedDataParallel and FSDP2 themselves broadcast neither. Raises ValueError if they differ.
         """
-        if not self._ranks_agree and torch.is_grad_enabled():  # evaluation may run on a single rank
+        if self._ranks_agree or not torch.is_grad_enabled():  # evaluation may run on a single rank
+            return
+        if (ranks := self._projected.ranks) is not None:
+            check_sharded_ranks(self, ranks, self._projected.own())
+            self._ranks_agree = True
+        else:
             self._ranks_agree = check_active_ranks(self, {self, self.model})
 
     def _checked(self) -> None:

@@ -32,7 +32,8 @@ class Made:
               emptied before each call of the HSAID, because autograd runs the most recently made nodes first: a node
               made when its first block runs is reached as soon as backward has left that block
     scaled    the factors of all segments, multiplied by the plan's scales, with a graph; as `nodes`
-    tracked   whether torch counts the versions of all these tensors; it does not for inference tensors
+    tracked   whether torch counts the versions of all these tensors; it does not for inference tensors and W0 in shards
+    sharded   whether FSDP2 has sharded W0
     seen      names read from outside a call since everything was last compared
     """
 
@@ -43,16 +44,19 @@ class Made:
         w0: Mapping[str, nn.Parameter],
         groups: Sequence[Group],
         room: int | None,
+        sharded: bool = False,
     ):
         self.theta, self.multipliers, self.w0, self.groups, self.room = theta, multipliers, w0, groups, room
-        self.tracked = not any(tensor.is_inference() for tensor in (theta, multipliers, *w0.values()))
+        self.tracked = not sharded and not any(t.is_inference() for t in (theta, multipliers, *w0.values()))
         self.values = [tensor.detach().clone() for tensor in (theta, multipliers)]
         self.versions = [tensor._version if self.tracked else 0 for tensor in (theta, multipliers)]
         self.group_of = {name: group for group in groups for name in group.names}
         self.stamps = {
-            name: (tensor, tensor.data_ptr(), tensor._version if self.tracked else 0) for name, tensor in w0.items()
+            name: (tensor, 0 if sharded else tensor.data_ptr(), tensor._version if self.tracked else 0)
+            for name, tensor in w0.items()
         }
-        self.kept = [tensor.detach() for tensor in w0.values()]
+        self.sharded = sharded
+        self.kept = [] if sharded else [tensor.detach() for tensor in w0.values()]
         self.flats: dict[Group, Tensor] = {}
         self.written: dict[Group, int] = {}
         self.quick: dict[Any, Any] = {}  # {name: what to compare} of the weights that there are
@@ -67,21 +71,20 @@ class Made:
         self.wanting = (self.theta.requires_grad, self.multipliers.requires_grad)
         self.wanted = any(self.wanting)
 
-    def make(self, group: Group, scaled: Tensor) -> Tensor:
-        """Makes the weights of a group, where they are not there. `scaled` is of `values`.
-
-        Raises RuntimeError if its W0 has changed.
-        """
-        if group in self.flats:
-            return self.flats[group]
-        base = [self.w0[name] for name in group.names]
-        for name, tensor in zip(group.names, base, strict=True):
-            _, address, before = self.stamps[name]
-            if tensor.data_ptr() != address or (self.tracked and tensor._version != before):
+    def check_w0(self, names: Sequence[str]) -> None:
+        """Raises RuntimeError if W0 of these tensors has changed."""
+        for name in names:
+            tensor, address, before = self.stamps[name]
+            if not self.sharded and (tensor.data_ptr() != address or (self.tracked and tensor._version != before)):
                 raise RuntimeError(
                     f"model: expected {name!r} to stay as it is between forward and backward, which makes its weight "
                     "again (memory='block'), got one that has been changed"
                 )
+
+    def make(self, group: Group, scaled: Tensor, base: Sequence[Tensor]) -> Tensor:
+        """Makes the weights of a group of these W0, where they are not there. `scaled` is of `values`."""
+        if group in self.flats:
+            return self.flats[group]
         while self.room is not None and self.flats and self.nbytes() + group.nbytes > self.room:
             self._drop(next(iter(self.flats)))  # before the new ones need the memory
         flat = group.projection.flat(self.values[0], group.whole.own(scaled), base)

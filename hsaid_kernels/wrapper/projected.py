@@ -21,7 +21,9 @@ from hsaid_kernels.wrapper.blocks import blocks_of, joined
 from hsaid_kernels.wrapper.eager import runs_eagerly
 from hsaid_kernels.wrapper.groups import Group, divide, tables_of
 from hsaid_kernels.wrapper.made import Made, Scaled, check_devices, scaled_factors, undisturbed
+from hsaid_kernels.wrapper.reads import place_of
 from hsaid_kernels.wrapper.saving import BlockWeight, keeping_places
+from hsaid_kernels.wrapper.sharded import are_swapped, divided, gathered, owners_of
 from hsaid_kernels.wrapper.table import Table
 from hsaid_kernels.wrapper.tasks import Own, key_of
 from hsaid_kernels.wrapper.tree import forget_derived
@@ -146,13 +148,11 @@ class ProjectedWeights(WatchedModel):
     def rows(self, name: str, parameter: nn.Parameter, rows: Tensor) -> Tensor:
         """Rows [U, D] of a weight of `tables`, for U different numbers in rising order."""
         made = self._now(name, parameter)
-        group = made.group_of[name]
+        group, base = made.group_of[name], gathered(parameter)
         if not (torch.is_grad_enabled() and made.wanted):
-            return rows_of(group.projection, made.values[0], self._scaled(made), group.whole, parameter, rows)
+            return rows_of(group.projection, made.values[0], self._scaled(made), group.whole, base, rows)
         with self.lock, torch.inference_mode(False), torch.enable_grad(), undisturbed():
-            return rows_of(
-                group.projection, made.theta, self._node(made), group.whole, parameter, rows, self._check(made)
-            )
+            return rows_of(group.projection, made.theta, self._node(made), group.whole, base, rows, self._check(made))
 
     def _read(self, name: str, parameter: nn.Parameter) -> Weight:
         with self.lock:  # or another thread could drop the weight in between
@@ -170,7 +170,7 @@ class ProjectedWeights(WatchedModel):
         if made is None or not self._current(made, name, parameter):
             made = self._made = None  # frees the memory before the new weights need it
             made = self._make()
-            if made.w0[name] is not parameter:
+            if made.w0[name] is not parameter and not (made.sharded and are_swapped(made.w0[name], parameter)):
                 raise RuntimeError(
                     f"model: expected the parameter {name!r} of the model, got another nn.Parameter in its place, "
                     "which the model was not told of: use setattr(), or call functional_call with ordinary tensors"
@@ -204,7 +204,8 @@ class ProjectedWeights(WatchedModel):
                 and parameter.data_ptr() == address
             )
         else:
-            same = theta is made.theta and multipliers is made.multipliers and parameter is own
+            same = theta is made.theta and multipliers is made.multipliers
+            same = same and (parameter is own or (made.sharded and are_swapped(parameter, own)))
         self._check_unwritten(made, made.group_of[name])
         if same and not self._inside.depth:
             if name in made.seen:
@@ -267,12 +268,10 @@ class ProjectedWeights(WatchedModel):
             groups = self.groups(w0, theta)
             blocks = (group.nbytes for group in groups if group.names[0] not in self.tables)
             room = max(blocks, default=0) if self.memory == "block" else None
-            made = Made(theta, multipliers, w0, groups, room)
-            if any(not group.on_read for group in groups):
-                scaled = self._scaled(made)
-                for group in groups:
-                    if not group.on_read:
-                        made.make(group, scaled)
+            made = Made(theta, multipliers, w0, groups, room, self.ranks is not None)
+            for group in groups:
+                if not group.on_read:
+                    self._fill(made, group)
             self._made = made
             return made
 
@@ -282,7 +281,14 @@ class ProjectedWeights(WatchedModel):
     def _fill(self, made: Made, group: Group) -> Tensor:
         """Computes the weights of a group that are not there."""
         with self.lock, torch.inference_mode(False), torch.no_grad(), undisturbed():
-            return made.make(group, self._scaled(made))
+            made.check_w0(group.names)
+            if made.sharded:
+                place = place_of(self.model)
+                assert place is not None and place.tree is not None
+                base = [gathered(place.tree.now(name)) for name in group.names]
+            else:
+                base = [made.w0[name] for name in group.names]
+            return made.make(group, self._scaled(made), base)
 
     def _node(self, made: Made) -> Tensor:
         """The factors of all segments, with a graph."""
@@ -338,6 +344,10 @@ class ProjectedWeights(WatchedModel):
             theta = self.trained("theta")
             wanted = wanted and (theta.requires_grad or self.trained("multipliers").requires_grad)
             # A training step on a GPU makes them in any case: to compare values would wait for it.
+            if self.ranks is not None:
+                self._made = None
+                if wanted:
+                    self.ranks.average(p for p in self._parameters.values() if p is not None)
             if self._made is not None and ((wanted and theta.device.type != "cpu") or not self._serves(self._made)):
                 self._made = None
             if self._made is None and not training:
@@ -408,9 +418,11 @@ class ProjectedWeights(WatchedModel):
         """The tensors by the dtype of their weights. Raises as `divide`."""
         dtypes = {name: tensor.dtype for name, tensor in w0.items()}
         check_devices(w0, theta)
-        if self._groups[0] != dtypes:
+        owners = owners_of(self.model) if self.ranks is not None else {}
+        if self._groups[0] != (dtypes, owners):
+            parts = divided(self.parts, owners) if owners else self.parts
             given = (self.given_dtype, self.backend, self.memory)
-            self._groups = (dtypes, divide(self.plan, self.parts, self.tables, dtypes, *given))
+            self._groups = ((dtypes, owners), divide(self.plan, parts, self.tables, dtypes, *given))
         return self._groups[1]
 
     def upload(self) -> None:

@@ -24,6 +24,7 @@ from torch.nn.modules.module import (
 from torch.nn.utils.prune import BasePruningMethod
 
 from hsaid_kernels.wrapper.eager import calls_eagerly, runs_eagerly
+from hsaid_kernels.wrapper.sharded import is_of_fsdp, is_sharded
 from hsaid_kernels.wrapper.tree import Tree
 from hsaid_kernels.wrapper.weight import LOOKUPS, Weight, as_tensor, is_given
 
@@ -131,6 +132,8 @@ def _reading(key: str) -> _Reading:
         parameter = module._parameters.get(key)
         if type(parameter) is not nn.Parameter and is_given(parameter):
             return parameter  # put there by torch.func.functional_call for the time of a call
+        if parameter is not None and is_sharded(parameter) and is_of_fsdp(sys._getframe(1)):
+            return parameter  # which FSDP2 looks for, having put it there
         place = module.__dict__.get("_hsaid")
         if place is not None and (parameter is None or key in place.names):
             if torch.compiler.is_compiling():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
+from hsaid_kernels.wrapper.sharded import are_swapped, is_sharded
 from hsaid_kernels.wrapper.weight import is_given
 
 
@@ -15,6 +17,7 @@ class Tree:
     """
     modules     all modules of the model but the model itself, so that a model that keeps its tree makes no circle
     parameters  {name: parameter} as in `named_parameters()`, where a tied parameter appears once
+    places      {name: (module, attribute)} where the parameter is
     aliases     {other name: name} for tied parameters: every name by which `named_parameters()` does not list them.
                 A module in several places counts once
     """
@@ -25,10 +28,12 @@ class Tree:
         self.parameters = dict(model.named_parameters())
         names = self.names()
         self.aliases = {}
+        self.places: dict[str, tuple[weakref.ref[nn.Module], str]] = {}
         for prefix, module in model.named_modules():
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     place = f"{prefix}.{key}" if prefix else key
+                    self.places.setdefault(names[id(parameter)], (weakref.ref(module), key))
                     if place != names[id(parameter)]:
                         self.aliases[place] = names[id(parameter)]
         holders = [holder for module in everything for holder in (module._parameters, module._modules)]
@@ -39,17 +44,26 @@ class Tree:
         """{id of the parameter: name}."""
         return {id(parameter): name for name, parameter in self.parameters.items()}
 
+    def now(self, name: str) -> nn.Parameter:
+        """The parameter that is in the model now, which may be a shard or what FSDP2 has gathered."""
+        module, key = self.places[name]
+        parameter = getattr(module(), "_parameters", {}).get(key)
+        if parameter is None:
+            raise RuntimeError(f"model: expected {name!r} to be in use, but its module is gone")
+        return parameter
+
     def holds(self) -> bool:
         """Whether the model still has the same modules and parameters. Takes a twelfth of the time of `Tree(model)`."""
         if any(map(len, self._empty)):
             return False
         if all(tuple(map(id, holder.values())) == ids for holder, _, ids in self._seen):
             return True
-        # torch.func.functional_call puts tensors in the places of parameters, without telling the module.
+        # torch.func.functional_call puts tensors in the places of parameters, without telling the module, and so does
+        # FSDP2 while a block runs.
         return all(
             len(holder) == len(seen)
             and all(
-                now is then or (isinstance(then, nn.Parameter) and is_given(now, then))
+                now is then or (isinstance(then, nn.Parameter) and (is_given(now, then) or are_swapped(now, then)))
                 for now, then in zip(holder.values(), seen)
             )
             for holder, seen, _ in self._seen
@@ -84,7 +98,7 @@ def check_separate(tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError, which names two tensors, if one shares memory with another."""
     by_storage: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
-        if tensor.device.type != "meta" and tensor.numel():
+        if tensor.device.type != "meta" and tensor.numel() and not is_sharded(tensor):
             by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
     for names in by_storage.values():
         if len(names) == 1 or not names:

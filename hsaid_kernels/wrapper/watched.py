@@ -16,9 +16,10 @@ from hsaid_kernels.wrapper.buffers import Buffers
 from hsaid_kernels.wrapper.comparison import differences
 from hsaid_kernels.wrapper.compiled import compiled_as_before, keep_compiled_current
 from hsaid_kernels.wrapper.reads import attach, detach, place_of, watch_registrations
+from hsaid_kernels.wrapper.sharded import Ranks, are_swapped, check_sharding, is_sharded
 from hsaid_kernels.wrapper.tree import Tree, forget_derived, masks
 from hsaid_kernels.wrapper.weight import Weight, is_given
-from hsaid_kernels.wrapper.wrapped import check_hooks, check_unsharded
+from hsaid_kernels.wrapper.wrapped import check_hooks
 
 
 class WatchedModel(ABC):
@@ -37,12 +38,14 @@ class WatchedModel(ABC):
         others: names of parameters that are in the model since, and belong there.
         attached: whether the model is wrapped.
         buffers: the model's buffers as they were before it was wrapped.
+        ranks: those that have shards of the model, where FSDP2 has sharded it, else None.
         owner: a weak reference to the HSAID. The model refers to this object, and this object to theta, but not to the
             HSAID, so that `del hsaid` frees the model for another one.
     """
 
     owner: weakref.ref[nn.Module] | None
     tables: Collection[str] = ()
+    memory: str = "step"
     lock: threading.RLock
 
     def __init__(self, model: nn.Module, plan: Plan, full: Collection[str], own_full: bool):
@@ -52,6 +55,7 @@ class WatchedModel(ABC):
         self._aliases, self._own = tree.aliases, tree.parameters
         self.flags = {name: parameter.requires_grad for name, parameter in tree.parameters.items()}
         self.others: set[str] = set()
+        self.ranks: Ranks | None = None
         self.kept: dict[str, Tensor] | None = None
         self.attached = False
         self.buffers = Buffers(model)
@@ -158,7 +162,7 @@ class WatchedModel(ABC):
             raise ValueError(
                 f"model: expected {untied[0]!r} to be tied as it was when it was wrapped, got one of its own"
             )
-        check_unsharded(tree.parameters)
+        self._look_at_shards(tree.parameters)
         shapes = {name: tuple(tree.parameters[name].shape) for name in self.plan.names if name in tree.parameters}
         found = [name for name in tree.parameters if name not in self.flags and name not in self.others]
         missing = [name for name in self.flags if name not in tree.parameters]
@@ -184,12 +188,26 @@ class WatchedModel(ABC):
             detach(module)
         self._modules = weakref.WeakSet((model, *tree.modules))
         here = {id(parameter) for parameter in tree.parameters.values()}
-        self._give_flags_back({name: parameter for name, parameter in self._own.items() if id(parameter) not in here})
+        left = {name: parameter for name, parameter in self._own.items() if id(parameter) not in here}
+        self._give_flags_back({n: p for n, p in left.items() if not are_swapped(p, tree.parameters.get(n))})
         place = place_of(model)
         assert place is not None
         place.tree = tree
         self._own = tree.parameters
         return tree
+
+    def _look_at_shards(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Notes whether FSDP2 has sharded the model. Raises as `check_sharding`; ValueError if memory is "step"."""
+        check_sharding(parameters)
+        shard = next(filter(is_sharded, parameters.values()), None)
+        if shard is None or self.ranks is not None:
+            return
+        if self.memory != "block":
+            raise ValueError(
+                f'memory: expected "block" for a model that FSDP2 (fully_shard) has sharded, whose parameters are '
+                f"gathered block by block, got {self.memory!r}"
+            )
+        self.ranks = Ranks(shard)
 
     def _verified(self) -> dict[str, nn.Parameter]:
         """The model's parameters. Raises if the model has changed in a way that would not be heard."""

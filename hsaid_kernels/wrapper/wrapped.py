@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from hsaid_kernels.wrapper.sharded import check_partitioned, check_sharding, is_fsdp, is_sharded
 from hsaid_kernels.wrapper.tree import check_separate
 
 # Wrappers that split a model's parameters or make replicas of them. By name: importing them takes a second.
@@ -17,8 +18,8 @@ PARALLEL = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel
 def plain(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile(module)`, so that parameters have the names of the plain model; or the model.
 
-    Raises TypeError if the model is or contains a parallel wrapper or has sharded parameters. These must be applied to
-    the HSAID instead, because they would synchronize W0 and not theta.
+    Raises TypeError if the model is or contains a parallel wrapper, which must be applied to the HSAID instead, because
+    it would synchronize W0 and not theta; or if it has parameters in shards that are not FSDP2's.
     """
     if not isinstance(model, nn.Module):
         return model  # which is refused where the argument is checked
@@ -30,15 +31,16 @@ def plain(model: nn.Module) -> nn.Module:
                 f"model: expected a plain module, got one in {name}, which would not synchronize theta: wrap the plain "
                 "model in HSAID, and that in DistributedDataParallel"
             )
-    check_unsharded(dict(model.named_parameters()))
+    parameters = dict(model.named_parameters())
+    check_partitioned(parameters)
+    check_sharding(parameters)
+    if sharded := [name for name, parameter in parameters.items() if is_sharded(parameter)]:
+        if not any(map(is_fsdp, model.modules())):
+            raise TypeError(
+                f"model: expected whole parameters or those of FSDP2 (fully_shard), got {sharded[0]!r}, a DTensor that "
+                "no module of the model gathers"
+            )
     return model
-
-
-def check_unsharded(parameters: Mapping[str, Tensor]) -> None:
-    """Raises TypeError for a parameter that is sharded, as by FSDP2, by name."""
-    for name, parameter in parameters.items():
-        if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):
-            raise TypeError(f"model: expected parameters that are not sharded, got {name!r}, which is a DTensor")
 
 
 def check_layers(model: nn.Module, full: Collection[str]) -> None:

@@ -1,0 +1,160 @@
+"""W0 in shards: models of which FSDP2 (`torch.distributed.fsdp.fully_shard`) keeps a part on each rank.
+
+FSDP2 gathers the parameters of a block before it runs, in forward and again in backward, and frees them afterwards.
+Meanwhile the module has an ordinary parameter in the place of its shard, a DTensor. The weights of the block are made
+from that, so memory="block" is what a sharded model needs. Gradients of weights never leave their rank: only those of
+theta, the multipliers and the fully trained tensors are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return type(tensor).__name__ == "DTensor"
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor. Of one in shards, all ranks must call this together."""
+    if not is_sharded(tensor):
+        return tensor
+    whole: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return whole
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    if not is_sharded(tensor):
+        return tensor
+    part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def are_swapped(one: object, other: object) -> bool:
+    """Whether one is the shard of a parameter, and the other what FSDP2 has gathered from it."""
+    if not (isinstance(one, nn.Parameter) and isinstance(other, nn.Parameter)):
+        return False
+    return is_sharded(one) != is_sharded(other) and one.shape == other.shape
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def is_of_fsdp(frame: FrameType) -> bool:
+    """Whether this is code of FSDP2 itself."""
+    return str(frame.f_globals.get("__name__")).startswith("torch.distributed.fsdp")
+
+
+def check_sharding(parameters: Mapping[str, Tensor]) -> None:
+    """Raises TypeError for a parameter that is sharded in another way than FSDP2 shards, by name."""
+    for name, parameter in parameters.items():
+        if is_sharded(parameter):
+            dtensor: Any = parameter
+            *replicated, shard = dtensor.placements
+            if len(replicated) > 1 or not shard.is_shard() or not all(p.is_replicate() for p in replicated):
+                raise TypeError(
+                    f"model: expected parameters that FSDP2 (fully_shard) alone has sharded, got {name!r} with "
+                    f"placements {dtensor.placements}"
+                )
+
+
+def check_partitioned(parameters: Mapping[str, Tensor]) -> None:
+    """Raises TypeError for a parameter that DeepSpeed's ZeRO-3 has partitioned."""
+    for name, parameter in parameters.items():
+        if hasattr(parameter, "ds_id"):
+            raise TypeError(
+                f"model: expected whole parameters or those of FSDP2 (fully_shard), got {name!r}, which DeepSpeed's "
+                "ZeRO-3 has partitioned"
+            )
+
+
+def owners_of(model: nn.Module) -> dict[str, int]:
+    """{name: number}: parameters with the same number are gathered at the same time."""
+    numbers: dict[str, int] = {"": 0}
+    owners: dict[str, int] = {}
+    for prefix, module in model.named_modules():
+        above = prefix
+        while above not in numbers or above == prefix != "":
+            above = above.rpartition(".")[0]
+        numbers[prefix] = len(numbers) if prefix and is_fsdp(module) else numbers[above]
+        for key in module._parameters:
+            owners[f"{prefix}.{key}" if prefix else key] = numbers[prefix]
+    return owners
+
+
+def divided(parts: Iterable[Sequence[str]], owners: Mapping[str, int]) -> list[list[str]]:
+    """The parts, divided where parameters are not gathered at the same time."""
+    found: list[list[str]] = []
+    for part in parts:
+        by_owner: dict[int, list[str]] = {}
+        for name in part:
+            by_owner.setdefault(owners[name], []).append(name)
+        found += by_owner.values()
+    return found
+
+
+class Ranks:
+    """The ranks that have shards of the same model.
+
+    groups  process groups, one for each dimension of the device mesh: a sum over all of them is one over all ranks
+    """
+
+    def __init__(self, shard: Tensor):
+        self.mesh: Any = shard.device_mesh  # type: ignore[attr-defined]
+        self.groups = self.mesh.get_all_groups()
+        self._hooked = WeakTensorKeyDictionary()
+
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Lets backward average the gradients of these parameters over all ranks."""
+        for parameter in parameters:
+            if parameter.requires_grad and parameter not in self._hooked:
+                self._hooked[parameter] = parameter.register_hook(self._averaged)
+
+    def _averaged(self, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        for group in self.groups:
+            torch.distributed.all_reduce(grad, group=group)
+        return grad.div_(self.mesh.size())
+
+
+def samples(tensor: Tensor, count: int) -> Tensor:
+    """Up to `count` values of a tensor, evenly spaced, as float32. Of a shard: 0 where the value is on another rank."""
+    size = tensor.numel()
+    at = torch.arange(0, size, max(1, size // count))[:count]
+    if not is_sharded(tensor):
+        return tensor.detach().reshape(-1)[at.to(tensor.device)].float()
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    dtensor: Any = tensor
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, dtensor.device_mesh, dtensor.placements)
+    own = local(tensor).detach()
+    values = torch.zeros(len(at), dtype=torch.float32, device=own.device)
+    places = torch.stack(torch.unravel_index(at, tensor.shape), -1) - torch.tensor(offset)
+    here = ((places >= 0) & (places < torch.tensor(shape))).all(-1)
+    if here.any():
+        inside = tuple(places[here].to(own.device).unbind(-1))
+        values[here.to(own.device)] = own[inside].float()
+    return values
+
+
+def sampled(tensors: Sequence[Tensor], count: int) -> list[Tensor]:
+    """`samples` of each tensor, on the CPU. Of tensors in shards, all ranks must call this together."""
+    found = [samples(tensor, count) for tensor in tensors]
+    every = torch.cat(found)
+    shards = [tensor for tensor in tensors if is_sharded(tensor)]
+    if shards:
+        # Each value is on one of the ranks that share a tensor. As integers: a sum of floats would lose the sign of 0.
+        own = torch.cat([s if is_sharded(t) else torch.zeros_like(s) for s, t in zip(found, tensors, strict=True)])
+        bits = own.view(torch.int32)
+        torch.distributed.all_reduce(bits, group=Ranks(shards[0]).groups[-1])
+        mine = torch.cat([torch.full_like(s, is_sharded(t)) for s, t in zip(found, tensors, strict=True)]).bool()
+        every = torch.where(mine, bits.view(torch.float32), every)
+    return list(every.cpu().split([len(values) for values in found]))
