@@ -66,20 +66,23 @@ class WithTasks(Trained, Protocol):
 Made = TypeVar("Made", bound=Trained)
 
 
-def save_pretrained(hsaid: Trained, directory: str | os.PathLike[str]) -> None:
+def save_pretrained(hsaid: Trained, directory: str | os.PathLike[str], *, write: bool = True) -> None:
     """Writes the current task's parameters and the configuration to `directory`, which is created if needed.
 
-    Both files are written completely under temporary names before either gets its final name. After an error no
-    temporary file remains.
+    `write=False` is for the other ranks where FSDP2 has sharded theta, which all gather together. Both files are
+    written completely under temporary names before either gets its final name. After an error no temporary file
+    remains.
 
     Raises:
         OSError: the directory cannot be written to (PermissionError, NotADirectoryError, no space left, ...).
     """
     import safetensors.torch  # imported here because the kernels can be used without safetensors
 
+    values = {name: gathered(parameter.detach()) for name, parameter in hsaid.named_parameters()}
+    if not write:
+        return
     config = packed(hsaid.configuration())
     text = json.dumps(config, separators=(",", ":"))
-    values = {name: gathered(parameter.detach()) for name, parameter in hsaid.named_parameters()}
     values |= {f"{PREFIX}{name}": buffer for name, buffer in hsaid.buffers_changed().items()}
     values = {name: value.cpu().contiguous() for name, value in values.items()}
     metadata = {"config": text, "digest": _digest(text, values)}

@@ -139,7 +139,7 @@ def check_sharded_ranks(hsaid: Described, ranks: Ranks, parameters: Mapping[str,
     `parameters` are those of the model. Raises ValueError as `check_ranks` does. All ranks must call this.
     """
     trained = {name: p for name, p in hsaid.named_parameters() if not is_sharded(p)}
-    values = [hashlib.blake2b(bytes_of(p.detach().cpu()), digest_size=8).hexdigest() for p in trained.values()]
+    values = [hashlib.blake2b(bytes_of(p.detach().clone().cpu()), digest_size=8).hexdigest() for p in trained.values()]
     layout = {name: str(getattr(p, "placements", "whole")) for name, p in parameters.items()}
     own = describe(hsaid) | {"shards": layout, "values": values}
     for group in ranks.groups:

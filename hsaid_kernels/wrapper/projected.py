@@ -23,7 +23,7 @@ from hsaid_kernels.wrapper.groups import Group, divide, tables_of
 from hsaid_kernels.wrapper.made import Made, Scaled, check_devices, scaled_factors, undisturbed
 from hsaid_kernels.wrapper.reads import place_of
 from hsaid_kernels.wrapper.saving import BlockWeight, keeping_places
-from hsaid_kernels.wrapper.sharded import are_swapped, divided, gathered, owners_of
+from hsaid_kernels.wrapper.sharded import divided, gathered, is_gathered, owners_of
 from hsaid_kernels.wrapper.table import Table
 from hsaid_kernels.wrapper.tasks import Own, key_of
 from hsaid_kernels.wrapper.tree import forget_derived
@@ -170,7 +170,7 @@ class ProjectedWeights(WatchedModel):
         if made is None or not self._current(made, name, parameter):
             made = self._made = None  # frees the memory before the new weights need it
             made = self._make()
-            if made.w0[name] is not parameter and not (made.sharded and are_swapped(made.w0[name], parameter)):
+            if made.w0[name] is not parameter and not (made.sharded and is_gathered(parameter, made.w0[name])):
                 raise RuntimeError(
                     f"model: expected the parameter {name!r} of the model, got another nn.Parameter in its place, "
                     "which the model was not told of: use setattr(), or call functional_call with ordinary tensors"
@@ -205,7 +205,7 @@ class ProjectedWeights(WatchedModel):
             )
         else:
             same = theta is made.theta and multipliers is made.multipliers
-            same = same and (parameter is own or (made.sharded and are_swapped(parameter, own)))
+            same = same and (parameter is own or (made.sharded and is_gathered(parameter, own)))
         self._check_unwritten(made, made.group_of[name])
         if same and not self._inside.depth:
             if name in made.seen:
@@ -344,15 +344,15 @@ class ProjectedWeights(WatchedModel):
             theta = self.trained("theta")
             wanted = wanted and (theta.requires_grad or self.trained("multipliers").requires_grad)
             # A training step on a GPU makes them in any case: to compare values would wait for it.
-            if self.ranks is not None:
+            if self.ranks is not None:  # whose W0 has no version
                 self._made = None
-                if wanted:
-                    self.ranks.average(p for p in self._parameters.values() if p is not None)
             if self._made is not None and ((wanted and theta.device.type != "cpu") or not self._serves(self._made)):
                 self._made = None
             if self._made is None and not training:
                 forget_derived(self.model)
             made = self._made or self._make()
+            if self.ranks is not None and wanted:
+                self.ranks.average(p for p in self._parameters.values() if p is not None)
             if wanted or made.wanting != (theta.requires_grad, self.trained("multipliers").requires_grad):
                 made.forget_nodes()
             self._last_read = (made.theta, made.values)

@@ -29,11 +29,10 @@ class Saved(StandIn):
     def save_pretrained(self, directory: str | os.PathLike[str], *, is_main_process: bool = True, **_: Any) -> None:
         """Saves the current task's parameters and the configuration, a few kilobytes; see `checkpoint.save_pretrained`.
 
-        Does nothing if `is_main_process` is False. Other arguments of transformers' `save_pretrained` are accepted and
-        ignored.
+        Writes nothing if `is_main_process` is False, but where FSDP2 has sharded theta all ranks must call it. Other
+        arguments of transformers' `save_pretrained` are accepted and ignored.
         """
-        if is_main_process:
-            checkpoint.save_pretrained(self, directory)
+        checkpoint.save_pretrained(self, directory, write=is_main_process)
 
     @classmethod
     def from_pretrained(

@@ -37,11 +37,10 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def are_swapped(one: object, other: object) -> bool:
-    """Whether one is the shard of a parameter, and the other what FSDP2 has gathered from it."""
-    if not (isinstance(one, nn.Parameter) and isinstance(other, nn.Parameter)):
-        return False
-    return is_sharded(one) != is_sharded(other) and one.shape == other.shape
+def is_gathered(now: object, before: object) -> bool:
+    """Whether `now` may be what FSDP2 has gathered from the shard `before`, and put in its place."""
+    both = isinstance(now, nn.Parameter) and isinstance(before, nn.Parameter)
+    return both and is_sharded(before) and not is_sharded(now) and now.shape == before.shape  # type: ignore
 
 
 def is_fsdp(module: nn.Module) -> bool:

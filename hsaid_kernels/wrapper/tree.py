@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from hsaid_kernels.wrapper.sharded import are_swapped, is_sharded
+from hsaid_kernels.wrapper.sharded import is_gathered, is_sharded
 from hsaid_kernels.wrapper.weight import is_given
 
 
@@ -18,11 +18,13 @@ class Tree:
     modules     all modules of the model but the model itself, so that a model that keeps its tree makes no circle
     parameters  {name: parameter} as in `named_parameters()`, where a tied parameter appears once
     places      {name: (module, attribute)} where the parameter is
+    sharded     whether FSDP2 has sharded the model
     aliases     {other name: name} for tied parameters: every name by which `named_parameters()` does not list them.
                 A module in several places counts once
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, sharded: bool = False):
+        self.sharded = sharded
         everything = list(model.modules())
         self.modules = everything[1:]
         self.parameters = dict(model.named_parameters())
@@ -63,7 +65,11 @@ class Tree:
         return all(
             len(holder) == len(seen)
             and all(
-                now is then or (isinstance(then, nn.Parameter) and (is_given(now, then) or are_swapped(now, then)))
+                now is then
+                or (
+                    isinstance(then, nn.Parameter)
+                    and (is_given(now, then) or (self.sharded and is_gathered(now, then)))
+                )
                 for now, then in zip(holder.values(), seen)
             )
             for holder, seen, _ in self._seen

@@ -16,7 +16,7 @@ from hsaid_kernels.wrapper.buffers import Buffers
 from hsaid_kernels.wrapper.comparison import differences
 from hsaid_kernels.wrapper.compiled import compiled_as_before, keep_compiled_current
 from hsaid_kernels.wrapper.reads import attach, detach, place_of, watch_registrations
-from hsaid_kernels.wrapper.sharded import Ranks, are_swapped, check_sharding, is_sharded
+from hsaid_kernels.wrapper.sharded import Ranks, check_sharding, is_gathered, is_sharded
 from hsaid_kernels.wrapper.tree import Tree, forget_derived, masks
 from hsaid_kernels.wrapper.weight import Weight, is_given
 from hsaid_kernels.wrapper.wrapped import check_hooks
@@ -163,6 +163,7 @@ class WatchedModel(ABC):
                 f"model: expected {untied[0]!r} to be tied as it was when it was wrapped, got one of its own"
             )
         self._look_at_shards(tree.parameters)
+        tree.sharded = self.ranks is not None
         shapes = {name: tuple(tree.parameters[name].shape) for name in self.plan.names if name in tree.parameters}
         found = [name for name in tree.parameters if name not in self.flags and name not in self.others]
         missing = [name for name in self.flags if name not in tree.parameters]
@@ -189,7 +190,7 @@ class WatchedModel(ABC):
         self._modules = weakref.WeakSet((model, *tree.modules))
         here = {id(parameter) for parameter in tree.parameters.values()}
         left = {name: parameter for name, parameter in self._own.items() if id(parameter) not in here}
-        self._give_flags_back({n: p for n, p in left.items() if not are_swapped(p, tree.parameters.get(n))})
+        self._give_flags_back({n: p for n, p in left.items() if not is_gathered(tree.parameters.get(n), p)})
         place = place_of(model)
         assert place is not None
         place.tree = tree
