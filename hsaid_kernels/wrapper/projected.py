@@ -23,7 +23,7 @@ from hsaid_kernels.wrapper.groups import Group, divide, tables_of
 from hsaid_kernels.wrapper.made import Made, Scaled, check_devices, scaled_factors, undisturbed
 from hsaid_kernels.wrapper.reads import place_of
 from hsaid_kernels.wrapper.saving import BlockWeight, keeping_places
-from hsaid_kernels.wrapper.sharded import divided, gathered, is_gathered, owners_of
+from hsaid_kernels.wrapper.sharded import divided, gathered, gathered_dtype, is_gathered, owners_of
 from hsaid_kernels.wrapper.table import Table
 from hsaid_kernels.wrapper.tasks import Own, key_of
 from hsaid_kernels.wrapper.tree import forget_derived
@@ -418,7 +418,11 @@ class ProjectedWeights(WatchedModel):
         """The tensors by the dtype of their weights. Raises as `divide`."""
         dtypes = {name: tensor.dtype for name, tensor in w0.items()}
         check_devices(w0, theta)
-        owners = owners_of(self.model) if self.ranks is not None else {}
+        owners: dict[str, int] = {}  # by number, as these modules are not to be kept alive from here
+        if self.ranks is not None:
+            modules = owners_of(self.model, self.owner() if self.owner else None)
+            owners = {name: id(module) for name, module in modules.items()}
+            dtypes = {name: gathered_dtype(modules[name], tensor) for name, tensor in w0.items()}
         if self._groups[0] != (dtypes, owners):
             parts = divided(self.parts, owners) if owners else self.parts
             given = (self.given_dtype, self.backend, self.memory)

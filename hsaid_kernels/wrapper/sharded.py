@@ -75,18 +75,28 @@ def check_partitioned(parameters: Mapping[str, Tensor]) -> None:
             )
 
 
-def owners_of(model: nn.Module) -> dict[str, int]:
-    """{name: number}: parameters with the same number are gathered at the same time."""
-    numbers: dict[str, int] = {"": 0}
-    owners: dict[str, int] = {}
+def owners_of(model: nn.Module, around: nn.Module | None) -> dict[str, nn.Module | None]:
+    """{name: the module with which FSDP2 gathers the parameter}: the closest above it to which fully_shard was applied.
+
+    That may be `around`, which holds the model; None if it is none of these.
+    """
+    outer = around if around is not None and is_fsdp(around) else None
+    found: dict[str, nn.Module | None] = {}
+    owners: dict[str, nn.Module | None] = {}
     for prefix, module in model.named_modules():
-        above = prefix
-        while above not in numbers or above == prefix != "":
-            above = above.rpartition(".")[0]
-        numbers[prefix] = len(numbers) if prefix and is_fsdp(module) else numbers[above]
+        above = found[prefix.rpartition(".")[0]] if prefix else outer
+        found[prefix] = module if is_fsdp(module) else above
         for key in module._parameters:
-            owners[f"{prefix}.{key}" if prefix else key] = numbers[prefix]
+            owners[f"{prefix}.{key}" if prefix else key] = found[prefix]
     return owners
+
+
+def gathered_dtype(owner: nn.Module | None, parameter: Tensor) -> torch.dtype:
+    """The dtype in which FSDP2 gathers a parameter, by its `MixedPrecisionPolicy`."""
+    if owner is None or not is_sharded(parameter):
+        return parameter.dtype
+    state: Any = owner._get_fsdp_state()  # type: ignore[operator]
+    return state._mp_policy.param_dtype or parameter.dtype
 
 
 def divided(parts: Iterable[Sequence[str]], owners: Mapping[str, int]) -> list[list[str]]:
