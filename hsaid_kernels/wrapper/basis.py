@@ -18,6 +18,7 @@ from hsaid_kernels.hierarchy import Hierarchy, Partition
 from hsaid_kernels.hierarchy.attention import pieces_of
 from hsaid_kernels.hierarchy.paths import HEADS
 from hsaid_kernels.wrapper.heads import Heads, check_heads, pruned_heads
+from hsaid_kernels.wrapper.quantized import is_quantized
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,14 @@ def basis_of(
 
 
 def frozen_of(model: nn.Module, include: Patterns) -> list[str]:
-    """Names of the parameters that are left out: frozen or without elements. None are if `include` is given."""
+    """Names of the parameters that are left out: frozen or without elements. None are if `include` is given.
+
+    Quantized parameters, which cannot require gradients, do not count as frozen.
+    """
     if not isinstance(model, nn.Module) or include is not None:
         return []
     empty = {name for name, p in model.named_parameters() if not is_lazy(p) and p.numel() == 0}
-    return [name for name, p in model.named_parameters() if not p.requires_grad or name in empty]
+    return [name for name, p in model.named_parameters() if name in empty or not (p.requires_grad or is_quantized(p))]
 
 
 def as_json(given: Patterns) -> str | list[str] | None:

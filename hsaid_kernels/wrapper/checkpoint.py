@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ def save_pretrained(hsaid: Trained, directory: str | os.PathLike[str], *, write:
 
 
 def from_pretrained(
-    make: Callable[..., Made], directory: str | os.PathLike[str], model: nn.Module, *, backend: str = "auto"
+    make: Callable[..., Made], directory: str | os.PathLike[str], model: nn.Module, **options: Any
 ) -> Made:
     """Returns `make(model, ...)` with the configuration and parameters of a checkpoint.
 
@@ -110,7 +110,7 @@ def from_pretrained(
         make: the class `HSAID`.
         directory: what `save_pretrained` or transformers' Trainer wrote.
         model: the module to wrap.
-        backend: "auto", or one of `available_backends()`.
+        options: `backend` and `memory`, as of `HSAID`.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -123,9 +123,9 @@ def from_pretrained(
     frozen = [name for name in config["frozen"] if name in dict(model.named_parameters())]
     projected, full = split_tensors(model, **{key: config[key] for key in CHOICE}, frozen=frozen)
     check_tensors(config, {"tensors": shapes_of(projected), "full": shapes_of(full)})
-    options = {key: config[key] for key in (*BASIS, *CHOICE, "task")}
+    basis = {key: config[key] for key in (*BASIS, *CHOICE, "task")}
     dtype = getattr(torch, config["dtype"]) if config["dtype_given"] else None
-    hsaid = make(model, dtype=dtype, backend=backend, frozen=frozen, **options)
+    hsaid = make(model, dtype=dtype, frozen=frozen, **basis, **options)
     _fill(hsaid, values)
     check_w0(config, hsaid)
     return hsaid

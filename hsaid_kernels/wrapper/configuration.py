@@ -19,6 +19,7 @@ from hsaid_kernels.fastfood.plan import GENERATOR, Plan
 from hsaid_kernels.fastfood.selection import Patterns
 from hsaid_kernels.hierarchy import Hierarchy, Partition
 from hsaid_kernels.hierarchy.paths import HEADS
+from hsaid_kernels.wrapper.quantized import dequantized
 from hsaid_kernels.wrapper.sharded import sampled
 
 Config = dict[str, Any]
@@ -108,7 +109,7 @@ def w0_checks(w0: Mapping[str, Tensor]) -> str:
 
     Of W0 in shards, all ranks must call this together.
     """
-    values = sampled(list(w0.values()), SAMPLES)
+    values = sampled(map(dequantized, w0.values()), SAMPLES)
     return " ".join(hashlib.blake2b(bytes_of(value), digest_size=2).hexdigest() for value in values)
 
 

@@ -11,6 +11,7 @@ from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
 from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.fastfood.projection import Part, Projection
 from hsaid_kernels.fastfood.rows import has_rows
+from hsaid_kernels.wrapper.quantized import is_quantized
 from hsaid_kernels.wrapper.weight import LOOKUPS
 
 MEMORY = ("step", "block")
@@ -56,6 +57,7 @@ def tables_of(model: nn.Module, plan: Plan) -> list[str]:
                 alone = key == "weight" and isinstance(module, tuple(LOOKUPS))
                 readers.setdefault(id(parameter), []).append(alone)
     large = [(name, p) for name, p in model.named_parameters() if name in plan.shapes and p.numel() >= SMALLEST_TABLE]
+    large = [(name, parameter) for name, parameter in large if not is_quantized(parameter)]
     return [name for name, parameter in large if all(readers[id(parameter)]) and has_rows(plan, name)]
 
 

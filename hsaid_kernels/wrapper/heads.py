@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from hsaid_kernels.hierarchy.attention import Attention, find_attention, find_attentions
+from hsaid_kernels.wrapper.quantized import whole
 from hsaid_kernels.wrapper.reads import place_of
-from hsaid_kernels.wrapper.sharded import gathered
 
 # {layer: heads}
 Heads = Mapping[int | str, Iterable[int]] | Mapping[int, Iterable[int]] | Mapping[str, Iterable[int]]
@@ -164,7 +164,7 @@ def pruned_heads(model: nn.Module) -> dict[str, list[int]]:
         dead = set(range(attention.heads))
         for bands in attention.bands:
             if dead and bands.count == attention.heads and len(bands.shape) > 1:
-                used = (gathered(_masked(model, bands.tensor)) != 0).any(dim=1 - bands.dim).tolist()
+                used = (whole(_masked(model, bands.tensor)) != 0).any(dim=1 - bands.dim).tolist()
                 dead -= {head for head in dead if any(used[bands.slices(head)[-1]])}
         if 0 < len(dead) < attention.heads:
             found[attention.name] = sorted(dead)

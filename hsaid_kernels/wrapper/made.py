@@ -13,6 +13,7 @@ from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.fastfood.projection import version
 from hsaid_kernels.hierarchy import Partition
 from hsaid_kernels.wrapper.groups import Group
+from hsaid_kernels.wrapper.quantized import is_quantized, stamp_of
 from hsaid_kernels.wrapper.weight import READ_ONLY, Weight
 
 
@@ -34,6 +35,7 @@ class Made:
     scaled    the factors of all segments, multiplied by the plan's scales, with a graph; as `nodes`
     tracked   whether torch counts the versions of all these tensors; it does not for inference tensors and W0 in shards
     sharded   whether FSDP2 has sharded W0
+    stored    {name: address and version of what is stored} of quantized W0
     seen      names read from outside a call since everything was last compared
     """
 
@@ -56,6 +58,7 @@ class Made:
             for name, tensor in w0.items()
         }
         self.sharded = sharded
+        self.stored = {name: stamp_of(tensor) for name, tensor in w0.items() if is_quantized(tensor)}
         self.kept = [] if sharded else [tensor.detach() for tensor in w0.values()]
         self.flats: dict[Group, Tensor] = {}
         self.written: dict[Group, int] = {}
@@ -75,7 +78,8 @@ class Made:
         """Raises RuntimeError if W0 of these tensors has changed."""
         for name in names:
             tensor, address, before = self.stamps[name]
-            if not self.sharded and (tensor.data_ptr() != address or (self.tracked and tensor._version != before)):
+            same = self.sharded or (tensor.data_ptr() == address and (not self.tracked or tensor._version == before))
+            if not same or (name in self.stored and stamp_of(tensor) != self.stored[name]):
                 raise RuntimeError(
                     f"model: expected {name!r} to stay as it is between forward and backward, which makes its weight "
                     "again (memory='block'), got one that has been changed"

@@ -21,6 +21,7 @@ from hsaid_kernels.wrapper.blocks import blocks_of, joined
 from hsaid_kernels.wrapper.eager import runs_eagerly
 from hsaid_kernels.wrapper.groups import Group, divide, tables_of
 from hsaid_kernels.wrapper.made import Made, Scaled, check_devices, scaled_factors, undisturbed
+from hsaid_kernels.wrapper.quantized import stamp_of, whole
 from hsaid_kernels.wrapper.reads import place_of
 from hsaid_kernels.wrapper.saving import BlockWeight, keeping_places
 from hsaid_kernels.wrapper.sharded import divided, gathered, gathered_dtype, is_gathered, owners_of
@@ -228,10 +229,14 @@ class ProjectedWeights(WatchedModel):
         if [theta._version, multipliers._version] != made.versions:
             return False
         own = self._verified()
-        return all(
-            (parameter := own[name]) is w0 and parameter._version == version and parameter.data_ptr() == address
-            for name, (w0, address, version) in made.stamps.items()
-        ) and self._equal(made, theta, multipliers)
+        return (
+            all(
+                (parameter := own[name]) is w0 and parameter._version == version and parameter.data_ptr() == address
+                for name, (w0, address, version) in made.stamps.items()
+            )
+            and all(stamp_of(own[name]) == stamp for name, stamp in made.stored.items())
+            and self._equal(made, theta, multipliers)
+        )
 
     @staticmethod
     def _equal(made: Made, theta: Tensor, multipliers: Tensor) -> bool:
@@ -285,9 +290,9 @@ class ProjectedWeights(WatchedModel):
             if made.sharded:
                 place = place_of(self.model)
                 assert place is not None and place.tree is not None
-                base = [gathered(place.tree.now(name)) for name in group.names]
+                base = [whole(place.tree.now(name)) for name in group.names]
             else:
-                base = [made.w0[name] for name in group.names]
+                base = [whole(made.w0[name]) for name in group.names]
             return made.make(group, self._scaled(made), base)
 
     def _node(self, made: Made) -> Tensor:

@@ -36,14 +36,21 @@ class Saved(StandIn):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | os.PathLike[str], model: nn.Module, *, backend: str = "auto", **of_hub: Any
+        cls,
+        directory: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        backend: str = "auto",
+        memory: str = "step",
+        **of_hub: Any,
     ) -> Self:
         """Wraps `model` as saved in a checkpoint; its W0 must be that of training. See `checkpoint.from_pretrained`.
 
         `directory` may be the name of a repository of the Hugging Face hub, as in "me/task". `of_hub` are arguments of
         `huggingface_hub.snapshot_download`: revision, token, cache_dir, ...
         """
-        return checkpoint.from_pretrained(cls, hub.local_directory(directory, **of_hub), model, backend=backend)
+        local = hub.local_directory(directory, **of_hub)
+        return checkpoint.from_pretrained(cls, local, model, backend=backend, memory=memory)
 
     def load_task(self, directory: str | os.PathLike[str], **of_hub: Any) -> str:
         """Adds the task stored in a checkpoint, makes it the current task and returns its name.

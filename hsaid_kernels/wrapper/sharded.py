@@ -154,16 +154,17 @@ def samples(tensor: Tensor, count: int) -> Tensor:
     return values
 
 
-def sampled(tensors: Sequence[Tensor], count: int) -> list[Tensor]:
+def sampled(tensors: Iterable[Tensor], count: int) -> list[Tensor]:
     """`samples` of each tensor, on the CPU. Of tensors in shards, all ranks must call this together."""
-    found = [samples(tensor, count) for tensor in tensors]
+    found, sharded, ranks = [], [], None
+    for tensor in tensors:
+        found.append(samples(tensor, count))
+        sharded.append(torch.full_like(found[-1], is_sharded(tensor), dtype=torch.bool))
+        ranks = Ranks(tensor) if ranks is None and is_sharded(tensor) else ranks
     every = torch.cat(found)
-    shards = [tensor for tensor in tensors if is_sharded(tensor)]
-    if shards:
+    if ranks is not None:
         # Each value is on one of the ranks that share a tensor. As integers: a sum of floats would lose the sign of 0.
-        own = torch.cat([s if is_sharded(t) else torch.zeros_like(s) for s, t in zip(found, tensors, strict=True)])
-        bits = own.view(torch.int32)
-        torch.distributed.all_reduce(bits, group=Ranks(shards[0]).groups[-1])
-        mine = torch.cat([torch.full_like(s, is_sharded(t)) for s, t in zip(found, tensors, strict=True)]).bool()
-        every = torch.where(mine, bits.view(torch.float32), every)
+        summed = torch.where(torch.cat(sharded), every, 0.0).view(torch.int32)
+        torch.distributed.all_reduce(summed, group=ranks.groups[-1])
+        every = torch.where(torch.cat(sharded), summed.view(torch.float32), every)
     return list(every.cpu().split([len(values) for values in found]))

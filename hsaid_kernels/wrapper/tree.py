@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
+from hsaid_kernels.wrapper.quantized import is_quantized
 from hsaid_kernels.wrapper.sharded import is_gathered, is_sharded
 from hsaid_kernels.wrapper.weight import is_given
 
@@ -104,7 +105,7 @@ def check_separate(tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError, which names two tensors, if one shares memory with another."""
     by_storage: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
-        if tensor.device.type != "meta" and tensor.numel() and not is_sharded(tensor):
+        if tensor.device.type != "meta" and tensor.numel() and not (is_sharded(tensor) or is_quantized(tensor)):
             by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
     for names in by_storage.values():
         if len(names) == 1 or not names:

@@ -15,6 +15,7 @@ from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.wrapper.buffers import Buffers
 from hsaid_kernels.wrapper.comparison import differences
 from hsaid_kernels.wrapper.compiled import compiled_as_before, keep_compiled_current
+from hsaid_kernels.wrapper.quantized import is_quantized
 from hsaid_kernels.wrapper.reads import attach, detach, place_of, watch_registrations
 from hsaid_kernels.wrapper.sharded import Ranks, check_sharding, is_gathered, is_sharded
 from hsaid_kernels.wrapper.tree import Tree, forget_derived, masks
@@ -200,6 +201,12 @@ class WatchedModel(ABC):
     def _look_at_shards(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Notes whether FSDP2 has sharded the model. Raises as `check_sharding`; ValueError if memory is "step"."""
         check_sharding(parameters)
+        quantized = [name for name in self.plan.names if is_quantized(parameters.get(name, self._own[name]))]
+        if quantized and self.memory != "block":
+            raise ValueError(
+                f'memory: expected "block" for a quantized model, which is dequantized block by block, got '
+                f"{self.memory!r} ({quantized[0]!r} is quantized)"
+            )
         shard = next(filter(is_sharded, parameters.values()), None)
         if shard is None or self.ranks is not None:
             return

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from hsaid_kernels.wrapper.quantized import check_quantized
 from hsaid_kernels.wrapper.sharded import check_partitioned, check_sharding, is_fsdp, is_sharded
 from hsaid_kernels.wrapper.tree import check_separate
 
@@ -33,6 +34,7 @@ def plain(model: nn.Module) -> nn.Module:
             )
     parameters = dict(model.named_parameters())
     check_partitioned(parameters)
+    check_quantized(parameters)
     check_sharding(parameters)
     if sharded := [name for name, parameter in parameters.items() if is_sharded(parameter)]:
         if not any(map(is_fsdp, model.modules())):
