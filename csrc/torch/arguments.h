@@ -130,8 +130,10 @@ inline hsaid::Listed check_listed(const CheckedPlan& plan, const Tensor& listed,
   STD_TORCH_CHECK(plan.num_segments == 1 && hsaid::is_dense(s), "segments: expected one dense segment with `listed`");
   STD_TORCH_CHECK(listed.scalar_type() == ScalarType::Long && listed.dim() == 1 && listed.is_contiguous(),
                   "listed: expected a contiguous int64 tensor [count]");
-  const int64_t blocks = hsaid::num_blocks(plan.params, s), entries = (blocks + span - 1) / std::max<int64_t>(span, 1);
-  STD_TORCH_CHECK(span >= 1 && listed.numel() <= entries, "listed: expected at most ", entries, " entries of ", span,
+  const int64_t blocks = hsaid::num_blocks(plan.params, s);
+  STD_TORCH_CHECK(span >= 1 && span <= 1 << 28, "span: expected at least 1, got ", span);
+  const int64_t entries = (blocks + span - 1) / span;
+  STD_TORCH_CHECK(listed.numel() <= entries, "listed: expected at most ", entries, " entries of ", span,
                   " blocks, got ", listed.numel());
   const int64_t* values = listed.const_data_ptr<int64_t>();
   if (listed.is_cpu())

@@ -46,19 +46,20 @@ class Group:
 
 
 def tables_of(model: nn.Module, plan: Plan) -> list[str]:
-    """Names of the tensors of which single rows are made: large tables that embeddings alone read.
+    """Names of the tensors of which single rows are made: the large tables of embeddings.
 
-    A table that is tied to another layer, such as a language model's head, is read as a whole.
+    The whole of such a table is made only if another layer reads it, such as a language model's tied head.
     """
-    readers: dict[int, list[bool]] = {}
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                alone = key == "weight" and isinstance(module, tuple(LOOKUPS))
-                readers.setdefault(id(parameter), []).append(alone)
-    large = [(name, p) for name, p in model.named_parameters() if name in plan.shapes and p.numel() >= SMALLEST_TABLE]
-    large = [(name, parameter) for name, parameter in large if not is_quantized(parameter)]
-    return [name for name, parameter in large if all(readers[id(parameter)]) and has_rows(plan, name)]
+    looked_up = {id(m._parameters["weight"]) for m in model.modules() if isinstance(m, tuple(LOOKUPS))}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if id(parameter) in looked_up
+        and name in plan.shapes
+        and parameter.numel() >= SMALLEST_TABLE
+        and not is_quantized(parameter)
+        and has_rows(plan, name)
+    ]
 
 
 def divide(

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from hsaid_kernels.fastfood import ops
-from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.fastfood.rows import rows_of
-from hsaid_kernels.hierarchy import Partition
-from hsaid_kernels.wrapper.blocks import blocks_of, joined
 from hsaid_kernels.wrapper.eager import runs_eagerly
-from hsaid_kernels.wrapper.groups import Group, divide, tables_of
-from hsaid_kernels.wrapper.made import Made, Scaled, check_devices, scaled_factors, undisturbed
-from hsaid_kernels.wrapper.quantized import stamp_of, whole
-from hsaid_kernels.wrapper.reads import place_of
-from hsaid_kernels.wrapper.saving import BlockWeight, keeping_places
-from hsaid_kernels.wrapper.sharded import divided, gathered, gathered_dtype, is_gathered, owners_of
+from hsaid_kernels.wrapper.groups import Group
+from hsaid_kernels.wrapper.made import Made, scaled_factors, undisturbed
+from hsaid_kernels.wrapper.maker import Maker
+from hsaid_kernels.wrapper.quantized import is_quantized, stamp_of
+from hsaid_kernels.wrapper.saving import keeping_places
+from hsaid_kernels.wrapper.sharded import gathered, is_gathered
 from hsaid_kernels.wrapper.table import Table
-from hsaid_kernels.wrapper.tasks import Own, key_of
 from hsaid_kernels.wrapper.tree import forget_derived
-from hsaid_kernels.wrapper.watched import WatchedModel
 from hsaid_kernels.wrapper.weight import Weight
 
 OTHER_THETA = (
@@ -43,63 +37,21 @@ class _Inside(threading.local):
     depth = 0
 
 
-class ProjectedWeights(WatchedModel):
-    """Computes W0_i + factor_i * P_i theta for the tensors of a plan, and answers the reads of a model by these.
-
-    Args:
-        model, plan, full, own_full: see `WatchedModel`.
-        trained: `_parameters` of the HSAID, where "theta", "multipliers" and the fully trained tensors are.
-        partition: defines, with the plan, what theta and the multipliers mean.
-        dtype: of the weights. None means for each tensor the dtype of its W0.
-        backend: "auto", or one of `available_backends()`.
-        memory: "step" or "block", see `HSAID`.
-
-    Attributes:
-        tables: names of the tensors of which single rows are made, for embeddings.
-        parts: [names], the other tensors of each call of the adjoint in backward.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        trained: Own,
-        full: Collection[str],
-        plan: Plan,
-        partition: Partition,
-        dtype: torch.dtype | None,
-        backend: str,
-        *,
-        memory: str = "step",
-        own_full: bool = False,
-    ):
-        super().__init__(model, plan, full, own_full)
-        self.memory = memory
-        self._parameters, self.partition, self.given_dtype, self.backend = trained, partition, dtype, backend
-        self.full = {name: key_of(name) for name in full}
-        self.tables = tables_of(model, plan)
-        others = [name for name in plan.names if name not in self.tables]
-        self.parts = joined(blocks_of(model, others), plan.shapes) if others else []
-        self._start()
+class ProjectedWeights(Maker):
+    """Answers the reads of a model by its projected weights, which it keeps while nothing changes; see `Maker`."""
 
     def _start(self) -> None:
         super()._start()
         self._inside = _Inside()
         self._made: Made | None = None
-        self._groups: tuple[Any, list[Group]] = (None, [])
         # theta, and its value and the multipliers', when a weight was last read outside of backward
         self._last_read: tuple[nn.Parameter, list[Tensor]] | None = None
         # {backward's number: theta and its version of the weights that were read last in it}
         self._recomputed: dict[int, tuple[nn.Parameter, int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_inside", "_made", "_groups", "_last_read", "_recomputed")
+        made_again = ("_inside", "_made", "_last_read", "_recomputed")
         return {key: value for key, value in super().__getstate__().items() if key not in made_again}
-
-    def trained(self, key: str) -> nn.Parameter:
-        """theta, the multipliers or a fully trained tensor, as the HSAID has it now."""
-        parameter = self._parameters[key]
-        assert parameter is not None
-        return parameter
 
     # --- reads
 
@@ -151,18 +103,18 @@ class ProjectedWeights(WatchedModel):
         made = self._now(name, parameter)
         group, base = made.group_of[name], gathered(parameter)
         if not (torch.is_grad_enabled() and made.wanted):
-            return rows_of(group.projection, made.values[0], self._scaled(made), group.whole, base, rows)
+            return rows_of(group.projection, made.values[0], self.scaled(made), group.whole, base, rows)
         with self.lock, torch.inference_mode(False), torch.enable_grad(), undisturbed():
-            return rows_of(group.projection, made.theta, self._node(made), group.whole, base, rows, self._check(made))
+            return rows_of(group.projection, made.theta, self.node(made), group.whole, base, rows, self._check(made))
 
     def _read(self, name: str, parameter: nn.Parameter) -> Weight:
         with self.lock:  # or another thread could drop the weight in between
             made = self._now(name, parameter)
             if made.group_of[name] not in made.flats:
-                self._fill(made, made.group_of[name])
+                self.fill(made, made.group_of[name])
             if torch.is_grad_enabled() and made.wanted:
                 weight = made.nodes.get(name)
-                return self._join(made, name) if weight is None else weight
+                return self.join(made, name, self._check(made)) if weight is None else weight
             return made.weight(name)
 
     def _now(self, name: str, parameter: nn.Parameter) -> Made:
@@ -269,55 +221,11 @@ class ProjectedWeights(WatchedModel):
                 raise RuntimeError(
                     "theta: expected a tensor without a tangent, because a projection has no forward-mode derivative"
                 )
-            w0 = {name: own[name] for name in self.plan.names}
-            groups = self.groups(w0, theta)
-            blocks = (group.nbytes for group in groups if group.names[0] not in self.tables)
-            room = max(blocks, default=0) if self.memory == "block" else None
-            made = Made(theta, multipliers, w0, groups, room, self.ranks is not None)
-            for group in groups:
-                if not group.on_read:
-                    self._fill(made, group)
-            self._made = made
-            return made
-
-    def _scaled(self, made: Made) -> Tensor:
-        return scaled_factors(self.plan, self.partition, made.values[1])
-
-    def _fill(self, made: Made, group: Group) -> Tensor:
-        """Computes the weights of a group that are not there."""
-        with self.lock, torch.inference_mode(False), torch.no_grad(), undisturbed():
-            made.check_w0(group.names)
-            if made.sharded:
-                place = place_of(self.model)
-                assert place is not None and place.tree is not None
-                base = [whole(place.tree.now(name)) for name in group.names]
-            else:
-                base = [whole(made.w0[name]) for name in group.names]
-            return made.make(group, self._scaled(made), base)
-
-    def _node(self, made: Made) -> Tensor:
-        """The factors of all segments, with a graph."""
-        if made.scaled is None:
-            made.scaled = Scaled.apply(made.multipliers, self.plan, self.partition)
-        return made.scaled
+            self._made = self.new_made(own)
+            return self._made
 
     def _check(self, made: Made) -> Callable[[], None]:
         return partial(_check_backward, weakref.ref(self), made.theta, made.versions[0])
-
-    def _join(self, made: Made, name: str) -> Weight:
-        """Adds the part of this tensor to the autograd graph, and returns the tensor."""
-        with torch.inference_mode(False), torch.enable_grad(), undisturbed():
-            group = made.group_of[name]
-            part = next(part for part in group.parts if name in part.plan.shapes)
-            check, flat = self._check(made), made.flats[group]
-            kind = Weight if self.memory == "step" else BlockWeight
-            weights = group.projection.part(made.theta, self._node(made), part, flat, kind.of, check)
-            for tensor, weight in zip(part.plan.names, cast(Sequence[Weight], weights), strict=True):
-                made.nodes[tensor] = weight
-                weight.w0 = made.w0[tensor]
-                if isinstance(weight, BlockWeight):
-                    weight.of_model = weakref.ref(made), tensor
-            return made.nodes[name]
 
     @contextmanager
     def inside(self, training: bool) -> Iterator[None]:
@@ -331,7 +239,7 @@ class ProjectedWeights(WatchedModel):
             if self.memory == "step" or self.kept is not None or not torch.is_grad_enabled():
                 yield
             else:
-                with keeping_places(lambda: self._made, self._fill):
+                with keeping_places(lambda: self._made, self.fill):
                     yield
         finally:
             self._inside.depth = 0
@@ -405,51 +313,19 @@ class ProjectedWeights(WatchedModel):
             tensors |= {name: self.trained(key).view_as(self.trained(key)) for name, key in self.full.items()}
         return self.run_on(tensors, args, kwargs)
 
-    def forget_groups(self) -> None:
-        """Lets the next read divide the tensors again, by `parts`."""
-        self._groups = (None, [])
-        self.drop_cache()
-
     def prepare_tracing(self) -> None:
         """What torch.compile cannot trace: checks the model, and makes what would change attributes while it traces."""
         if not self.attached:
             self.enter(False)  # which raises
         if self.kept is None:
             with self.lock:
-                self._verified()
+                own = self._verified()
+            if self.ranks is not None or any(map(is_quantized, own.values())):
+                raise RuntimeError(
+                    "torch.compile: expected whole parameters, which a compiled HSAID projects at once, got sharded or "
+                    "quantized ones: compile the model's layers by themselves, as in layer.compile()"
+                )
             self.upload()
-
-    def groups(self, w0: Mapping[str, Tensor], theta: Tensor) -> list[Group]:
-        """The tensors by the dtype of their weights. Raises as `divide`."""
-        dtypes = {name: tensor.dtype for name, tensor in w0.items()}
-        check_devices(w0, theta)
-        owners: dict[str, int] = {}  # by number, as these modules are not to be kept alive from here
-        if self.ranks is not None:
-            modules = owners_of(self.model, self.owner() if self.owner else None)
-            owners = {name: id(module) for name, module in modules.items()}
-            dtypes = {name: gathered_dtype(modules[name], tensor) for name, tensor in w0.items()}
-        if self._groups[0] != (dtypes, owners):
-            parts = divided(self.parts, owners) if owners else self.parts
-            given = (self.given_dtype, self.backend, self.memory)
-            self._groups = ((dtypes, owners), divide(self.plan, parts, self.tables, dtypes, *given))
-        return self._groups[1]
-
-    def upload(self) -> None:
-        """Copies small index and scale tables to the device of theta and the multipliers before the first call.
-
-        If the first call did this, torch.compile would see attributes change and compile again. Raises as `groups`.
-        """
-        own, multipliers = dict(self.model.named_parameters()), self.trained("multipliers")
-        device = multipliers.device
-        groups = self.groups({name: own[name] for name in self.plan.names}, self.trained("theta"))
-        with torch.no_grad():
-            scaled = scaled_factors(self.plan, self.partition, multipliers)
-        for group in groups:
-            group.whole.own(scaled)
-            ops.prepare(group.whole.plan, device, self.backend)
-            for part in group.parts:
-                part.rows_on(device)
-                ops.prepare(part.plan, device, self.backend)
 
 
 def _check_backward(source: weakref.ref[ProjectedWeights], theta: nn.Parameter, version: int) -> None:

@@ -1,0 +1,164 @@
+"""`Maker`: computes the projected weights of a wrapped model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hsaid_kernels.fastfood import ops
+from hsaid_kernels.fastfood.plan import Plan
+from hsaid_kernels.hierarchy import Partition
+from hsaid_kernels.wrapper.blocks import blocks_of, joined
+from hsaid_kernels.wrapper.groups import Group, divide, tables_of
+from hsaid_kernels.wrapper.made import Made, Scaled, check_devices, scaled_factors, undisturbed
+from hsaid_kernels.wrapper.quantized import whole
+from hsaid_kernels.wrapper.reads import place_of
+from hsaid_kernels.wrapper.saving import BlockWeight
+from hsaid_kernels.wrapper.sharded import divided, gathered_dtype, owners_of
+from hsaid_kernels.wrapper.tasks import Own, key_of
+from hsaid_kernels.wrapper.watched import WatchedModel
+from hsaid_kernels.wrapper.weight import Weight
+
+
+class Maker(WatchedModel):
+    """Computes W0_i + factor_i * P_i theta for the tensors of a plan.
+
+    Args:
+        model, plan, full, own_full: see `WatchedModel`.
+        trained: `_parameters` of the HSAID, where "theta", "multipliers" and the fully trained tensors are.
+        partition: defines, with the plan, what theta and the multipliers mean.
+        dtype: of the weights. None means for each tensor the dtype of its W0.
+        backend: "auto", or one of `available_backends()`.
+        memory: "step" or "block", see `HSAID`.
+
+    Attributes:
+        tables: names of the tensors of which single rows are made, for embeddings.
+        parts: [names], the other tensors of each call of the adjoint in backward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: Own,
+        full: Collection[str],
+        plan: Plan,
+        partition: Partition,
+        dtype: torch.dtype | None,
+        backend: str,
+        *,
+        memory: str = "step",
+        own_full: bool = False,
+    ):
+        super().__init__(model, plan, full, own_full)
+        self.memory = memory
+        self._parameters, self.partition, self.given_dtype, self.backend = trained, partition, dtype, backend
+        self.full = {name: key_of(name) for name in full}
+        self.tables = tables_of(model, plan)
+        others = [name for name in plan.names if name not in self.tables]
+        self.parts = joined(blocks_of(model, others), plan.shapes) if others else []
+        self._start()
+
+    def _start(self) -> None:
+        super()._start()
+        self._groups: tuple[Any, list[Group]] = (None, [])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "_groups"}
+
+    def trained(self, key: str) -> nn.Parameter:
+        """theta, the multipliers or a fully trained tensor, as the HSAID has it now."""
+        parameter = self._parameters[key]
+        assert parameter is not None
+        return parameter
+
+    def groups(self, w0: Mapping[str, Tensor], theta: Tensor) -> list[Group]:
+        """The tensors by the dtype of their weights. Raises as `divide`."""
+        dtypes = {name: tensor.dtype for name, tensor in w0.items()}
+        check_devices(w0, theta)
+        owners: dict[str, int] = {}  # by number, as these modules are not to be kept alive from here
+        if self.ranks is not None:
+            modules = owners_of(self.model, self.owner() if self.owner else None)
+            owners = {name: id(module) for name, module in modules.items()}
+            dtypes = {name: gathered_dtype(modules[name], tensor) for name, tensor in w0.items()}
+        if self._groups[0] != (dtypes, owners):
+            parts = divided(self.parts, owners) if owners else self.parts
+            given = (self.given_dtype, self.backend, self.memory)
+            self._groups = ((dtypes, owners), divide(self.plan, parts, self.tables, dtypes, *given))
+        return self._groups[1]
+
+    def upload(self) -> None:
+        """Copies small index and scale tables to the device of theta and the multipliers before the first call.
+
+        If the first call did this, torch.compile would see attributes change and compile again. Raises as `groups`.
+        """
+        own, multipliers = dict(self.model.named_parameters()), self.trained("multipliers")
+        device = multipliers.device
+        groups = self.groups({name: own[name] for name in self.plan.names}, self.trained("theta"))
+        with torch.no_grad():
+            scaled = scaled_factors(self.plan, self.partition, multipliers)
+        for group in groups:
+            group.whole.own(scaled)
+            ops.prepare(group.whole.plan, device, self.backend)
+            for part in group.parts:
+                part.rows_on(device)
+                ops.prepare(part.plan, device, self.backend)
+
+    def forget_groups(self) -> None:
+        """Lets the next read divide the tensors again, by `parts`."""
+        self._groups = (None, [])
+        self.drop_cache()
+
+    def new_made(self, own: Mapping[str, nn.Parameter]) -> Made:
+        """The weights of now, but those that are made when they are read. `own` are the parameters of the model."""
+        w0, theta = {name: own[name] for name in self.plan.names}, self.trained("theta")
+        groups = self.groups(w0, theta)
+        blocks = (group.nbytes for group in groups if group.names[0] not in self.tables)
+        room = max(blocks, default=0) if self.memory == "block" else None
+        made = Made(theta, self.trained("multipliers"), w0, groups, room, self.ranks is not None)
+        for group in groups:
+            if not group.on_read:
+                self.fill(made, group)
+        return made
+
+    def scaled(self, made: Made) -> Tensor:
+        return scaled_factors(self.plan, self.partition, made.values[1])
+
+    def fill(self, made: Made, group: Group) -> Tensor:
+        """Computes the weights of a group that are not there."""
+        with self.lock, torch.inference_mode(False), torch.no_grad(), undisturbed():
+            made.check_w0(group.names)
+            if made.sharded:
+                place = place_of(self.model)
+                assert place is not None and place.tree is not None
+                base = [whole(place.tree.now(name)) for name in group.names]
+            else:
+                base = [whole(made.w0[name]) for name in group.names]
+            return made.make(group, self.scaled(made), base)
+
+    def node(self, made: Made) -> Tensor:
+        """The factors of all segments, with a graph."""
+        if made.scaled is None:
+            made.scaled = Scaled.apply(made.multipliers, self.plan, self.partition)
+        return made.scaled
+
+    def join(self, made: Made, name: str, check: Callable[[], None]) -> Weight:
+        """Adds the part of this tensor to the autograd graph, and returns the tensor.
+
+        `check` is that of `Projection.part`.
+        """
+        with torch.inference_mode(False), torch.enable_grad(), undisturbed():
+            group = made.group_of[name]
+            part = next(part for part in group.parts if name in part.plan.shapes)
+            flat = made.flats[group]
+            kind = Weight if self.memory == "step" else BlockWeight
+            weights = group.projection.part(made.theta, self.node(made), part, flat, kind.of, check)
+            for tensor, weight in zip(part.plan.names, cast(Sequence[Weight], weights), strict=True):
+                made.nodes[tensor] = weight
+                weight.w0 = made.w0[tensor]
+                if isinstance(weight, BlockWeight):
+                    weight.of_model = weakref.ref(made), tensor
+            return made.nodes[name]
