@@ -63,6 +63,13 @@ def memory(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
 
+def reset_peak() -> int:
+    """Lets VmHWM, the most that this process has held, begin again; returns what it holds now."""
+    with open("/proc/self/clear_refs", "w") as control:
+        control.write("5")
+    return memory("VmRSS")
+
+
 def assert_same_bits(got: Tensor, expected: Tensor, what: str = "") -> None:
     """Equal to the last bit; any NaN equals any other. Says where the first difference is, with both values."""
     assert got.dtype == expected.dtype, f"{what}: {got.dtype}, expected {expected.dtype}"

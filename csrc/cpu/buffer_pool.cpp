@@ -11,9 +11,11 @@ namespace hsaid {
 
 namespace {
 
-constexpr int64_t kHugePage = int64_t{2} << 20;
+constexpr int64_t kPage = 4096, kHugePage = int64_t{2} << 20;
 
-int64_t rounded(int64_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
+// Of a small buffer, rounding up to huge pages would be a large part.
+int64_t page_of(int64_t bytes) { return bytes < 8 * kHugePage ? kPage : kHugePage; }
+int64_t rounded(int64_t bytes) { return (bytes + page_of(bytes) - 1) / page_of(bytes) * page_of(bytes); }
 
 struct Pool {
   std::mutex mutex;
@@ -44,9 +46,9 @@ void* take_buffer(int64_t bytes) {
     if (pool().bytes == bytes) return pool().release();
     std::free(pool().release());  // of another size: it would only take room
   }
-  void* buffer = std::aligned_alloc(kHugePage, bytes);
+  void* buffer = std::aligned_alloc(page_of(bytes), bytes);
 #if defined(__linux__)
-  if (buffer) madvise(buffer, bytes, MADV_HUGEPAGE);
+  if (buffer && page_of(bytes) == kHugePage) madvise(buffer, bytes, MADV_HUGEPAGE);
 #endif
   return buffer;
 }

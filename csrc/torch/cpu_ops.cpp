@@ -14,8 +14,10 @@
 
 namespace {
 
-// Weights of more bytes than this are stored past the caches, which they would sweep empty, into a pooled buffer.
+// Weights of more bytes than this are stored past the caches, which they would sweep empty.
 constexpr int64_t kLargeBytes = int64_t{16} << 20;
+// Of more than this: into a pooled buffer.
+constexpr int64_t kPooledBytes = int64_t{1} << 20;
 
 hsaid::Threads torch_threads() {
   return {torch::stable::get_num_threads(),
@@ -68,7 +70,7 @@ Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, 
   }
   const int64_t item = hsaid::item_size(out_dtype);
   const bool large = numel * item > kLargeBytes;
-  Tensor out = large ? pooled(numel, item, dtype, theta) : torch::stable::empty({numel}, dtype);
+  Tensor out = numel * item > kPooledBytes ? pooled(numel, item, dtype, theta) : torch::stable::empty({numel}, dtype);
   hsaid::fastfood_forward(
       {plan.params, floats(theta, plan.params.dim, "theta"), floats(factors, plan.num_segments, "factors"),
        plan.segments, plan.num_segments, hole_rows, listed ? 0 : holes.size(0), views.empty() ? nullptr : views.data(),

@@ -1,0 +1,331 @@
+"""memory="block": weights live while their block runs, and backward makes them again, with the same bits.
+
+Run as a script, this file is a process whose memory is measured.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from helpers import ENVIRONMENT, memory, reset_peak
+from models import FAMILIES, IDS, SIZES, bert, family, gradient, mlp, moved, relative, tied_models
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from hsaid_kernels import HSAID
+from hsaid_kernels.fastfood import ops
+from hsaid_kernels.wrapper import groups
+
+LABELS = torch.tensor([0, 1])
+
+
+def deep_bert(**changes) -> nn.Module:
+    return bert(num_hidden_layers=4, **changes)
+
+
+def both(make, **options) -> list[HSAID]:
+    """The same HSAID with memory="step" and "block"."""
+    found = []
+    for kind in ("step", "block"):
+        torch.manual_seed(0)
+        hsaid = HSAID(make(), 80, memory=kind, **options)
+        torch.manual_seed(1)
+        found.append(moved(hsaid))
+    return found
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """A function: how many buffers of weights there are. Notes the most that there were, as its attribute `most`."""
+    storages = []
+    forward = ops.fastfood_forward
+
+    def count() -> int:
+        return len({ref.cdata for ref in storages if not ref.expired()})
+
+    def watched(*arguments):
+        flat = forward(*arguments)
+        storages.append(StorageWeakRef(flat.untyped_storage()))
+        count.most = max(count.most, count())
+        return flat
+
+    count.most = 0
+    monkeypatch.setattr(ops, "fastfood_forward", watched)
+    return count
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_of_transformers(name):
+    """Outputs bit for bit. In some models, blocks are left and come again: their gradients are added in another order."""
+    if name == "ViT":
+        inputs = dict(pixel_values=torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16))
+    else:
+        inputs = dict(input_ids=IDS % 30)
+    inputs |= dict(decoder_input_ids=IDS % 30) if name in ("T5", "Bart") else {}
+    step, block = both(lambda: family(name))
+    for _ in range(2):
+        outputs = [hsaid(**inputs)[0] for hsaid in (step, block)]
+        assert torch.equal(*outputs)
+        assert relative(*(gradient(hsaid, lambda: hsaid(**inputs)[0]) for hsaid in (block, step))) <= 1e-6  # noqa: B023
+        for hsaid in (step, block):
+            with torch.no_grad():
+                hsaid.theta.mul_(0.7)
+
+
+@pytest.mark.parametrize("kind", tied_models())
+def test_tied_models(kind):
+    """A tied weight that is used twice is made twice, and its two gradients are added up behind the projection."""
+    step, block = both(lambda: tied_models()[kind]().eval())
+    ids = IDS % 40
+    with torch.no_grad():
+        assert torch.equal(step(input_ids=ids, labels=ids).loss, block(input_ids=ids, labels=ids).loss)
+    got = [gradient(hsaid, lambda: hsaid(input_ids=ids, labels=ids).loss) for hsaid in (block, step)]  # noqa: B023
+    assert relative(*got) <= 1e-5
+
+
+OPTIONS = {
+    "fully trained": dict(train_fully="classifier"),
+    "heads": dict(partition="L1+L5|L3|L4"),
+    "did": dict(partition="did"),
+    "bfloat16": dict(dtype=torch.bfloat16),
+    "some tensors": dict(include="layer.[12]"),
+    "reference": dict(backend="reference"),
+    "chunks": dict(width=32),
+}
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_options(what):
+    dtype = OPTIONS[what].get("dtype", torch.float32)
+    losses, gradients = [], []
+    for hsaid in both(lambda: deep_bert(dtype=dtype).eval().to(dtype), **OPTIONS[what]):
+        losses.append(hsaid(IDS, labels=LABELS).loss.detach())
+        hsaid(IDS, labels=LABELS).loss.backward()
+        gradients.append(hsaid.theta.grad)
+    assert torch.equal(*losses) and torch.equal(*gradients) and gradients[0].any()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_block_lives_at_a_time(alive, autocast, checkpointed):
+    model = deep_bert().eval()
+    block = moved(HSAID(model, 80, memory="block"))
+    if checkpointed:
+        model.activation_checkpointing_enable()
+    with torch.autocast("cpu", enabled=autocast):
+        loss = block(IDS, labels=LABELS).loss
+    assert alive() <= 1 and alive.most <= 1
+    loss.backward()
+    assert alive.most <= 1 and block.theta.grad.any()
+    assert len(block._projected.parts) >= 5
+
+
+def test_evaluation_keeps_one_block(alive):
+    block = moved(HSAID(deep_bert().eval(), 80, memory="block"))
+    with torch.no_grad():
+        first = block(IDS).logits
+        assert alive.most <= 1
+        assert torch.equal(block(IDS).logits, first)
+    step = HSAID(deep_bert().eval(), 80)
+    assert step.memory == "step" and block.memory == "block"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_no_copies_of_weights(dtype):
+    """Autocast computes with copies in another dtype, which autograd would keep."""
+    step, block = both(lambda: deep_bert().eval())
+    weights = {parameter.shape for parameter in block.w0().values() if parameter.dim() == 2}
+    weights |= {shape[::-1] for shape in weights}
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    losses = []
+    for hsaid in (step, block):
+        hsaid.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", dtype):
+            loss = hsaid(IDS, labels=LABELS).loss
+        of_weights = [t for t in kept if t.shape in weights and t.numel() > 200]  # larger than any activation
+        assert bool(of_weights) == (hsaid is step)
+        kept.clear()
+        loss.backward()
+        losses.append(loss.detach())
+    assert torch.equal(*losses) and torch.equal(step.theta.grad, block.theta.grad)
+
+
+def test_several_graphs_at_once():
+    """Each backward makes the weights of its own forward, also after theta has moved on with another one."""
+    step, block = both(lambda: deep_bert().eval())
+    for hsaid in (step, block):
+        hsaid.results = []
+        one, other = hsaid(IDS, labels=LABELS).loss, hsaid(IDS + 1, labels=LABELS).loss
+        (one * other).backward()
+        hsaid.results.append(hsaid.theta.grad.clone())
+        loss = hsaid(IDS, labels=LABELS).loss
+        for _ in range(2):
+            loss.backward(retain_graph=True)
+        hsaid.results.append(hsaid.theta.grad.clone())
+        with torch.no_grad():
+            hsaid(IDS)
+    assert all(map(torch.equal, step.results, block.results))
+
+
+def test_hooks_for_saved_tensors_get_all_but_the_weights():
+    _, block = both(lambda: deep_bert().eval())
+    expected = gradient(block, lambda: block(IDS).logits)
+    offloaded = []
+
+    def pack(tensor):
+        offloaded.append(tensor.shape)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = block(IDS).logits.square().mean()
+    block.zero_grad()
+    loss.backward()
+    assert torch.equal(torch.cat([p.grad.flatten() for p in block.parameters()]), expected)
+    assert len(offloaded) > 20 and block.w0()["bert.encoder.layer.0.intermediate.dense.weight"].shape not in offloaded
+
+
+class Writing(nn.Module):
+    """Writes to what autograd has kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        hidden = self.one(x).exp()
+        out = self.other(hidden)
+        hidden.add_(1.0)
+        return out
+
+
+def test_an_activation_written_to_in_place_is_autograds_error():
+    for hsaid in both(Writing):
+        with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+            hsaid(torch.ones(2, 4)).sum().backward()
+
+
+def test_w0_that_changes_before_backward_is_refused():
+    _, block = both(lambda: deep_bert().eval())
+    loss = block(IDS, labels=LABELS).loss
+    with torch.no_grad():
+        block.model.state_dict()["bert.encoder.layer.1.output.dense.weight"].add_(1.0)
+    with pytest.raises(RuntimeError, match="'bert.encoder.layer.1.output.dense.weight' to stay as it is"):
+        loss.backward()
+    assert gradient(block, lambda: block(IDS).logits).any()
+
+
+def test_theta_that_changes_before_backward_is_refused():
+    _, block = both(lambda: deep_bert().eval())
+    loss = block(IDS, labels=LABELS).loss
+    with torch.no_grad():
+        block.theta.add_(1.0)
+    with pytest.raises(RuntimeError, match="theta has been changed in place"):
+        loss.backward()
+
+
+def test_a_weight_written_to_is_refused():
+    _, block = both(mlp)
+    with torch.no_grad():
+        weight = block.model[0].weight
+        weight.add_(1.0)
+        with pytest.raises(RuntimeError, match="read only"):
+            block(torch.ones(1, 4))
+    assert block(torch.ones(1, 4)).isfinite().all()
+
+
+def test_no_memory_in_backward_leaves_theta_untouched(monkeypatch):
+    step, block = both(lambda: deep_bert().eval())
+    expected = gradient(step, lambda: step(IDS).logits)
+    before = block.theta.detach().clone()
+    loss = block(IDS).logits.square().mean()
+    forward, calls = ops.fastfood_forward, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("numel: no memory for weights of 1 bytes")
+        return forward(*arguments)
+
+    monkeypatch.setattr(ops, "fastfood_forward", failing)
+    with pytest.raises(RuntimeError, match="no memory for weights"):
+        loss.backward()
+    assert torch.equal(block.theta, before)
+    assert torch.equal(gradient(block, lambda: block(IDS).logits), expected)
+
+
+def test_inside_transforms_of_torch_func_weights_are_kept():
+    _, block = both(mlp)
+    x = torch.linspace(-1, 1, 4)
+    jacobian = torch.func.jacrev(block)(x)
+    assert jacobian.shape == (3, 4) and torch.equal(jacobian, torch.func.jacrev(block)(x))
+
+
+def test_a_block_that_comes_again_is_made_again():
+    class Looping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(5, 5), nn.Linear(5, 5)
+
+        def forward(self, x):
+            for _ in range(3):
+                x = torch.tanh(self.other(torch.tanh(self.one(x))))
+            return x
+
+    step, block = both(Looping)
+    x = torch.linspace(-1, 1, 5)
+    assert torch.equal(step(x), block(x))
+    assert relative(gradient(block, lambda: block(x)), gradient(step, lambda: step(x))) <= 1e-6
+
+
+def test_what_memory_may_be():
+    for wrong in ("all", None, True):
+        with pytest.raises(ValueError, match="memory: expected one of 'step', 'block', got"):
+            HSAID(mlp(), 24, memory=wrong)
+
+
+WIDE = dict(hidden_size=256, num_hidden_layers=16, num_attention_heads=4, intermediate_size=1024)  # 3.2 MB a layer
+TABLE = dict(vocab_size=60_000)  # 61 MB
+
+
+@pytest.mark.parametrize("autocast", ["", "autocast"])
+def test_memory_of_a_step(autocast):
+    """A step takes W0, the activations, and about two blocks: neither all weights, nor those of the embeddings."""
+    took = {}
+    for kind in ("step", "block"):
+        command = [sys.executable, __file__, kind, autocast]
+        ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+        assert ran.returncode == 0, ran.stderr
+        took[kind], layer, table, weights = map(float, ran.stdout.split())
+    assert took["block"] <= 2 * layer + 24e6 < weights + table  # the rest is activations and the allocator
+    assert took["step"] - took["block"] >= 0.6 * weights
+
+
+def measure(kind: str, autocast: str) -> None:
+    config = transformers.BertConfig(**SIZES | WIDE | TABLE, max_position_embeddings=16)
+    model = transformers.BertForSequenceClassification(config)
+    hsaid = HSAID(model, 200, memory=kind)
+    groups_of = hsaid._projected.parts
+    numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    layer = 4 * max(sum(numels[name] for name in names) for names in groups_of)
+    table = 4 * max(numels.values())
+    # What the first forward makes once: tables of the plan, imports.
+    small = HSAID(bert(), 60, memory=kind)
+    small(IDS, labels=LABELS).loss.backward()
+    before = reset_peak()
+    for _ in range(2):
+        with torch.autocast("cpu", enabled=bool(autocast)):
+            loss = hsaid(IDS, labels=LABELS).loss
+        loss.backward()
+    print(memory("VmHWM") - before, layer, table, 4 * sum(numels.values()) - table)
+
+
+if __name__ == "__main__":
+    assert groups.SMALLEST_TABLE <= TABLE["vocab_size"] * WIDE["hidden_size"]
+    measure(*sys.argv[1:])
