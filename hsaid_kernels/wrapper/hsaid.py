@@ -229,6 +229,11 @@ class HSAID(MultiTask):
         """
         projected = self._projected
         projected.check_on_w0("merge()")
+        if projected.ranks is not None:
+            raise RuntimeError(
+                "merge(): expected a whole model, got one that FSDP2 has sharded: save_pretrained(), load that into a "
+                "whole model by from_pretrained(), and merge this"
+            )
         with torch.no_grad():
             values = projected.now() | self.full
             if inplace:
@@ -265,6 +270,7 @@ class HSAID(MultiTask):
             yield model
         finally:
             unwrapped_before(model, self)
+            self._ranks_agree, self._w0_checks = False, None
             self._claim()
             self._projected.buffers.put(model, self._buffers_of.pop(self.task, {}))
 

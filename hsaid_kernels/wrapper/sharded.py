@@ -120,12 +120,26 @@ class Ranks:
         self.mesh: Any = shard.device_mesh  # type: ignore[attr-defined]
         self.groups = self.mesh.get_all_groups()
         self._hooked = WeakTensorKeyDictionary()
+        self._versions: dict[str, int] = {}
 
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
         """Lets backward average the gradients of these parameters over all ranks."""
         for parameter in parameters:
             if parameter.requires_grad and parameter not in self._hooked:
                 self._hooked[parameter] = parameter.register_hook(self._averaged)
+
+    def check_unchanged(self, w0: Mapping[str, Tensor]) -> None:
+        """Raises RuntimeError if a shard of W0 has been written to.
+
+        What a checkpoint says of W0 was computed when the model was wrapped, by all ranks together.
+        """
+        for name, tensor in w0.items():
+            if is_sharded(tensor) and tensor._version != self._versions.setdefault(name, tensor._version):
+                self._versions.clear()  # so that it is refused once
+                raise RuntimeError(
+                    f"model: expected W0 to stay as it is while the model is sharded, got {name!r} changed: load it "
+                    "before HSAID wraps the model, or unwrap() it first"
+                )
 
     def _averaged(self, grad: Tensor) -> Tensor:
         grad = grad.clone()

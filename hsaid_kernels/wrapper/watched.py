@@ -125,6 +125,7 @@ class WatchedModel(ABC):
             self.unmerge()
         self.attached = False
         self.drop_cache()
+        self.ranks = None
         tree = Tree(self.model)
         for module in {self.model, *tree.modules, *self._modules}:
             compiled_as_before(module)
@@ -227,6 +228,8 @@ class WatchedModel(ABC):
         if tree is None or not tree.holds():
             tree = self._scan()
         keep_compiled_current((model, *tree.modules))
+        if self.ranks is not None:
+            self.ranks.check_unchanged({name: tree.now(name) for name in self.plan.names})
         for name, parameter in tree.parameters.items():
             if (
                 parameter.requires_grad

@@ -58,7 +58,7 @@ def alive(monkeypatch):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_of_transformers(name):
-    """Outputs bit for bit. In some models, blocks are left and come again: their gradients are added in another order."""
+    """Outputs bit for bit. In some models blocks come again, and their gradients are added in another order."""
     if name == "ViT":
         inputs = dict(pixel_values=torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16))
     else:
