@@ -6,6 +6,8 @@ import torch.distributed as dist
 from models import bert, mlp, moved
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hsaid_kernels import HSAID
@@ -27,16 +29,28 @@ def test_parallel_wrappers_inside_are_refused(wrap, one_rank):
         HSAID(nn.Sequential(wrap(mlp())), 24)
 
 
-def test_sharded_parameters_are_refused(one_rank):
-    model = mlp()
-    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
-    with pytest.raises(TypeError, match="not sharded, got '.*', which is a DTensor"):
+def test_sharded_parameters_need_blocks(one_rank):
+    model, mesh = mlp(), dist.device_mesh.init_device_mesh("cpu", (1,))
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(ValueError, match='memory: expected "block" for a model that FSDP2'):
         HSAID(model, 24)
     hsaid, x = moved(HSAID(mlp(), 24)), torch.ones(1, 4)
-    fully_shard(hsaid.model[0], mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
-    for run in (lambda: hsaid(x), lambda: hsaid.model(x), lambda: hsaid.model[2].weight):
-        with pytest.raises(TypeError, match="not sharded, got '0.weight', which is a DTensor"):
+    fully_shard(hsaid.model[0], mesh=mesh)
+    for run in (lambda: hsaid(x), lambda: hsaid.model[2].weight):
+        with pytest.raises(ValueError, match='memory: expected "block" for a model that FSDP2'):
             run()
+    with pytest.raises(RuntimeError, match="got another nn.Parameter in its place"):  # the gathered one
+        hsaid.model(x)
+    model = mlp()
+    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh))
+    with pytest.raises(TypeError, match="got '0.weight', a DTensor that no module of the model gathers"):
+        HSAID(model, 24, memory="block")
+    two = dist.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=("shard", "tensor"))
+    model = mlp()
+    parallelize_module(model, two["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(model, mesh=two["shard"])
+    with pytest.raises(TypeError, match="that FSDP2 .* alone has sharded, got '0.weight' with placements"):
+        HSAID(model, 24, memory="block")
 
 
 def test_a_compiled_model_is_the_plain_one(tmp_path):

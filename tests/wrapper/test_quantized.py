@@ -1,0 +1,129 @@
+"""W0 in few bits: the weights are those over its dequantized values. The tensor here is one as torchao's are made."""
+
+import copy
+
+import pytest
+import torch
+from models import IDS, bert, moved
+from torch import nn
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from hsaid_kernels import HSAID
+
+LABELS = torch.tensor([0, 1])
+
+
+class Int8(torch.Tensor):
+    """A float32 matrix as int8 [rows, columns] and a scale [rows, 1]."""
+
+    @staticmethod
+    def __new__(cls, data, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.float32, device=data.device)
+
+    def __init__(self, data, scale):
+        self.values, self.scale = data, scale
+
+    @classmethod
+    def of(cls, dense: torch.Tensor) -> "Int8":
+        scale = dense.abs().amax(1, keepdim=True) / 127
+        return cls((dense / scale).round().to(torch.int8), scale)
+
+    def __tensor_flatten__(self):
+        return ["values", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, *_):
+        return cls(inner["values"], inner["scale"])
+
+    def dequantize(self) -> torch.Tensor:
+        return self.values.float() * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            own = args[0]
+            made = cls(function(own.values), function(own.scale))
+            return return_and_correct_aliasing(function, args, kwargs or {}, made)
+        dense = [arg.dequantize() if isinstance(arg, Int8) else arg for arg in args]
+        return function(*dense, **(kwargs or {}))
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(Int8.of(module.weight.detach()), requires_grad=False)
+    return model
+
+
+def pair(**options) -> tuple[HSAID, HSAID]:
+    """An HSAID over quantized W0, and one over the same values as ordinary tensors."""
+    torch.manual_seed(0)
+    few, many = quantized(bert().eval()), bert().eval()
+    values = {
+        name: parameter.dequantize() if isinstance(parameter, Int8) else parameter
+        for name, parameter in few.named_parameters()
+    }
+    many.load_state_dict(values, strict=False)
+    found = []
+    for model, memory in ((few, "block"), (many, "step")):
+        torch.manual_seed(1)
+        found.append(moved(HSAID(model, 80, memory=memory, **options)))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("options", [{}, dict(partition="did"), dict(heads=True), dict(exclude="classifier")])
+def test_as_over_the_dequantized_values(options):
+    few, many = pair(**options)
+    assert few.plan.names == many.plan.names and any(isinstance(p, Int8) for p in few.w0().values())
+    losses = [hsaid(IDS, labels=LABELS).loss for hsaid in (few, many)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(few.theta.grad, many.theta.grad)
+
+
+def test_checkpoints_and_merges(tmp_path):
+    few, many = pair()
+    few.save_pretrained(tmp_path)
+    model = few.unwrap()
+    assert isinstance(model.classifier.weight, Int8)
+    again = HSAID.from_pretrained(tmp_path, model, memory="block")
+    with torch.no_grad():
+        expected = many(IDS).logits
+        assert torch.equal(again(IDS).logits, expected)
+        merged = again.merge()
+        assert type(merged.classifier.weight) is nn.Parameter and torch.equal(merged(IDS).logits, expected)
+    with pytest.warns(UserWarning, match="W0 is not what was trained from"):
+        torch.manual_seed(0)
+        HSAID.from_pretrained(tmp_path, bert())
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match=r'memory: expected "block" for a quantized model.*query.weight'):
+        HSAID(quantized(bert()), 80)
+
+    class Params4bit(nn.Parameter):
+        pass
+
+    model = bert()
+    model.classifier.weight = Params4bit(torch.zeros(2, 16))
+    with pytest.raises(TypeError, match="got 'classifier.weight', a Params4bit, of bitsandbytes"):
+        HSAID(model, 80, memory="block")
+
+
+def test_values_that_change_are_noticed():
+    few, _ = pair()
+    with torch.no_grad():
+        before = few(IDS).logits
+        few.model._modules["classifier"]._parameters["weight"].values.add_(1)
+        assert not torch.equal(few(IDS).logits, before)
+    loss = few(IDS, labels=LABELS).loss
+    few.model._modules["classifier"]._parameters["weight"].values.add_(1)
+    with pytest.raises(RuntimeError, match="'classifier.weight' to stay as it is between forward and backward"):
+        loss.backward()
+
+
+def test_copies():
+    few, _ = pair()
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(few)(IDS).logits, few(IDS).logits)
