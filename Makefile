@@ -13,7 +13,8 @@
 #
 # With 200 MB of packages more:
 #
-#   make clients  other people's training loops on an HSAID: Lightning, sentence-transformers, timm, PEFT, Accelerate
+#   make clients  other people's training loops on an HSAID: Lightning, sentence-transformers, timm, PEFT, Accelerate,
+#                 torchao
 #
 # Measure (docs/benchmarks.md):
 #
@@ -111,7 +112,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 # breaks the import of transformers (tests/clients/conftest.py).
 build/clients/.installed: $(VENV)/.installed-test
 	@$(PIP) lightning peft sentence-transformers pillow 'psycopg[binary]' optuna-dashboard
-	@$(PIP) --no-deps --upgrade --target build/clients timm torchvision
+	@$(PIP) --no-deps --upgrade --target build/clients timm torchvision torchao
 	@touch $@
 
 build/cmake/test_core: $(VENV)/.installed $(wildcard tests/csrc/*)

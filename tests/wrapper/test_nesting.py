@@ -6,7 +6,7 @@ import torch.distributed as dist
 from models import bert, mlp, moved
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -42,7 +42,7 @@ def test_sharded_parameters_need_blocks(one_rank):
     with pytest.raises(RuntimeError, match="got another nn.Parameter in its place"):  # the gathered one
         hsaid.model(x)
     model = mlp()
-    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh))
+    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(0)]))
     with pytest.raises(TypeError, match="got '0.weight', a DTensor that no module of the model gathers"):
         HSAID(model, 24, memory="block")
     two = dist.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=("shard", "tensor"))
