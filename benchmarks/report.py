@@ -185,6 +185,13 @@ class Report(results.Run):
         header = ["method", "trained numbers", "step, ms", "projection", "adjoint", "forward", "backward", "optimiser"]
         return table([*header, "projection's share", "memory at the peak, MB"], lines)
 
+    def on_demand(self) -> str:
+        lines = [
+            [row["model"], row["diagonal"], f"{row['d']:,}", row["ms"], row["whole_ms"], ratio(row, "/whole")]
+            for row in pick(self.rows, what="rows")
+        ]
+        return table(["model", "diagonal", "d", "rows on demand, ms", "all weights, ms", "ratio"], lines)
+
     def peers(self) -> str:
         lines = []
         for row in pick(self.rows, what="published"):
@@ -327,6 +334,12 @@ def sections(report: Report) -> list[Section]:
             "mBERT, 16 texts of 16 tokens, d = 1,000; peft's methods with their defaults on query and value. A CPU\n"
             "without instructions for bfloat16 (AVX-512 BF16, AMX) spends such a step in torch's matrix products.",
             ("step", "memory"),
+        ),
+        Section(
+            "Embedding rows on demand",
+            report.on_demand(),
+            "Projection and adjoint of a step with 32 x 32 random tokens: only the blocks of the word embeddings that\n"
+            "hold the tokens' rows are made, against all weights.",
         ),
         Section(
             "Other ways to the same end",

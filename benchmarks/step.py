@@ -1,15 +1,17 @@
 """One way of training mBERT in a process of its own: prints as JSON the seconds of each part of its steps and the
 memory at the peak.
 
-    python benchmarks/step.py hsaid|held|mixed|bfloat16|full|unilora|vera [--steps 6]
+    python benchmarks/step.py hsaid|block|tables|held|mixed|bfloat16|full|unilora|vera|lora [--steps 6]
 
-`held` is H-SAID with the gradients of all weights held until backward ends, as one node in the graph would; `mixed` has
-weights in bfloat16 over W0 in float32, `bfloat16` both in bfloat16. `full` is ordinary fine-tuning of all weights by
-AdamW; UniLoRA and VeRA are peft's, with its defaults, on query and value. All take the same batches, 16 texts of 16
-tokens. The first step is not counted.
+`block` is H-SAID whose weights live while their block runs; `tables` makes all rows of the embeddings; `held` holds the
+gradients of all weights until backward ends, as one node in the graph would; `mixed` has weights in bfloat16 over W0 in
+float32, `bfloat16` both in bfloat16. `full` is ordinary fine-tuning of all weights by AdamW; UniLoRA, VeRA and LoRA are
+peft's, with its defaults (LoRA: r = 1), on query and value. All take the same batches, 16 texts of 16 tokens. The first
+step is not counted.
 """
 
 import argparse
+import functools
 import json
 import time
 from collections import Counter
@@ -20,17 +22,23 @@ from torch import nn
 
 from hsaid_kernels import HSAID
 from hsaid_kernels.app import data, training
+from hsaid_kernels.wrapper import groups
 
 CPU = torch.device("cpu")
+OURS = ("hsaid", "block", "tables", "held", "mixed", "bfloat16")
+OTHERS = ("full", "unilora", "vera", "lora")
 
 
 def wrapped(method: str) -> HSAID:
     model = training.build_mbert(0)
     if method == "bfloat16":
         model.to(torch.bfloat16)
-    hsaid = HSAID(model, 1000, dtype=torch.bfloat16 if method == "mixed" else None)
+    if method == "tables":
+        groups.SMALLEST_TABLE = 2**62
+    memory = "block" if method == "block" else "step"
+    hsaid = HSAID(model, 1000, dtype=torch.bfloat16 if method == "mixed" else None, memory=memory)
     if method == "held":
-        hsaid._projected.parts = [list(hsaid.plan.names)]
+        hsaid._projected.parts = [[name for part in hsaid._projected.parts for name in part]]
         hsaid._projected.forget_groups()
     return hsaid
 
@@ -41,8 +49,8 @@ def adapted(method: str) -> nn.Module:
         return model
     import peft
 
-    kind = {"unilora": peft.UniLoraConfig, "vera": peft.VeraConfig}[method]
-    return peft.get_peft_model(model, kind(target_modules=["query", "value"]))
+    kind = {"unilora": peft.UniLoraConfig, "vera": peft.VeraConfig, "lora": functools.partial(peft.LoraConfig, r=1)}
+    return peft.get_peft_model(model, kind[method](target_modules=["query", "value"]))
 
 
 def plain_steps(model: nn.Module, batches: Iterator[training.Batch]) -> Iterator[dict[str, float]]:
@@ -63,12 +71,12 @@ def plain_steps(model: nn.Module, batches: Iterator[training.Batch]) -> Iterator
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=("hsaid", "held", "mixed", "bfloat16", "full", "unilora", "vera"))
+    parser.add_argument("method", choices=OURS + OTHERS)
     parser.add_argument("--steps", type=int, default=6)
     options = parser.parse_args()
     examples = data.load_cldr().train
     batches = training.hashed_batches(examples, CPU)
-    if options.method not in ("full", "unilora", "vera"):
+    if options.method in OURS:
         model = wrapped(options.method)
         taken = training.training_steps(model, batches, steps=options.steps + 1, lr=0.02)
         steps = (step.seconds for step in taken)

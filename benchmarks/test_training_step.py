@@ -10,14 +10,18 @@ import results
 
 TITLES = {
     "hsaid": "H-SAID",
+    "block": 'H-SAID, memory="block"',
+    "tables": "H-SAID, whole tables",
     "held": "H-SAID, gradients held to the end",
     "mixed": "H-SAID, bfloat16 over float32 W0",
     "bfloat16": "H-SAID, bfloat16",
     "full": "full fine-tuning, AdamW",
     "unilora": "peft UniLoRA",
     "vera": "peft VeRA",
+    "lora": "peft LoRA, r = 1",
 }
-QUICK = ("hsaid", "full", "unilora", "vera")
+QUICK = ("hsaid", "block", "full", "unilora", "vera", "lora")
+PEFT = ("unilora", "vera", "lora")
 
 
 @pytest.mark.parametrize("method", TITLES)
@@ -25,7 +29,7 @@ def test_training_step(request, record, method):
     pytest.importorskip("transformers")
     if method not in QUICK and not request.config.option.full:
         pytest.skip("with --full")
-    if method in ("unilora", "vera") and not hasattr(pytest.importorskip("peft"), "UniLoraConfig"):
+    if method in PEFT and not hasattr(pytest.importorskip("peft"), "UniLoraConfig"):
         pytest.skip("peft has no UniLoRA: its version is too old")
     steps = 3 if not request.config.option.full else 1 if "bfloat16" in TITLES[method] else 8
     # A process of its own: the peak of memory is a process's.
@@ -52,5 +56,5 @@ def test_training_step(request, record, method):
         rounds=len(steps),
         **row,
         peak_MB=told["peak_bytes"] / 1e6,
-        peft=results.version("peft") if method in ("unilora", "vera") else None,
+        peft=results.version("peft") if method in PEFT else None,
     )

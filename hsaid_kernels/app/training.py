@@ -1,7 +1,7 @@
 """Fine-tunes a text classifier with `HSAID` in plain PyTorch, for `hsaid train`: model, loop, accuracy, saved run.
 
-Hooks measure the time of each part of a step without changes to the model. They report when the projection is finished
-and when its adjoint starts and ends. The times of the parts add up to the time of the step.
+The time of each part of a step is measured without changes to the model: when it is called, and around the ops of the
+projection and its adjoint. The times of the parts add up to the time of the step.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import time
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from hsaid_kernels.app.architecture import MBERT_CONFIG, loading
 from hsaid_kernels.app.data import Example
 from hsaid_kernels.app.trained import RUN_FILE, described, read_run
+from hsaid_kernels.fastfood import ops
 from hsaid_kernels.wrapper.hsaid import HSAID
 
 WARMUP = 0.1  # fraction of the steps in which the learning rate rises
@@ -33,6 +34,7 @@ MAX_NORM = 1.0  # the gradient is clipped to this norm
 PARTS = ("data", "projection", "forward", "backward", "adjoint", "optimiser")  # the timed parts of a step, in order
 
 Batch = dict[str, Tensor]
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -170,31 +172,39 @@ class _Stopwatch:
 
     @contextmanager
     def around(self, model: nn.Module) -> Iterator[None]:
-        """A context manager that installs hooks on the model in an HSAID.
+        """A context manager, inside of which steps of the model are measured.
 
-        They switch to "forward" when the wrapped model is called, and to "adjoint" for the backward of the projection.
-        A model without HSAID has no projection: its forward counts from the beginning of the step.
+        The part is "forward" from where the model inside an HSAID is called, "projection" and "adjoint" while their ops
+        run. A model without HSAID has no projection, and of a compiled one the ops cannot be told from the rest.
         """
 
         def called(module: nn.Module, args: tuple) -> None:
             self.switch("forward")
 
-        def computed(module: nn.Module, args: tuple, output: Any) -> None:
-            nodes = {weight.grad_fn for weight in hsaid.weights().values()}  # one node for each part of the projection
-            for node in filter(None, nodes):
-                node.register_prehook(lambda _: self.switch("adjoint"))
-                node.register_hook(lambda *_: self.switch("backward"))
-
-        if isinstance(getattr(model, "_orig_mod", model), HSAID):  # torch.compile keeps the module as _orig_mod
-            hsaid = cast(HSAID, model)
-            handles = [hsaid.model.register_forward_pre_hook(called), hsaid.model.register_forward_hook(computed)]
-        else:
-            handles = [model.register_forward_pre_hook(called)]
+        inner = model.model if isinstance(model, HSAID) else model
+        handle = inner.register_forward_pre_hook(called)
+        plain = ops.fastfood_forward, ops.fastfood_adjoint
+        if isinstance(model, HSAID):
+            ops.fastfood_forward = self._measured("projection", ops.fastfood_forward)
+            ops.fastfood_adjoint = self._measured("adjoint", ops.fastfood_adjoint)
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
+            ops.fastfood_forward, ops.fastfood_adjoint = plain
+
+    def _measured(self, part: str, op: Callable[..., Result]) -> Callable[..., Result]:
+        """The op, during which the part is `part`."""
+
+        def run(*args: Any, **kwargs: Any) -> Result:
+            before = self._part
+            self.switch(part)
+            try:
+                return op(*args, **kwargs)
+            finally:
+                self.switch(before)
+
+        return run
 
 
 def peak_memory(device: torch.device) -> int:
