@@ -115,16 +115,18 @@ def main(argv=None):
 
     hsaid.eval()
     right = torch.zeros((), device=device)
-    share = -(-len(test) // WORLD)  # all ranks take as many batches, because they gather each layer together
+    # All ranks take as many batches, because they gather each layer together; nothing is labelled -1.
+    rows = test + [("", -1)] * (-len(test) % WORLD)
     with torch.no_grad():
-        for ids, mask, labels in DataLoader(test[RANK * share : (RANK + 1) * share], 128, collate_fn=collate):
+        for ids, mask, labels in DataLoader(rows[RANK::WORLD], 128, collate_fn=collate):
             right += (hsaid(ids, mask).argmax(-1) == labels).sum()
         few = collate(test[:16])[:2]
         logits = hsaid(*few)
     hsaid.save_pretrained(args.out)  # by all ranks; the first one writes
     accuracy = mean(right) * WORLD / len(test)
-    size = Path(args.out, "hsaid.safetensors").stat().st_size
-    say(f"accuracy {accuracy:.3f} on {len(test):,} names in languages not trained on; {size:,} bytes in {args.out}")
+    if RANK == 0:
+        size = Path(args.out, "hsaid.safetensors").stat().st_size
+        say(f"accuracy {accuracy:.3f} on {len(test):,} names in languages not trained on; {size:,} bytes in {args.out}")
     ranks = [None] * WORLD
     dist.all_gather_object(ranks, (held, peak_memory(device)))
     for rank, (own, peak) in enumerate(ranks):
