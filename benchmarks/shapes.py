@@ -51,19 +51,24 @@ def xlm_roberta_base() -> Shapes:
     return _bert("", 250002, 514, 1, 12, 768, 3072)
 
 
-def llama_1b() -> Shapes:
-    """LlamaForCausalLM of Llama 3.2 1B, embeddings tied: 146 tensors, 1,235,814,400 weights."""
-    hidden, inner, kv = 2048, 8192, 512
-    shapes: Shapes = {"model.embed_tokens.weight": (128256, hidden)}
-    for i in range(16):
+def llama(vocabulary: int, hidden: int, inner: int, kv: int, layers: int, tied: bool = False) -> Shapes:
+    """LlamaForCausalLM. `kv`: hidden size of keys and values, that is heads for these times the size of a head."""
+    shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for i in range(layers):
         layer = f"model.layers.{i}"
-        for name, rows in (("q", hidden), ("k", kv), ("v", kv), ("o", hidden)):
-            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (rows, hidden)
+        for name, shape in (("q", (hidden, hidden)), ("k", (kv, hidden)), ("v", (kv, hidden)), ("o", (hidden, hidden))):
+            shapes[f"{layer}.self_attn.{name}_proj.weight"] = shape
         for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
             shapes[f"{layer}.mlp.{name}_proj.weight"] = shape
         for name in ("input", "post_attention"):
             shapes[f"{layer}.{name}_layernorm.weight"] = (hidden,)
-    return shapes | {"model.norm.weight": (hidden,)}
+    shapes["model.norm.weight"] = (hidden,)
+    return shapes if tied else shapes | {"lm_head.weight": (vocabulary, hidden)}
+
+
+def llama_1b() -> Shapes:
+    """Llama 3.2 1B, embeddings tied: 146 tensors, 1,235,814,400 weights."""
+    return llama(128256, 2048, 8192, 512, 16, tied=True)
 
 
 MODELS: dict[str, Callable[[], Shapes]] = {

@@ -15,6 +15,7 @@ import results
 import schedule
 import scipy.linalg
 import shapes
+import sharding
 import stages
 import torch
 from helpers import ISAS
@@ -130,6 +131,24 @@ def test_plots(tmp_path):
 
 
 SWEEP = ((1000, 1024, 1.0), (16384, 16384, 1.3), (100_000, 16384, 6.0))
+
+
+def test_sharding_is_said_to_be_computed():
+    said = sharding.tables((1, 3, 512)).split("\n\n")
+    assert all(text.startswith("Computed: ") for text in said[::2])
+    assert all(text.startswith("| ") for text in said[1::2])
+    for weights in ("6,738,415,616", "70,553,706,496", "405,853,388,800"):  # as published
+        assert f" {weights} |" in said[1]
+    step = sharding.Step(sharding.MODELS["7B"])
+    assert sum(step.blocks) == step.weights
+    assert sum(32000 * 4096 == block for block in step.blocks) == 2
+
+
+def test_sharding_sends_what_is_computed():
+    """`check` raises where it does not. So small a model says nothing of memory."""
+    pytest.importorskip("transformers")
+    said = sharding.check(model=sharding.Model(256, 3, 4, 2, 512, 4096, tokens=16, nbytes=4), within=math.inf)
+    assert "Sent: 0.66" in said
 
 
 def test_readme_between_marks():

@@ -30,9 +30,9 @@ for needed in ("transformers", "accelerate", "datasets", "babel"):
     pytest.importorskip(needed)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-CLASSIFICATION, CUSTOM, MULTI, PRUNE, MNIST = (
+CLASSIFICATION, CUSTOM, SHARDED, MULTI, PRUNE, MNIST = (
     EXAMPLES / f"{name}.py"
-    for name in ("text_classification", "custom_loop", "multi_task", "prune_heads", "measure_mnist")
+    for name in ("text_classification", "custom_loop", "sharded", "multi_task", "prune_heads", "measure_mnist")
 )
 SECONDS = 120  # a run takes ten, but the machine may be busy
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")  # standalone: at a free port
@@ -68,6 +68,50 @@ sys.path.insert(0, folder)
 result = importlib.import_module(name).main(arguments)
 hsaid = result.model if isinstance(result, transformers.Trainer) else result
 torch.save(dict(hsaid.named_parameters()), os.path.join(out, f"{os.environ['RANK']}.pt"))
+"""
+
+# As RANKS, and each process leaves how many bytes of the model's files it has read.
+READS = """
+import contextlib, importlib, os, sys, safetensors, torch
+import transformers.modeling_utils  # which keeps a safe_open of its own
+out, folder, name, *arguments = sys.argv[1:]
+sys.path.insert(0, folder)
+module = importlib.import_module(name)
+load, safe_open, read = module.load_sharded, safetensors.safe_open, []
+
+class Slice:
+    def __init__(self, slice):
+        self.slice, self.get_shape, self.get_dtype = slice, slice.get_shape, slice.get_dtype
+
+    def __getitem__(self, index):
+        tensor = self.slice[index]
+        read.append(tensor.nbytes)
+        return tensor
+
+class File:  # has no get_tensor()
+    def __init__(self, file):
+        self.file, self.keys, self.metadata = file, file.keys, file.metadata
+
+    def get_slice(self, key):
+        return Slice(self.file.get_slice(key))
+
+@contextlib.contextmanager
+def counting(*args, **kwargs):
+    with safe_open(*args, **kwargs) as file:
+        yield File(file)
+
+def load_counted(*args):
+    safetensors.safe_open = counting
+    try:
+        return load(*args)
+    finally:
+        safetensors.safe_open = safe_open
+
+module.load_sharded = load_counted
+hsaid = module.main(arguments)
+values = dict(hsaid.named_parameters())
+torch.save(values, os.path.join(out, f"{os.environ['RANK']}.pt"))
+print(f"read by rank {os.environ['RANK']}: {sum(read)} bytes", flush=True)
 """
 
 
@@ -313,6 +357,50 @@ def test_custom_loop_compiled_in_bfloat16_on_the_embedded_model(run, tmp_path):
     check_quiet(said)
     assert "HSAID(Classifier, 105 tensors, " in said
     assert len(re.findall(r"step +\d+ +loss [12]\.\d+", said)) == 2
+
+
+def test_sharded_in_two_processes(run, files, tmp_path):
+    """They compute what one does on batches of twice the size, and none of them reads or holds more than its shards."""
+    (tmp_path / "reads.py").write_text(READS)
+    settings = ["--log-every=1", "--steps=10", "--check"]
+    launcher = [*TORCHRUN, tmp_path / "reads.py", tmp_path, EXAMPLES, SHARDED.stem]
+    two = run(*launcher, *loop(files, tmp_path / "two", *settings, model="still"))
+    one = run(SHARDED, *loop(files, tmp_path / "one", *settings, "--batch-size=16", model="still"))
+    for said in (two, one):
+        check_quiet(said)
+        assert "logits of a model in one piece differ by 0.0e+00 at most\n" in said
+    check_ranks(tmp_path)
+    losses = [[float(loss) for loss in re.findall(r"step +\d+ +loss (\d\.\d+)", said)] for said in (two, one)]
+    assert len(losses[0]) == 10
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert accuracy(two) == pytest.approx(accuracy(one), abs=0.03)
+    assert size(tmp_path / "two") == size(tmp_path / "one") < 7000
+
+    whole = load_file(files / "still" / "model.safetensors")
+    held = [int(own.replace(",", "")) for own in re.findall(r"rank \d: ([\d,]+) bytes of W0", two)]
+    assert re.findall(r"read by rank \d: (\d+) bytes", "\n".join(sorted(two.splitlines()))) == list(map(str, held))
+    assert sum(held) == sum(tensor.nbytes for tensor in whole.values())
+    rows = sum(tensor[0].nbytes for tensor in whole.values())  # where their number is odd
+    assert abs(held[0] - held[1]) <= rows < held[0] / 4
+
+
+def test_sharded_in_bfloat16_with_rotary_positions(run, files, tmp_path):
+    """From several files, on which the buffers of a Llama are not."""
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    vocabulary = len((files / "still" / "vocab.txt").read_text().split("\n"))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    config = LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, **sizes)
+    LlamaModel(config).save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        shutil.copy(files / "still" / name, tmp_path / "model")
+    settings = ["--log-every=1", "--steps=3", "--check", "--dtype=bfloat16"]
+    said = run(*TORCHRUN, SHARDED, *loop(tmp_path, tmp_path / "out", *settings))
+    check_quiet(said)
+    assert len(re.findall(r"step +\d+ +loss [12]\.\d+", said)) == 3
+    assert "logits of a model in one piece differ by 0.0e+00 at most\n" in said
 
 
 def test_multi_task_in_two_processes(run, files, tmp_path, example):

@@ -303,7 +303,7 @@ def test_memory_of_a_step(autocast):
         ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
         assert ran.returncode == 0, ran.stderr
         took[kind], layer, table, weights = map(float, ran.stdout.split())
-    assert took["block"] <= 2 * layer + 24e6 < weights + table  # the rest is activations and the allocator
+    assert took["block"] <= 2 * layer + 40e6 < weights  # the rest is activations and the allocator
     assert took["step"] - took["block"] >= 0.6 * weights
 
 
