@@ -1,7 +1,9 @@
 #include "buffer_pool.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -17,17 +19,41 @@ constexpr int64_t kPage = 4096, kHugePage = int64_t{2} << 20;
 int64_t page_of(int64_t bytes) { return bytes < 8 * kHugePage ? kPage : kHugePage; }
 int64_t rounded(int64_t bytes) { return (bytes + page_of(bytes) - 1) / page_of(bytes) * page_of(bytes); }
 
+// What is kept beside the largest buffer: blocks of a model have several sizes, which alternate in every step.
+constexpr int64_t kBeside = int64_t{64} << 20;
+
+struct Buffer {
+  void* memory;
+  int64_t bytes;
+};
+
 struct Pool {
   std::mutex mutex;
-  void* buffer = nullptr;
-  int64_t bytes = 0;
+  std::vector<Buffer> kept;  // one of each size, the oldest first
 
-  // The kept buffer, no longer the pool's.
-  void* release() {
-    void* released = buffer;
-    buffer = nullptr;
-    bytes = 0;
-    return released;
+  // The kept buffer of this size, no longer the pool's; null if there is none.
+  void* release(int64_t bytes) {
+    for (size_t i = 0; i < kept.size(); ++i)
+      if (kept[i].bytes == bytes) {
+        void* memory = kept[i].memory;
+        kept.erase(kept.begin() + i);
+        return memory;
+      }
+    return nullptr;
+  }
+
+  // Frees old buffers that would only take room once there is one of so many bytes.
+  void make_room(int64_t bytes) {
+    for (;;) {
+      int64_t largest = bytes, total = bytes;
+      for (const Buffer& buffer : kept) {
+        largest = std::max(largest, buffer.bytes);
+        total += buffer.bytes;
+      }
+      if (kept.empty() || total <= largest + kBeside) return;
+      std::free(kept.front().memory);
+      kept.erase(kept.begin());
+    }
   }
 };
 
@@ -43,8 +69,8 @@ void* take_buffer(int64_t bytes) {
   bytes = rounded(bytes);
   {
     std::lock_guard<std::mutex> lock(pool().mutex);
-    if (pool().bytes == bytes) return pool().release();
-    std::free(pool().release());  // of another size: it would only take room
+    if (void* memory = pool().release(bytes)) return memory;
+    pool().make_room(bytes);
   }
   void* buffer = std::aligned_alloc(page_of(bytes), bytes);
 #if defined(__linux__)
@@ -54,16 +80,21 @@ void* take_buffer(int64_t bytes) {
 }
 
 void give_buffer(void* buffer, int64_t bytes) {
+  bytes = rounded(bytes);
   std::lock_guard<std::mutex> lock(pool().mutex);
-  std::free(pool().release());
-  pool().buffer = buffer;
-  pool().bytes = rounded(bytes);
+  std::free(pool().release(bytes));
+  pool().make_room(bytes);
+  pool().kept.push_back({buffer, bytes});
 }
 
 int64_t empty_pool() {
   std::lock_guard<std::mutex> lock(pool().mutex);
-  const int64_t bytes = pool().bytes;
-  std::free(pool().release());
+  int64_t bytes = 0;
+  for (const Buffer& buffer : pool().kept) {
+    bytes += buffer.bytes;
+    std::free(buffer.memory);
+  }
+  pool().kept.clear();
   return bytes;
 }
 

@@ -339,7 +339,7 @@ def _fake_planned_adjoint(theta, factors, grads, plan, backend):
 
 
 def empty_cache() -> int:
-    """Frees the buffer, as large as the weights, that the CPU backend keeps for the next step. Returns its bytes."""
+    """Frees what the CPU backend keeps for the next step: a buffer as large as the weights. Returns its bytes."""
     return torch.ops.hsaid_kernels.empty_cache() if _AVAILABLE["cpu"] is True else 0
 
 

@@ -25,6 +25,7 @@ class Made:
     new tensor can get the same address.
 
     values    theta and the multipliers, as they were: the weights are made from these
+    factors   of all segments, multiplied by the plan's scales, once they have been needed
     flats     {group: its weights, as one buffer}, those made last at the end
     written   {group: the version of its buffer}, as long as nobody writes to it
     room      bytes of buffers that are kept; None means all
@@ -32,7 +33,7 @@ class Made:
     nodes     {name: weight} of the same values with a graph, made part by part when a weight of the part is first read;
               emptied before each call of the HSAID, because autograd runs the most recently made nodes first: a node
               made when its first block runs is reached as soon as backward has left that block
-    scaled    the factors of all segments, multiplied by the plan's scales, with a graph; as `nodes`
+    scaled    the factors with a graph; as `nodes`
     tracked   whether torch counts the versions of all these tensors; it does not for inference tensors and W0 in shards
     sharded   whether FSDP2 has sharded W0
     stored    {name: address and version of what is stored} of quantized W0
@@ -60,6 +61,7 @@ class Made:
         self.sharded = sharded
         self.stored = {name: stamp_of(tensor) for name, tensor in w0.items() if is_quantized(tensor)}
         self.kept = [] if sharded else [tensor.detach() for tensor in w0.values()]
+        self.factors: Tensor | None = None
         self.flats: dict[Group, Tensor] = {}
         self.written: dict[Group, int] = {}
         self.quick: dict[Any, Any] = {}  # {name: what to compare} of the weights that there are

@@ -117,7 +117,8 @@ class Maker(WatchedModel):
         w0, theta = {name: own[name] for name in self.plan.names}, self.trained("theta")
         groups = self.groups(w0, theta)
         blocks = (group.nbytes for group in groups if group.names[0] not in self.tables)
-        room = max(blocks, default=0) if self.memory == "block" else None
+        # A little more than the largest block: what runs after the last layer leaves it there for backward.
+        room = max(blocks, default=0) * 5 // 4 if self.memory == "block" else None
         made = Made(theta, self.trained("multipliers"), w0, groups, room, self.ranks is not None)
         for group in groups:
             if not group.on_read:
@@ -125,7 +126,10 @@ class Maker(WatchedModel):
         return made
 
     def scaled(self, made: Made) -> Tensor:
-        return scaled_factors(self.plan, self.partition, made.values[1])
+        """The factors of all segments, without a graph."""
+        if made.factors is None:
+            made.factors = scaled_factors(self.plan, self.partition, made.values[1])
+        return made.factors
 
     def fill(self, made: Made, group: Group) -> Tensor:
         """Computes the weights of a group that are not there."""

@@ -179,12 +179,16 @@ void test_buffer_pool() {
   give_buffer(second, kSize);  // the pool keeps one and frees the other
   CHECK(empty_pool() == kSize, "of %lld bytes", (long long)kSize);
   CHECK(empty_pool() == 0, "the pool was empty");
-  void* small = take_buffer(1);
-  give_buffer(small, 1);
-  void* large = take_buffer(kSize);  // frees what has another size
-  CHECK(empty_pool() == 0, "the pool was empty");
-  give_buffer(large, kSize);
-  empty_pool();
+  // Sizes that alternate are all kept, unless they take much more than the largest: the oldest goes first.
+  constexpr int64_t kMegabyte = 1 << 20, kSizes[] = {kMegabyte, 20 * kMegabyte, 80 * kMegabyte, 60 * kMegabyte};
+  void* buffers[4];
+  for (int i = 0; i < 4; ++i) buffers[i] = take_buffer(kSizes[i]);
+  for (int i = 0; i < 3; ++i) give_buffer(buffers[i], kSizes[i]);
+  void* small = take_buffer(kMegabyte);
+  CHECK(small == buffers[0], "%p, given back was %p", small, buffers[0]);
+  give_buffer(small, kMegabyte);
+  give_buffer(buffers[3], kSizes[3]);  // 1 and 20 MB beside it are more than 64
+  CHECK(empty_pool() == 141 * kMegabyte, "all but the 20 MB");
 }
 
 void test_unknown_isa() {

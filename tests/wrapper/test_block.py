@@ -38,20 +38,21 @@ def both(make, **options) -> list[HSAID]:
 
 @pytest.fixture
 def alive(monkeypatch):
-    """A function: how many buffers of weights there are. Notes the most that there were, as its attribute `most`."""
+    """A function: bytes of weights, in blocks of the largest's size. Notes the most so far, as its attribute `most`."""
     storages = []
     forward = ops.fastfood_forward
 
-    def count() -> int:
-        return len({ref.cdata for ref in storages if not ref.expired()})
+    def count() -> float:
+        sizes = [size for ref, size in storages if not ref.expired()]
+        return sum(sizes) / max(size for _, size in storages)
 
     def watched(*arguments):
         flat = forward(*arguments)
-        storages.append(StorageWeakRef(flat.untyped_storage()))
+        storages.append((StorageWeakRef(flat.untyped_storage()), flat.nbytes))
         count.most = max(count.most, count())
         return flat
 
-    count.most = 0
+    count.most = 0.0
     monkeypatch.setattr(ops, "fastfood_forward", watched)
     return count
 
@@ -109,24 +110,24 @@ def test_options(what):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_one_block_lives_at_a_time(alive, autocast, checkpointed):
+def test_about_one_block_lives_at_a_time(alive, autocast, checkpointed):
     model = deep_bert().eval()
     block = moved(HSAID(model, 80, memory="block"))
     if checkpointed:
         model.activation_checkpointing_enable()
     with torch.autocast("cpu", enabled=autocast):
         loss = block(IDS, labels=LABELS).loss
-    assert alive() <= 1 and alive.most <= 1
+    assert alive() <= 1.25 and alive.most <= 1.25
     loss.backward()
-    assert alive.most <= 1 and block.theta.grad.any()
+    assert alive.most <= 1.25 and block.theta.grad.any()
     assert len(block._projected.parts) >= 5
 
 
-def test_evaluation_keeps_one_block(alive):
+def test_evaluation_keeps_about_one_block(alive):
     block = moved(HSAID(deep_bert().eval(), 80, memory="block"))
     with torch.no_grad():
         first = block(IDS).logits
-        assert alive.most <= 1
+        assert alive.most <= 1.25
         assert torch.equal(block(IDS).logits, first)
     step = HSAID(deep_bert().eval(), 80)
     assert step.memory == "step" and block.memory == "block"
