@@ -11,7 +11,7 @@ import torch
 
 from hsaid_kernels.fastfood import ops
 from hsaid_kernels.fastfood.plan import Plan
-from hsaid_kernels.fastfood.rows import Blocks
+from hsaid_kernels.fastfood.rows import rows_of
 
 TABLES = {"mBERT": "bert.embeddings.word_embeddings.weight", "XLM-R base": "embeddings.word_embeddings.weight"}
 TOKENS = (32, 32)
@@ -36,14 +36,14 @@ CASES = [
 def test_rows_on_demand(case, weights, measure, record):
     base, _ = weights(case.model, torch.float32)
     whole = Plan(shapes.tensors(case.model), case.dim, 0, diagonal=case.diagonal)
-    table, others = (
-        whole.select([TABLES[case.model]]),
-        whole.select([n for n in whole.names if n != TABLES[case.model]]),
-    )
+    name = TABLES[case.model]
+    part, others = Part(whole, [name]), whole.select([other for other in whole.names if other != name])
+    projection = Projection(part.plan)
     theta = torch.randn(case.dim, generator=torch.Generator().manual_seed(0))
+    leaf = theta.clone().requires_grad_()
     of_whole = whole.views(base)
     of_others = [tensor for name, tensor in zip(whole.names, of_whole) if name in others.shapes]
-    (of_table,) = whole.views(base, table.names)
+    (of_table,) = whole.views(base, [name])
     ids = torch.randint(len(of_table), TOKENS, generator=torch.Generator().manual_seed(1))
 
     def everything() -> None:
@@ -52,13 +52,9 @@ def test_rows_on_demand(case, weights, measure, record):
 
     def on_demand() -> None:
         ops.fastfood_forward(others, theta, others.scales, of_others, torch.float32, "cpu")
-        blocks = Blocks.of(torch.unique(ids), of_table.shape[1], table.width, 1)
-        listed = (blocks.listed, blocks.span)
-        flat = ops.fastfood_forward(table, theta, table.scales, [of_table], torch.float32, "cpu", *listed)
-        rows = blocks.gathered(flat)
-        del flat  # as it goes before backward
+        rows = rows_of(projection, leaf, whole.scales, part, of_table, torch.unique(ids))
         ops.fastfood_adjoint(others, theta, others.scales, of_others, "cpu")
-        ops.fastfood_adjoint(table, theta, table.scales, [blocks.scattered(rows, table.width)], "cpu", *listed)
+        torch.autograd.grad(rows, leaf, rows.detach())
 
     columns = measure(on_demand, {"whole": everything}, rounds=7)
     record(what="rows", model=case.model, diagonal=case.diagonal, d=case.dim, tokens=ids.numel(), **columns)

@@ -17,6 +17,8 @@ from hsaid_kernels.fastfood import ops
 from hsaid_kernels.fastfood.plan import Plan, whole
 from hsaid_kernels.fastfood.projection import NoSecondDerivative, Part, Projection, version
 
+MOST = 2**23  # values that are held at a time, beside the rows
+
 
 def has_rows(plan: Plan, name: str) -> bool:
     """Whether rows of this tensor can be made alone: it is a matrix, and one segment."""
@@ -33,14 +35,21 @@ class Blocks:
 
     listed  int64 [K]: the blocks, as `ops.fastfood_forward` takes them
     span    the blocks for which an entry of `listed` stands
+    width   values in a block
     pieces  int64 [U, D / size]: the places of the rows' pieces of `size` values among the listed blocks' pieces
     size    the number of values in a piece
     """
 
     listed: Tensor
     span: int
+    width: int
     pieces: Tensor
     size: int
+
+    @property
+    def numel(self) -> int:
+        """Of all listed blocks."""
+        return len(self.listed) * self.span * self.width
 
     @classmethod
     def of(cls, rows: Tensor, columns: int, width: int, span: int) -> Blocks:
@@ -54,17 +63,23 @@ class Blocks:
         listed = torch.unique_consecutive(entries.flatten())
         size = math.gcd(columns, values)
         start = (torch.searchsorted(listed, first) * values + begin - first * values) // size
-        return cls(listed, span, start[:, None] + torch.arange(columns // size, device=rows.device), size)
+        return cls(listed, span, width, start[:, None] + torch.arange(columns // size, device=rows.device), size)
 
     def gathered(self, flat: Tensor) -> Tensor:
         """The rows [U, D] from the values of the listed blocks."""
         return flat.view(-1, self.size)[self.pieces].flatten(1)
 
-    def scattered(self, rows: Tensor, width: int) -> Tensor:
-        """The inverse of `gathered`: the listed blocks' values, 0 where they are in no row."""
-        flat = rows.new_zeros(len(self.listed) * self.span * width)
-        flat.view(-1, self.size).index_copy_(0, self.pieces.flatten(), rows.reshape(-1, self.size))
+    def scattered(self, rows: Tensor, flat: Tensor) -> Tensor:
+        """The inverse of `gathered`, into `flat`: the listed blocks' values, 0 where they are in no row."""
+        flat.zero_().view(-1, self.size).index_copy_(0, self.pieces.flatten(), rows.reshape(-1, self.size))
         return flat
+
+
+def _parts(rows: Tensor, columns: int, width: int, span: int) -> list[Blocks]:
+    """The blocks of some rows at a time, as many as have place in MOST values, or of one."""
+    values = width * span
+    of_row = values * (-(-(columns - 1) // values) + 1)  # at most
+    return [Blocks.of(some, columns, width, span) for some in rows.split(max(1, MOST // of_row))]
 
 
 class Rows(torch.autograd.Function):
@@ -78,25 +93,35 @@ class Rows(torch.autograd.Function):
         plan = part.plan
         (shape,) = plan.shapes.values()
         backend = ops.choose_backend(projection.backend, theta.device)
-        blocks = Blocks.of(rows, shape[1], plan.width, ops.row_span(plan, backend))
-        ctx.theta, ctx.factors, ctx.projection, ctx.part, ctx.blocks = theta, factors, projection, part, blocks
+        parts = _parts(rows, shape[1], plan.width, ops.row_span(plan, backend))
+        ctx.theta, ctx.factors, ctx.projection, ctx.part, ctx.parts = theta, factors, projection, part, parts
         ctx.check, ctx.version = check, version(theta)
-        factor = part.own(factors)
-        flat = ops.fastfood_forward(plan, theta, factor, [base], projection.dtype, backend, blocks.listed, blocks.span)
-        return blocks.gathered(flat)
+        given = (plan, theta, part.own(factors), [base], projection.dtype, backend)
+        made = [blocks.gathered(ops.fastfood_forward(*given, blocks.listed, blocks.span)) for blocks in parts]
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     @staticmethod
     def backward(ctx, grad):
-        theta, factors, part, blocks = ctx.theta, ctx.factors, ctx.part, ctx.blocks
+        theta, factors, part = ctx.theta, ctx.factors, ctx.part
         if version(theta) != ctx.version:
             raise RuntimeError("theta has been changed in place between forward and backward, which needs it unchanged")
         if ctx.check is not None:
             ctx.check()
         backend = ops.choose_backend(ctx.projection.backend, theta.device)
         with torch.no_grad():
-            grads, listed = [blocks.scattered(grad, part.plan.width)], (blocks.listed, blocks.span)
-            dtheta, own = ops.fastfood_adjoint(part.plan, theta, part.own(factors), grads, backend, *listed)
-            dfactors = part.among(own, factors)
+            own = part.own(factors)
+            dtheta, dfactor = torch.zeros_like(theta), torch.zeros_like(own)
+            room = grad.new_empty(max(blocks.numel for blocks in ctx.parts))
+            for blocks, rows in zip(ctx.parts, grad.split([len(b.pieces) for b in ctx.parts]), strict=True):
+                flat = blocks.scattered(rows, room[: blocks.numel])
+                listed = (blocks.listed, blocks.span)
+                for total, some in zip(
+                    (dtheta, dfactor),
+                    ops.fastfood_adjoint(part.plan, theta, own, [flat], backend, *listed),
+                    strict=True,
+                ):
+                    total += some
+            dfactors = part.among(dfactor, factors)
         if torch.is_grad_enabled():  # create_graph=True
             dtheta, dfactors = NoSecondDerivative.apply(theta, factors, grad, dtheta, dfactors)
         return dtheta, dfactors, None, None, None, None, None

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hsaid_kernels import available_backends
 from hsaid_kernels.fastfood import ops
+from hsaid_kernels.fastfood import rows as rows_module
 from hsaid_kernels.fastfood.plan import Plan, Segment
 from hsaid_kernels.fastfood.projection import Part, Projection
 from hsaid_kernels.fastfood.rows import Blocks, has_rows, rows_of
@@ -221,3 +222,28 @@ def test_theta_may_not_change_before_backward():
         theta.add_(1.0)
     with pytest.raises(RuntimeError, match="theta has been changed in place"):
         got.sum().backward()
+
+
+def test_many_rows_are_made_some_at_a_time(monkeypatch):
+    plan, calls = plan_of((500, 30, 200, 256)), []
+    theta, factor, base = values_of(plan)
+    rows_at_once = torch.arange(0, 500, 2)
+    forward = ops.fastfood_forward
+
+    def watched(*arguments):
+        calls.append(forward(*arguments))
+        return calls[-1]
+
+    monkeypatch.setattr(ops, "fastfood_forward", watched)
+    results = []
+    for most in (2**23, 4096):
+        monkeypatch.setattr(rows_module, "MOST", most)
+        calls.clear()
+        leaves = [theta.clone().requires_grad_(), factor.clone().requires_grad_()]
+        got = rows_of(Projection(plan), *leaves, Part(plan), base, rows_at_once)
+        got.square().sum().backward()
+        assert max(call.numel() for call in calls) <= most and (len(calls) > 20) == (most == 4096)
+        results.append((got.detach(), *(leaf.grad for leaf in leaves)))
+    assert torch.equal(results[0][0], results[1][0])
+    for one, other in zip(results[0][1:], results[1][1:], strict=True):
+        assert relative_error(one, other) <= 1e-6
