@@ -11,6 +11,7 @@ import torch
 
 from hsaid_kernels.fastfood import ops
 from hsaid_kernels.fastfood.plan import Plan
+from hsaid_kernels.fastfood.projection import Part, Projection
 from hsaid_kernels.fastfood.rows import rows_of
 
 TABLES = {"mBERT": "bert.embeddings.word_embeddings.weight", "XLM-R base": "embeddings.word_embeddings.weight"}
