@@ -345,16 +345,16 @@ class HSAID(MultiTask):
         )
 
     def _check_ranks(self) -> None:
-        """At the first training step of several ranks, checks that all have the same basis and W0.
+        """At the first training step of several ranks, or call of a sharded model, checks their basis and W0.
 
         DistributedDataParallel and FSDP2 themselves broadcast neither. Raises ValueError if they differ.
         """
-        if self._ranks_agree or not torch.is_grad_enabled():  # evaluation may run on a single rank
+        if self._ranks_agree:
             return
         if (ranks := self._projected.ranks) is not None:
             check_sharded_ranks(self, ranks, self._projected.own())
             self._ranks_agree = True
-        else:
+        elif torch.is_grad_enabled():  # under DistributedDataParallel evaluation may run on a single rank
             self._ranks_agree = check_active_ranks(self, {self, self.model})
 
     def _checked(self) -> None:
