@@ -339,7 +339,7 @@ def _fake_planned_adjoint(theta, factors, grads, plan, backend):
 
 
 def empty_cache() -> int:
-    """Frees what the CPU backend keeps for the next step: a buffer as large as the weights. Returns its bytes."""
+    """Frees the buffers that the CPU backend keeps for the next step, as large as the weights. Returns their bytes."""
     return torch.ops.hsaid_kernels.empty_cache() if _AVAILABLE["cpu"] is True else 0
 
 

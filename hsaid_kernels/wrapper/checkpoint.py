@@ -79,9 +79,9 @@ def save_pretrained(hsaid: Trained, directory: str | os.PathLike[str], *, write:
     import safetensors.torch  # imported here because the kernels can be used without safetensors
 
     values = {name: gathered(parameter.detach()) for name, parameter in hsaid.named_parameters()}
+    config = packed(hsaid.configuration())
     if not write:
         return
-    config = packed(hsaid.configuration())
     text = json.dumps(config, separators=(",", ":"))
     values |= {f"{PREFIX}{name}": buffer for name, buffer in hsaid.buffers_changed().items()}
     values = {name: value.cpu().contiguous() for name, value in values.items()}

@@ -141,8 +141,9 @@ def check_sharded_ranks(hsaid: Described, ranks: Ranks, parameters: Mapping[str,
     trained = {name: p for name, p in hsaid.named_parameters() if not is_sharded(p)}
     values = [hashlib.blake2b(bytes_of(p.detach().clone().cpu()), digest_size=8).hexdigest() for p in trained.values()]
     layout = {name: str(getattr(p, "placements", "whole")) for name, p in parameters.items()}
-    own = describe(hsaid) | {"shards": layout, "values": values}
-    for group in ranks.groups:
-        found: list[Config] = [{}] * dist.get_world_size(group)
-        dist.all_gather_object(found, own, group)
-        check_ranks(found)
+    found = [(dist.get_rank(), describe(hsaid) | {"shards": layout, "values": values})]
+    for group in ranks.groups:  # after the last one, every rank has those of all
+        gathered: list[list[tuple[int, Config]]] = [[]] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, found, group)
+        found = [one for some in gathered for one in some]
+    check_ranks([config for _, config in sorted(found, key=lambda one: one[0])])

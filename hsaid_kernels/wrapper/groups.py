@@ -50,7 +50,7 @@ def tables_of(model: nn.Module, plan: Plan) -> list[str]:
 
     The whole of such a table is made only if another layer reads it, such as a language model's tied head.
     """
-    looked_up = {id(m._parameters["weight"]) for m in model.modules() if isinstance(m, tuple(LOOKUPS))}
+    looked_up = {id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, tuple(LOOKUPS))}
     return [
         name
         for name, parameter in model.named_parameters()

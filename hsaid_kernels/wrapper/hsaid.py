@@ -24,6 +24,8 @@ from hsaid_kernels.wrapper.heads import Heads
 from hsaid_kernels.wrapper.merging import merged_copy
 from hsaid_kernels.wrapper.multitask import MultiTask
 from hsaid_kernels.wrapper.projected import ProjectedWeights
+from hsaid_kernels.wrapper.quantized import is_quantized
+from hsaid_kernels.wrapper.sharded import is_fsdp
 from hsaid_kernels.wrapper.tasks import Tasks, check_task
 from hsaid_kernels.wrapper.watched import unwrapped_before
 from hsaid_kernels.wrapper.wrapped import check_layers, check_parameters, plain
@@ -92,20 +94,22 @@ class HSAID(MultiTask):
     the current task; `state_dict()` returns them, the configuration, and the model's buffers (the statistics of
     BatchNorm). Every other attribute is the model's. As a context manager, an HSAID unwraps the model at the end.
 
-    Projected weights are kept until theta, the multipliers or W0 change. PyTorch does not track writes through `.data`:
-    such a write to W0 takes effect only after `train()` or `eval()` changes the mode, and such a write to theta on a
-    GPU, or during a call of the HSAID, with the next call. A write to a projected weight raises an error.
+    Projected weights are kept until theta, the multipliers or W0 change, with memory="block" until others need the
+    room. PyTorch does not track writes through `.data`: such a write to W0 takes effect only after `train()` or
+    `eval()` changes the mode, and such a write to theta on a GPU, or during a call of the HSAID, with the next call. A
+    write to a projected weight raises an error.
 
     During backward, the gradients of a block's weights are used and freed as soon as backward has left the block, or
     the last of a group of neighbouring blocks that together are at most half as large as the largest block.
 
     Raises:
         TypeError: model is not a module, is or contains an HSAID, a parallel wrapper (wrap the HSAID in
-            DistributedDataParallel instead) or a ScriptModule, or has sharded parameters; a parameter's dtype or the
-            argument `dtype` cannot be projected; another argument has the wrong type.
+            DistributedDataParallel instead) or a ScriptModule, has parameters in shards that are not FSDP2's or of
+            bitsandbytes; a parameter's dtype or the argument `dtype` cannot be projected; another argument has the
+            wrong type.
         ValueError: another argument has a value that is not listed above; intrinsic_dim <= m; another HSAID wraps the
-            model; a parameter has gradient hooks or shares memory with another; an embedding has max_norm; all
-            parameters are frozen.
+            model; it is sharded or quantized, and `memory` is not "block"; a parameter has gradient hooks or shares
+            memory with another; an embedding has max_norm; all parameters are frozen.
     """
 
     _w0_checks: str | None = None
@@ -168,6 +172,7 @@ class HSAID(MultiTask):
         self._tasks = Tasks(check_task(task), basis.full)
         self._buffers_of = {}
         self._ranks_agree = False
+        self._agreed: set[str] = set()  # tasks that all ranks of a sharded model have alike
         self.training = model.training
         self._stand_in_for(model)  # from here on, a new attribute that the model also has is set on the model
         self._new_task(task)
@@ -193,8 +198,8 @@ class HSAID(MultiTask):
     def weights(self) -> dict[str, Tensor]:
         """The projected weights, {name: W0_i + factor_i * P_i theta}; differentiable if gradients are enabled.
 
-        Each has the shape of W0_i, and its dtype unless `dtype` was given. They are views of one buffer that later
-        calls use, so they are read only.
+        Each has the shape of W0_i, and its dtype unless `dtype` was given. They are views of buffers that later calls
+        use, so they are read only. Of a sharded model, all ranks must call this together.
         """
         return self._projected.now()
 
@@ -234,6 +239,11 @@ class HSAID(MultiTask):
                 "merge(): expected a whole model, got one that FSDP2 has sharded: save_pretrained(), load that into a "
                 "whole model by from_pretrained(), and merge this"
             )
+        if inplace and any(map(is_quantized, projected.w0().values())):
+            raise RuntimeError(
+                "merge(): expected plain parameters for inplace=True, got quantized ones, which cannot hold projected "
+                "weights: merge() makes an ordinary model"
+            )
         with torch.no_grad():
             values = projected.now() | self.full
             if inplace:
@@ -271,7 +281,10 @@ class HSAID(MultiTask):
         finally:
             unwrapped_before(model, self)
             self._ranks_agree, self._w0_checks = False, None
+            self._agreed.clear()
             self._claim()
+            if self._projected.ranks is not None:
+                self.w0_checks()
             self._projected.buffers.put(model, self._buffers_of.pop(self.task, {}))
 
     def __enter__(self) -> Self:
@@ -332,7 +345,7 @@ class HSAID(MultiTask):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._ranks_agree = False
+        self._ranks_agree, self._agreed = False, set()
         self._projected.belongs_to(self)
 
     def __repr__(self) -> str:
@@ -351,9 +364,12 @@ class HSAID(MultiTask):
         """
         if self._ranks_agree:
             return
+        if self._projected.ranks is None and (is_fsdp(self) or is_fsdp(self.model)):
+            self._projected.own()  # sees that it has been sharded since
         if (ranks := self._projected.ranks) is not None:
-            check_sharded_ranks(self, ranks, self._projected.own())
-            self._ranks_agree = True
+            if self.task not in self._agreed:
+                check_sharded_ranks(self, ranks, self._projected.own())
+                self._agreed.add(self.task)
         elif torch.is_grad_enabled():  # under DistributedDataParallel evaluation may run on a single rank
             self._ranks_agree = check_active_ranks(self, {self, self.model})
 

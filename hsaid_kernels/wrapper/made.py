@@ -34,7 +34,8 @@ class Made:
               emptied before each call of the HSAID, because autograd runs the most recently made nodes first: a node
               made when its first block runs is reached as soon as backward has left that block
     scaled    the factors with a graph; as `nodes`
-    tracked   whether torch counts the versions of all these tensors; it does not for inference tensors and W0 in shards
+    tracked   whether torch counts the versions of theta and the multipliers; it does not for inference tensors
+    tracks_w0 the same of W0; nor for W0 in shards
     sharded   whether FSDP2 has sharded W0
     stored    {name: address and version of what is stored} of quantized W0
     seen      names read from outside a call since everything was last compared
@@ -50,12 +51,13 @@ class Made:
         sharded: bool = False,
     ):
         self.theta, self.multipliers, self.w0, self.groups, self.room = theta, multipliers, w0, groups, room
-        self.tracked = not sharded and not any(t.is_inference() for t in (theta, multipliers, *w0.values()))
+        self.tracked = not (theta.is_inference() or multipliers.is_inference())
+        self.tracks_w0 = not sharded and not any(tensor.is_inference() for tensor in w0.values())
         self.values = [tensor.detach().clone() for tensor in (theta, multipliers)]
         self.versions = [tensor._version if self.tracked else 0 for tensor in (theta, multipliers)]
         self.group_of = {name: group for group in groups for name in group.names}
         self.stamps = {
-            name: (tensor, 0 if sharded else tensor.data_ptr(), tensor._version if self.tracked else 0)
+            name: (tensor, 0 if sharded else tensor.data_ptr(), tensor._version if self.tracks_w0 else 0)
             for name, tensor in w0.items()
         }
         self.sharded = sharded
@@ -80,7 +82,7 @@ class Made:
         """Raises RuntimeError if W0 of these tensors has changed."""
         for name in names:
             tensor, address, before = self.stamps[name]
-            same = self.sharded or (tensor.data_ptr() == address and (not self.tracked or tensor._version == before))
+            same = self.sharded or (tensor.data_ptr() == address and (not self.tracks_w0 or tensor._version == before))
             if not same or (name in self.stored and stamp_of(tensor) != self.stored[name]):
                 raise RuntimeError(
                     f"model: expected {name!r} to stay as it is between forward and backward, which makes its weight "
@@ -96,7 +98,7 @@ class Made:
         flat = group.projection.flat(self.values[0], group.whole.own(scaled), base)
         self.flats[group], self.written[group] = flat, flat._version
         self.storages[flat.untyped_storage().data_ptr()] = group
-        if self.tracked:
+        if self.tracked and self.tracks_w0:
             self.quick |= {name: (*self.stamps[name], flat, flat._version) for name in group.names}
         return flat
 
@@ -129,13 +131,9 @@ class Made:
             self.weights |= made
         return self.weights[name]
 
-    def has(self, values: list[Tensor]) -> bool:
+    def has(self, values: Sequence[Tensor]) -> bool:
         """Whether the weights were made from these values of theta and the multipliers."""
         return values is self.values or all(map(torch.equal, values, self.values))
-
-    def equals(self, trained: Sequence[Tensor]) -> bool:
-        """Whether theta and the multipliers still have the values that the weights were made from."""
-        return all(map(torch.equal, self.values, trained))
 
 
 def scaled_factors(plan: Plan, partition: Partition, multipliers: Tensor) -> Tensor:

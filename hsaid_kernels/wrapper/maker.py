@@ -16,7 +16,6 @@ from hsaid_kernels.wrapper.blocks import blocks_of, joined
 from hsaid_kernels.wrapper.groups import Group, divide, tables_of
 from hsaid_kernels.wrapper.made import Made, Scaled, check_devices, scaled_factors, undisturbed
 from hsaid_kernels.wrapper.quantized import whole
-from hsaid_kernels.wrapper.reads import place_of
 from hsaid_kernels.wrapper.saving import BlockWeight
 from hsaid_kernels.wrapper.sharded import divided, gathered_dtype, owners_of
 from hsaid_kernels.wrapper.tasks import Own, key_of
@@ -136,9 +135,8 @@ class Maker(WatchedModel):
         with self.lock, torch.inference_mode(False), torch.no_grad(), undisturbed():
             made.check_w0(group.names)
             if made.sharded:
-                place = place_of(self.model)
-                assert place is not None and place.tree is not None
-                base = [whole(place.tree.now(name)) for name in group.names]
+                tree = self.tree()
+                base = [whole(tree.now(name)) for name in group.names]
             else:
                 base = [whole(made.w0[name]) for name in group.names]
             return made.make(group, self.scaled(made), base)
@@ -146,6 +144,8 @@ class Maker(WatchedModel):
     def node(self, made: Made) -> Tensor:
         """The factors of all segments, with a graph."""
         if made.scaled is None:
+            if self.ranks is not None:
+                self.ranks.average(made.theta, made.multipliers)
             made.scaled = Scaled.apply(made.multipliers, self.plan, self.partition)
         return made.scaled
 

@@ -89,6 +89,7 @@ class MultiTask(Saved):
     def remove_task(self, name: str) -> None:
         """Deletes a task and its parameters. Raises ValueError for the current task and for an unknown one."""
         self._tasks.remove(name)
+        self._agreed.discard(name)
         self._buffers_of.pop(name, None)
 
     def _new_task(self, name: str) -> None:

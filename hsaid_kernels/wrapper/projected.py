@@ -66,7 +66,12 @@ class ProjectedWeights(Maker):
             return parameter
         if name in self.plan.shapes:
             return self._read(name, parameter)
-        return self.trained(self.full[name]) if name in self.full and not self.own_full else parameter
+        if name not in self.full or self.own_full:
+            return parameter
+        full = self.trained(self.full[name])
+        if self.ranks is not None:
+            self.ranks.average(full)
+        return full
 
     def quickly(self, name: str | None, parameter: nn.Parameter | None) -> Tensor | None:
         """What `read` gives inside a call of the HSAID if nothing has changed, else None."""
@@ -100,7 +105,8 @@ class ProjectedWeights(Maker):
 
     def rows(self, name: str, parameter: nn.Parameter, rows: Tensor) -> Tensor:
         """Rows [U, D] of a weight of `tables`, for U different numbers in rising order."""
-        made = self._now(name, parameter)
+        with self.lock:
+            made = self._now(name, parameter)
         group, base = made.group_of[name], gathered(parameter)
         if not (torch.is_grad_enabled() and made.wanted):
             return rows_of(group.projection, made.values[0], self.scaled(made), group.whole, base, rows)
@@ -146,25 +152,19 @@ class ProjectedWeights(Maker):
         """
         theta, multipliers = self.trained("theta"), self.trained("multipliers")
         own, address, version = made.stamps[name]
-        if made.tracked:
-            same = (
-                theta is made.theta
-                and multipliers is made.multipliers
-                and theta._version == made.versions[0]
-                and multipliers._version == made.versions[1]
-                and parameter is own
-                and parameter._version == version
-                and parameter.data_ptr() == address
-            )
-        else:
-            same = theta is made.theta and multipliers is made.multipliers
-            same = same and (parameter is own or (made.sharded and is_gathered(parameter, own)))
+        same = theta is made.theta and multipliers is made.multipliers
+        if same and made.tracked:
+            same = theta._version == made.versions[0] and multipliers._version == made.versions[1]
+        if same and made.tracks_w0:
+            same = parameter is own and parameter._version == version and parameter.data_ptr() == address
+        elif same:
+            same = parameter is own or (made.sharded and is_gathered(parameter, own))
         self._check_unwritten(made, made.group_of[name])
         if same and not self._inside.depth:
             if name in made.seen:
                 made.seen.clear()
                 same = self._serves(made)
-            elif theta.device.type == "cpu":
+            elif theta.device.type == "cpu" or made.sharded:  # FSDP2 writes to a theta in shards behind torch's back
                 same = self._equal(made, theta, multipliers)
             made.seen.add(name)
         if same and made.wanting != (theta.requires_grad, multipliers.requires_grad):
@@ -176,7 +176,7 @@ class ProjectedWeights(Maker):
         theta, multipliers = self.trained("theta"), self.trained("multipliers")
         for group in made.flats:
             self._check_unwritten(made, group)
-        if not made.tracked or theta is not made.theta or multipliers is not made.multipliers:
+        if not (made.tracked and made.tracks_w0) or theta is not made.theta or multipliers is not made.multipliers:
             return False
         if [theta._version, multipliers._version] != made.versions:
             return False
@@ -193,9 +193,9 @@ class ProjectedWeights(Maker):
     @staticmethod
     def _equal(made: Made, theta: Tensor, multipliers: Tensor) -> bool:
         if not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active():
-            return made.equals((theta, multipliers))
+            return made.has((theta, multipliers))
         with undisturbed():
-            return made.equals((theta, multipliers))
+            return made.has((theta, multipliers))
 
     def _check_unwritten(self, made: Made, group: Group) -> None:
         """Raises RuntimeError, once, if somebody has written to a weight: the next read makes the weights again."""
@@ -264,8 +264,6 @@ class ProjectedWeights(Maker):
             if self._made is None and not training:
                 forget_derived(self.model)
             made = self._made or self._make()
-            if self.ranks is not None and wanted:
-                self.ranks.average(p for p in self._parameters.values() if p is not None)
             if wanted or made.wanting != (theta.requires_grad, self.trained("multipliers").requires_grad):
                 made.forget_nodes()
             self._last_read = (made.theta, made.values)

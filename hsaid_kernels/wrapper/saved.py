@@ -23,6 +23,7 @@ class Saved(StandIn):
     """Checkpoints and `state_dict()` of a class with the attributes of `HSAID`."""
 
     _projected: ProjectedWeights
+    _agreed: set[str]
     _described: Config  # after unwrap()
     _buffers_of: dict[str, dict[str, Tensor]]  # the buffers that training changed, of tasks that are not in the model
 
@@ -111,4 +112,5 @@ class Saved(StandIn):
         else:
             own = {key: value for key, value in state_dict.items() if not key.startswith(of_model)}
             super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected, errors)
+            self._agreed.clear()
             self._projected.buffers.put(self.model, buffers)

@@ -30,6 +30,7 @@ class Place:
     name, dtype  the weight, and autocast's dtype; None where the memory is the group's own
     """
 
+    again: Callable[[Made, Group], Tensor]
     made: Made
     group: Group
     layout: tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset
@@ -37,22 +38,24 @@ class Place:
     dtype: torch.dtype | None = None
 
     @classmethod
-    def of(cls, tensor: Tensor, made: Made) -> Place | None:
+    def of(cls, tensor: Tensor, made: Made, again: Callable[[Made, Group], Tensor]) -> Place | None:
         """None if the tensor is no weight, or a view of one as another dtype."""
-        if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.numel() == 0:
+        plain = tensor.layout == torch.strided and not (tensor.is_neg() or tensor.is_conj())
+        if not plain or tensor.device.type == "meta" or tensor.numel() == 0:
             return None
         address = tensor.untyped_storage().data_ptr()
         layout = (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         group = made.storages.get(address)
         if group is not None and tensor.dtype == group.projection.dtype:
-            return cls(made, group, layout)
+            return cls(again, made, group, layout)
         lowered = _lowered.get(address)
-        if lowered is None or lowered[0].expired() or (of := lowered[1]()) is None or tensor.dtype != lowered[3]:
+        if lowered is None or lowered[0].expired() or lowered[1]() is not made or tensor.dtype != lowered[3]:
             return None
-        return cls(of, of.group_of[lowered[2]], layout, *lowered[2:])
+        return cls(again, made, made.group_of[lowered[2]], layout, *lowered[2:])
 
-    def tensor(self, flat: Tensor) -> Tensor:
-        """The tensor again, of the group's weights `flat`."""
+    def tensor(self) -> Tensor:
+        """The tensor, once more."""
+        flat = self.again(self.made, self.group)
         size, stride, offset = self.layout
         if self.name is None:
             return flat.as_strided(size, stride, offset)
@@ -94,7 +97,7 @@ def keeping_places(made: Callable[[], Made | None], again: Callable[[Made, Group
 
     def pack(tensor: Tensor) -> Any:
         now = made()
-        place = None if now is None else Place.of(tensor, now)
+        place = None if now is None else Place.of(tensor, now, again)
         if place is not None:
             return place
         if outer is not None:
@@ -104,7 +107,7 @@ def keeping_places(made: Callable[[], Made | None], again: Callable[[Made, Group
     def unpack(kept: Any) -> Tensor:
         if type(kept) is Place:
             with torch.no_grad():
-                return kept.tensor(again(kept.made, kept.group))
+                return kept.tensor()
         if type(kept) is Saved:
             return kept.unpacked()
         assert outer is not None
@@ -148,6 +151,8 @@ class BlockWeight(Weight):
 def _lower(value: Any) -> Any:
     """The weight in autocast's dtype, where that is active; any other value as it is."""
     if not isinstance(value, BlockWeight) or value.dim() < 2 or not torch.is_autocast_enabled(value.device.type):
+        return value
+    if torch._C._are_functorch_transforms_active():  # which do not know `Lowered`: autocast makes the copy itself
         return value
     dtype = torch.get_autocast_dtype(value.device.type)
     return value if value.dtype == dtype else Lowered.apply(value, dtype)

@@ -122,8 +122,8 @@ class Ranks:
         self._hooked = WeakTensorKeyDictionary()
         self._versions: dict[str, int] = {}
 
-    def average(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Lets backward average the gradients of these parameters over all ranks."""
+    def average(self, *parameters: nn.Parameter) -> None:
+        """Lets backward average the gradients of these parameters over all ranks, from now on."""
         for parameter in parameters:
             if parameter.requires_grad and parameter not in self._hooked:
                 self._hooked[parameter] = parameter.register_hook(self._averaged)
@@ -140,6 +140,12 @@ class Ranks:
                     f"model: expected W0 to stay as it is while the model is sharded, got {name!r} changed: load it "
                     "before HSAID wraps the model, or unwrap() it first"
                 )
+
+    def release(self) -> None:
+        """Lets backward average nothing any more."""
+        for handle in self._hooked.values():
+            handle.remove()
+        self._hooked.clear()
 
     def _averaged(self, grad: Tensor) -> Tensor:
         grad = grad.clone()

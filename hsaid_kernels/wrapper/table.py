@@ -33,6 +33,9 @@ class Table:
     def __init__(self, source: Source, name: str, parameter: nn.Parameter):
         self.source, self.name, self.parameter = source, name, parameter
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_whole(self), name)
+
     @classmethod
     def __torch_function__(
         cls,

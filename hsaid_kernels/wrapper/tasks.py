@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hsaid_kernels.wrapper.sharded import gathered
+from hsaid_kernels.wrapper.quantized import whole
 
 # Prefix of the parameter name of a fully trained tensor. Parameter names cannot contain dots, so these become slashes.
 FULL = "full/"
@@ -60,7 +60,7 @@ class Tasks:
         """
         if check_task(name) in self._parameters:
             raise ValueError(f"name: expected a new task, got {name!r}, which is there already")
-        full = {key_of(tensor): nn.Parameter(gathered(w0[tensor].detach()).clone()) for tensor in self.full}
+        full = {key_of(tensor): nn.Parameter(whole(w0[tensor].detach()).clone()) for tensor in self.full}
         self._parameters[name] = {**parameters, **full}
         if name == self.current:
             # Written into the dict directly. Attribute assignment and register_parameter() would clash with an

@@ -125,7 +125,9 @@ class WatchedModel(ABC):
             self.unmerge()
         self.attached = False
         self.drop_cache()
-        self.ranks = None
+        if self.ranks is not None:
+            self.ranks.release()
+            self.ranks = None
         tree = Tree(self.model)
         for module in {self.model, *tree.modules, *self._modules}:
             compiled_as_before(module)
@@ -244,6 +246,13 @@ class WatchedModel(ABC):
             if parameter._backward_hooks and name in self.flags and not self.own_full:
                 check_hooks({name: parameter})
         return tree.parameters
+
+    def tree(self) -> Tree:
+        """The modules and parameters of the model. Raises as `_verified`."""
+        self._verified()
+        place = place_of(self.model)
+        assert place is not None and place.tree is not None
+        return place.tree
 
     def w0(self) -> dict[str, Tensor]:
         """{name: W0_i} for the projected tensors."""

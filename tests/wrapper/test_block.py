@@ -212,6 +212,50 @@ def test_an_activation_written_to_in_place_is_autograds_error():
             hsaid(torch.ones(2, 4)).sum().backward()
 
 
+class Flipped(nn.Module):
+    """Saves a view of its weight that is negated lazily."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 40).view(20, 2))
+
+    def forward(self, x):
+        return torch.view_as_complex(self.weight).conj().imag * x
+
+
+def test_lazily_negated_views():
+    step, block = both(Flipped)
+    x = torch.linspace(1, 2, 20, requires_grad=True)
+    found = []
+    for hsaid in (step, block):
+        (of_x,) = torch.autograd.grad(hsaid(x).square().sum(), x)
+        found.append((of_x, gradient(hsaid, lambda: hsaid(x))))  # noqa: B023
+    assert all(map(torch.equal, *found))
+
+
+class Outer(nn.Module):
+    """Runs another HSAID, which is not its own, in its forward."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.a, self.inner = nn.Linear(5, 5), [inner]
+
+    def forward(self, x):
+        return self.inner[0](self.a(torch.tanh(self.inner[0](self.a(x)))))
+
+
+def test_one_inside_the_forward_of_another():
+    found = []
+    for kind in ("step", "block"):
+        torch.manual_seed(0)
+        inner = moved(HSAID(nn.Linear(5, 5), 30, memory=kind))
+        outer = moved(HSAID(Outer(inner), 30, memory=kind))
+        x = torch.linspace(-1, 1, 5)
+        outer(x).square().sum().backward()
+        found.append((inner.theta.grad, outer.theta.grad))
+    assert all(map(torch.equal, *found))
+
+
 def test_w0_that_changes_before_backward_is_refused():
     _, block = both(lambda: deep_bert().eval())
     loss = block(IDS, labels=LABELS).loss

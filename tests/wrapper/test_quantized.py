@@ -111,6 +111,19 @@ def test_what_is_refused():
         HSAID(model, 80, memory="block")
 
 
+def test_what_a_quantized_matrix_cannot_hold():
+    few, many = pair(train_fully="classifier")
+    with pytest.raises(RuntimeError, match=r"merge\(\): expected plain parameters for inplace=True, got quantized"):
+        few.merge(inplace=True)
+    assert not few.merged
+    for hsaid in (few, many):  # what is trained fully is an ordinary copy
+        optimizer = torch.optim.SGD(hsaid.parameters(), lr=0.1)
+        hsaid(IDS, labels=LABELS).loss.backward()
+        optimizer.step()
+    assert all(map(torch.equal, few.full.values(), many.full.values()))
+    assert type(few.full["classifier.weight"]) is nn.Parameter
+
+
 def test_values_that_change_are_noticed():
     few, _ = pair()
     with torch.no_grad():

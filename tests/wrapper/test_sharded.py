@@ -162,6 +162,15 @@ def run_refusals(rank: int, world: int, folder: str, kind: str) -> dict:
             hsaid.theta.add_(1.0)
     said["theta"] = refusal(lambda: hsaid(ids))
     hsaid = wrapped()
+    hsaid(ids)
+    hsaid.add_task("other")
+    hsaid.set_task("other")
+    with torch.no_grad():
+        hsaid.multipliers.add_(float(rank))
+    said["task"] = refusal(lambda: hsaid(ids))
+    hybrid = wrapped("hybrid", seed=rank)
+    said["hybrid"] = refusal(lambda: hybrid(ids))
+    hsaid = wrapped()
     train(hsaid, slice(None))
     with torch.no_grad():
         hsaid.model.bert.encoder.layer[1].output.dense._parameters["weight"].mul_(2.0)
@@ -171,6 +180,37 @@ def run_refusals(rank: int, world: int, folder: str, kind: str) -> dict:
         said["unwrapped"] = refusal(lambda: plain(ids, labels=labels).loss.backward())
     said["wrapped again"] = refusal(lambda: hsaid(ids, labels=labels).loss.backward())
     return said
+
+
+def run_elsewhere(rank: int, world: int, folder: str, kind: str) -> dict:
+    """Gradients where the HSAID itself is not called, and after a change of the task; saving after unwrapped()."""
+    (ids, labels), *_ = batches()
+    ids, labels = ids[rank::world], labels[rank::world]
+    hsaid = wrapped(train_fully="classifier")
+    found = {}
+    for what, run in {
+        "model": lambda: hsaid.model(ids, labels=labels).loss,
+        "part": lambda: hsaid.model.bert(ids).pooler_output.square().mean(),
+        "task": lambda: hsaid(ids, labels=labels).loss,
+    }.items():
+        if what == "task":
+            hsaid.add_task("other")
+            hsaid.set_task("other")
+        run().backward()
+        found[what] = {name: p.grad.clone() for name, p in hsaid.named_parameters() if p.grad is not None}
+        with torch.no_grad():  # and the weights of now, outside of calls too
+            before = hsaid.model.bert(ids).pooler_output
+            hsaid.theta.sub_(hsaid.theta.grad, alpha=10.0)
+            assert not torch.equal(hsaid.model.bert(ids).pooler_output, before)
+        hsaid.zero_grad()
+    loss = hsaid(ids, labels=labels).loss
+    hsaid.model.tag = nn.Identity()  # the tree is looked at again, in backward
+    loss.backward()
+    with hsaid.unwrapped():
+        pass
+    if rank == 0:
+        hsaid.save_pretrained(f"{folder}/after")
+    return found
 
 
 def run_dying(rank: int, world: int, folder: str, kind: str) -> dict:
@@ -189,6 +229,7 @@ RUNS = {
     "resharded": run_resharded,
     "counting": run_counting,
     "refusals": run_refusals,
+    "elsewhere": run_elsewhere,
     "dying": run_dying,
 }
 
@@ -292,6 +333,8 @@ def test_what_is_refused(tmp_path):
         "seed": "ValueError: seed: expected the same on all ranks, got 0 on rank 0, 1 on rank 1",
         "merge": "RuntimeError: merge(): expected a whole model, got one that FSDP2 has sharded",
         "theta": "ValueError: theta: expected the same values on all ranks, got others on rank 1",
+        "task": "ValueError: theta: expected the same values on all ranks, got others on rank 1",
+        "hybrid": "ValueError: seed: expected the same on all ranks, got 0 on rank 0, 1 on rank 1",
         "w0": "RuntimeError: model: expected W0 to stay as it is while the model is sharded, got "
         "'bert.encoder.layer.1.output.dense.weight' changed",
         "changed": "ValueError: model: expected 'extra'",
@@ -301,6 +344,14 @@ def test_what_is_refused(tmp_path):
     for said in results("refusals", 2, tmp_path):
         for what, message in expected.items():
             assert said[what].startswith(message), (what, said[what])
+
+
+def test_gradients_are_averaged_wherever_the_model_is_run(tmp_path):
+    ranks = results("elsewhere", 2, tmp_path)
+    for what, gradients in ranks[0].items():
+        assert gradients["theta"].any() and len(gradients) >= (2 if what == "part" else 4)
+        assert all(torch.equal(value, ranks[1][what][name]) for name, value in gradients.items()), what
+    assert (tmp_path / "after" / "hsaid.safetensors").exists()
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path):

@@ -255,3 +255,28 @@ def test_checkpoints_do_not_depend_on_how_weights_are_made(tmp_path):
     with torch.no_grad():
         assert all(torch.equal(loaded.weights()[name], weights[name]) for name in weights)
         assert torch.equal(loaded(IDS), hsaid(IDS))
+
+
+MASKED = {
+    "prune": lambda layer: torch.nn.utils.prune.random_unstructured(layer, "weight", 0.5),
+    "parametrization": lambda layer: torch.nn.utils.parametrizations.weight_norm(layer),
+}
+
+
+@pytest.mark.parametrize("what", MASKED)
+def test_tables_that_are_computed_are_made_whole(what):
+    torch.manual_seed(0)
+    model = embedding()
+    MASKED[what](model.table)
+    hsaid = moved(HSAID(model, 60))
+    assert "table.weight" not in hsaid._projected.tables
+    assert gradient(hsaid, lambda: hsaid(IDS)).any()
+
+
+def test_a_lookup_that_asks_its_weight(monkeypatch):
+    """As tools do that replace torch's functions by their own."""
+    hsaid, _, weights = pair(embedding, "step")
+    lookup = F.embedding
+    monkeypatch.setattr(F, "embedding", lambda ids, table, *a, **k: lookup(ids.to(table.device), table, *a, **k))
+    with torch.no_grad():
+        assert torch.equal(hsaid.model.table(IDS), weights["table.weight"][IDS])
