@@ -72,7 +72,13 @@ def test_trains_as_one_process(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    shared = ENVIRONMENT | dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", ACCELERATE_USE_CPU="1")
+    # Not the folder of torchvision, which breaks the import of transformers (conftest.py).
+    paths = [path for path in ENVIRONMENT["PYTHONPATH"].split(os.pathsep) if not path.endswith("build/clients")]
+    shared = (
+        ENVIRONMENT
+        | dict(PYTHONPATH=os.pathsep.join(paths))
+        | dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", ACCELERATE_USE_CPU="1")
+    )
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(tmp_path)],
