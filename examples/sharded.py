@@ -122,7 +122,7 @@ def main(argv=None):
             right += (hsaid(ids, mask).argmax(-1) == labels).sum()
         few = collate(test[:16])[:2]
         logits = hsaid(*few)
-    hsaid.save_pretrained(args.out)  # by all ranks; the first one writes
+    hsaid.save_pretrained(args.out, is_main_process=RANK == 0)
     accuracy = mean(right) * WORLD / len(test)
     if RANK == 0:
         size = Path(args.out, "hsaid.safetensors").stat().st_size
