@@ -131,7 +131,9 @@ class Maker(WatchedModel):
         return made.factors
 
     def fill(self, made: Made, group: Group) -> Tensor:
-        """Computes the weights of a group that are not there."""
+        """Computes the weights of a group, where they are not there."""
+        if (flat := made.flats.get(group)) is not None:
+            return flat
         with self.lock, torch.inference_mode(False), torch.no_grad(), undisturbed():
             made.check_w0(group.names)
             if made.sharded:
