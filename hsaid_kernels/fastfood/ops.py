@@ -262,7 +262,7 @@ def fastfood_forward(
 
     The gaps between tensors in the buffer are 0. Equivalent to `reference.forward`, bit for bit in float32.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and listed is None:
         return torch.ops.hsaid_kernels.planned_forward(theta, factors, list(base), plan.key, dtype, backend)
     if backend == "reference":
         return reference.forward(plan, theta, factors, base, dtype, listed, span)
@@ -286,7 +286,7 @@ def fastfood_adjoint(
     `theta`, `factors`, `listed` and `span` are as in `fastfood_forward`; with `listed`, the one gradient is that of the
     listed blocks, as they lie side by side. Equivalent to `reference.adjoint`, bit for bit in float32.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and listed is None:
         return torch.ops.hsaid_kernels.planned_adjoint(theta, factors, list(grads), plan.key, backend)
     if backend == "reference":
         return reference.adjoint(plan, theta, factors, [_plain(grad) for grad in grads], listed, span)

@@ -78,16 +78,14 @@ class Made:
         self.wanting = (self.theta.requires_grad, self.multipliers.requires_grad)
         self.wanted = any(self.wanting)
 
-    def check_w0(self, names: Sequence[str]) -> None:
-        """Raises RuntimeError if W0 of these tensors has changed."""
+    def changed(self, names: Sequence[str]) -> str | None:
+        """The first of these tensors whose W0 has changed."""
         for name in names:
             tensor, address, before = self.stamps[name]
             same = self.sharded or (tensor.data_ptr() == address and (not self.tracks_w0 or tensor._version == before))
             if not same or (name in self.stored and stamp_of(tensor) != self.stored[name]):
-                raise RuntimeError(
-                    f"model: expected {name!r} to stay as it is between forward and backward, which makes its weight "
-                    "again (memory='block'), got one that has been changed"
-                )
+                return name
+        return None
 
     def make(self, group: Group, scaled: Tensor, base: Sequence[Tensor]) -> Tensor:
         """Makes the weights of a group of these W0, where they are not there. `scaled` is of `values`."""

@@ -135,7 +135,11 @@ class Maker(WatchedModel):
         if (flat := made.flats.get(group)) is not None:
             return flat
         with self.lock, torch.inference_mode(False), torch.no_grad(), undisturbed():
-            made.check_w0(group.names)
+            if (name := made.changed(group.names)) is not None:
+                raise RuntimeError(
+                    f"model: expected {name!r} to stay as it is between forward and backward, which makes its weight "
+                    "again (memory='block'), got one that has been changed"
+                )
             if made.sharded:
                 tree = self.tree()
                 base = [whole(tree.now(name)) for name in group.names]

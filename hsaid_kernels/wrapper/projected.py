@@ -159,7 +159,10 @@ class ProjectedWeights(Maker):
             same = parameter is own and parameter._version == version and parameter.data_ptr() == address
         elif same:
             same = parameter is own or (made.sharded and is_gathered(parameter, own))
-        self._check_unwritten(made, made.group_of[name])
+        group = made.group_of[name]
+        self._check_unwritten(made, group)
+        if same and group not in made.flats:  # all of it will be made
+            same = made.changed(group.names) is None
         if same and not self._inside.depth:
             if name in made.seen:
                 made.seen.clear()

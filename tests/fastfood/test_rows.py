@@ -247,3 +247,15 @@ def test_many_rows_are_made_some_at_a_time(monkeypatch):
     assert torch.equal(results[0][0], results[1][0])
     for one, other in zip(results[0][1:], results[1][1:], strict=True):
         assert relative_error(one, other) <= 1e-6
+
+
+def test_listed_blocks_in_a_compiled_graph():
+    """They have no op that names its plan: a graph has the plan's tables."""
+    plan = plan_of(TABLES[0])
+    theta, factor, base = values_of(plan)
+    listed = torch.tensor([1, 4])
+
+    def run(theta):
+        return ops.fastfood_forward(plan, theta, factor, [base], torch.float32, "cpu", listed, 1)
+
+    assert_same_bits(torch.compile(run, backend="eager")(theta), run(theta))

@@ -266,6 +266,17 @@ def test_w0_that_changes_before_backward_is_refused():
     assert gradient(block, lambda: block(IDS).logits).any()
 
 
+def test_w0_that_changes_between_reads_is_read_anew():
+    step, block = both(lambda: deep_bert().eval())
+    for hsaid in (step, block):
+        layers = hsaid.model.bert.encoder.layer
+        with torch.no_grad():
+            layers[0].output.dense.weight, layers[1].output.dense.weight  # noqa: B018  # the first is not kept
+            hsaid.w0()["bert.encoder.layer.0.output.dense.bias"].add_(1.0)
+            hsaid.read = [layers[0].output.dense.weight.clone(), layers[0].output.dense.bias.clone()]
+    assert all(map(torch.equal, step.read, block.read))
+
+
 def test_theta_that_changes_before_backward_is_refused():
     _, block = both(lambda: deep_bert().eval())
     loss = block(IDS, labels=LABELS).loss
