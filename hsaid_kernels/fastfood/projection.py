@@ -85,11 +85,7 @@ class Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         theta, factors, part = ctx.theta, ctx.factors, ctx.part
-        if version(theta) != ctx.version:
-            raise RuntimeError("theta has been changed in place between forward and backward, which needs it unchanged")
-        if ctx.check is not None:
-            ctx.check()
-        backend = ops.choose_backend(ctx.projection.backend, theta.device)
+        backend = backend_for_backward(ctx)
         with torch.no_grad():
             dtheta, own = ops.fastfood_adjoint(part.plan, theta, part.own(factors), grads, backend)
             dfactors = part.among(own, factors)
@@ -97,6 +93,15 @@ class Project(torch.autograd.Function):
             given = (g for g in grads if g is not None)
             dtheta, dfactors = NoSecondDerivative.apply(theta, factors, *given, dtheta, dfactors)
         return dtheta, dfactors, None, None, None, None, None
+
+
+def backend_for_backward(ctx: Any) -> str:
+    """What backward of `Project` and of `Rows` begins with. Raises if theta has changed, and what `check` raises."""
+    if version(ctx.theta) != ctx.version:
+        raise RuntimeError("theta has been changed in place between forward and backward, which needs it unchanged")
+    if ctx.check is not None:
+        ctx.check()
+    return ops.choose_backend(ctx.projection.backend, ctx.theta.device)
 
 
 def version(tensor: Tensor) -> int | None:

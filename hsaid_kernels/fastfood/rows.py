@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hsaid_kernels.fastfood import ops
 from hsaid_kernels.fastfood.plan import Plan, whole
-from hsaid_kernels.fastfood.projection import NoSecondDerivative, Part, Projection, version
+from hsaid_kernels.fastfood.projection import NoSecondDerivative, Part, Projection, backend_for_backward, version
 
 MOST = 2**23  # values that are held at a time, beside the rows
 
@@ -24,9 +24,7 @@ def has_rows(plan: Plan, name: str) -> bool:
     """Whether rows of this tensor can be made alone: it is a matrix, and one segment."""
     shape = plan.shapes[name]
     pieces = [piece for piece in plan.pieces if piece.tensor == name]
-    return len(shape) == 2 and [(p.offset, p.numel, p.row_stride) for p in pieces] == [
-        (p.offset, p.numel, p.row_stride) for p in [whole(name, shape)]
-    ]
+    return len(shape) == 2 and [replace(piece, label="") for piece in pieces] == [whole(name, shape)]
 
 
 @dataclass(frozen=True)
@@ -103,24 +101,16 @@ class Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         theta, factors, part = ctx.theta, ctx.factors, ctx.part
-        if version(theta) != ctx.version:
-            raise RuntimeError("theta has been changed in place between forward and backward, which needs it unchanged")
-        if ctx.check is not None:
-            ctx.check()
-        backend = ops.choose_backend(ctx.projection.backend, theta.device)
+        backend = backend_for_backward(ctx)
         with torch.no_grad():
             own = part.own(factors)
-            dtheta, dfactor = torch.zeros_like(theta), torch.zeros_like(own)
             room = grad.new_empty(max(blocks.numel for blocks in ctx.parts))
+            found = []
             for blocks, rows in zip(ctx.parts, grad.split([len(b.pieces) for b in ctx.parts]), strict=True):
                 flat = blocks.scattered(rows, room[: blocks.numel])
-                listed = (blocks.listed, blocks.span)
-                for total, some in zip(
-                    (dtheta, dfactor),
-                    ops.fastfood_adjoint(part.plan, theta, own, [flat], backend, *listed),
-                    strict=True,
-                ):
-                    total += some
+                given = (part.plan, theta, own, [flat], backend)
+                found.append(ops.fastfood_adjoint(*given, blocks.listed, blocks.span))
+            dtheta, dfactor = (sum(some[1:], some[0]) for some in zip(*found, strict=True))
             dfactors = part.among(dfactor, factors)
         if torch.is_grad_enabled():  # create_graph=True
             dtheta, dfactors = NoSecondDerivative.apply(theta, factors, grad, dtheta, dfactors)
