@@ -62,16 +62,14 @@ HSAID_GENERATOR void philox_vectors(const PhiloxPrefix& prefix, const PhiloxKeys
       add_later(i, a, b, keys.key[r + 5]);
     });
   });
-  const auto lows = [](vw even, vw odd) HSAID_LAMBDA { return blend_halves(even, odd << 32); };
-  const auto highs = [](vw even, vw odd) HSAID_LAMBDA { return blend_halves(high_half(even), odd); };
   unroll<kCalls>([&](auto i) HSAID_LAMBDA {
     constexpr int even = 2 * i, odd = even + 1;
     const vw a[2] = {multiply(multiplied[even][0], m0), multiply(multiplied[odd][0], m0)};
     const vw b[2] = {multiply(multiplied[even][1], m1), multiply(multiplied[odd][1], m1)};
-    w[i][0] = highs(b[0], b[1]) ^ lows(added[even][0], added[odd][0]);
-    w[i][1] = lows(b[0], b[1]);
-    w[i][2] = highs(a[0], a[1]) ^ lows(added[even][1], added[odd][1]);
-    w[i][3] = lows(a[0], a[1]);
+    w[i][0] = high_halves(b[0], b[1]) ^ low_halves(added[even][0], added[odd][0]);
+    w[i][1] = low_halves(b[0], b[1]);
+    w[i][2] = high_halves(a[0], a[1]) ^ low_halves(added[even][1], added[odd][1]);
+    w[i][3] = low_halves(a[0], a[1]);
   });
 }
 
@@ -189,9 +187,9 @@ constexpr int kDrawBits = 10;
 HSAID_INLINE int64_t num_draws(int q) { return q > kDrawBits ? (int64_t)1 << (q - kDrawBits) : 1; }
 
 // use(k, g) for the vectors of G at the positions of a draw, n >= 128. First all words, then all normals: two short
-// loops, each with its constants in registers.
+// loops, each with its constants in registers; both count all positions beside.
 template <class Use>
-HSAID_INLINE void draw_gaussian(const Diagonal& d, int chunk, int64_t begin, int64_t end, Use&& use) {
+HSAID_INLINE void draw_gaussian(const Diagonal& d, int chunk, int64_t begin, int64_t end, Beside& beside, Use&& use) {
   constexpr int parts = 16 / kLanes;  // vectors of calls that cover the 16 lowest positions
   constexpr int side = 2;             // calls side by side: one alone is a long chain of dependent multiplications
   alignas(64) uint32_t words[1 << (kDrawBits - 1)];
@@ -208,8 +206,9 @@ HSAID_INLINE void draw_gaussian(const Diagonal& d, int chunk, int64_t begin, int
     unroll<side>([&](auto i) HSAID_LAMBDA {
       unroll<4>([&](auto j) HSAID_LAMBDA { store(words + ((call + i) * 4 + j) * kLanes, w[i][j]); });
     });
+    beside.count((calls - call < side ? calls - call : side) * 8 * kLanes);
   }
-  for (int64_t call = 0; call < calls; ++call)
+  for (int64_t call = 0; call < calls; ++call) {
     unroll<8 / kGroup>([&](auto group) HSAID_LAMBDA {
       vu magic[kGroup];
       vf g[kGroup];
@@ -224,23 +223,31 @@ HSAID_INLINE void draw_gaussian(const Diagonal& d, int chunk, int64_t begin, int
         use(begin + call / parts * 128 + call % parts * kLanes + slot * 16, GaussianVector{g[j]});
       });
     });
+    beside.count(8 * kLanes);
+  }
 }
 
-// use(k, d) for the vectors of the diagonal at the 2^min(q, kDrawBits) positions of a draw.
+// use(k, d) for the vectors of the diagonal at the 2^min(q, kDrawBits) positions of a draw, which are counted beside
+// kDrawCounts times.
+template <bool kRademacher>
+constexpr int kDrawCounts = kRademacher ? 1 : 2;
 template <bool kRademacher, class Use>
-HSAID_INLINE void draw_diagonal(const Diagonal& d, int chunk, int64_t draw, Use&& use) {
+HSAID_INLINE void draw_diagonal(const Diagonal& d, int chunk, int64_t draw, Beside& beside, Use&& use) {
   const int q = d.params.q;
   const int64_t begin = draw << kDrawBits, end = q > kDrawBits ? begin + (1 << kDrawBits) : width(d.params);
   if (kRademacher) {
     const uint32_t* words = d.sign_words + chunk * num_sign_words(q);
     with_tile_bits(tile_bits(q), [&](auto t) HSAID_LAMBDA {
-      for (int64_t k = begin; k < end; k += 1 << t)
+      for (int64_t k = begin; k < end; k += 1 << t) {
         sign_tile<t>(words, k, [&](int i, SignVector s) HSAID_LAMBDA { use(k + i * kLanes, s); });
+        beside.count(1 << t);
+      }
     });
   } else if (q >= 7) {
-    draw_gaussian(d, chunk, begin, end, use);
+    draw_gaussian(d, chunk, begin, end, beside, use);
   } else {
     for (int64_t k = begin; k < end; k += kLanes) use(k, GaussianVector{small_gaussian(d, chunk, (uint32_t)k)});
+    beside.count(2 * (end - begin));
   }
 }
 

@@ -55,14 +55,16 @@ void walsh_hadamard_block(float* x, int q) {
   first_pass(x, q, 0, num_strips(q), [&](auto t, int64_t k, vf* v) HSAID_LAMBDA {
     unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { v[i] = load(x + k + i * kLanes); });
   });
-  middle_passes<false>(x, q);
+  Beside nothing = kNothingBeside;
+  middle_passes<false>(x, q, nothing);
   last_pass<1, false>(x, q, 0, num_lines<1>(q), [&](int64_t k, const vf(&y)[1]) HSAID_LAMBDA { store(x + k, y[0]); });
 }
 
 void walsh_hadamard_transposed(float* x, int q) {
   last_pass_transposed<1, false>(x, q, 0, num_lines<1>(q),
                                  [&](int64_t k, vf(&y)[1]) HSAID_LAMBDA { y[0] = load(x + k); });
-  middle_passes<true>(x, q);
+  Beside nothing = kNothingBeside;
+  middle_passes<true>(x, q, nothing);
   first_pass_transposed(x, q, 0, num_strips(q), [&](auto t, int64_t k, vf* v) HSAID_LAMBDA {
     unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { store(x + k + i * kLanes, v[i]); });
   });
@@ -153,17 +155,6 @@ void gather_any(const TensorView& t, const Segment& s, int64_t first, int64_t co
   return gather<fp16>(t, s, first, count, out);
 }
 
-// What a block reads is fetched by the last pass of the block before. That of a block of one draw is a burst, and the
-// draw after it would wait for so many lines; the loop that makes the normals fetches them, one by one. Smaller blocks
-// and bfloat16 are no such burst, and the loop of the signs is too short to fetch behind it.
-HSAID_INLINE bool fetched_by_draw(const Params& p, Dtype dtype) {
-  return dtype == Dtype::kFloat && !p.rademacher && (p.q == kDrawBits || p.q == kDrawBits - 1);
-}
-// The values from `first` on, where the draw fetches them; else null.
-HSAID_INLINE const float* ahead_of(const Params& p, const TensorView& t, const Segment& s, int64_t first) {
-  return fetched_by_draw(p, t.dtype) && t.dense && is_dense(s) ? (const float*)t.data + s.offset + first : nullptr;
-}
-
 // A load waits for an older store whose address has the same lowest twelve bits, and a store past the caches takes
 // long. Where the last pass writes places that are whole pages apart, and reads what lies up to three lines behind them
 // (modulo a page), it takes three to five times as long.
@@ -181,26 +172,38 @@ HSAID_INLINE float* buffer_in(char* room, const void* to, int q, uintptr_t item)
   return (float*)(room + ((uintptr_t)to / kLineBytes * kLineBytes + kPageBytes / 2 - (uintptr_t)room) % kPageBytes);
 }
 
+// How often each position is counted beside (transform.h) while a block is generated or accumulated.
+HSAID_INLINE int64_t counts(const Params& p) {
+  return (p.rademacher ? kDrawCounts<true> : kDrawCounts<false>)*p.chunks + 1 + num_middle_passes(p.q);
+}
+// Lines of T that move while a block is generated or accumulated.
+template <class T>
+HSAID_INLINE Beside beside(const Params& p, void (*move)(const void*, int64_t), const void* what) {
+  return {move, what, counts(p) * width(p) / num_lines<kLineVectors<T>>(p.q)};
+}
+
 // A transformed block on its way out.
 struct Emission {
-  const float* buffer;  // after the middle passes
+  const Forward* forward;
   const Segment* segment;
-  int64_t block, next;  // `next` is the one behind it
-  int64_t place;        // of the block among those that are made of the segment
+  int64_t block, place;  // of the segment; among those that are made of it
   float factor;
+  const float* buffer;  // after the middle passes
+  const void* base;     // what is added; null: nothing
+  int64_t ahead;        // values from there to what is added to the block behind this one
+  void* out;
+  bool stream;
 };
 
+// The lines that begin at one of each part of the last pass.
 template <class T, class Base>
-HSAID_NOINLINE void emit_lines(const Forward& a, const Emission& e, const Base* base, int64_t begin, int64_t end) {
-  const int64_t first = e.block << a.params.q, ahead = (e.next - e.block) << a.params.q;
-  T* out = (T*)a.out + e.segment->out_offset + (e.place << a.params.q);
-  if constexpr (!std::is_void_v<Base>) base += e.segment->offset + first;
-  const bool stream = a.stream && (uintptr_t)out % kLineBytes == 0 &&
-                      !(base && writes_pages_apart(a.params.q, sizeof(T)) && lies_behind(base, out));
-  const bool fetch = !fetched_by_draw(a.params, std::is_same_v<Base, float> ? Dtype::kFloat : a.out_dtype);
+void emit_column(const void* emission, int64_t column) {
+  const Emission& e = *(const Emission*)emission;
+  T* out = (T*)e.out;
+  const Base* base = (const Base*)e.base;
   const vf factor = broadcast(e.factor);
   constexpr int vectors = kLineVectors<T>;
-  last_pass<vectors, kSplit<T>>(e.buffer, a.params.q, begin, end, [&](int64_t k, const vf(&y)[vectors]) HSAID_LAMBDA {
+  const auto drain = [&](int64_t k, const vf(&y)[vectors]) HSAID_LAMBDA {
     vf w[vectors];
     if constexpr (std::is_void_v<Base>)
       unroll<vectors>([&](auto i) HSAID_LAMBDA { w[i] = vf{}; });
@@ -215,19 +218,21 @@ HSAID_NOINLINE void emit_lines(const Forward& a, const Emission& e, const Base* 
     });
     // The same place of the next block: it is wanted a block's work later.
     if constexpr (!std::is_void_v<Base>)
-      if (fetch)
-        for (int i = 0; i < (int)(vectors * kLanes * sizeof(Base)); i += kLineBytes)
-          __builtin_prefetch((const char*)(base + k + ahead) + i, 0, 2);
-    store_line(out + k, w, stream);
-  });
+      for (int i = 0; i < (int)(vectors * kLanes * sizeof(Base)); i += kLineBytes)
+        __builtin_prefetch((const char*)(base + k + e.ahead) + i, 0, 2);
+    store_line(out + k, w, e.stream);
+  };
+  last_pass<vectors, kSplit<T>>(e.buffer, e.forward->params.q, column, column + 1, drain);
 }
 
-// A block that is ragged, or whose segment or base is not dense.
+// A block that is ragged, or whose segment or base is not dense. `scratch` is two times n.
 template <class T>
-HSAID_NOINLINE void emit_slowly(const Forward& a, const Emission& e, float* values, float* base_values) {
-  const int64_t n = width(a.params), first = e.block * n;
+HSAID_NOINLINE void emit_slowly(const Emission& e, float* scratch) {
+  const Forward& a = *e.forward;
   const Segment& s = *e.segment;
+  const int64_t n = width(a.params), first = e.block * n;
   const int64_t left = s.rows * s.cols - first, count = left < n ? left : n;
+  float *values = scratch, *base_values = scratch + n;
   T* out = (T*)a.out + s.out_offset;
   if (a.listed.entries) {
     out += (e.place - e.block) * n;
@@ -248,49 +253,45 @@ HSAID_NOINLINE void emit_slowly(const Forward& a, const Emission& e, float* valu
   });
 }
 
-// Piece `step` of `steps` of a block; one that cannot be cut goes with the last piece. `scratch` is two times n.
+// The rest of an emission, and the work beside which it goes out; a block that cannot go by lines is out already.
 template <class T>
-void emit_typed(const Forward& a, const Emission& e, int64_t step, int64_t steps, float* scratch) {
+Beside begin_emission(Emission& e, float* scratch) {
+  const Params& p = e.forward->params;
   const Segment& s = *e.segment;
-  const TensorView* base = a.base ? a.base + s.tensor : nullptr;
-  const bool whole = ((e.block + 1) << a.params.q) <= s.rows * s.cols;
-  const int64_t lines = num_lines<kLineVectors<T>>(a.params.q), from = step * lines / steps,
-                to = (step + 1) * lines / steps;
-  if (!whole || !is_dense(s) || (base && !base->dense)) {
-    if (step == steps - 1) emit_slowly<T>(a, e, scratch, scratch + width(a.params));
-  } else if (!base) {
-    emit_lines<T, const void>(a, e, nullptr, from, to);
-  } else if (base->dtype == Dtype::kFloat) {
-    emit_lines<T>(a, e, (const float*)base->data, from, to);
-  } else if constexpr (!std::is_same_v<T, float>) {
-    emit_lines<T>(a, e, (const T*)base->data, from, to);
+  const TensorView* base = e.forward->base ? e.forward->base + s.tensor : nullptr;
+  if (((e.block + 1) << p.q) > s.rows * s.cols || !is_dense(s) || (base && !base->dense)) {
+    emit_slowly<T>(e, scratch);
+    return kNothingBeside;
   }
+  const bool wide = base && base->dtype == Dtype::kFloat;
+  if (base) e.base = (const char*)base->data + (s.offset + (e.block << p.q)) * item_size(base->dtype);
+  e.stream = e.forward->stream && (uintptr_t)e.out % kLineBytes == 0 &&
+             !(base && writes_pages_apart(p.q, sizeof(T)) && lies_behind(e.base, e.out));
+  return beside<T>(p, !base ? emit_column<T, const void> : wide ? emit_column<T, float> : emit_column<T, T>, &e);
 }
 
-void emit(const Forward& a, const Emission& e, int64_t step, int64_t steps, float* scratch) {
-  if (a.out_dtype == Dtype::kFloat) return emit_typed<float>(a, e, step, steps, scratch);
-  if (a.out_dtype == Dtype::kBfloat16) return emit_typed<bf16>(a, e, step, steps, scratch);
-  return emit_typed<fp16>(a, e, step, steps, scratch);
+Beside begin_emission(Emission& e, float* scratch) {
+  if (e.forward->out_dtype == Dtype::kFloat) return begin_emission<float>(e, scratch);
+  if (e.forward->out_dtype == Dtype::kBfloat16) return begin_emission<bf16>(e, scratch);
+  return begin_emission<fp16>(e, scratch);
 }
 
-// A draw of sum_c G_c . z_c, and the first pass over it; kFetch: what lies `ahead` of its positions is fetched.
-template <bool kRademacher, bool kFetch>
-HSAID_NOINLINE void generate(const Diagonal& diagonal, const float* z, float* buffer, int64_t draw,
-                             const float* ahead) {
+// A draw of sum_c G_c . z_c, and the first pass over it.
+template <bool kRademacher>
+HSAID_NOINLINE void generate(const Diagonal& diagonal, const float* z, float* buffer, int64_t draw, Beside& beside) {
   const Params& p = diagonal.params;
-  draw_diagonal<kRademacher>(diagonal, 0, draw, [&](int64_t k, auto d) HSAID_LAMBDA {
-    if (kFetch) __builtin_prefetch(ahead + k);
-    store(buffer + k, d.times(d, load(z + k)));
-  });
+  draw_diagonal<kRademacher>(diagonal, 0, draw, beside,
+                             [&](int64_t k, auto d) HSAID_LAMBDA { store(buffer + k, d.times(d, load(z + k))); });
   for (int chunk = 1; chunk < p.chunks; ++chunk) {
     z += width(p);
-    draw_diagonal<kRademacher>(diagonal, chunk, draw, [&](int64_t k, auto d) HSAID_LAMBDA {
+    draw_diagonal<kRademacher>(diagonal, chunk, draw, beside, [&](int64_t k, auto d) HSAID_LAMBDA {
       const vf product = d.times(d, load(z + k));
       store(buffer + k, load(buffer + k) + product);
     });
   }
   const int64_t strips = num_strips(p.q) / num_draws(p.q);
   first_pass(buffer, p.q, draw * strips, (draw + 1) * strips, [&](auto t, int64_t k, vf* x) HSAID_LAMBDA {
+    beside.count(1 << t);
     unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { x[i] = load(buffer + k + i * kLanes); });
   });
 }
@@ -311,6 +312,7 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
   Diagonal diagonal(p, prefix, arena.take<uint32_t>(p.chunks * num_sign_words(p.q)));
 
   Emission waiting{};  // the block before
+  Beside going_out = kNothingBeside;
   int64_t index = 0;
   for (int64_t i = begin; i < end; ++i) {
     while (index + 1 < a.num_segments && a.segments[index + 1].first_block <= i) ++index;
@@ -322,67 +324,72 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
         make_z(p, s, chunk, a.theta, diagonal.keys, z_scratch, z + chunk * n);
     diagonal.start(s, block);
     const int64_t item = item_size(a.out_dtype);
-    float* buffer = buffer_in(rooms[i & 1], (const char*)a.out + (s.out_offset + place * n) * item, p.q, item);
-    const float* ahead = a.base ? ahead_of(p, a.base[s.tensor], s, block * n) : nullptr;
-    const auto generate_draw = p.rademacher ? generate<true, false>
-                               : ahead      ? generate<false, true>
-                                            : generate<false, false>;
-    for (int64_t draw = 0; draw < draws; ++draw) {
-      generate_draw(diagonal, z, buffer, draw, ahead);
-      if (waiting.buffer) emit(a, waiting, draw, draws, scratch);
-    }
-    middle_passes<false>(buffer, p.q);
-    waiting = {buffer, &s, block, next, place, a.factors[index]};
+    char* out = (char*)a.out + (s.out_offset + place * n) * item;
+    float* buffer = buffer_in(rooms[i & 1], out, p.q, item);
+    for (int64_t draw = 0; draw < draws; ++draw)
+      (p.rademacher ? generate<true> : generate<false>)(diagonal, z, buffer, draw, going_out);
+    middle_passes<false>(buffer, p.q, going_out);
+    waiting = {&a, &s, block, place, a.factors[index], buffer, nullptr, (next - block) * n, out, false};
+    going_out = begin_emission(waiting, scratch);
   }
-  for (int64_t draw = 0; draw < draws; ++draw) emit(a, waiting, draw, draws, scratch);
+  going_out.count(counts(p) * n);
   if (a.stream) finish_streaming();
 }
 
-// Piece `step` of `steps` of a block of gradients, through the transposed last pass; `next` is the block that will be
-// read after it. `scratch` [n].
+// A block of gradients on its way in, through the transposed last pass.
+struct Reading {
+  const void* grads;
+  int64_t ahead;  // values from there to the block behind this one
+  int q;
+  float* buffer;
+};
+
 template <class T>
-HSAID_NOINLINE void read_typed(const Adjoint& a, const Segment& s, int64_t block, int64_t next, int64_t step,
-                               int64_t steps, float* scratch, float* buffer) {
+void read_column(const void* reading, int64_t column) {
+  const Reading& r = *(const Reading*)reading;
+  const T* data = (const T*)r.grads;
   constexpr int vectors = kLineVectors<T>;
-  const TensorView& grad = a.grads[s.tensor];
-  const int q = a.params.q;
-  const int64_t lines = num_lines<vectors>(q), from = step * lines / steps, to = (step + 1) * lines / steps;
-  const int64_t n = width(a.params), first = block * n, left = s.rows * s.cols - first;
-  if (left >= n && is_dense(s) && grad.dense) {
-    const T* data = (const T*)grad.data + s.offset + first;
-    const bool fetch = !fetched_by_draw(a.params, grad.dtype);
-    const int64_t ahead = (next - block) * n;
-    last_pass_transposed<vectors, kSplit<T>>(buffer, q, from, to, [&](int64_t k, vf(&y)[vectors]) HSAID_LAMBDA {
-      if constexpr (kSplit<T>)
-        unroll<vectors / 2>([&](auto i)
-                                HSAID_LAMBDA { load_split(data + k + 2 * i * kLanes, &y[2 * i], &y[2 * i + 1]); });
-      else
-        unroll<vectors>([&](auto i) HSAID_LAMBDA { y[i] = load_as_float(data + k + i * kLanes); });
-      if (fetch) __builtin_prefetch(data + k + ahead, 0, 2);
-    });
-    return;
-  }
-  if (step == 0) {
-    const int64_t count = left < n ? left : n;
-    gather<T>(grad, s, first, count, scratch);
-    std::memset(scratch + count, 0, (n - count) * sizeof(float));
-  }
-  last_pass_transposed<vectors, false>(buffer, q, from, to, [&](int64_t k, vf(&y)[vectors]) HSAID_LAMBDA {
-    unroll<vectors>([&](auto i) HSAID_LAMBDA { y[i] = load(scratch + k + i * kLanes); });
-  });
+  const auto fill = [&](int64_t k, vf(&y)[vectors]) HSAID_LAMBDA {
+    if constexpr (kSplit<T>)
+      unroll<vectors / 2>([&](auto i)
+                              HSAID_LAMBDA { load_split(data + k + 2 * i * kLanes, &y[2 * i], &y[2 * i + 1]); });
+    else
+      unroll<vectors>([&](auto i) HSAID_LAMBDA { y[i] = load_as_float(data + k + i * kLanes); });
+    __builtin_prefetch(data + k + r.ahead, 0, 2);
+  };
+  last_pass_transposed<vectors, kSplit<T>>(r.buffer, r.q, column, column + 1, fill);
 }
 
-// The rest of the transform over a draw, which is x then, and u_c += G_c . x; kFetch as in `generate`.
-template <bool kRademacher, bool kFetch>
-HSAID_NOINLINE void accumulate(const Diagonal& diagonal, float* x, float* u, int64_t draw, const float* ahead) {
+// The work beside which block `block` is read into r.buffer; `next` is the one that will be read after it. One that is
+// ragged, or not dense, is gathered first in `scratch` [n].
+template <class T>
+Beside begin_reading(const Adjoint& a, const Segment& s, int64_t block, int64_t next, float* scratch, Reading& r) {
+  const TensorView& grad = a.grads[s.tensor];
+  const int64_t n = width(a.params), first = block * n, left = s.rows * s.cols - first;
+  if (left >= n && is_dense(s) && grad.dense) {
+    r.grads = (const T*)grad.data + s.offset + first;
+    r.ahead = (next - block) * n;
+    return beside<T>(a.params, read_column<T>, &r);
+  }
+  const int64_t count = left < n ? left : n;
+  gather<T>(grad, s, first, count, scratch);
+  std::memset(scratch + count, 0, (n - count) * sizeof(float));
+  r.grads = scratch;
+  r.ahead = 0;
+  return beside<float>(a.params, read_column<float>, &r);
+}
+
+// The rest of the transform over a draw, which is x then, and u_c += G_c . x.
+template <bool kRademacher>
+HSAID_NOINLINE void accumulate(const Diagonal& diagonal, float* x, float* u, int64_t draw, Beside& beside) {
   const Params& p = diagonal.params;
   const int64_t strips = num_strips(p.q) / num_draws(p.q);
   first_pass_transposed(x, p.q, draw * strips, (draw + 1) * strips, [&](auto t, int64_t k, const vf* y) HSAID_LAMBDA {
     unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { store(x + k + i * kLanes, y[i]); });
+    beside.count(1 << t);
   });
   for (int chunk = 0; chunk < p.chunks; ++chunk, u += width(p))
-    draw_diagonal<kRademacher>(diagonal, chunk, draw, [&](int64_t k, auto d) HSAID_LAMBDA {
-      if (kFetch) __builtin_prefetch(ahead + k);
+    draw_diagonal<kRademacher>(diagonal, chunk, draw, beside, [&](int64_t k, auto d) HSAID_LAMBDA {
       const vf product = d.times(d, load(x + k));
       store(u + k, load(u + k) + product);
     });
@@ -401,9 +408,9 @@ void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) 
   PhiloxPrefix* prefix = arena.take<PhiloxPrefix>(p.chunks);
   Diagonal diagonal(p, prefix, arena.take<uint32_t>(p.chunks * num_sign_words(p.q)));
   const Dtype dtype = a.grads[s.tensor].dtype;
-  const auto read = dtype == Dtype::kFloat  ? read_typed<float>
-                    : dtype == Dtype::kHalf ? read_typed<fp16>
-                                            : read_typed<bf16>;
+  const auto begin_reading_any = dtype == Dtype::kFloat  ? begin_reading<float>
+                                 : dtype == Dtype::kHalf ? begin_reading<fp16>
+                                                         : begin_reading<bf16>;
   // Blocks run by run; -1 behind the last.
   const auto after = [&](int64_t block) {
     if (block < 0) return block;
@@ -417,17 +424,20 @@ void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) 
   // A block is read while the one before it is accumulated.
   int64_t block = begin, before = -1;
   for (int which = 0; block >= 0 || before >= 0; which ^= 1, before = block, block = after(block)) {
-    if (before >= 0) diagonal.start(s, block_of(a.listed, before));
-    const int64_t next = after(block);
-    const float* ahead = ahead_of(p, a.grads[s.tensor], s, std::max<int64_t>(next, 0) * n);
-    const auto accumulate_draw = p.rademacher ? accumulate<true, false>
-                                 : ahead      ? accumulate<false, true>
-                                              : accumulate<false, false>;
-    for (int64_t draw = 0; draw < draws; ++draw) {
-      if (block >= 0) read(a, s, block, next < 0 ? block : next, draw, draws, scratch, buffers[which]);
-      if (before >= 0) accumulate_draw(diagonal, buffers[which ^ 1], run, draw, ahead);
+    Reading reading{nullptr, 0, p.q, buffers[which]};
+    Beside coming_in = kNothingBeside;
+    if (block >= 0) {
+      const int64_t next = after(block);
+      coming_in = begin_reading_any(a, s, block, next < 0 ? block : next, scratch, reading);
     }
-    if (block >= 0) middle_passes<true>(buffers[which], p.q);
+    if (before < 0) {
+      coming_in.count(counts(p) * n);
+    } else {
+      diagonal.start(s, block_of(a.listed, before));
+      middle_passes<true>(buffers[which ^ 1], p.q, coming_in);
+      for (int64_t draw = 0; draw < draws; ++draw)
+        (p.rademacher ? accumulate<true> : accumulate<false>)(diagonal, buffers[which ^ 1], run, draw, coming_in);
+    }
     if (runs > 1 && before >= 0 && block != before + runs) {
       for (int64_t k = 0; k < size; ++k) u[k] = u[k] + run[k];
       std::memset(run, 0, size * sizeof(float));

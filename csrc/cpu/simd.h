@@ -76,14 +76,23 @@ HSAID_INLINE vw multiply(vw a, vw b) {
   return (a & 0xffffffffu) * (b & 0xffffffffu);
 #endif
 }
-// Low halves from one vector, high halves from the other.
-HSAID_INLINE vu blend_halves(vw low, vw high) {
+// The low (or the high) halves of two vectors, side by side.
+HSAID_INLINE vu low_halves(vw even, vw odd) {
 #if defined(__AVX512F__)
-  return (vu)_mm512_mask_blend_epi32(0xAAAA, (__m512i)low, (__m512i)high);
+  return (vu)_mm512_mask_shuffle_epi32((__m512i)even, 0xAAAA, (__m512i)odd, (_MM_PERM_ENUM)0xA0);
 #elif defined(__AVX2__)
-  return (vu)_mm256_blend_epi32((__m256i)low, (__m256i)high, 0xAA);
+  return (vu)_mm256_blend_epi32((__m256i)even, (__m256i)(odd << 32), 0xAA);
 #else
-  return (vu)((low & 0xffffffffu) | (high >> 32 << 32));
+  return (vu)((even & 0xffffffffu) | (odd << 32));
+#endif
+}
+HSAID_INLINE vu high_halves(vw even, vw odd) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_mask_shuffle_epi32((__m512i)odd, 0x5555, (__m512i)even, (_MM_PERM_ENUM)0xF5);
+#elif defined(__AVX2__)
+  return (vu)_mm256_blend_epi32((__m256i)high_half(even), (__m256i)odd, 0xAA);
+#else
+  return (vu)(high_half(even) | (odd >> 32 << 32));
 #endif
 }
 // Leaves x in memory, where AVX2 has too few registers for all that is wanted later.

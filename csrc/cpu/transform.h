@@ -81,9 +81,24 @@ HSAID_INLINE void tile_stages(vf* x) {
   if constexpr (!kTranspose) register_stages<kTileBits - kLaneBits, false>(x);
 }
 
-// kBits stages from `bit` up over the whole buffer.
+// Lines that pass between memory and the caches beside a computation: a column of them, those of one step of the last
+// pass, for every `cost` positions that the computation counts. Bursts would be waited for, and the memory would be
+// idle in between.
+struct Beside {
+  void (*move)(const void* what, int64_t column);
+  const void* what;
+  int64_t cost;
+  int64_t counted = 0, column = 0;
+
+  __attribute__((always_inline)) void count(int64_t positions) {
+    for (counted += positions; counted >= cost; counted -= cost) move(what, column++);
+  }
+};
+constexpr Beside kNothingBeside = {nullptr, nullptr, INT64_MAX};
+
+// kBits stages from `bit` up over the whole buffer, whose positions are counted beside.
 template <int kBits, bool kTranspose>
-void middle_pass(float* x, int64_t n, int bit) {
+void middle_pass(float* x, int64_t n, int bit, Beside& beside) {
   const int64_t stride = (int64_t)1 << bit;
   for (int64_t high = 0; high < n; high += stride << kBits)
     for (int64_t k = high; k < high + stride; k += kLanes) {
@@ -91,23 +106,26 @@ void middle_pass(float* x, int64_t n, int bit) {
       unroll<1 << kBits>([&](auto i) HSAID_LAMBDA { v[i] = load(x + k + i * stride); });
       register_stages<kBits, kTranspose>(v);
       unroll<1 << kBits>([&](auto i) HSAID_LAMBDA { store(x + k + i * stride, v[i]); });
+      beside.count(kLanes << kBits);
     }
 }
 
 // All stages between the first and the last pass.
+HSAID_INLINE int num_middle_passes(int q) { return (q - last_bits(q) - strip_bits(q) + kMiddleBits - 1) / kMiddleBits; }
 template <bool kTranspose>
-HSAID_INLINE void middle_passes(float* x, int q) {
+HSAID_INLINE void middle_passes(float* x, int q, Beside& beside) {
   const int begin = strip_bits(q), end = q - last_bits(q), full = (end - begin) / kMiddleBits;
   const int rest = end - begin - full * kMiddleBits;
   const auto rest_pass = [&]() HSAID_LAMBDA {
     const int bit = end - rest;
-    if (rest == 1) middle_pass<1, kTranspose>(x, (int64_t)1 << q, bit);
-    if (rest == 2) middle_pass<2, kTranspose>(x, (int64_t)1 << q, bit);
-    if (rest == 3) middle_pass<3, kTranspose>(x, (int64_t)1 << q, bit);
+    if (rest == 1) middle_pass<1, kTranspose>(x, (int64_t)1 << q, bit, beside);
+    if (rest == 2) middle_pass<2, kTranspose>(x, (int64_t)1 << q, bit, beside);
+    if (rest == 3) middle_pass<3, kTranspose>(x, (int64_t)1 << q, bit, beside);
   };
   if (kTranspose) rest_pass();
   for (int i = 0; i < full; ++i)
-    middle_pass<kMiddleBits, kTranspose>(x, (int64_t)1 << q, begin + kMiddleBits * (kTranspose ? full - 1 - i : i));
+    middle_pass<kMiddleBits, kTranspose>(x, (int64_t)1 << q, begin + kMiddleBits * (kTranspose ? full - 1 - i : i),
+                                         beside);
   if (!kTranspose) rest_pass();
 }
 
@@ -125,7 +143,10 @@ HSAID_INLINE void first_pass(float* buffer, int q, int64_t begin, int64_t end, F
         unroll<vectors>([&](auto i) HSAID_LAMBDA { store(buffer + k + i * kLanes, x[i]); });
       }
       if constexpr (kStripStages > 0)
-        if (strip > 1 << t) middle_pass<kStripStages, false>(buffer + start, strip, t);
+        if (strip > 1 << t) {
+          Beside nothing = kNothingBeside;
+          middle_pass<kStripStages, false>(buffer + start, strip, t, nothing);
+        }
     }
   });
 }
@@ -138,7 +159,10 @@ HSAID_INLINE void first_pass_transposed(float* buffer, int q, int64_t begin, int
     constexpr int vectors = (1 << t) / kLanes;
     for (int64_t start = begin * strip; start < end * strip; start += strip) {
       if constexpr (kStripStages > 0)
-        if (strip > 1 << t) middle_pass<kStripStages, true>(buffer + start, strip, t);
+        if (strip > 1 << t) {
+          Beside nothing = kNothingBeside;
+          middle_pass<kStripStages, true>(buffer + start, strip, t, nothing);
+        }
       for (int64_t k = start; k < start + strip; k += 1 << t) {
         vf x[vectors];
         unroll<vectors>([&](auto i) HSAID_LAMBDA { x[i] = load(buffer + k + i * kLanes); });
