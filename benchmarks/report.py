@@ -20,7 +20,7 @@ from hsaid_kernels.fastfood.plan import default_width
 
 ROOT = results.HERE.parent
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-ISAS = {"avx512": "AVX-512", "avx2": "AVX2", "portable": "none"}
+ISAS = {"avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON", "portable": "none"}
 HOW = {  # the published algorithm transforms
     "butterflies": "with its stages in torch operations",
     "matmul": "with a matrix product a stage",

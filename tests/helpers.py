@@ -44,7 +44,7 @@ def _isas() -> list[str]:
     if available_backends()["cpu"] is not True:
         return []
     found = []
-    for name in ("avx512", "avx2", "portable"):
+    for name in ("avx512", "avx2", "neon", "portable"):
         try:
             with cpu_isa(name):
                 torch.ops.hsaid_kernels.hadamard_transform(torch.ones(2), 1.0)

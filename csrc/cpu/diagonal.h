@@ -24,14 +24,39 @@ HSAID_INLINE PhiloxKeys philox_keys(uint64_t seed) {
 }
 
 // The portable code is compiled lane by lane: inlined everywhere it would be huge.
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(HSAID_NEON)
 #define HSAID_GENERATOR HSAID_INLINE
 #else
 #define HSAID_GENERATOR HSAID_NOINLINE
 #endif
 
-// kCalls times kLanes calls that differ in word 1 of the counter: w[call][word]. The even and the odd calls go apart, a
-// word for each 64-bit lane; only the last round puts them together.
+// kCalls times kLanes calls that differ in word 1 of the counter: w[call][word].
+#if defined(HSAID_NEON)
+template <int kCalls>
+HSAID_GENERATOR void philox_vectors(const PhiloxPrefix& prefix, const PhiloxKeys& keys, const vu (&word1)[kCalls],
+                                    vu (&w)[kCalls][4]) {
+  unroll<kCalls>([&](auto i) HSAID_LAMBDA {
+    const Products first = multiply(word1[i] ^ prefix.word0, kPhiloxM0);
+    const Products second = multiply(first.hi ^ prefix.round2, kPhiloxM1);
+    const Products a = multiply(second.hi ^ prefix.round3_hi, kPhiloxM0);
+    const Products b = multiply(first.lo ^ prefix.round3_lo, kPhiloxM1);
+    w[i][0] = b.hi ^ second.lo ^ keys.key[3][0];
+    w[i][1] = b.lo;
+    w[i][2] = a.hi ^ prefix.round4;
+    w[i][3] = a.lo;
+  });
+  unroll<kPhiloxRounds - 4>([&](auto r) HSAID_LAMBDA {
+    unroll<kCalls>([&](auto i) HSAID_LAMBDA {
+      const Products a = multiply(w[i][0], kPhiloxM0), b = multiply(w[i][2], kPhiloxM1);
+      w[i][0] = b.hi ^ (w[i][1] ^ keys.key[r + 4][0]);
+      w[i][1] = b.lo;
+      w[i][2] = a.hi ^ (w[i][3] ^ keys.key[r + 4][1]);
+      w[i][3] = a.lo;
+    });
+  });
+}
+#else
+// The even and the odd calls go apart, a word for each 64-bit lane; only the last round puts them together.
 template <int kCalls>
 HSAID_GENERATOR void philox_vectors(const PhiloxPrefix& prefix, const PhiloxKeys& keys, const vu (&word1)[kCalls],
                                     vu (&w)[kCalls][4]) {
@@ -72,6 +97,7 @@ HSAID_GENERATOR void philox_vectors(const PhiloxPrefix& prefix, const PhiloxKeys
     w[i][3] = low_halves(a[0], a[1]);
   });
 }
+#endif
 
 // The table of core/normal.h.
 struct NormalTable {
@@ -87,13 +113,11 @@ HSAID_INLINE void fill(NormalTable& table) {
 // core/normal.h in lanes: `magic` is kNormalMagic | half.
 HSAID_GENERATOR void normal_vectors(const vu (&magic)[kGroup], const NormalTable& table, vf (&g)[kGroup]) {
   vf y[kGroup], v[kGroup], a[kGroup], b[kGroup];
-  vu line[kGroup];
   unroll<kGroup>([&](auto i) HSAID_LAMBDA {
     y[i] = (vf)magic[i] - kNormalOffset;
     v[i] = kNormalTop - (vf)((vu)y[i] & 0x7fffffffu);
-    line[i] = (vu)v[i] >> 21;
   });
-  const Lines lines = pack_lines(line);
+  const Lines lines = pack_lines(v);
   look_up(table.b, lines, b);
   unroll<kGroup>([&](auto i) HSAID_LAMBDA { b[i] = b[i] * v[i]; });
   look_up(table.a, lines, a);
@@ -140,6 +164,7 @@ HSAID_INLINE void sign_tile(const uint32_t* words, int64_t k, Use&& use) {
 #else
     bits = *(const vu_any*)quad;
 #endif
+    if constexpr (1 << t < 128) bits = bits >> (uint32_t)(at % 128 / 4);  // tiles that share a quad
     const vu lifted = bits << (quads - 1 - (lane_index() >> 2));
     unroll<per_quad>([&](auto i) HSAID_LAMBDA {
       use(group * per_quad + i, SignVector{lifted << (32 - quads - quads * i) & 0x80000000u});
@@ -212,10 +237,9 @@ HSAID_INLINE void draw_gaussian(const Diagonal& d, int chunk, int64_t begin, int
     unroll<8 / kGroup>([&](auto group) HSAID_LAMBDA {
       vu magic[kGroup];
       vf g[kGroup];
-      unroll<kGroup>([&](auto j) HSAID_LAMBDA {
-        constexpr int slot = group * kGroup + j;
-        const vu word = *(const vu*)(words + (call * 4 + slot / 2) * kLanes);
-        magic[j] = slot % 2 ? word >> 16 | kNormalMagic : (word & 0xffffu) | kNormalMagic;
+      unroll<kGroup / 2>([&](auto j) HSAID_LAMBDA {
+        const vu word = *(const vu*)(words + (call * 4 + group * kGroup / 2 + j) * kLanes);
+        widen_halves(word, &magic[2 * j], &magic[2 * j + 1]);
       });
       normal_vectors(magic, d.table, g);
       unroll<kGroup>([&](auto j) HSAID_LAMBDA {

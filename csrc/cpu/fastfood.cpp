@@ -75,6 +75,8 @@ std::vector<const Kernels*> available_kernels() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     found.push_back(kernels_avx512());
   if (avx2) found.push_back(kernels_avx2());
+#elif defined(HSAID_HAS_NEON)
+  found.push_back(kernels_neon());
 #endif
   found.push_back(kernels_portable());
   return found;

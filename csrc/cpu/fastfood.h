@@ -79,6 +79,7 @@ struct Kernels {
 
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
+const Kernels* kernels_neon();
 const Kernels* kernels_portable();
 
 // The kernels for this machine, or for the instruction set that the environment variable HSAID_CPU_ISA names.

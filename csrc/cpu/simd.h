@@ -1,6 +1,6 @@
-// Vectors of kLanes floats for the instruction set this file is compiled for: AVX-512 (16), AVX2 (8) or none (4).
-// GCC's and Clang's vector extensions do arithmetic and shuffles; intrinsics only what they cannot say.  Same bits from
-// all three.
+// Vectors of kLanes floats for the instruction set this file is compiled for: AVX-512 (16), AVX2 (8), NEON (4) or none
+// (4). GCC's and Clang's vector extensions do arithmetic and shuffles; intrinsics only what they cannot say.  Same bits
+// from all four.
 #pragma once
 
 #include <type_traits>
@@ -11,6 +11,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(HSAID_NEON)  // every 64-bit Arm has it: this tells our kernels of it from the portable ones
+#include <arm_neon.h>
 #endif
 
 namespace hsaid {
@@ -59,6 +61,18 @@ HSAID_INLINE vu lane_index() {
   return lanes;
 }
 
+#if defined(HSAID_NEON)
+// The halves of the 64-bit products of x and m, which multiplies all lanes.
+struct Products {
+  vu hi, lo;
+};
+HSAID_INLINE Products multiply(vu x, uint32_t m) {
+  const uint32x4_t a = (uint32x4_t)x;
+  const uint32x4_t low = (uint32x4_t)vmull_n_u32(vget_low_u32(a), m), high = (uint32x4_t)vmull_high_n_u32(a, m);
+  return {(vu)vuzp2q_u32(low, high), (vu)vuzp1q_u32(low, high)};
+}
+#endif
+
 // Words in the low halves of 64-bit lanes, where multiplications want them and leave the low halves of products.
 typedef uint64_t vw __attribute__((vector_size(4 * kLanes), may_alias));
 
@@ -102,6 +116,18 @@ HSAID_INLINE void park([[maybe_unused]] vw& x) {
 #endif
 }
 
+// kNormalMagic | half for both halves of each word: two vectors.
+HSAID_INLINE void widen_halves(vu words, vu* low, vu* high) {
+#if defined(HSAID_NEON)
+  const uint16x8_t odd = (uint16x8_t)(words | 0x00010001u), top = vdupq_n_u16(kNormalMagic >> 16);
+  *low = (vu)vtrn1q_u16(odd, top);
+  *high = (vu)vtrn2q_u16(odd, top);
+#else
+  *low = (words & 0xffffu) | kNormalMagic;
+  *high = words >> 16 | kNormalMagic;
+#endif
+}
+
 // 32 floats, those of the lines kFirstLine, kFirstLine + 1, ..., looked up for kGroup vectors at a time.
 // AVX2 has no such look-up.  There the lines of four vectors become the 32 bytes of one, which byte shuffles take
 // through the table's bytes, a plane for each byte of a float, before they are woven into floats again; eight vectors
@@ -121,12 +147,12 @@ HSAID_INLINE void set_line(Table& table, uint32_t line, float x) {
 struct Lines {
   __m256i low[kQuads], high[kQuads];
 };
-HSAID_INLINE Lines pack_lines(const vu (&line)[kGroup]) {
+HSAID_INLINE Lines pack_lines(const vf (&v)[kGroup]) {
   const __m256i offset = _mm256_set1_epi16((short)(0x70 - (int)kFirstLine));
   Lines lines;
   unroll<kQuads>([&](auto quad) HSAID_LAMBDA {
-    const __m256i s01 = _mm256_packus_epi32((__m256i)line[4 * quad], (__m256i)line[4 * quad + 1]);
-    const __m256i s23 = _mm256_packus_epi32((__m256i)line[4 * quad + 2], (__m256i)line[4 * quad + 3]);
+    const auto line = [&](int i) HSAID_LAMBDA { return (__m256i)((vu)v[4 * quad + i] >> 21); };
+    const __m256i s01 = _mm256_packus_epi32(line(0), line(1)), s23 = _mm256_packus_epi32(line(2), line(3));
     lines.low[quad] = _mm256_packus_epi16(_mm256_add_epi16(s01, offset), _mm256_add_epi16(s23, offset));
     lines.high[quad] = _mm256_xor_si256(lines.low[quad], _mm256_set1_epi8((char)0x80));
   });
@@ -152,8 +178,38 @@ HSAID_INLINE void look_up(const Table& table, const Lines& lines, vf (&x)[kGroup
     x[4 * quad + 3] = (vf)_mm256_unpackhi_epi16(high01, high23);
   });
 }
+#elif defined(HSAID_NEON)
+// As with AVX2, but a byte look-up takes all 32 bytes of a plane.
+constexpr int kGroup = 4;
+
+struct Table {
+  uint8x16x2_t plane[4];  // [byte of a float]
+};
+HSAID_INLINE void set_line(Table& table, uint32_t line, float x) {
+  for (int byte = 0; byte < 4; ++byte)
+    table.plane[byte].val[(line & 31) / 16][line % 16] = bits_from_float(x) >> 8 * byte;
+}
+
+struct Lines {
+  uint8x16_t line;
+};
+HSAID_INLINE Lines pack_lines(const vf (&v)[kGroup]) {
+  const auto tops = [](vf a, vf b) HSAID_LAMBDA { return vuzp2q_u16((uint16x8_t)a, (uint16x8_t)b); };
+  return {vshrn_high_n_u16(vshrn_n_u16(tops(v[0], v[1]), 5), tops(v[2], v[3]), 5) & 31};
+}
+HSAID_INLINE void look_up(const Table& table, const Lines& lines, vf (&x)[kGroup]) {
+  uint8x16_t plane[4];
+  unroll<4>([&](auto byte) HSAID_LAMBDA { plane[byte] = vqtbl2q_u8(table.plane[byte], lines.line); });
+  const uint16x8_t low01 = (uint16x8_t)vzip1q_u8(plane[0], plane[1]), low23 = (uint16x8_t)vzip1q_u8(plane[2], plane[3]);
+  const uint16x8_t high01 = (uint16x8_t)vzip2q_u8(plane[0], plane[1]),
+                   high23 = (uint16x8_t)vzip2q_u8(plane[2], plane[3]);
+  x[0] = (vf)vzip1q_u16(low01, low23);
+  x[1] = (vf)vzip2q_u16(low01, low23);
+  x[2] = (vf)vzip1q_u16(high01, high23);
+  x[3] = (vf)vzip2q_u16(high01, high23);
+}
 #else
-constexpr int kGroup = 1;
+constexpr int kGroup = 2;
 
 struct Table {
   alignas(64) float values[32];
@@ -161,15 +217,18 @@ struct Table {
 HSAID_INLINE void set_line(Table& table, uint32_t line, float x) { table.values[line & 31] = x; }
 
 struct Lines {
-  vu line;
+  vu line[kGroup];
 };
-HSAID_INLINE Lines pack_lines(const vu (&line)[kGroup]) { return {line[0]}; }
+HSAID_INLINE Lines pack_lines(const vf (&v)[kGroup]) { return {{(vu)v[0] >> 21, (vu)v[1] >> 21}}; }
 HSAID_INLINE void look_up(const Table& table, const Lines& lines, vf (&x)[kGroup]) {
+  unroll<kGroup>([&](auto j) HSAID_LAMBDA {
 #if defined(__AVX512F__)
-  x[0] = (vf)_mm512_permutex2var_ps((__m512)load(table.values), (__m512i)lines.line, (__m512)load(table.values + 16));
+    x[j] =
+        (vf)_mm512_permutex2var_ps((__m512)load(table.values), (__m512i)lines.line[j], (__m512)load(table.values + 16));
 #else
-  for (int i = 0; i < kLanes; ++i) x[0][i] = table.values[lines.line[i] & 31];
+    for (int i = 0; i < kLanes; ++i) x[j][i] = table.values[lines.line[j][i] & 31];
 #endif
+  });
 }
 #endif
 
@@ -199,6 +258,8 @@ HSAID_INLINE vf lane_stage(vf x) {
   return (vf)_mm512_fmadd_ps((__m512)x, (__m512)sign, (__m512)swapped);
 #elif defined(__AVX2__)
   return (vf)_mm256_fmadd_ps((__m256)x, (__m256)sign, (__m256)swapped);
+#elif defined(HSAID_NEON)
+  return (vf)vfmaq_f32((float32x4_t)swapped, (float32x4_t)x, (float32x4_t)sign);
 #else
   return swapped + x * sign;
 #endif
@@ -217,6 +278,13 @@ struct KeepSubnormals {
   unsigned saved = _mm_getcsr();
   KeepSubnormals() { _mm_setcsr(0x1f80); }
   ~KeepSubnormals() { _mm_setcsr(saved); }
+#elif defined(__aarch64__)
+  uint64_t saved;
+  KeepSubnormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved));
+    asm volatile("msr fpcr, xzr" ::: "memory");
+  }
+  ~KeepSubnormals() { asm volatile("msr fpcr, %0" ::"r"(saved) : "memory"); }
 #endif
 };
 
@@ -227,6 +295,8 @@ HSAID_INLINE vf load_as_float(const fp16* p) {
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__AVX2__)
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(HSAID_NEON)
+  return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p)));
 #else
   vf x;
   for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
@@ -239,6 +309,8 @@ HSAID_INLINE vh narrow(vf x, fp16) {
   return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__AVX2__)
   return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(HSAID_NEON)
+  return (vh)vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x));
 #else
   vh half;
   for (int i = 0; i < kLanes; ++i) {
@@ -311,6 +383,9 @@ HSAID_INLINE bool any_nan(vf a, vf b) {
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q);
 #elif defined(__AVX2__)
   return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q));
+#elif defined(HSAID_NEON)
+  const float32x4_t x = (float32x4_t)a, y = (float32x4_t)b;
+  return !vminvq_u32(vandq_u32(vceqq_f32(x, x), vceqq_f32(y, y)));
 #else
   int nans = 0;
   for (int i = 0; i < kLanes; ++i) nans |= a[i] != a[i] || b[i] != b[i];

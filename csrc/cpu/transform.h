@@ -1,8 +1,7 @@
 // The Walsh-Hadamard transform of a block in passes over a buffer that stays in the cache, a few stages a pass in
 // registers:
 //
-//     first pass   stages at bits 2 .. t-1 of a tile of 2^t values, filled by the caller (t = 8 or 7: 16 or more
-//     vectors);
+//     first pass   stages at bits 2 .. t-1 of a tile of 2^t values, filled by the caller (of 16 vectors);
 //                  with fewer registers kStripStages more over a strip of tiles, while it is in the first-level cache
 //     middle       up to kMiddleBits stages a pass
 //     last pass    the top kLastBits stages, then bits 0 and 1, whole cache lines handed to the caller
@@ -18,8 +17,8 @@ namespace hsaid {
 
 namespace {
 
-constexpr int kMaxTileBits = kLanes == 16 ? 8 : 7;
-constexpr int kStripStages = kLanes == 16 ? 0 : 3;
+constexpr int kMaxTileBits = kLaneBits + 4;
+constexpr int kStripStages = kLanes == 16 ? 0 : 10 - kMaxTileBits;
 constexpr int kMiddleBits = 4;
 constexpr int kLastBits = 2;
 
@@ -32,16 +31,12 @@ HSAID_INLINE int last_bits(int q) { return q - strip_bits(q) < kLastBits ? q - s
 // Calls f with t as a constant.
 template <class F>
 HSAID_INLINE void with_tile_bits(int t, F&& f) {
-  switch (t) {
-    case 5:
-      return f(std::integral_constant<int, 5>{});
-    case 6:
-      return f(std::integral_constant<int, 6>{});
-    case 7:
-      return f(std::integral_constant<int, 7>{});
-    default:
-      if constexpr (kMaxTileBits > 7) f(std::integral_constant<int, kMaxTileBits>{});
-  }
+  if (t == 5) return f(std::integral_constant<int, 5>{});
+  if (t == 6) return f(std::integral_constant<int, 6>{});
+  if constexpr (kMaxTileBits >= 7)
+    if (t == 7) return f(std::integral_constant<int, 7>{});
+  if constexpr (kMaxTileBits >= 8)
+    if (t == 8) return f(std::integral_constant<int, 8>{});
 }
 template <class F>
 HSAID_INLINE void with_last_bits(int r, F&& f) {

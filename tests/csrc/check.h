@@ -64,7 +64,7 @@ inline hsaid::Threads fake_threads(int64_t threads) {
 // Calls f(name) with each instruction set of this machine chosen.
 template <class F>
 void for_each_isa(F&& f) {
-  for (const char* isa : {"portable", "avx2", "avx512"}) {
+  for (const char* isa : {"portable", "neon", "avx2", "avx512"}) {
     setenv("HSAID_CPU_ISA", isa, 1);
     try {
       hsaid::kernels();
