@@ -31,6 +31,10 @@
 #
 #   make cuda-check   build with, and load into, the oldest and the newest torch for CUDA; the wrapper's tests there
 #
+# To release (CONTRIBUTING.md):
+#
+#   make wheels       source and wheels into dist/, audited, installed and run with the oldest and the newest torch
+#
 # PYTHON chooses the interpreter (3.10 or newer), VENV the folder of the virtual environment.
 
 PYTHON ?= python3
@@ -42,7 +46,7 @@ CMAKE := $(abspath $(BIN))/cmake
 # As many processes as cores, each with a thread.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
-.PHONY: train measure test check clients triton-versions cuda-check lint bench bench-full report gpu clean
+.PHONY: train measure test check clients triton-versions cuda-check wheels lint bench bench-full report gpu clean
 
 train: $(VENV)/.installed
 	$(BIN)/hsaid train $(ARGS)
@@ -74,6 +78,9 @@ triton-versions: $(VENV)/.installed-test
 
 cuda-check:
 	PYTHON="$(PYTHON)" .ci/cuda-check
+
+wheels:
+	PYTHON="$(PYTHON)" .ci/wheels
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

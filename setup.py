@@ -2,6 +2,7 @@
 
 HSAID_CUDA=0 or 1 decides whether the CUDA library is built; without it, it is built where nvcc is. HSAID_CPU=0 leaves
 the CPU library out. With both 0 no compiler is needed: what is left is the Triton backend, for machines with a GPU.
+CMAKE_ARGS has more options for CMake.
 """
 
 import os
@@ -44,6 +45,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # again every time: pip's build folders come and go
             f"-DHSAID_CPU={'ON' if '_cpu' in libraries else 'OFF'}",
             f"-DHSAID_CUDA={'ON' if '_cuda' in libraries else 'OFF'}",
+            *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
         subprocess.run(["cmake", "--build", build, "--target", *libraries], check=True)
