@@ -1,14 +1,13 @@
-"""python tests/installed.py [cuda]: that the hsaid_kernels of this environment is whole: imported from there, with a CPU
-library that gives the known answers (known_answers.json) on each of this machine's instruction sets, and a model's
-forward; with "cuda", with a CUDA library too, which loads into this torch and gives them where there is a GPU.
+"""python tests/installed.py [cuda]: that the hsaid_kernels of this environment is whole.
 
-Needs nothing but the package. Prints what it has seen; an exception says what is wrong.
+It is imported from there, gives the known answers (known_answers.json) on each of this machine's instruction sets, and
+runs a model forward and backward. With "cuda" it has a CUDA library too, which loads into a torch for CUDA and gives
+the known answers where there is a GPU. Needs the package and nothing else; an exception says what is wrong.
 """
 
 import hashlib
 import json
 import math
-import os
 import sys
 from pathlib import Path
 

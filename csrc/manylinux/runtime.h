@@ -1,5 +1,5 @@
-// Included before every source of a wheel (HSAID_MANYLINUX in CMakeLists.txt): what a newer GCC's headers would otherwise
-// use is not in the C++ runtime (GCC 8's) and the glibc of the oldest systems that torch's own wheels serve.
+// Included before every source of a wheel (HSAID_MANYLINUX in CMakeLists.txt): what a newer GCC's headers would
+// otherwise use is not in the C++ runtime (GCC 8's) and the glibc of the oldest systems that torch's own wheels serve.
 #pragma once
 
 // What containers throw at absurd sizes: until GCC 11 it was this base class of bad_array_new_length.
