@@ -128,4 +128,4 @@ build/cmake/test_core: $(VENV)/.installed $(wildcard tests/csrc/*)
 	@touch $@
 
 clean:
-	rm -rf build $(VENV) hsaid_kernels/*.so *.egg-info
+	rm -rf build dist $(VENV) hsaid_kernels/*.so *.egg-info
