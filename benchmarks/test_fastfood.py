@@ -56,7 +56,7 @@ def cases() -> list:
     return [pytest.param(c, marks=() if c in quick else pytest.mark.full, id=str(c)) for c in chosen]
 
 
-BY_D = (10, 50, 100, 500, 2000, 4000, 8000, 32768, 100_000)
+BY_D = (10, 50, 100, 500, 2000, 4000, 8000, 20_000, 32_768, 100_000)
 WIDTHS = ((1000, 2048), (1000, 4096), (1000, 16384), (16384, 4096), (200, 32))
 
 

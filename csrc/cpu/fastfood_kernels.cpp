@@ -155,21 +155,13 @@ void gather_any(const TensorView& t, const Segment& s, int64_t first, int64_t co
   return gather<fp16>(t, s, first, count, out);
 }
 
-// A load waits for an older store whose address has the same lowest twelve bits, and a store past the caches takes
-// long. Where the last pass writes places that are whole pages apart, and reads what lies up to three lines behind them
-// (modulo a page), it takes three to five times as long.
-constexpr uintptr_t kPageBytes = 4096;
-
-HSAID_INLINE bool writes_pages_apart(int q, uintptr_t item) {
-  return last_bits(q) > 0 && item << (q - last_bits(q)) >= kPageBytes;
-}
-HSAID_INLINE bool lies_behind(const void* from, const void* to) {
-  return ((uintptr_t)to + kLineBytes - 1 - (uintptr_t)from) % kPageBytes < 4 * kLineBytes;
-}
-// The place of a block's buffer in `room`, a page longer than it: half a page ahead of the stores.
-HSAID_INLINE float* buffer_in(char* room, const void* to, int q, uintptr_t item) {
-  if (!writes_pages_apart(q, item)) return (float*)room;
-  return (float*)(room + ((uintptr_t)to / kLineBytes * kLineBytes + kPageBytes / 2 - (uintptr_t)room) % kPageBytes);
+// Values from `from`, where a block begins, to what is fetched while it passes: a block's work later it is wanted, and
+// `ahead` is how far that block is. One as long as a page is fetched from two of them, half of it from the next: pages
+// come faster side by side than one after the other.
+HSAID_INLINE int64_t fetch_ahead(const void* from, int64_t ahead, int q, uintptr_t item) {
+  constexpr uintptr_t page = 4096;
+  if (item << q != page) return ahead;
+  return ahead + (int64_t)((page / 2 - (uintptr_t)from) % page / item);
 }
 
 // How often each position is counted beside (transform.h) while a block is generated or accumulated.
@@ -186,13 +178,14 @@ HSAID_INLINE Beside beside(const Params& p, void (*move)(const void*, int64_t), 
 struct Emission {
   const Forward* forward;
   const Segment* segment;
-  int64_t block, place;  // of the segment; among those that are made of it
+  int64_t block, next;  // of the segment; the one behind it
+  int64_t place;        // among those that are made of the segment
   float factor;
   const float* buffer;  // after the middle passes
-  const void* base;     // what is added; null: nothing
-  int64_t ahead;        // values from there to what is added to the block behind this one
   void* out;
-  bool stream;
+  const void* base = nullptr;  // what is added; null: nothing
+  int64_t ahead = 0;           // values from there to what is fetched
+  bool stream = false;
 };
 
 // The lines that begin at one of each part of the last pass.
@@ -216,7 +209,6 @@ void emit_column(const void* emission, int64_t column) {
       const vf step = factor * y[i];
       w[i] = w[i] + step;
     });
-    // The same place of the next block: it is wanted a block's work later.
     if constexpr (!std::is_void_v<Base>)
       for (int i = 0; i < (int)(vectors * kLanes * sizeof(Base)); i += kLineBytes)
         __builtin_prefetch((const char*)(base + k + e.ahead) + i, 0, 2);
@@ -264,9 +256,12 @@ Beside begin_emission(Emission& e, float* scratch) {
     return kNothingBeside;
   }
   const bool wide = base && base->dtype == Dtype::kFloat;
-  if (base) e.base = (const char*)base->data + (s.offset + (e.block << p.q)) * item_size(base->dtype);
-  e.stream = e.forward->stream && (uintptr_t)e.out % kLineBytes == 0 &&
-             !(base && writes_pages_apart(p.q, sizeof(T)) && lies_behind(e.base, e.out));
+  if (base) {
+    const int64_t item = item_size(base->dtype);
+    e.base = (const char*)base->data + (s.offset + (e.block << p.q)) * item;
+    e.ahead = fetch_ahead(e.base, (e.next - e.block) << p.q, p.q, item);
+  }
+  e.stream = e.forward->stream && (uintptr_t)e.out % kLineBytes == 0;
   return beside<T>(p, !base ? emit_column<T, const void> : wide ? emit_column<T, float> : emit_column<T, T>, &e);
 }
 
@@ -301,11 +296,9 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
   const KeepSubnormals keep;
   const Params& p = a.params;
   const int64_t n = width(p), draws = num_draws(p.q);
-  Arena arena((p.chunks + 4) * n * (int64_t)sizeof(float) + 2 * (int64_t)kPageBytes + ZScratch::bytes(p) +
-              diagonal_bytes(p));
+  Arena arena((p.chunks + 4) * n * (int64_t)sizeof(float) + ZScratch::bytes(p) + diagonal_bytes(p));
   float* z = arena.take<float>(p.chunks * n);
-  char* rooms[2];
-  for (char*& room : rooms) room = arena.take<char>(n * (int64_t)sizeof(float) + kPageBytes);
+  float* buffers[2] = {arena.take<float>(n), arena.take<float>(n)};
   float* scratch = arena.take<float>(2 * n);
   const ZScratch z_scratch(arena, p);
   PhiloxPrefix* prefix = arena.take<PhiloxPrefix>(p.chunks);
@@ -323,13 +316,12 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
       for (int chunk = 0; chunk < p.chunks; ++chunk)
         make_z(p, s, chunk, a.theta, diagonal.keys, z_scratch, z + chunk * n);
     diagonal.start(s, block);
-    const int64_t item = item_size(a.out_dtype);
-    char* out = (char*)a.out + (s.out_offset + place * n) * item;
-    float* buffer = buffer_in(rooms[i & 1], out, p.q, item);
+    char* out = (char*)a.out + (s.out_offset + place * n) * item_size(a.out_dtype);
+    float* buffer = buffers[i & 1];
     for (int64_t draw = 0; draw < draws; ++draw)
       (p.rademacher ? generate<true> : generate<false>)(diagonal, z, buffer, draw, going_out);
     middle_passes<false>(buffer, p.q, going_out);
-    waiting = {&a, &s, block, place, a.factors[index], buffer, nullptr, (next - block) * n, out, false};
+    waiting = {&a, &s, block, next, place, a.factors[index], buffer, out};
     going_out = begin_emission(waiting, scratch);
   }
   going_out.count(counts(p) * n);
@@ -339,7 +331,7 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
 // A block of gradients on its way in, through the transposed last pass.
 struct Reading {
   const void* grads;
-  int64_t ahead;  // values from there to the block behind this one
+  int64_t ahead;  // values from there to what is fetched
   int q;
   float* buffer;
 };
@@ -368,7 +360,7 @@ Beside begin_reading(const Adjoint& a, const Segment& s, int64_t block, int64_t 
   const int64_t n = width(a.params), first = block * n, left = s.rows * s.cols - first;
   if (left >= n && is_dense(s) && grad.dense) {
     r.grads = (const T*)grad.data + s.offset + first;
-    r.ahead = (next - block) * n;
+    r.ahead = fetch_ahead(r.grads, (next - block) * n, a.params.q, sizeof(T));
     return beside<T>(a.params, read_column<T>, &r);
   }
   const int64_t count = left < n ? left : n;
