@@ -215,8 +215,8 @@ HSAID_INLINE int64_t num_draws(int q) { return q > kDrawBits ? (int64_t)1 << (q 
 // loops, each with its constants in registers; both count all positions beside.
 template <class Use>
 HSAID_INLINE void draw_gaussian(const Diagonal& d, int chunk, int64_t begin, int64_t end, Beside& beside, Use&& use) {
-  constexpr int parts = 16 / kLanes;  // vectors of calls that cover the 16 lowest positions
-  constexpr int side = 2;             // calls side by side: one alone is a long chain of dependent multiplications
+  constexpr int parts = 16 / kLanes;          // vectors of calls that cover the 16 lowest positions
+  constexpr int side = kLanes == 16 ? 4 : 2;  // calls side by side: one is a long chain of dependent multiplications
   alignas(64) uint32_t words[1 << (kDrawBits - 1)];
   const int64_t calls = (end - begin) / 128 * parts;
   const PhiloxPrefix prefix = d.prefix[chunk];

@@ -56,7 +56,7 @@ void walsh_hadamard_block(float* x, int q) {
     unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { v[i] = load(x + k + i * kLanes); });
   });
   Beside nothing = kNothingBeside;
-  middle_passes<false>(x, q, nothing);
+  middle_passes<false>(x, (int64_t)1 << q, q, nothing);
   last_pass<1, false>(x, q, 0, num_lines<1>(q), [&](int64_t k, const vf(&y)[1]) HSAID_LAMBDA { store(x + k, y[0]); });
 }
 
@@ -64,7 +64,7 @@ void walsh_hadamard_transposed(float* x, int q) {
   last_pass_transposed<1, false>(x, q, 0, num_lines<1>(q),
                                  [&](int64_t k, vf(&y)[1]) HSAID_LAMBDA { y[0] = load(x + k); });
   Beside nothing = kNothingBeside;
-  middle_passes<true>(x, q, nothing);
+  middle_passes<true>(x, (int64_t)1 << q, q, nothing);
   first_pass_transposed(x, q, 0, num_strips(q), [&](auto t, int64_t k, vf* v) HSAID_LAMBDA {
     unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { store(x + k + i * kLanes, v[i]); });
   });
@@ -80,22 +80,44 @@ void multiply_signs(const Params& p, const Segment& s, int chunk, const PhiloxKe
   });
 }
 
-// pi [n] of a chunk: core/permutation.h in lanes.
+// What a round of the permutation (core/permutation.h) adds to one half of the bits, for each of up to 2^7 other
+// halves: byte h >> 5 of word h & 31 of a table.
+Table round_table(uint32_t key, int from, int to) {
+  uint32_t words[32] = {};
+  for (uint32_t byte = 0; byte == 0 || 32 * byte < 1u << from; ++byte)
+    for (uint32_t i = 0; i < 32; ++i) words[i] |= feistel_round(32 * byte + i, key, to) << 8 * byte;
+  Table table;
+  for (uint32_t i = 0; i < 32; ++i) set_line(table, kFirstLine + i, float_from_bits(words[i]));
+  return table;
+}
+
+// pi [n] of a chunk, and what more there is of whole groups of vectors.
 void make_permutation(const Params& p, const Segment& s, int chunk, uint32_t* pi) {
   const PermutationKeys keys = permutation_keys(p.seed, (uint64_t)s.stream, chunk);
   const int low_bits = p.q / 2, high_bits = p.q - p.q / 2;
-  const auto mix = [](vu x, uint32_t key) HSAID_LAMBDA {
-    x = (x ^ key) * 0x9E3779B1u;
-    return (x ^ x >> 15) * 0x85EBCA77u;
+  Table tables[kFeistelRounds];
+  for (int r = 0; r < kFeistelRounds; r += 2) {
+    tables[r] = round_table(keys.key[r], low_bits, high_bits);
+    tables[r + 1] = round_table(keys.key[r + 1], high_bits, low_bits);
+  }
+  const auto round = [&](int r, const vu(&half)[kGroup], vu(&other)[kGroup]) HSAID_LAMBDA {
+    vf line[kGroup], word[kGroup];
+    unroll<kGroup>([&](auto i) HSAID_LAMBDA { line[i] = (vf)(((half[i] & 31) + kFirstLine) << 21); });
+    look_up(tables[r], pack_lines(line), word);
+    unroll<kGroup>([&](auto i) HSAID_LAMBDA { other[i] ^= (vu)word[i] >> (half[i] >> 5 << 3) & 0xff; });
   };
-  for (int64_t k = 0; k < width(p); k += kLanes) {
-    const vu position = lane_index() + (uint32_t)k;
-    vu low = position & ((1u << low_bits) - 1), high = position >> low_bits;
-    unroll<kFeistelRounds / 2>([&](auto r) HSAID_LAMBDA {
-      high ^= mix(low, keys.key[2 * r]) >> (32 - high_bits);
-      low ^= mix(high, keys.key[2 * r + 1]) >> (32 - low_bits);
+  for (int64_t k = 0; k < width(p); k += kGroup * kLanes) {
+    vu low[kGroup], high[kGroup];
+    unroll<kGroup>([&](auto i) HSAID_LAMBDA {
+      const vu position = lane_index() + (uint32_t)(k + i * kLanes);
+      low[i] = position & ((1u << low_bits) - 1);
+      high[i] = position >> low_bits;
     });
-    store(pi + k, high << low_bits | low);
+    unroll<kFeistelRounds / 2>([&](auto r) HSAID_LAMBDA {
+      round(2 * r, low, high);
+      round(2 * r + 1, high, low);
+    });
+    unroll<kGroup>([&](auto i) HSAID_LAMBDA { store(pi + k + i * kLanes, high[i] << low_bits | low[i]); });
   }
 }
 
@@ -105,10 +127,11 @@ struct ZScratch {
   uint32_t* pi;  // the permutation of the chunk whose z was made last
   uint32_t* words;
 
-  static int64_t bytes(const Params& p) { return 2 * width(p) * 4 + 4 * num_sign_words(p.q) + kLineBytes; }
+  static int64_t count(const Params& p) { return width(p) > kGroup * kLanes ? width(p) : kGroup * kLanes; }
+  static int64_t bytes(const Params& p) { return 2 * count(p) * 4 + 4 * num_sign_words(p.q) + kLineBytes; }
   ZScratch(Arena& arena, const Params& p)
       : values(arena.take<float>(width(p))),
-        pi(arena.take<uint32_t>(width(p))),
+        pi(arena.take<uint32_t>(count(p))),
         words(arena.take<uint32_t>(num_sign_words(p.q))) {}
 };
 
@@ -164,14 +187,21 @@ HSAID_INLINE int64_t fetch_ahead(const void* from, int64_t ahead, int q, uintptr
   return ahead + (int64_t)((page / 2 - (uintptr_t)from) % page / item);
 }
 
+// Draws of a part of the last pass: the middle passes follow while it is in the first-level cache.
+HSAID_INLINE int64_t draws_together(int q) {
+  const int64_t draws = num_draws(q) >> last_bits(q);
+  return draws ? draws : 1;
+}
+
 // How often each position is counted beside (transform.h) while a block is generated or accumulated.
 HSAID_INLINE int64_t counts(const Params& p) {
   return (p.rademacher ? kDrawCounts<true> : kDrawCounts<false>)*p.chunks + 1 + num_middle_passes(p.q);
 }
-// Lines of T that move while a block is generated or accumulated.
+// Lines of T that move while a block is generated or accumulated, two at a time: one would be a call too many.
 template <class T>
-HSAID_INLINE Beside beside(const Params& p, void (*move)(const void*, int64_t), const void* what) {
-  return {move, what, counts(p) * width(p) / num_lines<kLineVectors<T>>(p.q)};
+HSAID_INLINE Beside beside(const Params& p, void (*move)(const void*, int64_t, int64_t), const void* what) {
+  const int64_t lines = num_lines<kLineVectors<T>>(p.q), step = lines > 1 ? 2 : 1;
+  return {move, what, step, counts(p) * width(p) / lines * step};
 }
 
 // A transformed block on its way out.
@@ -188,9 +218,9 @@ struct Emission {
   bool stream = false;
 };
 
-// The lines that begin at one of each part of the last pass.
+// Lines [begin, end) of each part of the last pass.
 template <class T, class Base>
-void emit_column(const void* emission, int64_t column) {
+void emit_lines(const void* emission, int64_t begin, int64_t end) {
   const Emission& e = *(const Emission*)emission;
   T* out = (T*)e.out;
   const Base* base = (const Base*)e.base;
@@ -214,7 +244,7 @@ void emit_column(const void* emission, int64_t column) {
         __builtin_prefetch((const char*)(base + k + e.ahead) + i, 0, 2);
     store_line(out + k, w, e.stream);
   };
-  last_pass<vectors, kSplit<T>>(e.buffer, e.forward->params.q, column, column + 1, drain);
+  last_pass<vectors, kSplit<T>>(e.buffer, e.forward->params.q, begin, end, drain);
 }
 
 // A block that is ragged, or whose segment or base is not dense. `scratch` is two times n.
@@ -262,7 +292,7 @@ Beside begin_emission(Emission& e, float* scratch) {
     e.ahead = fetch_ahead(e.base, (e.next - e.block) << p.q, p.q, item);
   }
   e.stream = e.forward->stream && (uintptr_t)e.out % kLineBytes == 0;
-  return beside<T>(p, !base ? emit_column<T, const void> : wide ? emit_column<T, float> : emit_column<T, T>, &e);
+  return beside<T>(p, !base ? emit_lines<T, const void> : wide ? emit_lines<T, float> : emit_lines<T, T>, &e);
 }
 
 Beside begin_emission(Emission& e, float* scratch) {
@@ -295,7 +325,7 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
   if (begin >= end) return;
   const KeepSubnormals keep;
   const Params& p = a.params;
-  const int64_t n = width(p), draws = num_draws(p.q);
+  const int64_t n = width(p), draws = num_draws(p.q), together = draws_together(p.q);
   Arena arena((p.chunks + 4) * n * (int64_t)sizeof(float) + ZScratch::bytes(p) + diagonal_bytes(p));
   float* z = arena.take<float>(p.chunks * n);
   float* buffers[2] = {arena.take<float>(n), arena.take<float>(n)};
@@ -318,9 +348,12 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
     diagonal.start(s, block);
     char* out = (char*)a.out + (s.out_offset + place * n) * item_size(a.out_dtype);
     float* buffer = buffers[i & 1];
-    for (int64_t draw = 0; draw < draws; ++draw)
-      (p.rademacher ? generate<true> : generate<false>)(diagonal, z, buffer, draw, going_out);
-    middle_passes<false>(buffer, p.q, going_out);
+    for (int64_t draw = 0; draw < draws;) {
+      const int64_t first = draw;
+      for (; draw < first + together; ++draw)
+        (p.rademacher ? generate<true> : generate<false>)(diagonal, z, buffer, draw, going_out);
+      middle_passes<false>(buffer + first * n / draws, together * n / draws, p.q, going_out);
+    }
     waiting = {&a, &s, block, next, place, a.factors[index], buffer, out};
     going_out = begin_emission(waiting, scratch);
   }
@@ -337,7 +370,7 @@ struct Reading {
 };
 
 template <class T>
-void read_column(const void* reading, int64_t column) {
+void read_lines(const void* reading, int64_t begin, int64_t end) {
   const Reading& r = *(const Reading*)reading;
   const T* data = (const T*)r.grads;
   constexpr int vectors = kLineVectors<T>;
@@ -349,7 +382,7 @@ void read_column(const void* reading, int64_t column) {
       unroll<vectors>([&](auto i) HSAID_LAMBDA { y[i] = load_as_float(data + k + i * kLanes); });
     __builtin_prefetch(data + k + r.ahead, 0, 2);
   };
-  last_pass_transposed<vectors, kSplit<T>>(r.buffer, r.q, column, column + 1, fill);
+  last_pass_transposed<vectors, kSplit<T>>(r.buffer, r.q, begin, end, fill);
 }
 
 // The work beside which block `block` is read into r.buffer; `next` is the one that will be read after it. One that is
@@ -361,14 +394,14 @@ Beside begin_reading(const Adjoint& a, const Segment& s, int64_t block, int64_t 
   if (left >= n && is_dense(s) && grad.dense) {
     r.grads = (const T*)grad.data + s.offset + first;
     r.ahead = fetch_ahead(r.grads, (next - block) * n, a.params.q, sizeof(T));
-    return beside<T>(a.params, read_column<T>, &r);
+    return beside<T>(a.params, read_lines<T>, &r);
   }
   const int64_t count = left < n ? left : n;
   gather<T>(grad, s, first, count, scratch);
   std::memset(scratch + count, 0, (n - count) * sizeof(float));
   r.grads = scratch;
   r.ahead = 0;
-  return beside<float>(a.params, read_column<float>, &r);
+  return beside<float>(a.params, read_lines<float>, &r);
 }
 
 // The rest of the transform over a draw, which is x then, and u_c += G_c . x.
@@ -390,7 +423,7 @@ HSAID_NOINLINE void accumulate(const Diagonal& diagonal, float* x, float* u, int
 void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) {
   const KeepSubnormals keep;
   const Params& p = a.params;
-  const int64_t n = width(p), draws = num_draws(p.q), blocks = num_blocks(p, s);
+  const int64_t n = width(p), draws = num_draws(p.q), together = draws_together(p.q), blocks = num_blocks(p, s);
   const int64_t most = group_blocks(p, a.run_blocks), runs = most / a.run_blocks, size = p.chunks * n;
   const int64_t begin = group * most, end = begin + most < blocks ? begin + most : blocks;
   Arena arena((3 * n + (runs > 1 ? size : 0)) * (int64_t)sizeof(float) + diagonal_bytes(p));
@@ -426,9 +459,13 @@ void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) 
       coming_in.count(counts(p) * n);
     } else {
       diagonal.start(s, block_of(a.listed, before));
-      middle_passes<true>(buffers[which ^ 1], p.q, coming_in);
-      for (int64_t draw = 0; draw < draws; ++draw)
-        (p.rademacher ? accumulate<true> : accumulate<false>)(diagonal, buffers[which ^ 1], run, draw, coming_in);
+      float* buffer = buffers[which ^ 1];
+      for (int64_t draw = 0; draw < draws;) {
+        const int64_t first = draw;
+        middle_passes<true>(buffer + first * n / draws, together * n / draws, p.q, coming_in);
+        for (; draw < first + together; ++draw)
+          (p.rademacher ? accumulate<true> : accumulate<false>)(diagonal, buffer, run, draw, coming_in);
+      }
     }
     if (runs > 1 && before >= 0 && block != before + runs) {
       for (int64_t k = 0; k < size; ++k) u[k] = u[k] + run[k];

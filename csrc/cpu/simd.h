@@ -209,7 +209,7 @@ HSAID_INLINE void look_up(const Table& table, const Lines& lines, vf (&x)[kGroup
   x[3] = (vf)vzip2q_u16(high01, high23);
 }
 #else
-constexpr int kGroup = 2;
+constexpr int kGroup = kLanes == 16 ? 4 : 2;
 
 struct Table {
   alignas(64) float values[32];
@@ -219,7 +219,11 @@ HSAID_INLINE void set_line(Table& table, uint32_t line, float x) { table.values[
 struct Lines {
   vu line[kGroup];
 };
-HSAID_INLINE Lines pack_lines(const vf (&v)[kGroup]) { return {{(vu)v[0] >> 21, (vu)v[1] >> 21}}; }
+HSAID_INLINE Lines pack_lines(const vf (&v)[kGroup]) {
+  Lines lines;
+  unroll<kGroup>([&](auto i) HSAID_LAMBDA { lines.line[i] = (vu)v[i] >> 21; });
+  return lines;
+}
 HSAID_INLINE void look_up(const Table& table, const Lines& lines, vf (&x)[kGroup]) {
   unroll<kGroup>([&](auto j) HSAID_LAMBDA {
 #if defined(__AVX512F__)

@@ -76,20 +76,20 @@ HSAID_INLINE void tile_stages(vf* x) {
   if constexpr (!kTranspose) register_stages<kTileBits - kLaneBits, false>(x);
 }
 
-// Lines that pass between memory and the caches beside a computation: a column of them, those of one step of the last
-// pass, for every `cost` positions that the computation counts. Bursts would be waited for, and the memory would be
-// idle in between.
+// Lines that pass between memory and the caches beside a computation: `step` of each part that the last pass joins, for
+// every `cost` positions that the computation counts. Bursts would be waited for, and the memory would be idle in
+// between.
 struct Beside {
-  void (*move)(const void* what, int64_t column);
+  void (*move)(const void* what, int64_t begin, int64_t end);
   const void* what;
-  int64_t cost;
-  int64_t counted = 0, column = 0;
+  int64_t step, cost;
+  int64_t line = 0, counted = 0;
 
   __attribute__((always_inline)) void count(int64_t positions) {
-    for (counted += positions; counted >= cost; counted -= cost) move(what, column++);
+    for (counted += positions; counted >= cost; counted -= cost, line += step) move(what, line, line + step);
   }
 };
-constexpr Beside kNothingBeside = {nullptr, nullptr, INT64_MAX};
+constexpr Beside kNothingBeside = {nullptr, nullptr, 0, INT64_MAX};
 
 // kBits stages from `bit` up over the whole buffer, whose positions are counted beside.
 template <int kBits, bool kTranspose>
@@ -105,22 +105,21 @@ void middle_pass(float* x, int64_t n, int bit, Beside& beside) {
     }
 }
 
-// All stages between the first and the last pass.
+// All stages between the first and the last pass, over one or more of the parts that the last pass joins.
 HSAID_INLINE int num_middle_passes(int q) { return (q - last_bits(q) - strip_bits(q) + kMiddleBits - 1) / kMiddleBits; }
 template <bool kTranspose>
-HSAID_INLINE void middle_passes(float* x, int q, Beside& beside) {
+HSAID_INLINE void middle_passes(float* x, int64_t size, int q, Beside& beside) {
   const int begin = strip_bits(q), end = q - last_bits(q), full = (end - begin) / kMiddleBits;
   const int rest = end - begin - full * kMiddleBits;
   const auto rest_pass = [&]() HSAID_LAMBDA {
     const int bit = end - rest;
-    if (rest == 1) middle_pass<1, kTranspose>(x, (int64_t)1 << q, bit, beside);
-    if (rest == 2) middle_pass<2, kTranspose>(x, (int64_t)1 << q, bit, beside);
-    if (rest == 3) middle_pass<3, kTranspose>(x, (int64_t)1 << q, bit, beside);
+    if (rest == 1) middle_pass<1, kTranspose>(x, size, bit, beside);
+    if (rest == 2) middle_pass<2, kTranspose>(x, size, bit, beside);
+    if (rest == 3) middle_pass<3, kTranspose>(x, size, bit, beside);
   };
   if (kTranspose) rest_pass();
   for (int i = 0; i < full; ++i)
-    middle_pass<kMiddleBits, kTranspose>(x, (int64_t)1 << q, begin + kMiddleBits * (kTranspose ? full - 1 - i : i),
-                                         beside);
+    middle_pass<kMiddleBits, kTranspose>(x, size, begin + kMiddleBits * (kTranspose ? full - 1 - i : i), beside);
   if (!kTranspose) rest_pass();
 }
 

@@ -93,9 +93,12 @@ void test_draws() {
             wrong += bits_of(got[lane]) != bits_of(expected);
           }
         };
-        int64_t moved = 0;  // beside it, a column for every 32 positions that are counted
-        const auto move = [](const void* moved, int64_t column) { *(int64_t*)moved += column == *(int64_t*)moved; };
-        Beside beside = {move, &moved, 32};
+        int64_t moved = 0;  // beside it, a line for every 32 positions that are counted
+        const auto move = [](const void* what, int64_t begin, int64_t end) {
+          int64_t& moved = *(int64_t*)what;
+          if (begin == moved) moved = end;
+        };
+        Beside beside = {move, &moved, 1, 32};
         for (int64_t draw = 0; draw < num_draws(q); ++draw) {
           if (rademacher)
             draw_diagonal<true>(diagonal, chunk, draw, beside, use);
@@ -103,7 +106,7 @@ void test_draws() {
             draw_diagonal<false>(diagonal, chunk, draw, beside, use);
         }
         const int64_t counts = rademacher ? kDrawCounts<true> : kDrawCounts<false>;
-        CHECK(moved == counts * width(p) / 32, "q %d rademacher %d: %lld columns", q, rademacher, (long long)moved);
+        CHECK(moved == counts * width(p) / 32, "q %d rademacher %d: %lld lines", q, rademacher, (long long)moved);
         CHECK(wrong == 0 && seen == width(p), "q %d rademacher %d chunk %d: %lld", q, rademacher, chunk,
               (long long)wrong);
       }
