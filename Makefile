@@ -11,6 +11,10 @@
 #
 #   make check    lint, the tests that touch no kernel
 #
+# With Debian's g++-aarch64-linux-gnu and qemu-user:
+#
+#   make arm      the C++ tests of the CPU kernels, built for 64-bit Arm and run in an emulator
+#
 # With 200 MB of packages more:
 #
 #   make clients  other people's training loops on an HSAID: Lightning, sentence-transformers, timm, PEFT, Accelerate,
@@ -46,7 +50,7 @@ CMAKE := $(abspath $(BIN))/cmake
 # As many processes as cores, each with a thread.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
-.PHONY: train measure test check clients triton-versions cuda-check wheels lint bench bench-full report gpu clean
+.PHONY: train measure test check arm clients triton-versions cuda-check wheels lint bench bench-full report gpu clean
 
 train: $(VENV)/.installed
 	$(BIN)/hsaid train $(ARGS)
@@ -63,6 +67,12 @@ test: $(VENV)/.installed-test lint build/cmake/test_core
 
 check: $(VENV)/.installed-test lint
 	$(TESTS) --dist loadfile tests/hierarchy tests/app/test_data.py tests/app/test_fuzz.py tests/app/test_terminal.py tests/fastfood/test_plan.py tests/test_import.py
+
+arm: $(VENV)/.installed
+	@$(CMAKE) -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	  -DHSAID_CPU=OFF -DHSAID_CUDA=OFF -DHSAID_TESTS=ON -DPython_EXECUTABLE="$(abspath $(BIN))/python" > /dev/null
+	@$(CMAKE) --build build/arm --target test_core
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm/test_core
 
 clients: build/clients/.installed
 	PYTHONPATH=build/clients $(TESTS) -rs --dist loadfile tests/clients $(ARGS)
