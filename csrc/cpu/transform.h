@@ -1,14 +1,13 @@
 // The Walsh-Hadamard transform of a block in passes over a buffer that stays in the cache, a few stages a pass in
 // registers:
 //
-//     first pass   stages at bits 2 .. t-1 of a tile of 2^t values, filled by the caller (of 16 vectors);
-//                  with fewer registers kStripStages more over a strip of tiles, while it is in the first-level cache
+//     first pass   stages at bits 2 .. t-1 of a tile of 2^t values, filled by the caller, 16 vectors at most; with
+//                  shorter vectors kStripStages more over a strip of tiles, while it is in the first-level cache
 //     middle       up to kMiddleBits stages a pass
 //     last pass    the top kLastBits stages, then bits 0 and 1, whole cache lines handed to the caller
 //
 // The order of stages is core/walsh_hadamard.h's; the transposed transform runs everything backwards.
-// Passes take a range of strips of tiles, or of lines, so that the caller can interleave two blocks: one waits for
-// memory while the other computes.
+// Passes take a range of strips of tiles, or of lines: while one block is computed, the lines of another go to memory.
 #pragma once
 
 #include "simd.h"
