@@ -211,28 +211,39 @@ HSAID_NOINLINE vf small_gaussian(const Diagonal& d, int chunk, uint32_t k) {
 constexpr int kDrawBits = 10;
 HSAID_INLINE int64_t num_draws(int q) { return q > kDrawBits ? (int64_t)1 << (q - kDrawBits) : 1; }
 
-// use(k, g) for the vectors of G at the positions of a draw, n >= 128. First all words, then all normals: two short
-// loops, each with its constants in registers; both count all positions beside.
-template <class Use>
-HSAID_INLINE void draw_gaussian(const Diagonal& d, int chunk, int64_t begin, int64_t end, Beside& beside, Use&& use) {
-  constexpr int parts = 16 / kLanes;          // vectors of calls that cover the 16 lowest positions
-  constexpr int side = kLanes == 16 ? 4 : 2;  // calls side by side: one is a long chain of dependent multiplications
-  alignas(64) uint32_t words[1 << (kDrawBits - 1)];
-  const int64_t calls = (end - begin) / 128 * parts;
+// Philox words of calls [0, calls) of a draw, kSide vectors of calls side by side: one is a long chain of dependent
+// multiplications. All positions are counted beside.
+template <int kSide>
+HSAID_INLINE void draw_words(const Diagonal& d, int chunk, int64_t begin, int64_t calls, Beside& beside,
+                             uint32_t* words) {
+  constexpr int parts = 16 / kLanes;  // vectors of calls that cover the 16 lowest positions
   const PhiloxPrefix prefix = d.prefix[chunk];
-  for (int64_t call = 0; call < calls; call += side) {
-    vu word1[side], w[side][4];
-    unroll<side>([&](auto i) HSAID_LAMBDA {
+  for (int64_t call = 0; call < calls; call += kSide) {
+    vu word1[kSide], w[kSide][4];
+    unroll<kSide>([&](auto i) HSAID_LAMBDA {
       const uint32_t at = (uint32_t)(call + i);
       word1[i] =
           lane_index() + (((uint32_t)(begin >> 7) + at / parts) << 4 | at % parts * kLanes | (uint32_t)chunk << 16);
     });
-    philox_vectors<side>(prefix, d.keys, word1, w);
-    unroll<side>([&](auto i) HSAID_LAMBDA {
+    philox_vectors<kSide>(prefix, d.keys, word1, w);
+    unroll<kSide>([&](auto i) HSAID_LAMBDA {
       unroll<4>([&](auto j) HSAID_LAMBDA { store(words + ((call + i) * 4 + j) * kLanes, w[i][j]); });
     });
-    beside.count((calls - call < side ? calls - call : side) * 8 * kLanes);
+    beside.count((calls - call < kSide ? calls - call : kSide) * 8 * kLanes);
   }
+}
+
+// use(k, g) for the vectors of G at the positions of a draw, n >= 128. First all words, then all normals: two short
+// loops, each with its constants in registers. Both count all positions beside.
+template <class Use>
+HSAID_INLINE void draw_gaussian(const Diagonal& d, int chunk, int64_t begin, int64_t end, Beside& beside, Use&& use) {
+  constexpr int parts = 16 / kLanes;
+  alignas(64) uint32_t words[1 << (kDrawBits - 1)];
+  const int64_t calls = (end - begin) / 128 * parts;
+  if (kLanes == 16 && calls >= 4)
+    draw_words<4>(d, chunk, begin, calls, beside, words);
+  else
+    draw_words<2>(d, chunk, begin, calls, beside, words);
   for (int64_t call = 0; call < calls; ++call) {
     unroll<8 / kGroup>([&](auto group) HSAID_LAMBDA {
       vu magic[kGroup];

@@ -197,10 +197,10 @@ HSAID_INLINE int64_t draws_together(int q) {
 HSAID_INLINE int64_t counts(const Params& p) {
   return (p.rademacher ? kDrawCounts<true> : kDrawCounts<false>)*p.chunks + 1 + num_middle_passes(p.q);
 }
-// Lines of T that move while a block is generated or accumulated, two at a time: one would be a call too many.
+// Lines of T that move while a block is generated or accumulated: eight at a time, which a call is little against.
 template <class T>
 HSAID_INLINE Beside beside(const Params& p, void (*move)(const void*, int64_t, int64_t), const void* what) {
-  const int64_t lines = num_lines<kLineVectors<T>>(p.q), step = lines > 1 ? 2 : 1;
+  const int64_t lines = num_lines<kLineVectors<T>>(p.q), most = 8 >> last_bits(p.q), step = lines < most ? lines : most;
   return {move, what, step, counts(p) * width(p) / lines * step};
 }
 
