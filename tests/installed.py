@@ -71,6 +71,8 @@ try:  # an error passes through torch: it needs torch's own C++ runtime
     torch.ops.hsaid_kernels.hadamard_transform(torch.ones(2, dtype=torch.int32), 1.0)
 except RuntimeError as error:
     assert "expected float32" in str(error)
+else:
+    raise AssertionError("hadamard_transform of int32 was not refused")
 seen = [f"known answers on {', '.join(ISAS)}"]
 
 loads = ops._load("_cuda", "CUDA") if torch.backends.cuda.is_built() else available["cuda"]

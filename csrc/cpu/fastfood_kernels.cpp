@@ -1,6 +1,6 @@
 // The projection's kernels, compiled once for each instruction set (HSAID_ISA):
 //
-//     forward   out_b = base_b + f * H(sum_c G_bc . z_c)     block after block; z is made when a segment begins
+//     forward   out_b = base_b + f * H(sum_c G_bc . z_c)     block after block; z (z.h) is made when a segment begins
 //     adjoint   u_c  += G_bc . (H g_b)                       block after block of a group
 //
 // A block of n <= 16,384 floats and z stay in the second-level cache.  Memory is touched once: W0 read and W written,
@@ -8,11 +8,7 @@
 // Everything here and in the headers beside it has internal linkage, and nothing comes from the standard library's
 // inline functions: the linker would keep one instruction set's copy for all.
 
-#include <cstdlib>
-
-#include "../core/permutation.h"
-#include "diagonal.h"
-#include "fastfood.h"
+#include "z.h"
 
 #define HSAID_CONCAT_(a, b) a##b
 #define HSAID_CONCAT(a, b) HSAID_CONCAT_(a, b)
@@ -27,124 +23,8 @@ constexpr int kLineVectors = kLineBytes / (int)sizeof(T) / kLanes;
 template <class T>
 constexpr bool kSplit = std::is_same_v<T, bf16>;
 
-// One allocation, cut into pieces that begin on cache lines.
-struct Arena {
-  char* memory;
-  int64_t used = 0;
-
-  explicit Arena(int64_t bytes) : memory((char*)aligned_alloc(kLineBytes, round(bytes))) {
-    if (!memory) out_of_memory(bytes);
-  }
-  ~Arena() { free(memory); }
-  Arena(const Arena&) = delete;
-
-  static int64_t round(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = (T*)(memory + used);
-    used += round(count * (int64_t)sizeof(T));
-    return piece;
-  }
-};
-
 HSAID_INLINE int64_t diagonal_bytes(const Params& p) {
   return p.chunks * (int64_t)(sizeof(PhiloxPrefix) + 4 * num_sign_words(p.q)) + 2 * kLineBytes;
-}
-
-void walsh_hadamard_block(float* x, int q) {
-  first_pass(x, q, 0, num_strips(q), [&](auto t, int64_t k, vf* v) HSAID_LAMBDA {
-    unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { v[i] = load(x + k + i * kLanes); });
-  });
-  Beside nothing = kNothingBeside;
-  middle_passes<false>(x, (int64_t)1 << q, q, nothing);
-  last_pass<1, false>(x, q, 0, num_lines<1>(q), [&](int64_t k, const vf(&y)[1]) HSAID_LAMBDA { store(x + k, y[0]); });
-}
-
-void walsh_hadamard_transposed(float* x, int q) {
-  last_pass_transposed<1, false>(x, q, 0, num_lines<1>(q),
-                                 [&](int64_t k, vf(&y)[1]) HSAID_LAMBDA { y[0] = load(x + k); });
-  Beside nothing = kNothingBeside;
-  middle_passes<true>(x, (int64_t)1 << q, q, nothing);
-  first_pass_transposed(x, q, 0, num_strips(q), [&](auto t, int64_t k, vf* v) HSAID_LAMBDA {
-    unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { store(x + k + i * kLanes, v[i]); });
-  });
-}
-
-void multiply_signs(const Params& p, const Segment& s, int chunk, const PhiloxKeys& keys, uint32_t* words, float* x) {
-  make_sign_words(stream_of(p, s, kSigns, 0, chunk), keys, p.q, words);
-  with_tile_bits(tile_bits(p.q), [&](auto t) HSAID_LAMBDA {
-    for (int64_t k = 0; k < width(p); k += 1 << t)
-      sign_tile<t>(words, k, [&](int i, SignVector d) HSAID_LAMBDA {
-        store(x + k + i * kLanes, SignVector::times(d, load(x + k + i * kLanes)));
-      });
-  });
-}
-
-// What a round of the permutation (core/permutation.h) adds to one half of the bits, for each of up to 2^7 other
-// halves: byte h >> 5 of word h & 31 of a table.
-Table round_table(uint32_t key, int from, int to) {
-  uint32_t words[32] = {};
-  for (uint32_t byte = 0; byte == 0 || 32 * byte < 1u << from; ++byte)
-    for (uint32_t i = 0; i < 32; ++i) words[i] |= feistel_round(32 * byte + i, key, to) << 8 * byte;
-  Table table;
-  for (uint32_t i = 0; i < 32; ++i) set_line(table, kFirstLine + i, float_from_bits(words[i]));
-  return table;
-}
-
-// pi [n] of a chunk, and what more there is of whole groups of vectors.
-void make_permutation(const Params& p, const Segment& s, int chunk, uint32_t* pi) {
-  const PermutationKeys keys = permutation_keys(p.seed, (uint64_t)s.stream, chunk);
-  const int low_bits = p.q / 2, high_bits = p.q - p.q / 2;
-  Table tables[kFeistelRounds];
-  for (int r = 0; r < kFeistelRounds; r += 2) {
-    tables[r] = round_table(keys.key[r], low_bits, high_bits);
-    tables[r + 1] = round_table(keys.key[r + 1], high_bits, low_bits);
-  }
-  const auto round = [&](int r, const vu(&half)[kGroup], vu(&other)[kGroup]) HSAID_LAMBDA {
-    vf line[kGroup], word[kGroup];
-    unroll<kGroup>([&](auto i) HSAID_LAMBDA { line[i] = (vf)(((half[i] & 31) + kFirstLine) << 21); });
-    look_up(tables[r], pack_lines(line), word);
-    unroll<kGroup>([&](auto i) HSAID_LAMBDA { other[i] ^= (vu)word[i] >> (half[i] >> 5 << 3) & 0xff; });
-  };
-  for (int64_t k = 0; k < width(p); k += kGroup * kLanes) {
-    vu low[kGroup], high[kGroup];
-    unroll<kGroup>([&](auto i) HSAID_LAMBDA {
-      const vu position = lane_index() + (uint32_t)(k + i * kLanes);
-      low[i] = position & ((1u << low_bits) - 1);
-      high[i] = position >> low_bits;
-    });
-    unroll<kFeistelRounds / 2>([&](auto r) HSAID_LAMBDA {
-      round(2 * r, low, high);
-      round(2 * r + 1, high, low);
-    });
-    unroll<kGroup>([&](auto i) HSAID_LAMBDA { store(pi + k + i * kLanes, high[i] << low_bits | low[i]); });
-  }
-}
-
-// What making z takes: arrays of n values and of sign words.
-struct ZScratch {
-  float* values;
-  uint32_t* pi;  // the permutation of the chunk whose z was made last
-  uint32_t* words;
-
-  static int64_t count(const Params& p) { return width(p) > kGroup * kLanes ? width(p) : kGroup * kLanes; }
-  static int64_t bytes(const Params& p) { return 2 * count(p) * 4 + 4 * num_sign_words(p.q) + kLineBytes; }
-  ZScratch(Arena& arena, const Params& p)
-      : values(arena.take<float>(width(p))),
-        pi(arena.take<uint32_t>(count(p))),
-        words(arena.take<uint32_t>(num_sign_words(p.q))) {}
-};
-
-// z [n] of one chunk of theta.
-void make_z(const Params& p, const Segment& s, int chunk, const float* theta, const PhiloxKeys& keys,
-            const ZScratch& scratch, float* z) {
-  const int64_t n = width(p), begin = chunk * n, count = p.dim - begin < n ? p.dim - begin : n;
-  std::memcpy(scratch.values, theta + begin, count * sizeof(float));
-  std::memset(scratch.values + count, 0, (n - count) * sizeof(float));
-  multiply_signs(p, s, chunk, keys, scratch.words, scratch.values);
-  walsh_hadamard_block(scratch.values, p.q);
-  make_permutation(p, s, chunk, scratch.pi);
-  for (int64_t k = 0; k < n; ++k) z[k] = scratch.values[scratch.pi[k]];
 }
 
 // The runs of consecutive elements that values [first, first + count) of a segment fall into:
