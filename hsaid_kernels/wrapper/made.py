@@ -21,8 +21,8 @@ class Made:
     """Weights, and the tensors they were computed from, to notice when they are out of date.
 
     theta and the multipliers are compared by value too, because fused optimizers write to them without increasing
-    torch's version counter. W0 is compared by address and version counter. References to these tensors are kept, so no
-    new tensor can get the same address.
+    torch's version counter. W0 is compared by place (`place_of`) and version counter. References to these tensors are
+    kept, so no new tensor can get the same address.
 
     values    theta and the multipliers, as they were: the weights are made from these
     factors   of all segments, multiplied by the plan's scales, once they have been needed
@@ -57,7 +57,7 @@ class Made:
         self.versions = [tensor._version if self.tracked else 0 for tensor in (theta, multipliers)]
         self.group_of = {name: group for group in groups for name in group.names}
         self.stamps = {
-            name: (tensor, 0 if sharded else tensor.data_ptr(), tensor._version if self.tracks_w0 else 0)
+            name: (tensor, None if sharded else place_of(tensor), tensor._version if self.tracks_w0 else 0)
             for name, tensor in w0.items()
         }
         self.sharded = sharded
@@ -81,8 +81,8 @@ class Made:
     def changed(self, names: Sequence[str]) -> str | None:
         """The first of these tensors whose W0 has changed."""
         for name in names:
-            tensor, address, before = self.stamps[name]
-            same = self.sharded or (tensor.data_ptr() == address and (not self.tracks_w0 or tensor._version == before))
+            tensor, place, before = self.stamps[name]
+            same = self.sharded or (place_of(tensor) == place and (not self.tracks_w0 or tensor._version == before))
             if not same or (name in self.stored and stamp_of(tensor) != self.stored[name]):
                 return name
         return None
@@ -134,6 +134,14 @@ class Made:
         return values is self.values or all(map(torch.equal, values, self.values))
 
 
+def place_of(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """Where a tensor's elements lie.
+
+    `w.data = w.data.t()` changes neither the address nor the version, `w.data = w.data[:n]` not even the strides.
+    """
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
 def scaled_factors(plan: Plan, partition: Partition, multipliers: Tensor) -> Tensor:
     """The factors of all segments of a plan, multiplied by its scales."""
     return partition.factors(multipliers) * plan.scales_on(multipliers.device)
@@ -164,12 +172,17 @@ class Scaled(torch.autograd.Function):
         return found, None, None
 
 
-def check_devices(w0: Mapping[str, Tensor], theta: Tensor) -> None:
-    """Raises ValueError if W0 is not on theta's device."""
+def check_w0(w0: Mapping[str, Tensor], theta: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError if W0 is not on theta's device, or no longer of these shapes."""
     if elsewhere := {tensor.device for tensor in w0.values()} - {theta.device}:
         raise ValueError(
             f"model: expected its tensors on {theta.device}, where theta is, got some on {elsewhere.pop()}: "
             "hsaid.to(device) moves both"
+        )
+    if other := next((name for name, tensor in w0.items() if tensor.shape != shapes[name]), None):
+        raise ValueError(
+            f"model: expected {other!r} of shape {shapes[other]}, as it was when it was wrapped, got one of shape "
+            f"{tuple(w0[other].shape)}: unwrap() the model before changing it"
         )
 
 

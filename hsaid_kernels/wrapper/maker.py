@@ -14,7 +14,7 @@ from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.hierarchy import Partition
 from hsaid_kernels.wrapper.blocks import blocks_of, joined
 from hsaid_kernels.wrapper.groups import Group, divide, tables_of
-from hsaid_kernels.wrapper.made import Made, Scaled, check_devices, scaled_factors, undisturbed
+from hsaid_kernels.wrapper.made import Made, Scaled, check_w0, scaled_factors, undisturbed
 from hsaid_kernels.wrapper.quantized import whole
 from hsaid_kernels.wrapper.saving import BlockWeight
 from hsaid_kernels.wrapper.sharded import divided, gathered_dtype, owners_of
@@ -77,7 +77,7 @@ class Maker(WatchedModel):
     def groups(self, w0: Mapping[str, Tensor], theta: Tensor) -> list[Group]:
         """The tensors by the dtype of their weights. Raises as `divide`."""
         dtypes = {name: tensor.dtype for name, tensor in w0.items()}
-        check_devices(w0, theta)
+        check_w0(w0, theta, self.plan.shapes)
         owners: dict[str, int] = {}  # by number, as these modules are not to be kept alive from here
         if self.ranks is not None:
             modules = owners_of(self.model, self.owner() if self.owner else None)

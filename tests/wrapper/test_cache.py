@@ -47,7 +47,7 @@ def test_weights_are_made_once_while_nothing_changes(calls, backend):
 
     assert made() == 1
     assert made() == 0
-    classifier = model.classifier
+    classifier, square = model.classifier, "bert.encoder.layer.0.attention.self.query.weight"
     changes = {
         "theta": lambda: hsaid.theta.normal_(),
         "multipliers": lambda: hsaid.multipliers.mul_(2),
@@ -56,6 +56,7 @@ def test_weights_are_made_once_while_nothing_changes(calls, backend):
         "W0 in place": lambda: hsaid.w0()["classifier.bias"].add_(1),
         "W0 loaded": lambda: model.load_state_dict(snapshot(bert())),
         "W0's data": lambda: setattr(hsaid.w0()["classifier.bias"], "data", torch.randn(2)),
+        "W0's data where it was, transposed": lambda: setattr(hsaid.w0()[square], "data", hsaid.w0()[square].data.t()),
         "W0 replaced": lambda: setattr(classifier, "bias", nn.Parameter(torch.randn(2))),
         "module replaced": lambda: setattr(model, "classifier", nn.Linear(16, 2)),
     }
@@ -70,6 +71,30 @@ def test_weights_are_made_once_while_nothing_changes(calls, backend):
     hsaid.theta.data.fill_(1)
     hsaid.train().eval()
     assert made() == 1
+
+
+@pytest.mark.parametrize("memory", ["step", "block"])
+def test_w0_that_comes_to_lie_otherwise_is_read_anew(memory):
+    """A read outside of a call, of which nothing but the weight's own W0 is compared."""
+    hsaid = HSAID(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), 40, memory=memory)
+    layer, w0 = hsaid.model[0], hsaid.w0()["0.weight"]
+    before = layer.weight.detach().clone()
+    added = before - w0.data
+    w0.data = w0.data.t()
+    assert torch.allclose(layer.weight, w0.data + added) and not torch.equal(layer.weight, before)
+    assert torch.equal(hsaid.merge()[0].weight, layer.weight)
+
+
+@pytest.mark.parametrize("change", [lambda w0: w0[:4], lambda w0: w0.view(4, 16), lambda w0: torch.ones(16, 8)])
+@pytest.mark.parametrize("read", [lambda hsaid: hsaid(torch.ones(1, 8)), lambda hsaid: hsaid.model[0].weight])
+def test_w0_of_another_shape_is_refused_by_name(change, read):
+    """Rows cut off in place, for instance: neither address nor version are others, and more rows would be enough."""
+    hsaid = HSAID(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), 40)
+    read(hsaid)
+    w0 = hsaid.w0()["0.weight"]
+    w0.data = change(w0.data)
+    with pytest.raises(ValueError, match=r"model: expected '0.weight' of shape \(8, 8\), as it was"):
+        read(hsaid)
 
 
 def test_inference_weights_made_first_serve_training_later(backend):
