@@ -4,7 +4,6 @@
 // one piece, and tile t of the call is tile listed[t] of it.
 
 #include <algorithm>
-#include <vector>
 
 #include "pieces.h"
 
@@ -234,32 +233,31 @@ __global__ void __launch_bounds__(kThreads, 2) fastfood_forward_kernel(const __g
 }
 
 // All pieces of a call, in launches of at most kMaxPieces.
-std::vector<ForwardPiece> pieces_of(const Forward& f) {
-  std::vector<ForwardPiece> pieces;
-  pieces.reserve(f.num_segments + f.num_holes);
-  const auto add = [&](const Segment& s, int factor) {
-    const DeviceTensor base = f.base && s.tensor >= 0 ? f.base[s.tensor] : DeviceTensor{nullptr, f.out_dtype};
-    ForwardPiece piece{
-        piece_of(s, base), (void*)address(f.out, f.out_dtype, s.out_offset), (uint64_t)s.stream, factor, 0, 0};
-    if (!is_aligned(piece.out, f.out_dtype))
-      piece.base.fours = false;
-    else if (base.data && piece.base.cols == 0 && is_aligned(piece.base.data, base.dtype))
-      piece.whole_tiles = (int)(s.rows * s.cols / kTile);
-    pieces.push_back(piece);
-  };
-  for (int64_t i = 0; i < f.num_segments; ++i) add(f.segments[i], (int)i);
-  for (int64_t i = 0; i < f.num_holes; ++i) add(f.holes[i], -1);
-  return pieces;
+// Of the segments, then the holes: number i.
+ForwardPiece forward_piece(const Forward& f, int64_t i) {
+  const bool hole = i >= f.num_segments;
+  const Segment& s = hole ? f.holes[i - f.num_segments] : f.segments[i];
+  const DeviceTensor base = f.base && s.tensor >= 0 ? f.base[s.tensor] : DeviceTensor{nullptr, f.out_dtype};
+  ForwardPiece piece{piece_of(s, base),
+                     (void*)address(f.out, f.out_dtype, s.out_offset),
+                     (uint64_t)s.stream,
+                     hole ? -1 : (int)i,
+                     0,
+                     0};
+  if (!is_aligned(piece.out, f.out_dtype))
+    piece.base.fours = false;
+  else if (base.data && piece.base.cols == 0 && is_aligned(piece.base.data, base.dtype))
+    piece.whole_tiles = (int)(s.rows * s.cols / kTile);
+  return piece;
 }
 
 void launch_forward(void (*z_kernel)(ForwardParams), void (*kernel)(ForwardParams), const Forward& f,
                     const Workspace& workspace, cudaStream_t stream) {
   const char* name = "fastfood_forward_kernel";
-  const std::vector<ForwardPiece> pieces = pieces_of(f);
+  const int64_t pieces = f.num_segments + f.num_holes;
   const int resident = resident_blocks(kernel, name, kThreads, kSharedBytes), chunks = f.params.chunks;
   const int64_t z_floats = width(f.params) * chunks;
-  const size_t most =
-      (size_t)std::clamp<int64_t>(kWorkspaceFloats / z_floats, 1, std::min<int64_t>(kMaxPieces, pieces.size()));
+  const int64_t most = std::clamp<int64_t>(kWorkspaceFloats / z_floats, 1, std::min<int64_t>(kMaxPieces, pieces));
   ForwardParams a{};
   a.params = f.params;
   a.theta = f.theta;
@@ -268,11 +266,11 @@ void launch_forward(void (*z_kernel)(ForwardParams), void (*kernel)(ForwardParam
   a.listed = f.listed.entries;
   a.z = workspace(most * z_floats + 1);
   a.taken = (int*)(a.z + most * z_floats);
-  for (size_t begin = 0; begin < pieces.size(); begin += most) {
-    a.num_pieces = (int)std::min(most, pieces.size() - begin);
+  for (int64_t begin = 0; begin < pieces; begin += most) {
+    a.num_pieces = (int)std::min(most, pieces - begin);
     a.num_tiles = 0;
     for (int i = 0; i < a.num_pieces; ++i) {
-      a.pieces[i] = pieces[begin + i];
+      a.pieces[i] = forward_piece(f, begin + i);
       a.pieces[i].first_tile = a.num_tiles;
       a.num_tiles += (int)(a.listed ? f.listed.count : num_tiles(a.pieces[i].base));
     }

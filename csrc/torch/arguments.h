@@ -1,6 +1,7 @@
 // Checks of arguments that the CPU's and the CUDA library's ops share.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
@@ -16,6 +17,9 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// The tensor itself where it is contiguous: contiguous() would be a call of torch's dispatcher.
+inline Tensor row_major(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // q of a width 2^q
 inline int checked_width_bits(int64_t width) {

@@ -46,11 +46,10 @@ Tensor pooled(int64_t numel, int64_t item, ScalarType dtype, const Tensor& like)
 
 int64_t empty_cache() { return hsaid::empty_pool(); }
 
-Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, Tensor segments, int64_t seed,
-                        int64_t width, bool rademacher, Tensor holes, int64_t numel, ScalarType dtype,
-                        std::optional<Tensor> listed, int64_t span) {
-  theta = torch::stable::contiguous(theta);
-  factors = torch::stable::contiguous(factors);
+Tensor fastfood_forward(const Tensor& given_theta, const Tensor& given_factors, const std::vector<Tensor>& base,
+                        const Tensor& segments, int64_t seed, int64_t width, bool rademacher, const Tensor& holes,
+                        int64_t numel, ScalarType dtype, const std::optional<Tensor>& listed, int64_t span) {
+  const Tensor theta = row_major(given_theta), factors = row_major(given_factors);
   const CheckedPlan plan =
       check_plan(theta, segments, seed, width, rademacher, base.empty() ? -1 : (int64_t)base.size());
   const hsaid::Dtype out_dtype = dtype_of(dtype, "dtype");
@@ -79,11 +78,11 @@ Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, 
   return out;
 }
 
-std::tuple<Tensor, Tensor> fastfood_adjoint(Tensor theta, Tensor factors, std::vector<std::optional<Tensor>> grads,
-                                            Tensor segments, int64_t seed, int64_t width, bool rademacher,
-                                            int64_t run_blocks, std::optional<Tensor> listed, int64_t span) {
-  theta = torch::stable::contiguous(theta);
-  factors = torch::stable::contiguous(factors);
+std::tuple<Tensor, Tensor> fastfood_adjoint(const Tensor& given_theta, const Tensor& given_factors,
+                                            const std::vector<std::optional<Tensor>>& grads, const Tensor& segments,
+                                            int64_t seed, int64_t width, bool rademacher, int64_t run_blocks,
+                                            const std::optional<Tensor>& listed, int64_t span) {
+  const Tensor theta = row_major(given_theta), factors = row_major(given_factors);
   CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, grads.size());
   hsaid::Listed blocks{};
   hsaid::Segment segment;
@@ -115,8 +114,8 @@ std::tuple<Tensor, Tensor> fastfood_adjoint(Tensor theta, Tensor factors, std::v
   return {dtheta, dfactors};
 }
 
-Tensor hadamard_transform(Tensor x, double scale) {
-  x = torch::stable::contiguous(x);
+Tensor hadamard_transform(const Tensor& given, double scale) {
+  const Tensor x = row_major(given);
   Tensor out = torch::stable::empty_like(x);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x: expected a last dimension of at least 1");
   const int64_t dim = x.size(x.dim() - 1), rows = x.numel() / dim;
@@ -142,7 +141,7 @@ Tensor hadamard_transform(Tensor x, double scale) {
 }
 
 // The scalar streams of csrc/core; the kernels have their own, vectorised ones.
-Tensor stream_values(Tensor like, int64_t seed, int64_t stream, int64_t purpose, int64_t block, int64_t chunk,
+Tensor stream_values(const Tensor& like, int64_t seed, int64_t stream, int64_t purpose, int64_t block, int64_t chunk,
                      int64_t width, bool rademacher) {
   const hsaid::Stream s = checked_stream(seed, stream, purpose, block, chunk);
   const int q = checked_width_bits(width);

@@ -41,7 +41,7 @@ struct Arguments {
   cuda::DeviceTensor dense(const Tensor& t, const char* what) {
     check_device(t, what);
     const hsaid::Dtype dtype = dtype_of(t.scalar_type(), what);
-    if (t.is_contiguous()) return {t.const_data_ptr(), dtype};  // contiguous() would be a call of torch's dispatcher
+    if (t.is_contiguous()) return {t.const_data_ptr(), dtype};
     kept.push_back(torch::stable::contiguous(t));
     return {kept.back().const_data_ptr(), dtype};
   }
@@ -72,12 +72,11 @@ DeviceGuard guard_for(const Tensor& theta, const char* what) {
   return DeviceGuard(theta.get_device_index());
 }
 
-Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, Tensor segments, int64_t seed,
-                        int64_t width, bool rademacher, Tensor holes, int64_t numel, ScalarType dtype,
-                        std::optional<Tensor> listed, int64_t span) {
-  const auto guard = guard_for(theta, "theta");
-  theta = torch::stable::contiguous(theta);
-  factors = torch::stable::contiguous(factors);
+Tensor fastfood_forward(const Tensor& given_theta, const Tensor& given_factors, const std::vector<Tensor>& base,
+                        const Tensor& segments, int64_t seed, int64_t width, bool rademacher, const Tensor& holes,
+                        int64_t numel, ScalarType dtype, const std::optional<Tensor>& listed, int64_t span) {
+  const auto guard = guard_for(given_theta, "theta");
+  const Tensor theta = row_major(given_theta), factors = row_major(given_factors);
   const CheckedPlan plan =
       check_plan(theta, segments, seed, width, rademacher, base.empty() ? -1 : (int64_t)base.size());
   const hsaid::Dtype out_dtype = dtype_of(dtype, "dtype");
@@ -105,12 +104,12 @@ Tensor fastfood_forward(Tensor theta, Tensor factors, std::vector<Tensor> base, 
   return out;
 }
 
-std::tuple<Tensor, Tensor> fastfood_adjoint(Tensor theta, Tensor factors, std::vector<std::optional<Tensor>> grads,
-                                            Tensor segments, int64_t seed, int64_t width, bool rademacher,
-                                            int64_t run_blocks, std::optional<Tensor> listed, int64_t span) {
-  const auto guard = guard_for(theta, "theta");
-  theta = torch::stable::contiguous(theta);
-  factors = torch::stable::contiguous(factors);
+std::tuple<Tensor, Tensor> fastfood_adjoint(const Tensor& given_theta, const Tensor& given_factors,
+                                            const std::vector<std::optional<Tensor>>& grads, const Tensor& segments,
+                                            int64_t seed, int64_t width, bool rademacher, int64_t run_blocks,
+                                            const std::optional<Tensor>& listed, int64_t span) {
+  const auto guard = guard_for(given_theta, "theta");
+  const Tensor theta = row_major(given_theta), factors = row_major(given_factors);
   CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, grads.size());
   check_run_blocks(run_blocks);
   Arguments arguments(theta);
@@ -139,9 +138,9 @@ std::tuple<Tensor, Tensor> fastfood_adjoint(Tensor theta, Tensor factors, std::v
   return {dtheta, dfactors};
 }
 
-Tensor hadamard_transform(Tensor x, double scale) {
-  const auto guard = guard_for(x, "x");
-  x = torch::stable::contiguous(x);
+Tensor hadamard_transform(const Tensor& given, double scale) {
+  const auto guard = guard_for(given, "x");
+  const Tensor x = row_major(given);
   Tensor out = torch::stable::empty_like(x);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x: expected a last dimension of at least 1");
   const int64_t dim = x.size(x.dim() - 1);
@@ -151,7 +150,7 @@ Tensor hadamard_transform(Tensor x, double scale) {
   return out;
 }
 
-Tensor stream_values(Tensor like, int64_t seed, int64_t stream, int64_t purpose, int64_t block, int64_t chunk,
+Tensor stream_values(const Tensor& like, int64_t seed, int64_t stream, int64_t purpose, int64_t block, int64_t chunk,
                      int64_t width, bool rademacher) {
   const hsaid::Stream s = checked_stream(seed, stream, purpose, block, chunk);
   const int q = checked_width_bits(width);
