@@ -1,7 +1,13 @@
-"""The Triton kernels compiled for a GPU that need not be there: what tests look at and benchmarks/sass.py counts."""
+"""The Triton kernels and launches for a GPU that need not be there: what tests look at and sass.py and host_time.py
+count and time.
+"""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
+from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -10,7 +16,7 @@ import hsaid_kernels.fastfood.triton.fastfood_adjoint as adjoint
 import hsaid_kernels.fastfood.triton.fastfood_forward as forward
 import hsaid_kernels.fastfood.triton.hadamard_transform as hadamard
 from hsaid_kernels.fastfood.plan import MAX_WIDTH
-from hsaid_kernels.fastfood.triton import memory, tile
+from hsaid_kernels.fastfood.triton import memory, ops, tile
 
 FLOATS = "theta factors scratch zs sums carry dfactors dtheta x".split()
 TABLES = "listed runs first_runs pieces bases grads items parts lines table".split()
@@ -74,3 +80,46 @@ def compiled(kernel: Kernel, backend: str = "cuda", arch: int | str = 90, warp_s
         options["maxnreg"] = kernel.registers
     source = ASTSource(kernel.function, signature, given, aligned)
     return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
+
+
+class FakeDevice:
+    """Takes the place of Triton's driver for an H200: kernels are compiled, and launches written down."""
+
+    def __init__(self):
+        self.launches: list[tuple[str, tuple, int]] = []  # name, grid, number of the binary
+        self.binaries: list[bytes] = []
+        self.utils = self
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
+
+    def load_binary(self, name, binary, shared, device):
+        self.binaries.append(binary)
+        return self, (name, len(self.binaries) - 1), 0, 0, 1024
+
+    def launcher_cls(self, source, metadata):
+        def launch(x, y, z, stream, function, *arguments):
+            self.launches.append((function[0], (x, y, z), function[1]))
+
+        return launch
+
+
+@contextmanager
+def fake_device() -> Iterator[FakeDevice]:
+    """A fake device to which tensors on the CPU belong."""
+    fake = FakeDevice()
+    with mock.patch.multiple(ops, _check_place=lambda tensor, what: None, _on=lambda device: torch.no_grad()):
+        triton.runtime.driver.set_active(fake)
+        try:
+            yield fake
+        finally:
+            triton.runtime.driver.set_active(None)

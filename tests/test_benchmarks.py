@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gpu
+import host_time
 import peers
 import pytest
 import report
@@ -274,3 +275,19 @@ def test_time_in_which_a_kernel_runs():
 def test_places_are_taken_as_they_become_free():
     assert schedule.groups_of([5 * 2**14 + 1, 3, 4 * 2**14], 2) == [2, 2, 2, 2, 2, 1]
     assert schedule.time_until_done([2, 2, 1], 2) == pytest.approx(3 + 2 * schedule.BESIDE)
+
+
+def test_host_time_of_the_backends_that_can_be_measured_here():
+    script = Path(gpu.__file__).with_name("host_time.py")
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    printed = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True, env=variables).stdout
+    times = {line.rsplit(maxsplit=2)[0]: float(line.split()[-2]) for line in printed.splitlines()[1:]}
+    assert printed.startswith("201 tensors") and min(times.values()) > 0
+    for backend in {name.split(",")[0] for name in times if name.endswith(("forward", "adjoint"))}:
+        assert times[f"{backend}, forward"] > times["asking for addresses"] < times[f"{backend}, adjoint"]
+
+
+def test_rounds_of_host_time_take_turns():
+    order: list[str] = []
+    times = host_time.microseconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, calls=2, rounds=3)
+    assert "".join(order) == "aabb" * 4 and times.keys() == {"a", "b"}

@@ -8,6 +8,7 @@ device types that other backends support too. Its kernels are therefore in a sec
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -101,9 +102,15 @@ def _plain(tensor: Tensor | None) -> Tensor | None:
     return (tensor if tensor.layout == torch.strided else tensor.to_dense()).resolve_neg()
 
 
+@functools.cache
+def _triton_ops() -> Any:
+    """The module with the ops of the Triton backend. Imported on first use: importing Triton takes a second."""
+    return importlib.import_module("hsaid_kernels.fastfood.triton.ops")
+
+
 def _in_triton(name: str) -> None:
-    def run(*arguments):  # imported on first use, because importing Triton takes a second
-        return getattr(importlib.import_module("hsaid_kernels.fastfood.triton.ops"), name)(*arguments)
+    def run(*arguments):
+        return getattr(_triton_ops(), name)(*arguments)
 
     torch.library.impl(f"{TRITON_NAMESPACE}::{name}", "CompositeExplicitAutograd")(run)
 
@@ -231,7 +238,7 @@ def prepare(plan: Plan, device: torch.device, backend: str) -> None:
     """
     with contextlib.suppress(RuntimeError):  # the first call will raise it
         if choose_backend(backend, device) == "triton":
-            importlib.import_module("hsaid_kernels.fastfood.triton.ops").prepare(plan, device)
+            _triton_ops().prepare(plan, device)
 
 
 def _signed(seed: int) -> int:

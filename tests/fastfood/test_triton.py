@@ -23,9 +23,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-import triton
 import triton_offline
-from triton.backends.compiler import GPUTarget
 
 from hsaid_kernels.fastfood.triton import memory, ops, tables, tile
 
@@ -187,46 +185,10 @@ def test_without_compiled_libraries(tmp_path):
 # --- launches
 
 
-class FakeDevice:
-    """Takes the place of Triton's driver for an H200: kernels are compiled, and launches written down."""
-
-    def __init__(self):
-        self.launches: list[tuple[str, tuple, int]] = []  # name, grid, number of the binary
-        self.binaries: list[bytes] = []
-        self.utils = self
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
-
-    def load_binary(self, name, binary, shared, device):
-        self.binaries.append(binary)
-        return self, (name, len(self.binaries) - 1), 0, 0, 1024
-
-    def launcher_cls(self, source, metadata):
-        def launch(x, y, z, stream, function, *arguments):
-            self.launches.append((function[0], (x, y, z), function[1]))
-
-        return launch
-
-
 @pytest.fixture
-def device(monkeypatch):
-    """A fake device to which tensors on the CPU belong."""
-    fake = FakeDevice()
-    monkeypatch.setattr(ops, "_check_place", lambda tensor, what: None)
-    monkeypatch.setattr(ops, "_on", lambda device: torch.no_grad())
-    triton.runtime.driver.set_active(fake)
-    yield fake
-    triton.runtime.driver.set_active(None)
+def device():
+    with triton_offline.fake_device() as fake:
+        yield fake
 
 
 def call(plan: Plan, dtype=torch.float32, gradients: bool = True):
