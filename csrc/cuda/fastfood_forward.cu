@@ -232,8 +232,7 @@ __global__ void __launch_bounds__(kThreads, 2) fastfood_forward_kernel(const __g
   }
 }
 
-// All pieces of a call, in launches of at most kMaxPieces.
-// Of the segments, then the holes: number i.
+// Piece i of a call: of the segments, then the holes.
 ForwardPiece forward_piece(const Forward& f, int64_t i) {
   const bool hole = i >= f.num_segments;
   const Segment& s = hole ? f.holes[i - f.num_segments] : f.segments[i];
