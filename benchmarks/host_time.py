@@ -6,8 +6,9 @@ A call goes the whole way, from hsaid_kernels/fastfood/ops.py through torch's di
 CUDA's are those of the emulated device (build/cmake/_emulated.so, which `make test` builds), Triton's those of a driver
 that only writes them down. Left out is what the runtime takes to queue a kernel. The tensors are mBERT's at a sixteenth
 of the width, because a host has no allocator of a GPU's kind: memory for weights of full size would cost 8 us a call.
-Beside the calls, in the same rounds, are two parts that no backend can do without: to ask each tensor for its address
-from Python, and to hand the tensors to an operator that does nothing.
+Beside the calls, in the same rounds: to ask each tensor for its address from Python, as Triton's backend has to; to
+hand all tensors to an operator in Python that does nothing; and an adjoint of which every gradient is missing, which
+has all of a call but tensors, and in Triton no launch.
 """
 
 import importlib.util
@@ -77,6 +78,8 @@ def main() -> None:
             arguments = plan, theta, factors, tensors
             parts[f"{name}, forward"] = lambda b=name, a=arguments: ops.fastfood_forward(*a, torch.float32, b)
             parts[f"{name}, adjoint"] = lambda b=name, a=arguments: ops.fastfood_adjoint(*a, b)
+            missing = plan, theta, factors, [None] * len(tensors)
+            parts[f"{name}, adjoint of nothing"] = lambda b=name, a=missing: ops.fastfood_adjoint(*a, b)
         print(f"{len(tensors)} tensors, torch {torch.__version__}")
         for name, time_of_call in microseconds(parts).items():
             print(f"{name:40} {time_of_call:6.1f} us")

@@ -284,7 +284,8 @@ def test_host_time_of_the_backends_that_can_be_measured_here():
     times = {line.rsplit(maxsplit=2)[0]: float(line.split()[-2]) for line in printed.splitlines()[1:]}
     assert printed.startswith("201 tensors") and min(times.values()) > 0
     for backend in {name.split(",")[0] for name in times if name.endswith(("forward", "adjoint"))}:
-        assert times[f"{backend}, forward"] > times["asking for addresses"] < times[f"{backend}, adjoint"]
+        assert times[f"{backend}, forward"] > times["asking for addresses"]
+        assert times[f"{backend}, adjoint"] > times[f"{backend}, adjoint of nothing"]
 
 
 def test_rounds_of_host_time_take_turns():

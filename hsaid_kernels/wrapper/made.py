@@ -21,7 +21,7 @@ class Made:
     """Weights, and the tensors they were computed from, to notice when they are out of date.
 
     theta and the multipliers are compared by value too, because fused optimizers write to them without increasing
-    torch's version counter. W0 is compared by place (`place_of`) and version counter. References to these tensors are
+    torch's version counter. W0 is compared by layout (`layout_of`) and version counter. References to these tensors are
     kept, so no new tensor can get the same address.
 
     values    theta and the multipliers, as they were: the weights are made from these
@@ -57,7 +57,7 @@ class Made:
         self.versions = [tensor._version if self.tracked else 0 for tensor in (theta, multipliers)]
         self.group_of = {name: group for group in groups for name in group.names}
         self.stamps = {
-            name: (tensor, None if sharded else place_of(tensor), tensor._version if self.tracks_w0 else 0)
+            name: (tensor, None if sharded else layout_of(tensor), tensor._version if self.tracks_w0 else 0)
             for name, tensor in w0.items()
         }
         self.sharded = sharded
@@ -81,8 +81,8 @@ class Made:
     def changed(self, names: Sequence[str]) -> str | None:
         """The first of these tensors whose W0 has changed."""
         for name in names:
-            tensor, place, before = self.stamps[name]
-            same = self.sharded or (place_of(tensor) == place and (not self.tracks_w0 or tensor._version == before))
+            tensor, layout, before = self.stamps[name]
+            same = self.sharded or (layout_of(tensor) == layout and (not self.tracks_w0 or tensor._version == before))
             if not same or (name in self.stored and stamp_of(tensor) != self.stored[name]):
                 return name
         return None
@@ -134,8 +134,8 @@ class Made:
         return values is self.values or all(map(torch.equal, values, self.values))
 
 
-def place_of(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    """Where a tensor's elements lie.
+def layout_of(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """Address, shape and strides: where a tensor's elements lie.
 
     `w.data = w.data.t()` changes neither the address nor the version, `w.data = w.data[:n]` not even the strides.
     """

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from hsaid_kernels.fastfood.rows import rows_of
 from hsaid_kernels.wrapper.eager import runs_eagerly
 from hsaid_kernels.wrapper.groups import Group
-from hsaid_kernels.wrapper.made import Made, place_of, scaled_factors, undisturbed
+from hsaid_kernels.wrapper.made import Made, layout_of, scaled_factors, undisturbed
 from hsaid_kernels.wrapper.maker import Maker
 from hsaid_kernels.wrapper.quantized import is_quantized, stamp_of
 from hsaid_kernels.wrapper.saving import keeping_places
@@ -81,12 +81,12 @@ class ProjectedWeights(Maker):
         stamp = made.quick.get(name)
         if name is None or parameter is None or stamp is None:
             return None
-        own, place, version, flat, written = stamp
+        own, layout, version, flat, written = stamp
         theta, multipliers = self.trained("theta"), self.trained("multipliers")
         if (
             parameter is own
             and parameter._version == version
-            and place_of(parameter) == place
+            and layout_of(parameter) == layout
             and theta is made.theta
             and multipliers is made.multipliers
             and theta._version == made.versions[0]
@@ -151,12 +151,12 @@ class ProjectedWeights(Maker):
         of theta and the multipliers too; on a GPU, where this would wait for it, only if a weight is read again.
         """
         theta, multipliers = self.trained("theta"), self.trained("multipliers")
-        own, place, version = made.stamps[name]
+        own, layout, version = made.stamps[name]
         same = theta is made.theta and multipliers is made.multipliers
         if same and made.tracked:
             same = theta._version == made.versions[0] and multipliers._version == made.versions[1]
         if same and made.tracks_w0:
-            same = parameter is own and parameter._version == version and place_of(parameter) == place
+            same = parameter is own and parameter._version == version and layout_of(parameter) == layout
         elif same:
             same = parameter is own or (made.sharded and is_gathered(parameter, own))
         group = made.group_of[name]
@@ -186,8 +186,8 @@ class ProjectedWeights(Maker):
         own = self._verified()
         return (
             all(
-                (parameter := own[name]) is w0 and parameter._version == version and place_of(parameter) == place
-                for name, (w0, place, version) in made.stamps.items()
+                (parameter := own[name]) is w0 and parameter._version == version and layout_of(parameter) == layout
+                for name, (w0, layout, version) in made.stamps.items()
             )
             and all(stamp_of(own[name]) == stamp for name, stamp in made.stored.items())
             and self._equal(made, theta, multipliers)
