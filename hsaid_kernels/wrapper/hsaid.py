@@ -23,6 +23,7 @@ from hsaid_kernels.wrapper.groups import MEMORY
 from hsaid_kernels.wrapper.heads import Heads
 from hsaid_kernels.wrapper.merging import merged_copy
 from hsaid_kernels.wrapper.multitask import MultiTask
+from hsaid_kernels.wrapper.outside import TRACED
 from hsaid_kernels.wrapper.projected import ProjectedWeights
 from hsaid_kernels.wrapper.quantized import is_quantized
 from hsaid_kernels.wrapper.sharded import is_fsdp
@@ -34,7 +35,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-TRACED = "HSAID: expected a call, got tracing for an export: trace or export hsaid.merge()"
+
+TASKS_IN_GRAPHS = (
+    "torch.compile: expected one task in all threads, got different ones (use_task(), or set_task() in several "
+    "threads), of which a compiled graph would run the registered one: call the HSAID uncompiled"
+)
 
 
 class HSAID(MultiTask):
@@ -76,7 +81,7 @@ class HSAID(MultiTask):
         multipliers: nn.Parameter, float32 [m], initially ones.
         full: {name: nn.Parameter}, the fully trained tensors.
         task: the name of the current task, to which theta, multipliers and full belong.
-        model: the wrapped model.
+        model: the wrapped model, for inference and for its modules: optimizers, trainers and averages take the HSAID.
         hierarchy, partition, plan: the `Hierarchy`, `Partition` and `Plan` that define what theta and the multipliers
             mean.
         pruned: {attention module: [heads]}, the heads that receive no update.
@@ -158,9 +163,10 @@ class HSAID(MultiTask):
             check_parameters(model, (*basis.plan.names, *basis.full))
         self.hierarchy, self.partition = basis.hierarchy, basis.partition
         self.plan, self.pruned, self.frozen = basis.plan, basis.pruned, basis.frozen
+        self._tasks = Tasks(check_task(task), basis.full, self._parameters)
         self._projected = ProjectedWeights(
             model,
-            self._parameters,
+            self._tasks,
             basis.full,
             basis.plan,
             basis.partition,
@@ -169,7 +175,6 @@ class HSAID(MultiTask):
             memory=memory,
             own_full=self._own_full,
         )
-        self._tasks = Tasks(check_task(task), basis.full)
         self._buffers_of = {}
         self._ranks_agree = False
         self._agreed: set[str] = set()  # tasks that all ranks of a sharded model have alike
@@ -188,6 +193,8 @@ class HSAID(MultiTask):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model with the projected weights and returns its output."""
         if torch.compiler.is_compiling():
+            if self._tasks.threaded:
+                raise RuntimeError(TASKS_IN_GRAPHS)
             self._traced()
             return self._projected.call_traced(self.training, args, kwargs)
         if torch.jit.is_tracing():
@@ -265,7 +272,7 @@ class HSAID(MultiTask):
         """
         if self._projected.attached:
             self._described = self.configuration()
-            self._buffers_of[self.task] = self.buffers_changed()
+            self._buffers_of[self._tasks.registered] = self.buffers_changed()
             self._projected.detach()
         return self.model
 
@@ -285,7 +292,7 @@ class HSAID(MultiTask):
             self._claim()
             if self._projected.ranks is not None:
                 self.w0_checks()
-            self._projected.buffers.put(model, self._buffers_of.pop(self.task, {}))
+            self._projected.buffers.put(model, self._buffers_of.pop(self._tasks.registered, {}))
 
     def __enter__(self) -> Self:
         return self
@@ -374,7 +381,10 @@ class HSAID(MultiTask):
             self._ranks_agree = check_active_ranks(self, {self, self.model})
 
     def _checked(self) -> None:
+        self._check_buffers()
         self._check_ranks()
+        if torch.is_grad_enabled():
+            self._projected.reduced_once.expect(self, (self.theta, self.multipliers))
 
     def _computing(self) -> contextlib.AbstractContextManager[None]:
         self._checked()

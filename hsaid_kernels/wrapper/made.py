@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hsaid_kernels.fastfood.plan import Plan
-from hsaid_kernels.fastfood.projection import version
-from hsaid_kernels.hierarchy import Partition
+from hsaid_kernels.wrapper.eager import undisturbed
 from hsaid_kernels.wrapper.groups import Group
 from hsaid_kernels.wrapper.quantized import is_quantized, stamp_of
+from hsaid_kernels.wrapper.root import Late, Root
 from hsaid_kernels.wrapper.weight import READ_ONLY, Weight
 
 
@@ -33,12 +31,14 @@ class Made:
     nodes     {name: weight} of the same values with a graph, made part by part when a weight of the part is first read;
               emptied before each call of the HSAID, because autograd runs the most recently made nodes first: a node
               made when its first block runs is reached as soon as backward has left that block
-    scaled    the factors with a graph; as `nodes`
+    root      theta and the factors with a graph, on which the nodes hang; as `nodes`
+    late      the same for layers that backward recomputes
     tracked   whether torch counts the versions of theta and the multipliers; it does not for inference tensors
     tracks_w0 the same of W0; nor for W0 in shards
     sharded   whether FSDP2 has sharded W0
     stored    {name: address and version of what is stored} of quantized W0
     seen      names read from outside a call since everything was last compared
+    stepped   whether an optimizer has changed theta or the multipliers since
     """
 
     def __init__(
@@ -50,7 +50,8 @@ class Made:
         room: int | None,
         sharded: bool = False,
     ):
-        self.theta, self.multipliers, self.w0, self.groups, self.room = theta, multipliers, w0, groups, room
+        self.theta, self.multipliers, self.w0, self.room = theta, multipliers, w0, room
+        self.stepped = False
         self.tracked = not (theta.is_inference() or multipliers.is_inference())
         self.tracks_w0 = not sharded and not any(tensor.is_inference() for tensor in w0.values())
         self.values = [tensor.detach().clone() for tensor in (theta, multipliers)]
@@ -74,7 +75,8 @@ class Made:
 
     def forget_nodes(self) -> None:
         self.nodes: dict[str, Weight] = {}
-        self.scaled: Tensor | None = None
+        self.root: Root | None = None
+        self.late: Late | None = None
         self.wanting = (self.theta.requires_grad, self.multipliers.requires_grad)
         self.wanted = any(self.wanting)
 
@@ -108,7 +110,7 @@ class Made:
         self.check_unwritten(group)
         flat = self.flats.pop(group)
         del self.storages[flat.untyped_storage().data_ptr()]
-        for held in (self.quick, self.weights, self.nodes):
+        for held in (self.quick, self.weights, self.nodes, self.late.nodes if self.late else {}):
             for name in group.names:
                 held.pop(name, None)
 
@@ -142,36 +144,6 @@ def layout_of(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
     return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
-def scaled_factors(plan: Plan, partition: Partition, multipliers: Tensor) -> Tensor:
-    """The factors of all segments of a plan, multiplied by its scales."""
-    return partition.factors(multipliers) * plan.scales_on(multipliers.device)
-
-
-class Scaled(torch.autograd.Function):
-    """Multipliers [m] -> `scaled_factors`. Saves nothing that one backward would free.
-
-    So the weights of now can be used by several forward passes, each with a backward of its own.
-    """
-
-    @staticmethod
-    def forward(ctx, multipliers, plan, partition):
-        ctx.multipliers, ctx.version, ctx.plan, ctx.partition = multipliers, version(multipliers), plan, partition
-        return scaled_factors(plan, partition, multipliers)
-
-    @staticmethod
-    def backward(ctx, grad):
-        if version(ctx.multipliers) != ctx.version:
-            raise RuntimeError(
-                "the multipliers have been changed in place between forward and backward, which needs them unchanged"
-            )
-        graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            multipliers = ctx.multipliers if graph else ctx.multipliers.detach().requires_grad_()
-            scaled = scaled_factors(ctx.plan, ctx.partition, multipliers)
-            (found,) = torch.autograd.grad(scaled, multipliers, grad, create_graph=graph, allow_unused=True)
-        return found, None, None
-
-
 def check_w0(w0: Mapping[str, Tensor], theta: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises ValueError if W0 is not on theta's device, or no longer of these shapes."""
     if elsewhere := {tensor.device for tensor in w0.values()} - {theta.device}:
@@ -184,22 +156,3 @@ def check_w0(w0: Mapping[str, Tensor], theta: Tensor, shapes: Mapping[str, tuple
             f"model: expected {other!r} of shape {shapes[other]}, as it was when it was wrapped, got one of shape "
             f"{tuple(w0[other].shape)}: unwrap() the model before changing it"
         )
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """A context outside of the modes and transforms that are active here.
-
-    Those of torch.func (vmap, jacrev, ...), for which the weights are constants, and those that see every operation, as
-    selective activation checkpointing has.
-    """
-    with ExitStack() as stack:
-        if torch._C._are_functorch_transforms_active():
-            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-            stack.enter_context(temporarily_clear_interpreter_stack())
-        if torch._C._len_torch_dispatch_stack():
-            from torch.utils._python_dispatch import _disable_current_modes
-
-            stack.enter_context(_disable_current_modes())
-        yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,14 +14,19 @@ from hsaid_kernels.fastfood import ops
 from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.hierarchy import Partition
 from hsaid_kernels.wrapper.blocks import blocks_of, joined
+from hsaid_kernels.wrapper.eager import undisturbed
 from hsaid_kernels.wrapper.groups import Group, divide, tables_of
-from hsaid_kernels.wrapper.made import Made, Scaled, check_w0, scaled_factors, undisturbed
+from hsaid_kernels.wrapper.made import Made, check_w0
+from hsaid_kernels.wrapper.outside import ReducedOnce
 from hsaid_kernels.wrapper.quantized import whole
+from hsaid_kernels.wrapper.root import Late, Root, deliver_at_end, scaled_factors
 from hsaid_kernels.wrapper.saving import BlockWeight
 from hsaid_kernels.wrapper.sharded import divided, gathered_dtype, owners_of
-from hsaid_kernels.wrapper.tasks import Own, key_of
+from hsaid_kernels.wrapper.tasks import Tasks, key_of
 from hsaid_kernels.wrapper.watched import WatchedModel
 from hsaid_kernels.wrapper.weight import Weight
+
+UNWRAPPED = "backward(): expected a call before unwrap(), because a part of the model may be recomputed"
 
 
 class Maker(WatchedModel):
@@ -28,7 +34,7 @@ class Maker(WatchedModel):
 
     Args:
         model, plan, full, own_full: see `WatchedModel`.
-        trained: `_parameters` of the HSAID, where "theta", "multipliers" and the fully trained tensors are.
+        tasks: where "theta", "multipliers" and the fully trained tensors are.
         partition: defines, with the plan, what theta and the multipliers mean.
         dtype: of the weights. None means for each tensor the dtype of its W0.
         backend: "auto", or one of `available_backends()`.
@@ -42,7 +48,7 @@ class Maker(WatchedModel):
     def __init__(
         self,
         model: nn.Module,
-        trained: Own,
+        tasks: Tasks,
         full: Collection[str],
         plan: Plan,
         partition: Partition,
@@ -54,7 +60,7 @@ class Maker(WatchedModel):
     ):
         super().__init__(model, plan, full, own_full)
         self.memory = memory
-        self._parameters, self.partition, self.given_dtype, self.backend = trained, partition, dtype, backend
+        self.tasks, self.partition, self.given_dtype, self.backend = tasks, partition, dtype, backend
         self.full = {name: key_of(name) for name in full}
         self.tables = tables_of(model, plan)
         others = [name for name in plan.names if name not in self.tables]
@@ -64,13 +70,15 @@ class Maker(WatchedModel):
     def _start(self) -> None:
         super()._start()
         self._groups: tuple[Any, list[Group]] = (None, [])
+        self.reduced_once = ReducedOnce()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in super().__getstate__().items() if key != "_groups"}
+        made_again = ("_groups", "reduced_once")
+        return {key: value for key, value in super().__getstate__().items() if key not in made_again}
 
     def trained(self, key: str) -> nn.Parameter:
-        """theta, the multipliers or a fully trained tensor, as the HSAID has it now."""
-        parameter = self._parameters[key]
+        """theta, the multipliers or a fully trained tensor of this thread's task, as the HSAID has it now."""
+        parameter = self.tasks.now()[key]
         assert parameter is not None
         return parameter
 
@@ -134,6 +142,8 @@ class Maker(WatchedModel):
         """Computes the weights of a group, where they are not there."""
         if (flat := made.flats.get(group)) is not None:
             return flat
+        if not self.attached:
+            raise RuntimeError(UNWRAPPED)
         with self.lock, torch.inference_mode(False), torch.no_grad(), undisturbed():
             if (name := made.changed(group.names)) is not None:
                 raise RuntimeError(
@@ -141,19 +151,31 @@ class Maker(WatchedModel):
                     "again (memory='block'), got one that has been changed"
                 )
             if made.sharded:
-                tree = self.tree()
+                tree = self.snapshot()
                 base = [whole(tree.now(name)) for name in group.names]
             else:
                 base = [whole(made.w0[name]) for name in group.names]
             return made.make(group, self.scaled(made), base)
 
-    def node(self, made: Made) -> Tensor:
-        """The factors of all segments, with a graph."""
-        if made.scaled is None:
+    def root(self, made: Made) -> Root | Late:
+        """theta and the factors with a graph. In backward, one whose gradients reach theta with those of the rest."""
+        if made.root is None:
             if self.ranks is not None:
                 self.ranks.average(made.theta, made.multipliers)
-            made.scaled = Scaled.apply(made.multipliers, self.plan, self.partition)
-        return made.scaled
+            made.root = Root(made.theta, made.multipliers, self.plan, self.partition)
+        if torch._C._current_graph_task_id() == -1 or self.reduced_once.at_end:
+            return made.root
+        deliver_at_end(made.root, partial(self._check_theta, made.theta))
+        if made.late is None:
+            made.late = Late(made.root)
+        return made.late
+
+    def _check_theta(self, theta: nn.Parameter) -> None:
+        if self.ranks is not None and self.trained("theta") is not theta:
+            raise RuntimeError(
+                "theta: expected it to be gathered until backward ends, which recomputes all of the model, got a shard "
+                "again: checkpoint parts of the model with use_reentrant=False"
+            )
 
     def join(self, made: Made, name: str, check: Callable[[], None]) -> Weight:
         """Adds the part of this tensor to the autograd graph, and returns the tensor.
@@ -161,14 +183,18 @@ class Maker(WatchedModel):
         `check` is that of `Projection.part`.
         """
         with torch.inference_mode(False), torch.enable_grad(), undisturbed():
+            root = self.root(made)
+            nodes = made.nodes if isinstance(root, Root) else root.nodes
+            if name in nodes:
+                return nodes[name]
             group = made.group_of[name]
             part = next(part for part in group.parts if name in part.plan.shapes)
             flat = made.flats[group]
             kind = Weight if self.memory == "step" else BlockWeight
-            weights = group.projection.part(made.theta, self.node(made), part, flat, kind.of, check)
+            weights = group.projection.part(root.theta, root.factors, part, flat, kind.of, check)
             for tensor, weight in zip(part.plan.names, cast(Sequence[Weight], weights), strict=True):
-                made.nodes[tensor] = weight
+                nodes[tensor] = weight
                 weight.w0 = made.w0[tensor]
                 if isinstance(weight, BlockWeight):
                     weight.of_model = weakref.ref(made), tensor
-            return made.nodes[name]
+            return nodes[name]

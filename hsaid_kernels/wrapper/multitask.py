@@ -1,7 +1,9 @@
-"""`MultiTask`: the trained parameters of an HSAID, of the task that is set and of the others."""
+"""`MultiTask`: the trained parameters of an HSAID, of the current task and of the others."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,20 +12,49 @@ from torch import nn
 from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.hierarchy import Partition
 from hsaid_kernels.wrapper.saved import Saved
-from hsaid_kernels.wrapper.tasks import Tasks, groups_of
+from hsaid_kernels.wrapper.tasks import groups_of
 
 
 class MultiTask(Saved):
-    """Tasks of a class with the attributes of `HSAID`."""
+    """Tasks of a class with the attributes of `HSAID`.
+
+    Each thread has a current task: the one that it set last, by `set_task` or `use_task`, or, of a thread that has set
+    none, the one that any thread set last by `set_task`.
+    """
 
     plan: Plan
     partition: Partition
-    _tasks: Tasks
 
     @property
     def task(self) -> str:
         """The name of the current task, to which `theta`, `multipliers` and `full` belong."""
         return self._tasks.current
+
+    @property
+    def theta(self) -> nn.Parameter:
+        """float32 [d - m], initially zeros: the parameter of the current task."""
+        return self._trained("theta")
+
+    @property
+    def multipliers(self) -> nn.Parameter:
+        """float32 [m], initially ones: the parameter of the current task."""
+        return self._trained("multipliers")
+
+    def _trained(self, key: str) -> nn.Parameter:
+        parameter = self._tasks.now()[key]
+        assert parameter is not None
+        return parameter
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self._tasks.now().items():
+            if parameter is not None:
+                yield (f"{prefix}.{name}" if prefix else name), parameter
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self._check_registered(f"{name}: expected it to be set")
+        super().register_parameter(name, param)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -33,7 +64,7 @@ class MultiTask(Saved):
     @property
     def full(self) -> dict[str, nn.Parameter]:
         """{name: parameter} for the tensors that are trained fully in the current task."""
-        return self._tasks.full_of(self._parameters)
+        return self._tasks.full_now()
 
     def parameter_groups(
         self,
@@ -57,8 +88,7 @@ class MultiTask(Saved):
         Raises ValueError for an unknown task and for a rate that is a string but not "auto".
         """
         rates = {"theta": lr_theta, "multipliers": lr_multipliers, "full": lr_full}
-        parameters = self._tasks.parameters_of(task, self._parameters)
-        return groups_of(parameters, rates, weight_decay, self.plan.normalize)
+        return groups_of(self._tasks.parameters_of(task), rates, weight_decay, self.plan.normalize)
 
     def add_task(self, name: str) -> None:
         """Adds a task: a separate theta, multipliers and `full` with their initial values, on the same W0 and basis.
@@ -78,13 +108,33 @@ class MultiTask(Saved):
         `state_dict()` too is that of the current task, and the buffers that training changed. Set the task before
         wrapping this module in DistributedDataParallel, which keeps the parameters it finds at construction.
 
-        Raises ValueError for an unknown task, RuntimeError while merged in place and after `unwrap()`.
+        Other threads that have set a task of their own keep it. So threads can serve different tasks at the same time,
+        unless training changed buffers of the model (BatchNorm's statistics), which they share: a call then raises
+        RuntimeError.
+
+        Raises ValueError for an unknown task, RuntimeError while merged in place, after `unwrap()`, and inside a call
+        of the HSAID, which runs on one theta.
         """
         self._tasks.check(name)
         self._projected.check_on_w0("set_task()")
-        self._buffers_of[self.task] = self._projected.buffers.changed(self.model)
-        self._tasks.switch(name, self._parameters)
-        self._projected.buffers.put(self.model, self._buffers_of.pop(name, {}))
+        self._projected.check_outside("set_task()")
+        with self._projected.lock:
+            self._buffers_of[self._tasks.registered] = self._projected.buffers.changed(self.model)
+            self._tasks.switch(name)
+            self._projected.buffers.put(self.model, self._buffers_of.pop(name, {}))
+
+    @contextlib.contextmanager
+    def use_task(self, name: str) -> Iterator[None]:
+        """A context manager for the time of which `name` is the current task, in this thread only.
+
+        Parameters registered in this module, which DistributedDataParallel and torch.compile see, stay those of
+        `set_task`. Raises as `set_task` does.
+        """
+        self._tasks.check(name)
+        self._projected.check_on_w0("use_task()")
+        self._projected.check_outside("use_task()")
+        with self._tasks.using(name):
+            yield
 
     def remove_task(self, name: str) -> None:
         """Deletes a task and its parameters. Raises ValueError for the current task and for an unknown one."""
@@ -101,4 +151,4 @@ class MultiTask(Saved):
         # DID has no multipliers, so this parameter is empty and gets no gradient. requires_grad=False keeps
         # DistributedDataParallel from waiting for one.
         parameters = {"theta": nn.Parameter(theta), "multipliers": nn.Parameter(ones, requires_grad=len(ones) > 0)}
-        self._tasks.add(name, parameters, own, self._parameters)
+        self._tasks.add(name, parameters, own)

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from hsaid_kernels.fastfood.rows import rows_of
-from hsaid_kernels.wrapper.eager import runs_eagerly
+from hsaid_kernels.wrapper import optimizers
+from hsaid_kernels.wrapper.eager import runs_eagerly, undisturbed
 from hsaid_kernels.wrapper.groups import Group
-from hsaid_kernels.wrapper.made import Made, layout_of, scaled_factors, undisturbed
-from hsaid_kernels.wrapper.maker import Maker
+from hsaid_kernels.wrapper.made import Made, layout_of
+from hsaid_kernels.wrapper.maker import UNWRAPPED, Maker
+from hsaid_kernels.wrapper.outside import check_outside_of_calls
 from hsaid_kernels.wrapper.quantized import is_quantized, stamp_of
-from hsaid_kernels.wrapper.saving import keeping_places
-from hsaid_kernels.wrapper.sharded import gathered, is_gathered
+from hsaid_kernels.wrapper.root import scaled_factors
+from hsaid_kernels.wrapper.saving import has_hooks, keeping_places
+from hsaid_kernels.wrapper.sharded import gathered, is_gathered, is_sharded
 from hsaid_kernels.wrapper.table import Table
 from hsaid_kernels.wrapper.tree import forget_derived
 from hsaid_kernels.wrapper.weight import Weight
@@ -32,9 +35,13 @@ OTHER_THETA = (
 
 
 class _Inside(threading.local):
-    """How deep a thread is inside calls of the HSAID."""
+    """Whether a thread is inside a call of the HSAID, and the weights of that call.
 
-    depth = 0
+    A call runs on the theta of its beginning, whatever other threads do meanwhile.
+    """
+
+    calls = False
+    made: Made | None = None
 
 
 class ProjectedWeights(Maker):
@@ -42,8 +49,9 @@ class ProjectedWeights(Maker):
 
     def _start(self) -> None:
         super()._start()
+        optimizers.listen(self)
         self._inside = _Inside()
-        self._made: Made | None = None
+        self._made: Made | None = None  # the weights of now, of reads outside of calls
         # theta, and its value and the multipliers', when a weight was last read outside of backward
         self._last_read: tuple[nn.Parameter, list[Tensor]] | None = None
         # {backward's number: theta and its version of the weights that were read last in it}
@@ -59,6 +67,13 @@ class ProjectedWeights(Maker):
         """What a module of the model gets for its attribute, whose W0 is `parameter`; see `reads.py`."""
         if not self.attached:
             return parameter  # of a module that had left the model before it was unwrapped
+        if not self._inside.calls:
+            check_outside_of_calls(self.owner and self.owner())
+            if self.kept is None and is_sharded(parameter) and torch._C._current_graph_task_id() == -1:
+                raise RuntimeError(
+                    f"model: expected a weight in shards to be read while the model runs, on all ranks, got a read of "
+                    f"{name!r} elsewhere, for which all ranks would have to wait: hsaid.weights() on all of them gives it"
+                )
         if name is None:
             with self.lock:
                 name = next((name for name, own in self._verified().items() if own is parameter), None)
@@ -75,22 +90,17 @@ class ProjectedWeights(Maker):
 
     def quickly(self, name: str | None, parameter: nn.Parameter | None) -> Tensor | None:
         """What `read` gives inside a call of the HSAID if nothing has changed, else None."""
-        made = self._made
-        if made is None or not self._inside.depth or torch._C._current_graph_task_id() != -1:
+        made = self._inside.made
+        if made is None or torch._C._current_graph_task_id() != -1:
             return None
         stamp = made.quick.get(name)
         if name is None or parameter is None or stamp is None:
             return None
         own, layout, version, flat, written = stamp
-        theta, multipliers = self.trained("theta"), self.trained("multipliers")
         if (
             parameter is own
             and parameter._version == version
             and layout_of(parameter) == layout
-            and theta is made.theta
-            and multipliers is made.multipliers
-            and theta._version == made.versions[0]
-            and multipliers._version == made.versions[1]
             and flat._version == written
             and self.kept is None
         ):
@@ -111,7 +121,8 @@ class ProjectedWeights(Maker):
         if not (torch.is_grad_enabled() and made.wanted):
             return rows_of(group.projection, made.values[0], self.scaled(made), group.whole, base, rows)
         with self.lock, torch.inference_mode(False), torch.enable_grad(), undisturbed():
-            return rows_of(group.projection, made.theta, self.node(made), group.whole, base, rows, self._check(made))
+            root = self.root(made)
+            return rows_of(group.projection, root.theta, root.factors, group.whole, base, rows, self._check(made))
 
     def _read(self, name: str, parameter: nn.Parameter) -> Weight:
         with self.lock:  # or another thread could drop the weight in between
@@ -119,16 +130,18 @@ class ProjectedWeights(Maker):
             if made.group_of[name] not in made.flats:
                 self.fill(made, made.group_of[name])
             if torch.is_grad_enabled() and made.wanted:
-                weight = made.nodes.get(name)
-                return self.join(made, name, self._check(made)) if weight is None else weight
+                return self.join(made, name, self._check(made))
             return made.weight(name)
 
     def _now(self, name: str, parameter: nn.Parameter) -> Made:
         """What the weights of now are made of, compared with the model as far as this weight needs it."""
-        made = self._made
+        inside = self._inside
+        made = inside.made if inside.calls else self._made
         if made is None or not self._current(made, name, parameter):
-            made = self._made = None  # frees the memory before the new weights need it
+            made = inside.made = self._made = None  # frees the memory before the new weights need it
             made = self._make()
+            if inside.calls:
+                inside.made = made
             if made.w0[name] is not parameter and not (made.sharded and is_gathered(parameter, made.w0[name])):
                 raise RuntimeError(
                     f"model: expected the parameter {name!r} of the model, got another nn.Parameter in its place, "
@@ -145,16 +158,18 @@ class ProjectedWeights(Maker):
         return made
 
     def _current(self, made: Made, name: str, parameter: Tensor) -> bool:
-        """Whether a weight is that of now. Runs at every read, so it compares what can be compared quickly.
+        """Whether a weight is that of now. Runs at every read that `quickly` does not answer.
 
-        Inside a call of the HSAID, which has compared everything, these are the version counters. Outside, the values
-        of theta and the multipliers too; on a GPU, where this would wait for it, only if a weight is read again.
+        Compares what can be compared quickly: identities, version counters, and whether an optimizer has stepped.
+        Inside a call of the HSAID, whose theta stays, only W0. Outside, the values of theta and the multipliers too; on
+        a GPU, where this would wait for it, only if a weight is read again.
         """
         theta, multipliers = self.trained("theta"), self.trained("multipliers")
-        own, layout, version = made.stamps[name]
-        same = theta is made.theta and multipliers is made.multipliers
-        if same and made.tracked:
+        inside = self._inside.calls
+        same = inside or (theta is made.theta and multipliers is made.multipliers and not made.stepped)
+        if same and made.tracked and not inside:
             same = theta._version == made.versions[0] and multipliers._version == made.versions[1]
+        own, layout, version = made.stamps[name]
         if same and made.tracks_w0:
             same = parameter is own and parameter._version == version and layout_of(parameter) == layout
         elif same:
@@ -163,16 +178,23 @@ class ProjectedWeights(Maker):
         self._check_unwritten(made, group)
         if same and group not in made.flats:  # all of it will be made
             same = made.changed(group.names) is None
-        if same and not self._inside.depth:
+        if same and not inside:
             if name in made.seen:
                 made.seen.clear()
                 same = self._serves(made)
             elif theta.device.type == "cpu" or made.sharded:  # FSDP2 writes to a theta in shards behind torch's back
                 same = self._equal(made, theta, multipliers)
             made.seen.add(name)
-        if same and made.wanting != (theta.requires_grad, multipliers.requires_grad):
+        if same and made.wanting != (made.theta.requires_grad, made.multipliers.requires_grad):
             made.forget_nodes()
         return same
+
+    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        """Notes that the optimizer may have changed theta, whose version counter a fused one does not increase."""
+        if (made := self._made) is not None:
+            both = (made.theta, made.multipliers)
+            if any(own is p for group in optimizer.param_groups for p in group["params"] for own in both):
+                made.stepped = True
 
     def _serves(self, made: Made) -> bool:
         """Whether these weights are those of now. Compares everything; raises as `_verified` does."""
@@ -180,6 +202,8 @@ class ProjectedWeights(Maker):
         for group in made.flats:
             self._check_unwritten(made, group)
         if not (made.tracked and made.tracks_w0) or theta is not made.theta or multipliers is not made.multipliers:
+            return False
+        if made.stepped:
             return False
         if [theta._version, multipliers._version] != made.versions:
             return False
@@ -207,13 +231,13 @@ class ProjectedWeights(Maker):
         except RuntimeError:
             if self._made is made:
                 self._made = None
+            if self._inside.made is made:
+                self._inside.made = None
             raise
 
     def _make(self) -> Made:
         """Computes the weights of now, but those that are made when they are read."""
         with self.lock, torch.inference_mode(False), torch.no_grad(), undisturbed():
-            if self._made is not None:  # by another thread, meanwhile
-                return self._made
             own, theta, multipliers = self._verified(), self.trained("theta"), self.trained("multipliers")
             if any(map(torch._C._functorch.is_functorch_wrapped_tensor, (theta, multipliers))):
                 raise RuntimeError(
@@ -233,22 +257,30 @@ class ProjectedWeights(Maker):
     @contextmanager
     def inside(self, training: bool) -> Iterator[None]:
         """A call of the HSAID: compares everything once, so that reads inside it need not."""
-        if self._inside.depth:
+        inside = self._inside
+        if inside.calls:
             yield
             return
-        self.enter(training)
-        self._inside.depth = 1
+        inside.made = self.enter(training)
+        inside.calls = True
         try:
-            if self.memory == "step" or self.kept is not None or not torch.is_grad_enabled():
+            # With memory="step" weights stay in memory anyway: they are kept from hooks that would move them elsewhere.
+            if self.kept is not None or not torch.is_grad_enabled() or (self.memory == "step" and not has_hooks()):
                 yield
             else:
-                with keeping_places(lambda: self._made, self.fill):
+                with keeping_places(lambda: inside.made, self.fill):
                     yield
         finally:
-            self._inside.depth = 0
+            inside.calls, inside.made = False, None
+
+    def check_outside(self, call: str) -> None:
+        """Raises RuntimeError, which names `call`, inside a call of the HSAID in this thread."""
+        if self._inside.calls:
+            raise RuntimeError(f"{call}: expected to be called between calls of the HSAID, got called inside of one")
 
     @runs_eagerly
-    def enter(self, training: bool) -> None:
+    def enter(self, training: bool) -> Made | None:
+        """Verifies the model and returns the weights of now; None while merged in place."""
         if not self.attached:
             self.check_on_w0("HSAID")
         wanted = torch.is_grad_enabled()
@@ -256,9 +288,9 @@ class ProjectedWeights(Maker):
             if self.kept is not None:
                 if training and wanted:
                     self.check_on_w0("training")
-                return
-            theta = self.trained("theta")
-            wanted = wanted and (theta.requires_grad or self.trained("multipliers").requires_grad)
+                return None
+            theta, multipliers = self.trained("theta"), self.trained("multipliers")
+            wanted = wanted and (theta.requires_grad or multipliers.requires_grad)
             # A training step on a GPU makes them in any case: to compare values would wait for it.
             if self.ranks is not None:  # whose W0 has no version
                 self._made = None
@@ -267,14 +299,15 @@ class ProjectedWeights(Maker):
             if self._made is None and not training:
                 forget_derived(self.model)
             made = self._made or self._make()
-            if wanted or made.wanting != (theta.requires_grad, self.trained("multipliers").requires_grad):
+            if wanted or made.wanting != (theta.requires_grad, multipliers.requires_grad):
                 made.forget_nodes()
             self._last_read = (made.theta, made.values)
+            return made
 
     @runs_eagerly
     def now(self) -> dict[str, Tensor]:
         """{name: projected weight}, differentiable if gradients are enabled."""
-        if not self._inside.depth:
+        if not self._inside.calls:
             self.enter(False)
         own = self.own()
         if self.kept is not None:
@@ -303,7 +336,8 @@ class ProjectedWeights(Maker):
             if training and torch.is_grad_enabled():
                 self.check_on_w0("training")
         else:
-            theta, multipliers = self.trained("theta"), self.trained("multipliers")
+            trained: Any = self.tasks.own  # a thread's own task cannot be traced
+            theta, multipliers = trained["theta"], trained["multipliers"]
             scaled = scaled_factors(self.plan, self.partition, multipliers)
             for group in self.groups({name: own[name] for name in self.plan.names}, theta):
                 flat = group.projection.flat(theta, group.whole.own(scaled), [own[name] for name in group.names])
@@ -311,7 +345,7 @@ class ProjectedWeights(Maker):
                     weights = group.projection.part(theta, scaled, part, flat)
                     tensors |= zip(part.plan.names, weights, strict=True)
             # views, because a parameter in the place of a parameter would be taken for W0
-            tensors |= {name: self.trained(key).view_as(self.trained(key)) for name, key in self.full.items()}
+            tensors |= {name: trained[key].view_as(trained[key]) for name, key in self.full.items()}
         return self.run_on(tensors, args, kwargs)
 
     def prepare_tracing(self) -> None:
@@ -338,7 +372,7 @@ def _check_backward(source: weakref.ref[ProjectedWeights], theta: nn.Parameter, 
     if weights is None:
         return
     if not weights.attached:
-        raise RuntimeError("backward(): expected a call before unwrap(), because a part of the model may be recomputed")
+        raise RuntimeError(UNWRAPPED)
     found = weights._recomputed.get(torch._C._current_graph_task_id())
     if found is not None and (found[0] is not theta or found[1] != version):
         raise RuntimeError(OTHER_THETA)

@@ -14,6 +14,7 @@ from hsaid_kernels.wrapper.comparison import check_state
 from hsaid_kernels.wrapper.configuration import Config, describe, encode_state
 from hsaid_kernels.wrapper.projected import ProjectedWeights
 from hsaid_kernels.wrapper.stand_in import StandIn
+from hsaid_kernels.wrapper.tasks import Tasks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,9 +24,29 @@ class Saved(StandIn):
     """Checkpoints and `state_dict()` of a class with the attributes of `HSAID`."""
 
     _projected: ProjectedWeights
+    _tasks: Tasks
     _agreed: set[str]
     _described: Config  # after unwrap()
     _buffers_of: dict[str, dict[str, Tensor]]  # the buffers that training changed, of tasks that are not in the model
+
+    def _check_registered(self, what: str) -> None:
+        """Raises RuntimeError, which begins with `what`, if this thread's task is not the registered one."""
+        if "_tasks" in self.__dict__ and self._tasks.current != self._tasks.registered:
+            raise RuntimeError(
+                f"{what} while task {self._tasks.current!r} is set for all threads, got {self._tasks.registered!r}, which "
+                "another thread has set, or set_task() before use_task()"
+            )
+
+    def _check_buffers(self) -> None:
+        """Raises RuntimeError if the model's buffers are those of another thread's task."""
+        tasks, buffers = self._tasks, self._projected.buffers
+        if tasks.current == tasks.registered:
+            return
+        if self._buffers_of.get(tasks.current) or buffers.changed(self.model):
+            raise RuntimeError(
+                f"task: expected {tasks.current!r} to be set for all threads, because training has changed buffers of the "
+                f"model, which threads share, got {tasks.registered!r}: set_task({tasks.current!r}) in one thread at a time"
+            )
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, is_main_process: bool = True, **_: Any) -> None:
         """Saves the current task's parameters and the configuration, a few kilobytes; see `checkpoint.save_pretrained`.
@@ -71,7 +92,9 @@ class Saved(StandIn):
 
         After `unwrap()`, those that had changed before.
         """
-        return self._projected.buffers.changed(self.model) if self._projected.attached else self._buffers_of[self.task]
+        if self._projected.attached and self._tasks.current == self._tasks.registered:
+            return self._projected.buffers.changed(self.model)
+        return self._buffers_of.get(self._tasks.current, {})
 
     def configuration(self) -> Config:
         """What a checkpoint says beside its values, see `configuration.describe`; after `unwrap()`, as before."""
@@ -92,7 +115,10 @@ class Saved(StandIn):
         """Does nothing: `_load_from_state_dict` has already checked the configuration."""
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._check_buffers()
+        own = self.named_parameters()  # of this thread's task
+        destination.update({f"{prefix}{name}": p if keep_vars else p.detach() for name, p in own})
+        destination[f"{prefix}_extra_state"] = self.get_extra_state()
         # All, and not copies, as of any module: averages of models pair values by their order, and write to them.
         attached = self._projected.attached
         buffers = self._projected.buffers.tracked(self.model) if attached else self.buffers_changed()
@@ -104,6 +130,7 @@ class Saved(StandIn):
         buffers = {key[len(of_model) :]: value for key, value in state_dict.items() if key.startswith(of_model)}
         try:
             self._projected.check_on_w0("load_state_dict()")
+            self._check_registered("state_dict: expected it to be loaded")
             self._projected.buffers.check("state_dict", self.model, buffers)
             if (key := f"{prefix}_extra_state") in state_dict:
                 check_state(state_dict[key], self)

@@ -80,6 +80,11 @@ class Saved:
         return self.tensor
 
 
+def has_hooks() -> bool:
+    """Whether hooks for saved tensors are active, as those of activation offloading."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 @contextmanager
 def keeping_places(made: Callable[[], Made | None], again: Callable[[Made, Group], Tensor]) -> Iterator[None]:
     """While this is active, autograd keeps places of weights in place of the weights.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -18,24 +20,62 @@ RATES = {"global": 0.05, "tensor": 0.01, "full": 0.005}
 Own = dict[str, nn.Parameter | None]  # `module._parameters`
 
 
+class _Set(threading.local):
+    """The task that a thread has set, None if it has set none."""
+
+    task: str | None = None
+
+
 class Tasks:
     """The parameters of all tasks, by task name.
 
-    The parameters of the current task are also registered in the HSAID module, where `parameters()`, `state_dict()`
-    and DistributedDataParallel find them. Methods that read or change these take them as `own`, the module's
-    `_parameters`.
+    Each thread has a current task: the one that it set last itself, or else the registered one.
 
-    current  name of the current task
-    full     names of the fully trained tensors
+    Args:
+        first: the name of the first task.
+        full: names of the fully trained tensors.
+        own: `_parameters` of the HSAID, where `parameters()`, `state_dict()` and DistributedDataParallel find the
+            parameters of the registered task.
+
+    Attributes:
+        registered: the name of the task that was set last, by any thread.
+        threaded: whether threads have had different tasks.
     """
 
-    def __init__(self, first: str, full: Sequence[str]):
-        self.current, self.full = first, tuple(full)
+    def __init__(self, first: str, full: Sequence[str], own: Own):
+        self.registered, self.full, self.own = first, tuple(full), own
+        self.threaded = False
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
+        self._start()
+
+    def _start(self) -> None:
+        self._set = _Set()
+        self._set_by = threading.get_ident()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_set", "_set_by")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._parameters)
+
+    @property
+    def current(self) -> str:
+        """The name of this thread's task."""
+        return self._set.task or self.registered
+
+    def now(self) -> Mapping[str, nn.Parameter | None]:
+        """{key: parameter} of this thread's task. Raises RuntimeError if another thread has removed it."""
+        name = self._set.task
+        if name is None or name == self.registered:
+            return self.own
+        if name not in self._parameters:
+            raise RuntimeError(f"task: expected {name!r}, which this thread set, to be there still: set_task() another")
+        return self._parameters[name]
 
     def check(self, name: str) -> str:
         """Returns `name`. Raises ValueError if there is no such task, TypeError if it is not a non-empty string."""
@@ -43,43 +83,58 @@ class Tasks:
             raise ValueError(f"task: expected one of {', '.join(map(repr, self._parameters))}, got {name!r}")
         return name
 
-    def full_of(self, own: Own) -> dict[str, nn.Parameter]:
-        """{name: parameter} for the fully trained tensors of the current task."""
-        present = _present(own)
+    def full_now(self) -> dict[str, nn.Parameter]:
+        """{name: parameter} for the fully trained tensors of this thread's task."""
+        present = _present(self.now())
         return {name: present[key_of(name)] for name in self.full}
 
-    def parameters_of(self, name: str | None, own: Own) -> dict[str, nn.Parameter]:
-        """{name: parameter} of a task. `name=None` means the current task. Raises as `check` does."""
-        return _present(own) if name is None or name == self.current else self._parameters[self.check(name)]
+    def parameters_of(self, name: str | None) -> dict[str, nn.Parameter]:
+        """{name: parameter} of a task. `name=None` means this thread's task. Raises as `check` does."""
+        name = self.current if name is None else self.check(name)
+        return _present(self.own) if name == self.registered else self._parameters[name]
 
-    def add(self, name: str, parameters: Mapping[str, nn.Parameter], w0: Mapping[str, nn.Parameter], own: Own) -> None:
+    def add(self, name: str, parameters: Mapping[str, nn.Parameter], w0: Mapping[str, nn.Parameter]) -> None:
         """Creates task `name` from `parameters` and copies of W0 for the fully trained tensors.
 
-        The current task stays, also for other threads; only the first one becomes the module's at once. Raises
-        ValueError if the task already exists, TypeError if `name` is not a non-empty string.
+        The current tasks stay; only the first one becomes the HSAID's at once. Raises ValueError if the task already
+        exists, TypeError if `name` is not a non-empty string.
         """
         if check_task(name) in self._parameters:
             raise ValueError(f"name: expected a new task, got {name!r}, which is there already")
         full = {key_of(tensor): nn.Parameter(whole(w0[tensor].detach()).clone()) for tensor in self.full}
         self._parameters[name] = {**parameters, **full}
-        if name == self.current:
+        if name == self.registered:
             # Written into the dict directly. Attribute assignment and register_parameter() would clash with an
             # attribute of the same name in the model.
-            own.update(self._parameters[name])
+            self.own.update(self._parameters[name])
 
     def others(self) -> list[dict[str, nn.Parameter]]:
-        """The parameters of the tasks that are not set."""
-        return [parameters for name, parameters in self._parameters.items() if name != self.current]
+        """The parameters of the tasks that are not registered."""
+        return [parameters for name, parameters in self._parameters.items() if name != self.registered]
 
-    def switch(self, name: str, own: Own) -> None:
-        """Makes `name`, which must exist, the current task: its parameters become the module's."""
-        self._parameters[self.current] = _present(own)
-        own.update(self._parameters[name])
-        self.current = name
+    def switch(self, name: str) -> None:
+        """Makes `name`, which must exist, this thread's task and the registered one."""
+        thread = threading.get_ident()
+        if thread != self._set_by and name != self.registered:
+            self.threaded = True
+        self._set_by = thread
+        self._parameters[self.registered] = _present(self.own)
+        self.own.update(self._parameters[name])
+        self.registered = self._set.task = name
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """For a time, `name`, which must exist, is this thread's task. The registered one stays."""
+        before, self._set.task = self._set.task, name
+        self.threaded = self.threaded or name != self.registered
+        try:
+            yield
+        finally:
+            self._set.task = before
 
     def remove(self, name: str) -> None:
-        """Deletes a task. Raises ValueError for the current task and for an unknown one."""
-        if self.check(name) == self.current:
+        """Deletes a task. Raises ValueError for this thread's task, the registered one, and an unknown one."""
+        if self.check(name) in (self.current, self.registered):
             raise ValueError(f"name: expected a task that is not set, got {name!r}: set_task() another one first")
         del self._parameters[name]
 

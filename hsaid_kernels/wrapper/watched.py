@@ -247,10 +247,12 @@ class WatchedModel(ABC):
                 check_hooks({name: parameter})
         return tree.parameters
 
-    def tree(self) -> Tree:
-        """The modules and parameters of the model. Raises as `_verified`."""
-        self._verified()
+    def snapshot(self) -> Tree:
+        """The modules and parameters of the model, as they were when it was last verified."""
         place = place_of(self.model)
+        if place is None or place.tree is None:
+            self._verified()
+            place = place_of(self.model)
         assert place is not None and place.tree is not None
         return place.tree
 

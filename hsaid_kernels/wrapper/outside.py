@@ -1,0 +1,101 @@
+"""What runs around an HSAID: uses of its weights that could only train theta wrongly are refused."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakTensorKeyDictionary
+
+TRACED = "HSAID: expected a call, got tracing for an export: trace or export hsaid.merge()"
+
+_around: tuple[weakref.ref[nn.Module], weakref.ref[nn.Module]] | None = None  # DDP, and an HSAID in it
+
+
+def check_outside_of_calls(owner: nn.Module | None) -> None:
+    """Raises RuntimeError for a read of a weight that no call of the HSAID `owner` contains, and that cannot be right.
+
+    Inside of a trace it would be a constant. In a stage of a pipeline, or in DistributedDataParallel around a module
+    without the HSAID, each rank would have a theta of its own.
+    """
+    if torch._C._get_tracing_state() is not None or _is_exporting():
+        raise RuntimeError(TRACED)
+    if not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
+        return
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    if ddp is not None and owner is not None and not _holds(ddp, owner):
+        raise RuntimeError(
+            "model: expected DistributedDataParallel around the HSAID, or a module that holds it, got it around a part "
+            "of hsaid.model, where theta's gradient would not be averaged: hand over hsaid in the place of hsaid.model"
+        )
+    frame = sys._getframe(1)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith("torch.distributed.pipelining"):
+            raise RuntimeError(
+                "model: expected a model that each rank runs whole, got a part of hsaid.model as a stage of a pipeline "
+                "(torch.distributed.pipelining), where each rank would have a part of theta's gradient: use FSDP2"
+            )
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _is_exporting() -> bool:
+    if torch.compiler.is_exporting():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
+
+
+def _holds(ddp: nn.Module, owner: nn.Module) -> bool:
+    global _around
+    if _around is not None and _around[0]() is ddp and _around[1]() is owner:
+        return True
+    if owner not in set(ddp.modules()):
+        return False
+    _around = weakref.ref(ddp), weakref.ref(owner)
+    return True
+
+
+class ReducedOnce:
+    """Sees to it that no gradient of theta reaches DistributedDataParallel after it has reduced theta's gradient.
+
+    It reduces what arrives first, and leaves out whatever arrives later in the same step, without a word.
+
+    at_end  whether it reduces at the end of backward, as with static_graph=True
+    """
+
+    def __init__(self) -> None:
+        self.at_end = False
+        self._arrived = WeakTensorKeyDictionary()  # {parameter: how often in this step; None where nothing is reduced}
+
+    def expect(self, owner: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+        """A call of the HSAID `owner`, which trains these parameters, begins."""
+        ddp = DistributedDataParallel._get_active_ddp_module()
+        if ddp is None and not self._arrived:
+            return
+        around = ddp is not None and _holds(ddp, owner)
+        self.at_end = around and ddp.static_graph
+        reduces = around and ddp.require_backward_grad_sync and not ddp.static_graph
+        for parameter in parameters:
+            if parameter.requires_grad:
+                if parameter not in self._arrived:
+                    parameter.register_post_accumulate_grad_hook(self._count)
+                self._arrived[parameter] = 0 if reduces else None
+
+    def _count(self, parameter: Tensor) -> None:
+        if (arrived := self._arrived.get(parameter)) is None:
+            return
+        self._arrived[parameter] = arrived + 1
+        if arrived:
+            raise RuntimeError(
+                "theta: expected its gradient once in a step, because DistributedDataParallel reduces it when it first "
+                "arrives, got another part of it later, from a backward pass inside of backward or a second one: "
+                "checkpoint with use_reentrant=False, or take DistributedDataParallel(..., static_graph=True)"
+            )
