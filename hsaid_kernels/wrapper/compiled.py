@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hsaid_kernels.wrapper.eager import calls_eagerly
-from hsaid_kernels.wrapper.reads import Place, place_of
+from hsaid_kernels.wrapper.place import Place, place_of
 from hsaid_kernels.wrapper.weight import as_tensor
 
 _one_thread = threading.RLock()

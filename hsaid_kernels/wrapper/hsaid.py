@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-
 TASKS_IN_GRAPHS = (
     "torch.compile: expected one task in all threads, got different ones (use_task(), or set_task() in several "
     "threads), of which a compiled graph would run the registered one: call the HSAID uncompiled"
@@ -217,11 +216,16 @@ class HSAID(MultiTask):
     def w0_checks(self) -> str:
         """Hashes of some values of each W0_i, as they are in checkpoints; see `configuration.w0_checks`."""
         if self._projected.ranks is None:
-            return w0_checks(self.w0())
+            return w0_checks(self._known_w0())
         # All ranks compute these together, when they have wrapped the model or at the first step, and one may save.
         if self._w0_checks is None:
-            self._w0_checks = w0_checks(self.w0())
+            self._w0_checks = w0_checks(self._known_w0())
         return self._w0_checks
+
+    def _known_w0(self) -> dict[str, Tensor]:
+        """As `w0`, but a model that somebody has changed does not keep what was trained from being saved."""
+        own: Mapping[str, Tensor] = self._projected.kept or self._projected.known()
+        return {name: own[name] for name in self.plan.names}
 
     @property
     def merged(self) -> bool:
@@ -323,7 +327,7 @@ class HSAID(MultiTask):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the projected weights; of the first one, if W0 has several."""
-        return self.given_dtype or next(iter(self.w0().values())).dtype
+        return self.given_dtype or next(iter(self._known_w0().values())).dtype
 
     def train(self, mode: bool = True) -> Self:
         if mode != self.training:

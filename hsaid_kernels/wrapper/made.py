@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class Made:
     torch's version counter. W0 is compared by layout (`layout_of`) and version counter. References to these tensors are
     kept, so no new tensor can get the same address.
 
+    source    gives the object that these weights answer reads of, as long as it lives
     values    theta and the multipliers, as they were: the weights are made from these
     factors   of all segments, multiplied by the plan's scales, once they have been needed
     flats     {group: its weights, as one buffer}, those made last at the end
@@ -48,8 +49,10 @@ class Made:
         w0: Mapping[str, nn.Parameter],
         groups: Sequence[Group],
         room: int | None,
-        sharded: bool = False,
+        sharded: bool,
+        source: Callable[[], Any],
     ):
+        self.source = source
         self.theta, self.multipliers, self.w0, self.room = theta, multipliers, w0, room
         self.stepped = False
         self.tracked = not (theta.is_inference() or multipliers.is_inference())
@@ -127,7 +130,7 @@ class Made:
                 views = map(Weight.of, group.whole.plan.views(self.flats[group]))
                 made = dict(zip(group.names, views, strict=True))
             for own, weight in made.items():
-                weight.w0 = self.w0[own]
+                weight.w0, weight.source = self.w0[own], self.source
             self.weights |= made
         return self.weights[name]
 

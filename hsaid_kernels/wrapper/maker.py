@@ -77,7 +77,6 @@ class Maker(WatchedModel):
         return {key: value for key, value in super().__getstate__().items() if key not in made_again}
 
     def trained(self, key: str) -> nn.Parameter:
-        """theta, the multipliers or a fully trained tensor of this thread's task, as the HSAID has it now."""
         parameter = self.tasks.now()[key]
         assert parameter is not None
         return parameter
@@ -126,7 +125,7 @@ class Maker(WatchedModel):
         blocks = (group.nbytes for group in groups if group.names[0] not in self.tables)
         # A little more than the largest block: what runs after the last layer leaves it there for backward.
         room = max(blocks, default=0) * 5 // 4 if self.memory == "block" else None
-        made = Made(theta, self.trained("multipliers"), w0, groups, room, self.ranks is not None)
+        made = Made(theta, self.trained("multipliers"), w0, groups, room, self.ranks is not None, weakref.ref(self))
         for group in groups:
             if not group.on_read:
                 self.fill(made, group)
@@ -194,7 +193,7 @@ class Maker(WatchedModel):
             weights = group.projection.part(root.theta, root.factors, part, flat, kind.of, check)
             for tensor, weight in zip(part.plan.names, cast(Sequence[Weight], weights), strict=True):
                 nodes[tensor] = weight
-                weight.w0 = made.w0[tensor]
+                weight.w0, weight.source = made.w0[tensor], made.source
                 if isinstance(weight, BlockWeight):
                     weight.of_model = weakref.ref(made), tensor
             return nodes[name]

@@ -10,35 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hsaid_kernels.wrapper.compiled import compiled_as_before
-from hsaid_kernels.wrapper.reads import Place, detach, merging, place_of
+from hsaid_kernels.wrapper.place import Place, Source, place_of
+from hsaid_kernels.wrapper.reads import detach, merging
 from hsaid_kernels.wrapper.tree import forget_derived, masks
-
-
-class _Plain:
-    """Answers the reads of a copy that is being made by the copy's own parameters."""
-
-    def read(self, name: str | None, parameter: nn.Parameter) -> Tensor:
-        return parameter
-
-    def quickly(self, name: str | None, parameter: nn.Parameter | None) -> Tensor | None:
-        return parameter
-
-    def table(self, name: str | None, parameter: nn.Parameter) -> nn.Parameter:
-        return parameter
-
-    @property
-    def tables(self) -> tuple[str, ...]:
-        return ()
-
-    def tree_changed(self) -> None:
-        pass
-
-    def owns(self, parameter: Tensor) -> bool:
-        return True
-
-    @property
-    def others(self) -> set[str]:
-        return set()
 
 
 @torch.no_grad()
@@ -53,7 +27,7 @@ def merged_copy(
     memo: dict[int, Any] = {id(own[name]): nn.Parameter(value.clone(), False) for name, value in values.items()}
     for module in model.modules():
         if (place := place_of(module)) is not None:
-            memo[id(place)] = Place(_Plain())  # so that the wrapper is not copied
+            memo[id(place)] = Place(Source())  # so that the wrapper is not copied
         # Weights that hooks compute and store in the module, such as those of prune and weight_norm, may have a graph.
         computed = (value for value in module.__dict__.values() if isinstance(value, Tensor) and not value.is_leaf)
         memo |= {id(value): value.detach() for value in computed}

@@ -56,23 +56,24 @@ class ProjectedWeights(Maker):
         self._last_read: tuple[nn.Parameter, list[Tensor]] | None = None
         # {backward's number: theta and its version of the weights that were read last in it}
         self._recomputed: dict[int, tuple[nn.Parameter, int]] = {}
+        self.steps = 0  # of optimizers that train theta
+        self._idle, self._reached = 0, False  # steps of others since; whether gradients have reached theta since
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_inside", "_made", "_last_read", "_recomputed")
+        made_again = ("_inside", "_made", "_last_read", "_recomputed", "steps", "_idle", "_reached")
         return {key: value for key, value in super().__getstate__().items() if key not in made_again}
 
     # --- reads
 
     def read(self, name: str | None, parameter: nn.Parameter) -> Tensor:
-        """What a module of the model gets for its attribute, whose W0 is `parameter`; see `reads.py`."""
         if not self.attached:
             return parameter  # of a module that had left the model before it was unwrapped
         if not self._inside.calls:
-            check_outside_of_calls(self.owner and self.owner())
+            check_outside_of_calls(self.owner() if self.owner else None)
             if self.kept is None and is_sharded(parameter) and torch._C._current_graph_task_id() == -1:
                 raise RuntimeError(
-                    f"model: expected a weight in shards to be read while the model runs, on all ranks, got a read of "
-                    f"{name!r} elsewhere, for which all ranks would have to wait: hsaid.weights() on all of them gives it"
+                    f"model: expected weights in shards to be read while the model runs, got a read of {name!r} "
+                    "elsewhere, which would wait for all ranks: call hsaid.weights() on all of them"
                 )
         if name is None:
             with self.lock:
@@ -89,8 +90,7 @@ class ProjectedWeights(Maker):
         return full
 
     def quickly(self, name: str | None, parameter: nn.Parameter | None) -> Tensor | None:
-        """What `read` gives inside a call of the HSAID if nothing has changed, else None."""
-        made = self._inside.made
+        made = self._inside.made  # which only calls have
         if made is None or torch._C._current_graph_task_id() != -1:
             return None
         stamp = made.quick.get(name)
@@ -108,7 +108,6 @@ class ProjectedWeights(Maker):
         return None
 
     def table(self, name: str | None, parameter: nn.Parameter) -> Table | nn.Parameter:
-        """What a lookup of rows gets for a weight of `tables`; see `reads.py`."""
         if not self.attached or self.kept is not None or name is None:
             return parameter
         return Table(self, name, parameter)
@@ -190,11 +189,22 @@ class ProjectedWeights(Maker):
         return same
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        """Notes that the optimizer may have changed theta, whose version counter a fused one does not increase."""
-        if (made := self._made) is not None:
-            both = (made.theta, made.multipliers)
-            if any(own is p for group in optimizer.param_groups for p in group["params"] for own in both):
-                made.stepped = True
+        """Notes that the optimizer may have changed theta, whose version counter a fused one does not increase.
+
+        Warns where optimizers step without theta, while gradients reach it.
+        """
+        theta, multipliers = self.trained("theta"), self.trained("multipliers")
+        if any(p is theta or p is multipliers for group in optimizer.param_groups for p in group["params"]):
+            self.steps += 1
+            self._idle, self._reached = 0, False
+            if self._made is not None:
+                self._made.stepped = True
+        elif theta.grad is None:
+            self._idle = 0
+        elif self._reached:
+            self._idle, self._reached = self._idle + 1, False
+            if self._idle == 2:
+                self.heard_idle()
 
     def _serves(self, made: Made) -> bool:
         """Whether these weights are those of now. Compares everything; raises as `_verified` does."""
@@ -318,6 +328,12 @@ class ProjectedWeights(Maker):
         """Discards the weights, so that the next read recomputes them."""
         self._made = None
 
+    def part_copy(self, module: nn.Module) -> nn.Module | None:
+        made = self._made
+        copied = super().part_copy(module)
+        self._made = made  # weights that nobody else has read are not kept
+        return copied
+
     # --- other ways to run the model
 
     def run_on(self, tensors: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -373,6 +389,7 @@ def _check_backward(source: weakref.ref[ProjectedWeights], theta: nn.Parameter, 
         return
     if not weights.attached:
         raise RuntimeError(UNWRAPPED)
+    weights._reached = True
     found = weights._recomputed.get(torch._C._current_graph_task_id())
     if found is not None and (found[0] is not theta or found[1] != version):
         raise RuntimeError(OTHER_THETA)

@@ -8,82 +8,23 @@ the same, but moves the parameter into another module, which renames it and brea
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import functools
 import sys
 import threading
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol, SupportsIndex
+from collections.abc import Mapping
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
-from torch.nn.utils.prune import BasePruningMethod
 
 from hsaid_kernels.wrapper.eager import calls_eagerly, runs_eagerly
+from hsaid_kernels.wrapper.hearing import said_methods
+from hsaid_kernels.wrapper.place import Place, Source, place_of, plain_type
+from hsaid_kernels.wrapper.registration import heard_methods
 from hsaid_kernels.wrapper.sharded import is_of_fsdp, is_sharded
-from hsaid_kernels.wrapper.tree import Tree
 from hsaid_kernels.wrapper.weight import LOOKUPS, Weight, as_tensor, is_given
-
-
-class Source(Protocol):
-    """What a read is answered by. `ProjectedWeights` implements it."""
-
-    def read(self, name: str | None, parameter: nn.Parameter) -> Tensor:
-        """The tensor of now for the parameter `name`, whose W0 is `parameter`; None if it is new in the model."""
-
-    def quickly(self, name: str | None, parameter: nn.Parameter | None) -> Tensor | None:
-        """What `read` gives, or None where this cannot be told quickly."""
-
-    def table(self, name: str | None, parameter: nn.Parameter) -> object:
-        """What a lookup of rows gets, in the place of the tensor."""
-
-    @property
-    def tables(self) -> Collection[str]:
-        """Names of the tensors of which single rows are made."""
-
-    def tree_changed(self) -> None:
-        """Notes that a module or a parameter of the model has been replaced or added."""
-
-    def owns(self, parameter: Tensor) -> bool:
-        """Whether this is a parameter of the model, or a projected weight of one."""
-
-    @property
-    def others(self) -> set[str]:
-        """Names of parameters that may be added to the model."""
-
-
-class Place:
-    """What a module of a wrapped model knows of its wrapper, as its attribute `_hsaid`.
-
-    source  answers the module's reads
-    names   {attribute: name of the parameter in the model}
-    tables  attributes that only embeddings have, and of which `source` makes single rows
-    masks   {attribute: torch.nn.utils.prune's hook}, for masked weights, which prune stores as ordinary attributes
-    graph   {attribute: tensor} while the module runs compiled (`compiled.py`), else None
-    tree    of the model itself: what it looked like when it was last looked at, else None
-    before  {attribute: tensor} of what hooks have computed from a parameter and stored in the module, such as
-            weight_norm's `weight`, computed from `weight_g` and `weight_v`
-    """
-
-    def __init__(self, source: Source):
-        self.source = source
-        self.names: dict[str, str | None] = {}
-        self.tables: frozenset[str] = frozenset()
-        self.masks: dict[str, BasePruningMethod] = {}
-        self.graph: dict[str, Tensor] | None = None
-        self.tree: Tree | None = None
-        self.before: dict[str, Tensor] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "graph": None, "tree": None}
-
-
-def place_of(module: nn.Module) -> Place | None:
-    return module.__dict__.get("_hsaid")
 
 
 def attach(module: nn.Module, source: Source, names: Mapping[str, str | None], masks: Mapping[str, Any]) -> None:
@@ -97,7 +38,8 @@ def attach(module: nn.Module, source: Source, names: Mapping[str, str | None], m
     place.names, place.masks = dict(names), dict(masks)
     place.tables = frozenset(key for key, name in names.items() if name in source.tables)
     keys = (*place.names, *place.masks)
-    if any(not isinstance(getattr(type(module), key, None), _Reading) for key in keys):
+    heard = _is_made(type(module)) or not (keys or module._modules)
+    if not heard or any(not isinstance(getattr(type(module), key, None), _Reading) for key in keys):
         module.__class__ = _class_for(type(module), keys)  # type: ignore[arg-type]  # classes are hashable
 
 
@@ -116,9 +58,9 @@ def detach(module: nn.Module) -> None:
         module.__class__ = type(module).__bases__[0]
 
 
-def plain_type(module: nn.Module) -> type[nn.Module]:
-    """The module's own class, without the properties of `attach`."""
-    return next(kind for kind in type(module).__mro__ if "_hsaid_keys" not in kind.__dict__)
+def _is_made(cls: type[nn.Module]) -> bool:
+    """Whether this is a class of `_class_for`, or one below it."""
+    return any("_hsaid_keys" in kind.__dict__ for kind in cls.__mro__)
 
 
 class _Reading(property):
@@ -194,6 +136,13 @@ _eagerly.__dict__["_torchdynamo_disable"] = True
 _eagerly.__dict__["_torchdynamo_disable_msg"] = "a weight of an HSAID is read: compile the HSAID in place of its parts"
 
 
+def _swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Sets the class of a module, as libraries of kernels do. The module keeps the properties of `attach`."""
+    if place_of(module) is not None and not _is_made(cls):
+        cls = _class_for(cls, type(module)._hsaid_keys)  # type: ignore[arg-type, attr-defined]
+    object.__dict__["__class__"].__set__(module, cls)
+
+
 @functools.cache
 def _class_for(cls: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of `cls`, under its name, with a property for each of `keys`."""
@@ -201,9 +150,14 @@ def _class_for(cls: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
         return _class_for(cls.__bases__[0], tuple(dict.fromkeys((*cls.__dict__["_hsaid_keys"], *keys))))
     members: dict[str, Any] = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     members |= {key: _reading(key) for key in keys}
-    members["_hsaid_keys"] = keys
+    members |= {
+        "_hsaid_keys": keys,
+        "__class__": property(type, _swap_class),
+        **heard_methods(cls),
+        **said_methods(cls),
+    }
     # torch.jit.trace would compile properties
-    members["__jit_unused_properties__"] = [*getattr(cls, "__jit_unused_properties__", ()), *keys]
+    members["__jit_unused_properties__"] = [*getattr(cls, "__jit_unused_properties__", ()), "__class__", *keys]
     if issubclass(cls, nn.RNNBase):
         # A list of the weights that torch keeps for itself, and moves into one buffer for cuDNN
         members["_flat_weights"] = property(_flat_weights, lambda module, value: None)
@@ -227,21 +181,19 @@ def _class_for(cls: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
             self.__dict__["_hsaid"] = place
 
     def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> Any:
-        _refuse_copy(self)
-        return super(made, self).__deepcopy__(memo)
-
-    def __delattr__(self: nn.Module, name: str) -> None:
         place = place_of(self)
-        if place is not None and name in place.names:
-            raise RuntimeError(
-                f"model: expected the parameter {place.names[name]!r} to stay while an HSAID wraps the model: unwrap() "
-                "it first"
-            )
-        super(made, self).__delattr__(name)
+        # A memo with something in it is that of a larger copy, which the wrapper may be a part of.
+        if place is not None and not memo and not merging.active and (part := place.source.part_copy(self)) is not None:
+            return part
+        if hasattr(cls, "__deepcopy__"):
+            if not _is_parametrized(cls):
+                _refuse_copy(self)
+            return cls.__deepcopy__(self, memo)
+        reduced = self.__reduce_ex__(4)
+        assert isinstance(reduced, tuple)
+        return copy._reconstruct(self, memo, *reduced)  # type: ignore[attr-defined]  # as deepcopy does without this method
 
-    members |= {"__reduce_ex__": __reduce_ex__, "__setstate__": __setstate__, "__delattr__": __delattr__}
-    if hasattr(cls, "__deepcopy__") and not _is_parametrized(cls):
-        members["__deepcopy__"] = __deepcopy__
+    members |= {"__reduce_ex__": __reduce_ex__, "__setstate__": __setstate__, "__deepcopy__": __deepcopy__}
     metaclass: type = type(cls)
     made = metaclass(cls.__name__, (cls,), members)
     return made
@@ -277,49 +229,3 @@ def _flat_weights(module: nn.RNNBase) -> list[Tensor | None]:
 def _blank(cls: type[nn.Module], keys: tuple[str, ...]) -> nn.Module:
     made: Any = _class_for(cls, keys)  # type: ignore[arg-type]  # classes are hashable
     return made.__new__(made)
-
-
-def _on_registration(module: nn.Module, name: str, value: Any) -> Any:
-    """Torch calls this before a module or parameter is put into any module, and puts there what it returns, if any."""
-    place = place_of(module)
-    if place is None or value is None:
-        return None
-    _refuse_others(place, module, name, value)
-    place.source.tree_changed()
-    if isinstance(value, nn.Module):
-        # Its reads are ours from now on. `source` learns the names of its parameters at the first read.
-        for inner in value.modules():
-            if place_of(inner) is None:
-                attach(inner, place.source, {key: None for key, p in inner._parameters.items() if p is not None}, {})
-        return None
-    return value.w0 if isinstance(value, Weight) else None
-
-
-def _refuse_others(place: Place, module: nn.Module, name: str, value: nn.Module | Tensor) -> None:
-    """Raises ValueError if `value` would give the model other tensors, or belongs to another wrapped model."""
-    before = module._modules.get(name) if isinstance(value, nn.Module) else module._parameters.get(name)
-    inside = [] if isinstance(value, Tensor) else list(value.modules())
-    if any((other := place_of(inner)) is not None and other.source is not place.source for inner in inside):
-        raise ValueError(f"model: expected {name!r} to be a plain module, got one that is wrapped in another model")
-    tensors = [] if isinstance(value, Tensor) else list(value.parameters())
-    if tensors and all(map(place.source.owns, tensors)):  # another name for a module of the model
-        return
-    own, others = _shapes(before), _shapes(value)
-    if name not in place.source.others and own != others:
-        raise ValueError(
-            f"model: expected {name!r} in a {plain_type(module).__name__} to keep its tensors ({own or 'none'}) while "
-            f"an HSAID wraps the model, got others ({others or 'none'}): unwrap() it first"
-        )
-
-
-def _shapes(of: nn.Module | Tensor | None) -> dict[str, tuple[int, ...]]:
-    tensors = {} if of is None else {"": of} if isinstance(of, Tensor) else dict(of.named_parameters())
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-@functools.cache
-def watch_registrations() -> None:
-    """From now on, modules that are put into a wrapped model belong to it at once."""
-    hook: Callable[..., Any] = _on_registration
-    register_module_module_registration_hook(hook)
-    register_module_parameter_registration_hook(hook)

@@ -1,4 +1,4 @@
-"""`Root`: the one node of the autograd graph through which the gradients of all weights reach theta and the multipliers.
+"""`Root`: the one node of the autograd graph by which the gradients of all weights reach theta and the multipliers.
 
 Layers that backward recomputes may run a backward pass of their own, inside of the one that recomputes them: reentrant
 checkpoints and reversible layers do. In an ordinary model each such pass reaches parameters of its own. Here all would
@@ -84,10 +84,10 @@ def deliver_at_end(root: Root, check: Callable[[], None]) -> None:
 
     def deliver(running: _Running = running) -> None:
         collected.delivers = lambda: None
-        found = [(end, grad) for end, grad in zip((root.theta, root.factors), collected.take()) if grad is not None]
+        found = {end: grad for end, grad in zip((root.theta, root.factors), collected.take()) if grad is not None}
         if found:
             check()
-            torch.autograd.backward(*map(list, zip(*found)))
+            torch.autograd.backward(list(found), list(found.values()))
 
     torch.autograd.Variable._execution_engine.queue_callback(deliver)
 
@@ -107,11 +107,11 @@ class _Trained(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dtheta, dfactors):
-        for name, tensor, before in zip(("theta has", "the multipliers have"), (ctx.theta, ctx.multipliers), ctx.versions):
+        said = ("theta has", "it"), ("the multipliers have", "them")
+        for (what, it), tensor, before in zip(said, (ctx.theta, ctx.multipliers), ctx.versions):
             if version(tensor) != before:
-                needed = "it" if name == "theta has" else "them"
                 raise RuntimeError(
-                    f"{name} been changed in place between forward and backward, which needs {needed} unchanged"
+                    f"{what} been changed in place between forward and backward, which needs {it} unchanged"
                 )
         ctx.collected.add(dtheta, dfactors)
         dtheta, dfactors = ctx.collected.take()

@@ -33,8 +33,8 @@ class Saved(StandIn):
         """Raises RuntimeError, which begins with `what`, if this thread's task is not the registered one."""
         if "_tasks" in self.__dict__ and self._tasks.current != self._tasks.registered:
             raise RuntimeError(
-                f"{what} while task {self._tasks.current!r} is set for all threads, got {self._tasks.registered!r}, which "
-                "another thread has set, or set_task() before use_task()"
+                f"{what} while the task of this thread, {self._tasks.current!r}, is the one that was set last, got "
+                f"{self._tasks.registered!r}: call set_task() in place of use_task(), in one thread at a time"
             )
 
     def _check_buffers(self) -> None:
@@ -44,8 +44,9 @@ class Saved(StandIn):
             return
         if self._buffers_of.get(tasks.current) or buffers.changed(self.model):
             raise RuntimeError(
-                f"task: expected {tasks.current!r} to be set for all threads, because training has changed buffers of the "
-                f"model, which threads share, got {tasks.registered!r}: set_task({tasks.current!r}) in one thread at a time"
+                f"task: expected {tasks.current!r} to be set for all threads, because training has changed buffers of "
+                f"the model, which threads share, got {tasks.registered!r}: call set_task({tasks.current!r}), and run "
+                "one task at a time"
             )
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, is_main_process: bool = True, **_: Any) -> None:

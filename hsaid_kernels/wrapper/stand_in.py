@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import types
 from collections.abc import Iterator
 from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
 
-from hsaid_kernels.wrapper.reads import plain_type
+from hsaid_kernels.wrapper.place import plain_type
 
 # Methods of transformers' and peft's base classes that change the model, so that it would no longer be the one that was
 # wrapped.
@@ -131,7 +132,9 @@ class StandIn(nn.Module):
             raise TypeError(
                 "model: expected the one that this HSAID wraps to stay: wrap the other one in an HSAID of its own"
             )
-        if model is None or name in self.__dict__ or hasattr(type(self), name) or name in self._parameters:
+        if model is not None and name == "forward":
+            self.__dict__["forward"] = self._inside_call(value)
+        elif model is None or name in self.__dict__ or hasattr(type(self), name) or name in self._parameters:
             super().__setattr__(name, value)
         elif hasattr(model, name):
             setattr(model, name, value)
@@ -143,6 +146,23 @@ class StandIn(nn.Module):
             )
         else:
             super().__setattr__(name, value)
+
+    def _inside_call(self, forward: Any) -> Any:
+        """`forward`, which somebody sets on this object, as a call of the model.
+
+        TRL's fused heads do so, and Accelerate, which sets the one of before again at the end.
+        """
+        if not callable(forward) or getattr(forward, "__func__", None) is type(self).forward:
+            return forward
+
+        @functools.wraps(forward)
+        def inside(self: StandIn, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return forward(*args, **kwargs)
+            with self._computing():
+                return forward(*args, **kwargs)
+
+        return types.MethodType(inside, self)
 
     def _get_name(self) -> str:
         """The model's class name, by which Trainer's label smoothing recognizes causal language models."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,9 @@ class Tree:
         holders = [holder for module in everything for holder in (module._parameters, module._modules)]
         self._empty = [holder for holder in holders if not holder]
         self._seen = [(holder, tuple(holder.values()), tuple(map(id, holder.values()))) for holder in holders if holder]
+        buffers = [module._buffers for module in everything if module._buffers]
+        every: list[Any] = [*holders, *buffers]
+        self._whole = [(holder, dict(holder)) for holder in every if holder]
 
     def names(self) -> dict[int, str]:
         """{id of the parameter: name}."""
@@ -54,6 +58,14 @@ class Tree:
         if parameter is None:
             raise RuntimeError(f"model: expected {name!r} to be in use, but its module is gone")
         return parameter
+
+    def put_back(self) -> None:
+        """Gives modules what has been taken out of them, parameters, modules and buffers, in the order of before."""
+        for holder, whole in self._whole:
+            if any(value is not None and holder.get(key) is None for key, value in whole.items()):
+                now = {key: value for key, value in holder.items() if value is not None}
+                holder.clear()
+                holder.update(whole | now)
 
     def holds(self) -> bool:
         """Whether the model still has the same modules and parameters. Takes a twelfth of the time of `Tree(model)`."""

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import threading
 import weakref
-from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.wrapper.buffers import Buffers
 from hsaid_kernels.wrapper.comparison import differences
 from hsaid_kernels.wrapper.compiled import compiled_as_before, keep_compiled_current
-from hsaid_kernels.wrapper.quantized import is_quantized
-from hsaid_kernels.wrapper.reads import attach, detach, place_of, watch_registrations
+from hsaid_kernels.wrapper.hearing import AT_ONCE, warn
+from hsaid_kernels.wrapper.merging import merged_copy
+from hsaid_kernels.wrapper.place import Source, place_of
+from hsaid_kernels.wrapper.quantized import is_quantized, whole
+from hsaid_kernels.wrapper.reads import attach, detach
+from hsaid_kernels.wrapper.registration import watch_registrations
 from hsaid_kernels.wrapper.sharded import Ranks, check_sharding, is_gathered, is_sharded
 from hsaid_kernels.wrapper.tree import Tree, forget_derived, masks
 from hsaid_kernels.wrapper.weight import Weight, is_given
 from hsaid_kernels.wrapper.wrapped import check_hooks
 
 
-class WatchedModel(ABC):
+class WatchedModel(Source):
     """A wrapped model.
 
     Args:
@@ -45,8 +50,8 @@ class WatchedModel(ABC):
     """
 
     owner: weakref.ref[nn.Module] | None
-    tables: Collection[str] = ()
     memory: str = "step"
+    steps: int
     lock: threading.RLock
 
     def __init__(self, model: nn.Module, plan: Plan, full: Collection[str], own_full: bool):
@@ -67,9 +72,13 @@ class WatchedModel(ABC):
         self.owner = None
         self.lock = threading.RLock()
         self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._adopted: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that are tied to the model, or in it since
+        self._heard: Any = None  # theta's state when W0 was last asked for
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key not in ("owner", "lock", "_modules")}
+        made_again = ("owner", "lock", "_modules", "_adopted", "_heard", "_warned")
+        state = {key: value for key, value in self.__dict__.items() if key not in made_again}
         return state | {"_model": self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -77,21 +86,17 @@ class WatchedModel(ABC):
         self.__dict__.update(state | {"_model": weakref.ref(nn.Module() if model is None else model)})
         self._start()
 
-    @abstractmethod
-    def read(self, name: str | None, parameter: nn.Parameter) -> Tensor:
-        """What a module of the model gets for its attribute, whose W0 is `parameter`; see `reads.py`."""
-
-    @abstractmethod
-    def quickly(self, name: str | None, parameter: nn.Parameter | None) -> Tensor | None:
-        """What `read` gives, or None where this cannot be told quickly."""
-
-    @abstractmethod
-    def table(self, name: str | None, parameter: nn.Parameter) -> object:
-        """What a lookup of rows gets for a weight of `tables`."""
-
-    @abstractmethod
     def drop_cache(self) -> None:
         """Discards what reads are answered by, so that the next read makes it again."""
+        raise NotImplementedError
+
+    def trained(self, key: str) -> nn.Parameter:
+        """theta, the multipliers or a fully trained tensor of this thread's task, as the HSAID has it now."""
+        raise NotImplementedError
+
+    def now(self) -> dict[str, Tensor]:
+        """{name: projected weight}."""
+        raise NotImplementedError
 
     @property
     def model(self) -> nn.Module:
@@ -128,11 +133,13 @@ class WatchedModel(ABC):
         if self.ranks is not None:
             self.ranks.release()
             self.ranks = None
+        self.put_back()
         tree = Tree(self.model)
-        for module in {self.model, *tree.modules, *self._modules}:
+        for module in {self.model, *tree.modules, *self._modules, *self._adopted}:
             compiled_as_before(module)
             detach(module)
         self._modules.clear()
+        self._adopted.clear()
         self._give_flags_back({**self._own, **tree.parameters})
         self.buffers.put(self.model, {})
         forget_derived(self.model)
@@ -147,9 +154,73 @@ class WatchedModel(ABC):
             place.tree = None
 
     def owns(self, parameter: Tensor) -> bool:
-        """Whether this is a parameter of the model, or a projected weight of one."""
         own = parameter.w0 if isinstance(parameter, Weight) else parameter
         return any(own is known for known in self._own.values())
+
+    def adopt(self, module: nn.Module, keys: Iterable[str]) -> None:
+        self._adopted.add(module)
+        place = place_of(module)
+        known: Mapping[str, str | None] = {} if place is None else place.names
+        attach(module, self, {**known, **dict.fromkeys(keys)}, {})
+
+    def put_back(self) -> None:
+        model = self._model()
+        if model is None or (place := place_of(model)) is None or place.tree is None:
+            return
+        place.tree.put_back()
+        for module in (model, *place.tree.modules):
+            if (own := place_of(module)) is not None:
+                module.__dict__.update({key: own.before[key] for key in own.before.keys() - module.__dict__.keys()})
+
+    def check_set(self, what: str, own: nn.Parameter, value: Tensor) -> None:
+        value = value.w0 if isinstance(value, Weight) else value
+        name = next((name for name, known in self._own.items() if known is own), None)
+        if value is own or name is None or self.own_full or self.kept is not None:
+            return
+        if is_quantized(value) and not is_quantized(own):
+            self._check_memory(name)
+        if name in self.plan.shapes and not is_sharded(own):
+            if not self._moved() or _equal(own, value):
+                return
+            raise RuntimeError(
+                f"{what} to stay, because a projected weight is W0 + P theta: what is set would become W0, and P theta "
+                "would be added to it once more: write to W0 (hsaid.w0()), or change the model in hsaid.unwrapped()"
+            )
+        if name in self._full_names and not _equal(own, value):
+            raise RuntimeError(f"{what} to stay, because it is trained fully: write to hsaid.full[{name!r}]")
+
+    def _moved(self) -> bool:
+        """Whether theta of this thread's task moves any weight."""
+        return bool(whole(self.trained("theta").detach()).any())
+
+    @torch.no_grad()
+    def part_copy(self, module: nn.Module) -> nn.Module | None:
+        if module is self._model() or not self.attached:
+            return None
+        own, names = dict(module.named_parameters()), {id(p): name for name, p in self.own().items()}
+        inside = {key: names[id(parameter)] for key, parameter in own.items() if id(parameter) in names}
+        now = {key: self.read(name, own[key]).detach() for key, name in inside.items()}
+        return merged_copy(module, own, now, {key: self.flags[name] for key, name in inside.items()})
+
+    def hear(self, module: nn.Module, call: str, frame: FrameType | None) -> None:
+        if self._warned or not self.attached or self.kept is not None or self.own_full:
+            return
+        if call in (*AT_ONCE, "state_dict()") and module is not self._model():
+            return
+        if call not in AT_ONCE:
+            before, theta = self._heard, self.trained("theta")
+            self._heard = (theta, None if theta.is_inference() else theta._version, self.steps)
+            if before is None or (before[0] is theta and before[1:] == self._heard[1:]):
+                return
+        self._warned = True
+        acts = {"zero_grad()": "zero_grad() acts on", "save_pretrained()": "save_pretrained() saves"}
+        warn(acts.get(call, f"{call} gives"), frame)
+
+    def heard_idle(self) -> None:
+        """Warns that optimizers step, and theta is not among what they change, though gradients reach it."""
+        if not self._warned and self.attached and not self.own_full:
+            self._warned = True
+            warn("optimizers step without theta, whose gradient adds up; parameters() of hsaid.model are", None)
 
     def _scan(self) -> Tree:
         """Looks at the model again. Raises ValueError if it has other tensors than when it was wrapped."""
@@ -162,6 +233,10 @@ class WatchedModel(ABC):
         names = tree.names()
         given = {name: self._own[name] for name, p in tree.parameters.items() if is_given(p) and name in self._own}
         tree.parameters |= given  # inside torch.func.functional_call
+        for name in self.plan.shapes.keys() & tree.parameters.keys():
+            before, now = self._own[name], tree.parameters[name]
+            if now is not before and not is_sharded(now) and now.shape == before.shape:
+                self.check_set(f"model: expected {name!r}", before, now)
         if untied := sorted(self._aliases.keys() & tree.parameters.keys()):
             raise ValueError(
                 f"model: expected {untied[0]!r} to be tied as it was when it was wrapped, got one of its own"
@@ -205,11 +280,8 @@ class WatchedModel(ABC):
         """Notes whether FSDP2 has sharded the model. Raises as `check_sharding`; ValueError if memory is "step"."""
         check_sharding(parameters)
         quantized = [name for name in self.plan.names if is_quantized(parameters.get(name, self._own[name]))]
-        if quantized and self.memory != "block":
-            raise ValueError(
-                f'memory: expected "block" for a quantized model, which is dequantized block by block, got '
-                f"{self.memory!r} ({quantized[0]!r} is quantized)"
-            )
+        if quantized:
+            self._check_memory(quantized[0])
         shard = next(filter(is_sharded, parameters.values()), None)
         if shard is None or self.ranks is not None:
             return
@@ -219,6 +291,14 @@ class WatchedModel(ABC):
                 f"gathered block by block, got {self.memory!r}"
             )
         self.ranks = Ranks(shard)
+
+    def _check_memory(self, quantized: str) -> None:
+        if self.memory != "block":
+            raise ValueError(
+                f'memory: expected "block" for a quantized model, which is dequantized block by block, got '
+                f"{self.memory!r} ({quantized!r} is quantized): quantize the model first, and wrap it then with "
+                'memory="block"'
+            )
 
     def _verified(self) -> dict[str, nn.Parameter]:
         """The model's parameters. Raises if the model has changed in a way that would not be heard."""
@@ -266,6 +346,13 @@ class WatchedModel(ABC):
         with self.lock:
             return self._verified() if self.attached else dict(self.model.named_parameters())
 
+    def known(self) -> dict[str, nn.Parameter]:
+        """As `own`; of a model that has been changed, so that it could not be called, as it was before that."""
+        try:
+            return self.own()
+        except (RuntimeError, ValueError, TypeError):
+            return self._own
+
     def merge(self, values: Mapping[str, Tensor]) -> None:
         """Puts `values` into the model's own parameters of these names, until `unmerge`."""
         own = self.own()
@@ -296,6 +383,14 @@ class WatchedModel(ABC):
             raise RuntimeError(
                 f"{call}: expected a model on its W0, got one that merge(inplace=True) has merged: unmerge()"
             )
+
+
+def _equal(own: Tensor, value: Tensor) -> bool:
+    """Whether two tensors have the same values, in the dtype of the second."""
+    if own.shape != value.shape or own.is_meta or value.is_meta:
+        return False
+    now, new = whole(own.detach()), whole(value.detach())
+    return torch.equal(now.to(new), new)
 
 
 def unwrapped_before(model: nn.Module, owner: nn.Module) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 # Modules whose `forward` passes their weight on to a lookup of rows, and the code that does so.
 LOOKUPS = {nn.Embedding: nn.Embedding.forward.__code__, nn.EmbeddingBag: nn.EmbeddingBag.forward.__code__}
+
+_NEW_PARAMETER = nn.Parameter.__new__.__code__
 
 READ_ONLY = (
     "a projected weight is read only, because theta makes it: write to W0 (hsaid.w0()), or unwrap() the model to "
@@ -31,10 +35,12 @@ class Weight(nn.Parameter):
     Writes in place increase the version counter, also those through `data`, so that the next read of the model refuses
     to go on with them. Operations on it give ordinary tensors.
 
-    w0  the parameter of the model
+    w0      the parameter of the model
+    source  gives what answers for the model's weights (`place.Source`), as long as that lives
     """
 
     w0: nn.Parameter
+    source: Callable[[], Any]
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
@@ -45,9 +51,31 @@ class Weight(nn.Parameter):
     def __new__(cls, data: Tensor, requires_grad: bool = True) -> Any:
         return nn.Parameter(data, requires_grad)  # as nn.Parameter's own copies and pickles call it
 
+    # `nn.Parameter(weight)` is a plain parameter of these values. Of a subclass, nn.Parameter makes one by detach() and
+    # requires_grad_(), which must give the same subclass, and sets _is_param at last: then it becomes a plain one.
+
+    def detach(self) -> Tensor:
+        detached = super().detach()
+        if sys._getframe(1).f_code is not _NEW_PARAMETER:
+            return detached
+        made: Tensor = torch.Tensor._make_subclass(type(self), detached.clone(), False)
+        return made
+
+    @property
+    def _is_param(self) -> bool:
+        return True
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        plain = torch.Tensor._make_subclass(nn.Parameter, self.data, self.requires_grad)
+        return plain.__reduce_ex__(protocol)
+
     @property
     def data(self) -> Tensor:
-        return self.detach().as_subclass(torch.Tensor)
+        return super().detach().as_subclass(torch.Tensor)
 
     @data.setter
     def data(self, value: Tensor) -> NoReturn:
@@ -61,7 +89,10 @@ class Weight(nn.Parameter):
     def requires_grad(self, value: bool) -> NoReturn:
         raise RuntimeError(FREEZE)
 
-    def requires_grad_(self, requires_grad: bool = True) -> NoReturn:
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        if sys._getframe(1).f_code is _NEW_PARAMETER:
+            super().requires_grad_(requires_grad)
+            return self
         raise RuntimeError(FREEZE)
 
     def register_hook(self, hook: Any) -> NoReturn:

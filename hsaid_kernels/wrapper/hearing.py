@@ -1,0 +1,79 @@
+"""Calls of hsaid.model that act on W0, and were probably meant for theta: said once, as a warning.
+
+W0 has to be somewhere, so `hsaid.model.parameters()` are W0. Whoever hands over hsaid.model where a model is trained,
+averaged or saved trains, averages and saves nothing of what was learned, without an error.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from hsaid_kernels.wrapper.place import place_of
+
+# What is said at the first call; the others only when they are repeated after theta has changed.
+AT_ONCE = ("zero_grad()", "save_pretrained()")
+# Libraries that look at parameters for other reasons than their values: for dtype and device, to count, to copy.
+_LIBRARIES = (
+    *("hsaid_kernels.", "torch.nn.modules.", "torch.nn.parallel.", "torch.distributed.", "torch._", "torch.fx."),
+    *("torch.export.", "transformers.", "accelerate.", "peft.", "lightning.", "pytorch_lightning.", "contextlib"),
+)
+
+
+def said_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    """Methods for a subclass of `cls`, the class of a module in a wrapped model, that tell its source of such calls."""
+
+    def named_parameters(self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        for number, found in enumerate(cls.named_parameters(self, *args, **kwargs)):
+            yield found
+            if number == 0:  # is not reached by those who want a device or a dtype, which the first one has
+                _tell(self, "parameters()")
+
+    def state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not args and "destination" not in kwargs:  # not of a module inside, as a part of the whole
+            _tell(self, "state_dict()")
+        return cls.state_dict(self, *args, **kwargs)
+
+    def zero_grad(self: nn.Module, set_to_none: bool = True) -> None:
+        _tell(self, "zero_grad()")
+        cls.zero_grad(self, set_to_none)
+
+    methods: dict[str, Callable[..., Any]]
+    methods = {"named_parameters": named_parameters, "state_dict": state_dict, "zero_grad": zero_grad}
+    if save := getattr(cls, "save_pretrained", None):
+
+        def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            _tell(self, "save_pretrained()")
+            return save(self, *args, **kwargs)
+
+        methods["save_pretrained"] = save_pretrained
+    return methods
+
+
+def _tell(module: nn.Module, call: str) -> None:
+    if (place := place_of(module)) is None or torch.compiler.is_compiling():
+        return
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") in (__name__, "torch.nn.modules.module"):
+        frame = frame.f_back  # of what takes what a generator yields
+    where = str(frame.f_globals.get("__name__")) if frame is not None else "hsaid_kernels."
+    if call in AT_ONCE or not where.startswith(_LIBRARIES):
+        place.source.hear(module, call, frame)
+
+
+def warn(what: str, frame: FrameType | None) -> None:
+    """Warns that `what` acts on W0, at the place of `frame`."""
+    message = (
+        f"hsaid.model: {what} W0, which is not trained: hand over the HSAID itself, whose parameters() are what is "
+        "trained. hsaid.model is for inference and for its modules (docs/integration.md)"
+    )
+    if frame is None:
+        warnings.warn(message, stacklevel=3)
+    else:
+        warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)

@@ -1,0 +1,138 @@
+"""What is put into a wrapped model, or taken out of it: accepted, or refused before anything has changed.
+
+torch tells of what is put, by its registration hooks, but not of what is taken, and often takes one thing before it
+puts another: `weight_norm` deletes `weight` and then registers `weight_g`. So a refusal puts back what has been taken.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from hsaid_kernels.wrapper.place import Place, place_of, plain_type
+from hsaid_kernels.wrapper.weight import Weight
+
+
+def heard_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    """Methods for a subclass of `cls`, the class of a module in a wrapped model, that hear of changes to it."""
+
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if (place := place_of(self)) is not None:
+            if param is None:
+                _check_stays(place, self, name)
+            else:  # torch itself refuses a weight with a graph, before its hooks are called
+                param = _accepted(place, self, name, param)
+        cls.register_parameter(self, name, param)
+
+    def __delattr__(self: nn.Module, name: str) -> None:
+        if (place := place_of(self)) is not None:
+            _check_stays(place, self, name)
+        cls.__delattr__(self, name)
+
+    def load_state_dict(self: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        for prefix, module in self.named_modules():
+            if (place := place_of(module)) is not None:
+                for key in place.names:
+                    name = f"{prefix}.{key}" if prefix else key
+                    own, value = module._parameters.get(key), state_dict.get(name)
+                    if own is not None and isinstance(value, Tensor):
+                        place.source.check_set(f"load_state_dict(): expected {name!r}", own, value)
+        return cls.load_state_dict(self, state_dict, *args, **kwargs)
+
+    return {
+        "register_parameter": register_parameter,
+        "__delattr__": __delattr__,
+        "load_state_dict": load_state_dict,
+    }
+
+
+def _check_stays(place: Place, module: nn.Module, name: str) -> None:
+    """Raises RuntimeError if `name` is a parameter of the model, or a module with parameters of the model."""
+    inside = module._modules.get(name)
+    taken = [] if inside is None else [own for own in inside.parameters() if place.source.owns(own)]
+    if (name in place.names and module._parameters.get(name) is not None) or taken:
+        place.source.put_back()
+        what = f"the module {name!r}" if taken else f"the parameter {place.names[name] or name!r}"
+        raise RuntimeError(f"model: expected {what} to stay while an HSAID wraps the model: unwrap() it first")
+
+
+def _on_registration(module: nn.Module, name: str, value: Any) -> Any:
+    """Torch calls this before a module or parameter is put into any module, and puts there what it returns, if any."""
+    place = place_of(module)
+    if value is None:
+        return None
+    if place is None:
+        return _tied(module, name, value) if isinstance(value, Weight) else None
+    accepted = _accepted(place, module, name, value)
+    place.source.tree_changed()
+    if isinstance(value, nn.Module):
+        # Its reads are ours from now on. `source` learns the names of its parameters at the first read.
+        for inner in value.modules():
+            if place_of(inner) is None:
+                place.source.adopt(inner, [key for key, own in inner._parameters.items() if own is not None])
+        return None
+    return accepted if accepted is not value else None
+
+
+def _tied(module: nn.Module, name: str, value: Weight) -> nn.Parameter:
+    """Ties a module outside of the model to a weight of it, as tied modules inside are: both read the weight of now."""
+    if (source := value.source()) is not None:
+        source.adopt(module, [name])
+    return value.w0
+
+
+def _accepted(place: Place, module: nn.Module, name: str, value: Any) -> Any:
+    """`value`, or W0 in the place of a weight of the model. Raises, and puts back what was taken out, if it is refused.
+
+    ValueError if `value` would give the model other tensors, or belongs to another wrapped model; RuntimeError if it
+    would become W0 although it may have been computed from a weight.
+    """
+    try:
+        _check(place, module, name, value)
+    except (ValueError, RuntimeError):
+        place.source.put_back()
+        raise
+    return value.w0 if isinstance(value, Weight) else value
+
+
+def _check(place: Place, module: nn.Module, name: str, value: nn.Module | Tensor) -> None:
+    before = module._modules.get(name) if isinstance(value, nn.Module) else module._parameters.get(name)
+    inside = [] if isinstance(value, Tensor) else list(value.modules())
+    if any((other := place_of(inner)) is not None and other.source is not place.source for inner in inside):
+        raise ValueError(f"model: expected {name!r} to be a plain module, got one that is wrapped in another model")
+    tensors = [] if isinstance(value, Tensor) else list(value.parameters())
+    if tensors and all(map(place.source.owns, tensors)):  # another name for a module of the model
+        return
+    own, others = _tensors(before), _tensors(value)
+    if name not in place.source.others and _shapes(own) != _shapes(others):
+        raise ValueError(
+            f"model: expected {name!r} in a {plain_type(module).__name__} to keep its tensors "
+            f"({_shapes(own) or 'none'}) while an HSAID wraps the model, got others ({_shapes(others) or 'none'}): "
+            "unwrap() it first"
+        )
+    for key, parameter in own.items():
+        if key in others and isinstance(parameter, nn.Parameter):
+            place.source.check_set(f"model: expected {f'{name}.{key}' if key else name!r}", parameter, others[key])
+
+
+def _tensors(of: nn.Module | Tensor | None) -> dict[str, Tensor]:
+    return {} if of is None else {"": of} if isinstance(of, Tensor) else dict(of.named_parameters())
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+@functools.cache
+def watch_registrations() -> None:
+    """From now on, modules that are put into a wrapped model belong to it at once."""
+    hook: Callable[..., Any] = _on_registration
+    register_module_module_registration_hook(hook)
+    register_module_parameter_registration_hook(hook)
