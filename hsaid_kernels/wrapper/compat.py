@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hsaid_kernels.wrapper.comparison import check_state
 from hsaid_kernels.wrapper.hsaid import HSAID
-from hsaid_kernels.wrapper.reads import detach
+from hsaid_kernels.wrapper.reads import class_for
 from hsaid_kernels.wrapper.tasks import key_of
 
 if TYPE_CHECKING:
@@ -204,7 +204,6 @@ class _InPlace(HSAID):
         for name in NAMES:
             merged._parameters.pop(name, None)
         merged.__class__ = _plain_class(merged)
-        detach(merged)
         return merged
 
     def unwrap(self) -> nn.Module:
@@ -214,7 +213,6 @@ class _InPlace(HSAID):
             for name in NAMES:
                 module._parameters.pop(name, None)
             module.__class__ = _plain_class(module)  # type: ignore[assignment]
-            detach(module)
         return module
 
     def unwrapped(self) -> contextlib.AbstractContextManager[nn.Module]:
@@ -240,6 +238,7 @@ class _InSubspace(nn.Module):
     """The first base class of a module in a subspace; the second one is the module's original class."""
 
     hsaid: HSAID
+    _hsaid_keys: tuple[str, ...]  # of the second base class, see `reads.class_for`
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # An ordinary module, so that type(module).from_pretrained(...) returns one.
@@ -284,7 +283,7 @@ class _InSubspace(nn.Module):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # pickle looks a class up by its name, but this class is created at run time.
-        return _blank, (_plain_class(self),), *super().__reduce_ex__(protocol)[2:]
+        return _blank, (_plain_class(self), type(self)._hsaid_keys), *super().__reduce_ex__(protocol)[2:]
 
 
 @functools.cache
@@ -307,8 +306,9 @@ def _class_in_subspace(cls: type[nn.Module]) -> type[nn.Module]:
 
 def _plain_class(module: nn.Module | type[nn.Module]) -> type[nn.Module]:
     cls = module if isinstance(module, type) else type(module)
-    return cls.__bases__[1]
+    return next(kind for kind in cls.__bases__[1].__mro__ if "_hsaid_keys" not in kind.__dict__)
 
 
-def _blank(cls: type[nn.Module]) -> nn.Module:
-    return object.__new__(_class_in_subspace(cls))  # type: ignore[arg-type]  # classes are hashable
+def _blank(cls: type[nn.Module], keys: tuple[str, ...]) -> nn.Module:
+    reading: Any = class_for(cls, keys)  # type: ignore[arg-type]  # classes are hashable
+    return object.__new__(_class_in_subspace(reading))

@@ -21,8 +21,9 @@ from hsaid_kernels.wrapper.place import place_of
 AT_ONCE = ("zero_grad()", "save_pretrained()")
 # Libraries that look at parameters for other reasons than their values: for dtype and device, to count, to copy.
 _LIBRARIES = (
-    *("hsaid_kernels.", "torch.nn.modules.", "torch.nn.parallel.", "torch.distributed.", "torch._", "torch.fx."),
-    *("torch.export.", "transformers.", "accelerate.", "peft.", "lightning.", "pytorch_lightning.", "contextlib"),
+    *("hsaid_kernels.", "torch.nn.modules.", "torch.nn.parallel.", "torch.nn.utils.stateless", "torch.distributed."),
+    *("torch._", "torch.fx.", "torch.export.", "transformers.", "accelerate.", "peft.", "lightning.", "contextlib"),
+    "pytorch_lightning.",
 )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -33,14 +34,23 @@ def check_outside_of_calls(owner: nn.Module | None) -> None:
             "model: expected DistributedDataParallel around the HSAID, or a module that holds it, got it around a part "
             "of hsaid.model, where theta's gradient would not be averaged: hand over hsaid in the place of hsaid.model"
         )
-    frame = sys._getframe(1)
+    if any(str(frame.f_globals.get("__name__")).startswith("torch.distributed.pipelining") for frame in _callers()):
+        raise RuntimeError(
+            "model: expected a model that each rank runs whole, got a part of hsaid.model as a stage of a pipeline "
+            "(torch.distributed.pipelining), where each rank would have a part of theta's gradient: use FSDP2"
+        )
+
+
+def inside_module() -> bool:
+    """Whether a module is being called, which all ranks of a sharded model do together."""
+    return any(frame.f_code is nn.Module._call_impl.__code__ for frame in _callers())
+
+
+def _callers() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if str(frame.f_globals.get("__name__")).startswith("torch.distributed.pipelining"):
-            raise RuntimeError(
-                "model: expected a model that each rank runs whole, got a part of hsaid.model as a stage of a pipeline "
-                "(torch.distributed.pipelining), where each rank would have a part of theta's gradient: use FSDP2"
-            )
-        frame = frame.f_back  # type: ignore[assignment]
+        yield frame
+        frame = frame.f_back
 
 
 def _is_exporting() -> bool:

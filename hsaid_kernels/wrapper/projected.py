@@ -19,7 +19,7 @@ from hsaid_kernels.wrapper.eager import runs_eagerly, undisturbed
 from hsaid_kernels.wrapper.groups import Group
 from hsaid_kernels.wrapper.made import Made, layout_of
 from hsaid_kernels.wrapper.maker import UNWRAPPED, Maker
-from hsaid_kernels.wrapper.outside import check_outside_of_calls
+from hsaid_kernels.wrapper.outside import check_outside_of_calls, inside_module
 from hsaid_kernels.wrapper.quantized import is_quantized, stamp_of
 from hsaid_kernels.wrapper.root import scaled_factors
 from hsaid_kernels.wrapper.saving import has_hooks, keeping_places
@@ -70,7 +70,8 @@ class ProjectedWeights(Maker):
             return parameter  # of a module that had left the model before it was unwrapped
         if not self._inside.calls:
             check_outside_of_calls(self.owner() if self.owner else None)
-            if self.kept is None and is_sharded(parameter) and torch._C._current_graph_task_id() == -1:
+            waits = self.kept is None and is_sharded(parameter) and torch._C._current_graph_task_id() == -1
+            if waits and not inside_module():
                 raise RuntimeError(
                     f"model: expected weights in shards to be read while the model runs, got a read of {name!r} "
                     "elsewhere, which would wait for all ranks: call hsaid.weights() on all of them"

@@ -40,7 +40,7 @@ def attach(module: nn.Module, source: Source, names: Mapping[str, str | None], m
     keys = (*place.names, *place.masks)
     heard = _is_made(type(module)) or not (keys or module._modules)
     if not heard or any(not isinstance(getattr(type(module), key, None), _Reading) for key in keys):
-        module.__class__ = _class_for(type(module), keys)  # type: ignore[arg-type]  # classes are hashable
+        module.__class__ = class_for(type(module), keys)  # type: ignore[arg-type]  # classes are hashable
 
 
 def _give_back(module: nn.Module) -> None:
@@ -59,7 +59,7 @@ def detach(module: nn.Module) -> None:
 
 
 def _is_made(cls: type[nn.Module]) -> bool:
-    """Whether this is a class of `_class_for`, or one below it."""
+    """Whether this is a class of `class_for`, or one below it."""
     return any("_hsaid_keys" in kind.__dict__ for kind in cls.__mro__)
 
 
@@ -139,15 +139,15 @@ _eagerly.__dict__["_torchdynamo_disable_msg"] = "a weight of an HSAID is read: c
 def _swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Sets the class of a module, as libraries of kernels do. The module keeps the properties of `attach`."""
     if place_of(module) is not None and not _is_made(cls):
-        cls = _class_for(cls, type(module)._hsaid_keys)  # type: ignore[arg-type, attr-defined]
+        cls = class_for(cls, type(module)._hsaid_keys)  # type: ignore[arg-type, attr-defined]
     object.__dict__["__class__"].__set__(module, cls)
 
 
 @functools.cache
-def _class_for(cls: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
+def class_for(cls: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of `cls`, under its name, with a property for each of `keys`."""
     if "_hsaid_keys" in cls.__dict__:  # more attributes than before
-        return _class_for(cls.__bases__[0], tuple(dict.fromkeys((*cls.__dict__["_hsaid_keys"], *keys))))
+        return class_for(cls.__bases__[0], tuple(dict.fromkeys((*cls.__dict__["_hsaid_keys"], *keys))))
     members: dict[str, Any] = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     members |= {key: _reading(key) for key in keys}
     members |= {
@@ -227,5 +227,5 @@ def _flat_weights(module: nn.RNNBase) -> list[Tensor | None]:
 
 
 def _blank(cls: type[nn.Module], keys: tuple[str, ...]) -> nn.Module:
-    made: Any = _class_for(cls, keys)  # type: ignore[arg-type]  # classes are hashable
+    made: Any = class_for(cls, keys)  # type: ignore[arg-type]  # classes are hashable
     return made.__new__(made)
