@@ -114,6 +114,11 @@ class Report(results.Run):
     def columns(self, found: Sequence[tuple[Row, Row | None]], *names: str) -> str:
         return projection_table(found, *(COLUMNS[name] for name in names))
 
+    def remarks(self, what: str) -> str:
+        """What is to be said below a table of speeds that fall short of what is asked."""
+        said = [f"- Remark: {row['remark']}\n" for row in pick(self.rows, what=what) if "remark" in row]
+        return "\n" + "".join(said) if said else ""
+
     def headline(self, dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")) -> str:
         found = pairs(self.rows, d=(1000, 16384), dtype=dtypes, **self.default)
         found = [pair for pair in found if has_default_width(pair[0])]
@@ -156,7 +161,8 @@ class Report(results.Run):
             [f"{row['d']:,}", f"{row['width']:,}", row["elsewhere_ms"], row["ms"], ratio(row, "/elsewhere")]
             for row in pick(self.rows, what="place")
         ]
-        return table(["d", "n", "elsewhere, ms", "one line behind W, ms", "/ elsewhere"], lines)
+        header = ["d", "n", "elsewhere, ms", "one line behind W, ms", "/ elsewhere"]
+        return table(header, lines) + self.remarks("place")
 
     def transform(self) -> str:
         lines = [
@@ -191,6 +197,10 @@ class Report(results.Run):
             for row in pick(self.rows, what="rows")
         ]
         return table(["model", "diagonal", "d", "rows on demand, ms", "all weights, ms", "ratio"], lines)
+
+    def study(self) -> str:
+        lines = [[f"{row['runs']:,}", row["ms"], row["ms_20"], row["ms_80"]] for row in pick(self.rows, what="study")]
+        return table(["runs", "ms a run", "20th percentile", "80th"], lines) + self.remarks("study")
 
     def peers(self) -> str:
         lines = []
@@ -354,6 +364,11 @@ def sections(report: Report) -> list[Section]:
             "The first forward and adjoint, mBERT in float32, and the memory they take beyond what goes in and out.",
         ),
         Section(
+            "A study beside its runs",
+            report.study(),
+            "`measure` with runs that train nothing, one after the other, the study in SQLite.",
+        ),
+        Section(
             "The transform alone",
             report.transform(),
             "2^24 values in rows of n. The transform makes a new tensor, and so does the second floor.",
@@ -397,7 +412,7 @@ INTRODUCTION = """
 Times are medians; ratios are taken in each round, between two measurements that follow one another, and given as the
 median with the 20th and the 80th percentile: the machines are shared, and a floor bound by memory moves less than
 kernels bound by arithmetic. The floor of the forward is `torch.add(W0, 1, out=W)`, W0 read and W written once; that of
-the adjoint `torch.sum` over the gradients.
+the adjoint `torch.sum` over the gradients. A speed that falls short of what is asked has a remark below its table.
 """
 
 

@@ -31,6 +31,11 @@ def spread(name: str, values: Sequence[float]) -> dict[str, float]:
     return {name: statistics.median(values), f"{name}_20": quantile(values, 0.2), f"{name}_80": quantile(values, 0.8)}
 
 
+def remark(what: str, value: float, asked: float) -> dict[str, str]:
+    """A column for the row of a speed that is not below what is asked of it; no column for one that is."""
+    return {} if value < asked else {"remark": f"{what}: {value:.3g}, expected below {asked:g}"}
+
+
 def pick(rows: Iterable[dict], **columns: object) -> list[dict]:
     """The rows that have these values; a tuple of them means any."""
     return [

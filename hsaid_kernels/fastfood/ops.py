@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import numbers
 import os
 import shutil
 import warnings
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsaid_kernels.fastfood import reference
+from hsaid_kernels.fastfood import derivatives, reference
 from hsaid_kernels.fastfood.plan import MAX_WIDTH, Plan, check_choice, find_plan
 
 NAMESPACE, TRITON_NAMESPACE = "hsaid_kernels", "hsaid_kernels_triton"
@@ -69,16 +70,7 @@ def _define(namespace: str) -> None:
         torch.library.define(f"{namespace}::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(f"{namespace}::{name}", fake)
 
-    op = getattr(torch.ops, namespace).hadamard_transform
-
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return op(grad, ctx.scale), None
-
-    def setup(ctx, inputs, output) -> None:
-        ctx.scale = inputs[1]
-
-    # The leading block of the symmetric H is symmetric, so the transform is its own adjoint.
-    torch.library.register_autograd(f"{namespace}::hadamard_transform", backward, setup_context=setup)
+    derivatives.register(f"{namespace}::hadamard_transform", getattr(torch.ops, namespace).hadamard_transform)
 
     def plain_adjoint(theta, factors, grads, *plan):
         return getattr(torch.ops, namespace).fastfood_adjoint(theta, factors, [_plain(grad) for grad in grads], *plan)
@@ -354,16 +346,17 @@ def hadamard_transform(x: Tensor, scale: float = 1.0, backend: str = "auto") -> 
     """Walsh-Hadamard transform along the last dimension, times `scale`; shape and dtype are those of x.
 
     Args:
-        x: [..., dim] in float32, float64, bfloat16 or float16, with any strides. If dim is not a power of two, x is
-            padded with zeros to n, the next power of two, and the result is truncated to dim.
-        scale: a factor. 1 / sqrt(n) makes the transform orthonormal.
+        x: [..., dim] in float32, float64, bfloat16 or float16, with any strides; the meta device serves too. If dim is
+            not a power of two, x is padded with zeros to n, the next power of two, and the result truncated to dim.
+        scale: a real number. 1 / sqrt(n) makes the transform orthonormal.
         backend: "auto", or one of `available_backends()`.
 
     Equivalent to `torch.nn.functional.linear(pad(x), hadamard_matrix(n))[..., :dim] * scale`, but needs only n log2 n
-    additions per row. 16-bit inputs are accumulated in float32 and rounded once. Twice differentiable.
+    additions per row. 16-bit inputs are accumulated in float32 and rounded once. Differentiable to any order, backward
+    and forward; `torch.func` and its vmap take it.
 
     Raises:
-        TypeError: x is not a dense tensor of one of the four dtypes, or scale is not a number.
+        TypeError: x is not a dense tensor of one of the four dtypes, or scale is not a real number.
         ValueError: x has no dimension or an empty last one, or backend is an unknown name.
         RuntimeError: the backend cannot be used, or not for x's device.
     """
@@ -372,10 +365,13 @@ def hadamard_transform(x: Tensor, scale: float = 1.0, backend: str = "auto") -> 
         raise TypeError(f"x: expected a tensor in float32, float64, bfloat16 or float16, got {got}")
     if x.layout != torch.strided:
         raise TypeError(f"x: expected a dense tensor, got layout {x.layout}")
-    if not isinstance(scale, int | float):
-        raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
+    if not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale: expected a real number, got {type(scale).__name__}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected a last dimension of at least 1, got shape {tuple(x.shape)}")
+    if x.is_meta:  # no values to compute: the fake kernel
+        check_choice("backend", backend, BACKENDS)
+        return torch.ops.hsaid_kernels.hadamard_transform(x, float(scale))
     backend = choose_backend(backend, x.device)
     # GPU kernels support the dtypes of models only. float64 is for gradient checks.
     if backend == "reference" or (backend != "cpu" and x.dtype == torch.float64):

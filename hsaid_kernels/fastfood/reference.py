@@ -125,7 +125,7 @@ def walsh_hadamard(x: Tensor, transpose: bool = False) -> Tensor:
     q = n.bit_length() - 1
     order = [*range(2, q), *range(min(2, q))]
     for bit in reversed(order) if transpose else order:
-        pairs = x.reshape(*x.shape[:-1], -1, 2, 1 << bit)
+        pairs = x.reshape(*x.shape[:-1], n >> bit + 1, 2, 1 << bit)
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack((a + b, a - b), -2).reshape(x.shape)
     return x

@@ -7,6 +7,7 @@
 What of the CUDA kernels needs no device, every width and kind of segment under sanitizers, is tests/csrc/test_cuda.cpp.
 """
 
+import functools
 import math
 import os
 
@@ -463,6 +464,11 @@ def test_hadamard_transform_is_differentiable(backend):
     x = torch.randn(2, 12, device=DEVICE, requires_grad=True)
     (grad,) = torch.autograd.grad(hadamard_transform(x, 0.7, backend).sum(), x)
     assert_same_bits(grad, hadamard_transform(torch.ones_like(x), 0.7, backend))
+    f = functools.partial(hadamard_transform, scale=0.7, backend=backend)
+    assert_same_bits(torch.func.jvp(f, (x.detach(),), (torch.ones_like(x),))[1], grad)
+    assert_same_bits(torch.func.vmap(f, 1)(x.detach().mT.contiguous()), f(x.detach()))
+    hessian = torch.func.hessian(lambda x: f(x).square().sum() / 2)(x.detach()[0])
+    torch.testing.assert_close(hessian, f(f(torch.eye(12, device=DEVICE))))
 
 
 @pytest.mark.parametrize("width", [32, 64, 128, 256, 512, 4096, 8192, 16384])

@@ -148,11 +148,11 @@ def test_hadamard_transform_has_the_same_bits_on_every_isa(dim, isa):
     assert_same_bits(hadamard_transform(x.double(), 0.3), reference.hadamard_transform(x.double(), 0.3), isa)
 
 
-@needs_cpu
+@pytest.mark.parametrize("name", ["reference", pytest.param("cpu", marks=needs_cpu)])
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (0, 5), (4, 0, 5), (2, 3, 4, 5), (7, 1, 5)])
-def test_hadamard_transform_takes_any_leading_shape(shape):
+def test_hadamard_transform_takes_any_leading_shape(shape, name):
     x = torch.randn(shape)
-    y = hadamard_transform(x)
+    y = hadamard_transform(x, backend=name)
     assert y.shape == shape
     torch.testing.assert_close(y.double(), exact_transform(x), rtol=0, atol=1e-5)
 
@@ -186,14 +186,6 @@ def test_hadamard_transform_of_nan_and_inf(value):
 
 
 @needs_cpu
-@pytest.mark.parametrize("shape", [(1,), (3,), (2, 5)])
-def test_hadamard_transform_gradients(shape):
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: hadamard_transform(x, 0.7), x)
-    assert torch.autograd.gradgradcheck(lambda x: hadamard_transform(x, 0.7), x)
-
-
-@needs_cpu
 def test_hadamard_transform_compiles_whole():
     f = torch.compile(lambda x: hadamard_transform(x * 2, 0.5).sum(), fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 10, requires_grad=True)
@@ -211,11 +203,6 @@ def test_hadamard_transform_compiles_whole():
         (torch.ones(4, dtype=torch.bool), TypeError, "got torch.bool"),
         (torch.tensor(1.0), ValueError, r"x: expected a last dimension of at least 1, got shape \(\)"),
         (torch.ones(3, 0), ValueError, r"x: expected a last dimension of at least 1, got shape \(3, 0\)"),
-        (
-            torch.ones(4, device="meta"),
-            RuntimeError,
-            "backend: nothing serves tensors on device type 'meta'",
-        ),
     ],
 )
 def test_hadamard_transform_refuses(x, error, message):

@@ -49,7 +49,7 @@ def test_killed_in_the_middle_and_resumed(tmp_path, undisturbed, workers):
     process.communicate()
     if workers > 1:  # its workers end by themselves
         pids = {int(line.split()[0]) for line in (tmp_path / "started").read_text().splitlines()}
-        for _ in range(100):
+        for _ in range(600):
             if not any(os.path.exists(f"/proc/{pid}") for pid in pids):
                 break
             time.sleep(0.1)
@@ -203,12 +203,6 @@ def test_methods_with_names_of_their_own(tmp_path):
     found = measure(measuring.MODEL, measuring.score, out=tmp_path, labels=labels, **options)
     assert "| all weights " in found.table() and "dense matrix |" in found.table() and "DID" not in found.table()
     assert "interval" not in found.table()  # of one seed
-
-
-def test_a_study_costs_little_beside_its_runs(tmp_path):
-    began = time.monotonic()
-    found = measure(measuring.MODEL, measuring.score, out=tmp_path, methods=("did",), rates=measuring.RATES)
-    assert found.runs >= 30 and time.monotonic() - began < 0.2 * found.runs
 
 
 def test_a_picture_of_any_kind(tmp_path):

@@ -1,0 +1,54 @@
+"""Derivatives of the op hadamard_transform: backward and forward mode, torch.func, vmap, to any order.
+
+The transform is linear, and its own adjoint: the leading block of the symmetric H is symmetric. What
+torch.library.register_autograd makes of a backward has no forward mode, whose tangents it drops without a word, and no
+torch.func. The op therefore has a kernel of its own under the dispatch key Autograd, as torch's operations do: wherever
+the op is called, it differentiates one level of the transforms at hand, and the dispatcher takes the rest to the next.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
+
+class _Transform(torch.autograd.Function):
+    """`transform`, which is linear and its own adjoint, as one level of autograd sees it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, transform: Callable[[Tensor], Tensor], backward_mode: bool, forward_mode: bool):
+        ctx.transform = transform
+        # Autograd turns both modes off for a forward. The levels below this one need them as they were.
+        with (
+            torch._C._AutoDispatchBelowAutograd(),
+            torch.set_grad_enabled(backward_mode),
+            _set_fwd_grad_enabled(forward_mode),
+        ):
+            return transform(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.transform(grad), None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_):
+        return ctx.transform(tangent)
+
+
+def register(name: str, op: Callable[..., Tensor]) -> None:
+    """Registers the derivatives and the vmap rule of `op`, a hadamard_transform of this name ("namespace::op")."""
+
+    def differentiated(x: Tensor, scale: float) -> Tensor:
+        modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+        with enable_single_level_autograd_function():  # Function.apply would begin with the first level again
+            return super(torch.autograd.Function, _Transform).apply(x, functools.partial(op, scale=scale), *modes)
+
+    def batched(info, in_dims: tuple[int, None], x: Tensor, scale: float) -> tuple[Tensor, int]:
+        # Not to the front: there, the dimension of a batch of scalars would be taken for the one to transform.
+        return op(x.movedim(in_dims[0], -2), scale), x.dim() - 2
+
+    torch.library.impl(name, "Autograd")(differentiated)
+    torch.library.register_vmap(name, batched)
