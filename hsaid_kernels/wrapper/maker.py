@@ -33,6 +33,7 @@ class Maker(WatchedModel):
         dtype: of the weights. None means for each tensor the dtype of its W0.
         backend: "auto", or one of `available_backends()`.
         memory: "step" or "block", see `HSAID`.
+        padding_rows: {name: row} that stay W0.
 
     Attributes:
         tables: names of the tensors of which single rows are made, for embeddings.
@@ -50,10 +51,11 @@ class Maker(WatchedModel):
         backend: str,
         *,
         memory: str = "step",
+        padding_rows: Mapping[str, int],
         own_full: bool = False,
     ):
         super().__init__(model, plan, full, own_full)
-        self.memory = memory
+        self.memory, self.padding_rows = memory, padding_rows
         self._parameters, self.partition, self.given_dtype, self.backend = trained, partition, dtype, backend
         self.full = {name: key_of(name) for name in full}
         self.tables = tables_of(model, plan)
@@ -85,7 +87,7 @@ class Maker(WatchedModel):
             dtypes = {name: gathered_dtype(modules[name], tensor) for name, tensor in w0.items()}
         if self._groups[0] != (dtypes, owners):
             parts = divided(self.parts, owners) if owners else self.parts
-            given = (self.given_dtype, self.backend, self.memory)
+            given = (self.given_dtype, self.backend, self.memory, self.padding_rows)
             self._groups = ((dtypes, owners), divide(self.plan, parts, self.tables, dtypes, *given))
         return self._groups[1]
 
