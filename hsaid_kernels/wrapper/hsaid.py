@@ -161,9 +161,9 @@ class HSAID(MultiTask):
         check_layers(model, basis.full)
         if not self._own_full:
             check_parameters(model, (*basis.plan.names, *basis.full))
+        self.padding_rows = basis.padding_rows
         self.hierarchy, self.partition = basis.hierarchy, basis.partition
         self.plan, self.pruned, self.frozen = basis.plan, basis.pruned, basis.frozen
-        self.padding_rows = basis.padding_rows
         self._projected = ProjectedWeights(
             model,
             self._parameters,

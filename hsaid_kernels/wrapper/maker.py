@@ -55,10 +55,10 @@ class Maker(WatchedModel):
         own_full: bool = False,
     ):
         super().__init__(model, plan, full, own_full)
-        self.memory, self.padding_rows = memory, padding_rows
+        self.memory = memory
         self._parameters, self.partition, self.given_dtype, self.backend = trained, partition, dtype, backend
         self.full = {name: key_of(name) for name in full}
-        self.tables = tables_of(model, plan)
+        self.tables, self.padding_rows = tables_of(model, plan), padding_rows
         others = [name for name in plan.names if name not in self.tables]
         self.parts = joined(blocks_of(model, others), plan.shapes) if others else []
         self._start()
