@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hsaid_kernels.fastfood import ops
-from hsaid_kernels.fastfood.plan import Plan, check_choice
+from hsaid_kernels.fastfood.plan import Plan, check_choice, check_int
 from hsaid_kernels.fastfood.selection import Patterns, check_tensor, select_tensors
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ class Project(torch.autograd.Function):
         theta, factors, part = ctx.theta, ctx.factors, ctx.part
         backend = backend_for_backward(ctx)
         with torch.no_grad():
-            dtheta, own = ops.fastfood_adjoint(part.plan, theta, part.own(factors), grads, backend)
+            counted = ctx.projection.counted(part.plan.names, grads)
+            dtheta, own = ops.fastfood_adjoint(part.plan, theta, part.own(factors), counted, backend)
             dfactors = part.among(own, factors)
         if torch.is_grad_enabled():  # create_graph=True
             given = (g for g in grads if g is not None)
@@ -107,6 +108,34 @@ def backend_for_backward(ctx: Any) -> str:
 def version(tensor: Tensor) -> int | None:
     """The tensor's version counter; None in a compiled graph and for inference tensors, which have none."""
     return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def without_row(grad: Tensor, row: int) -> Tensor:
+    """The gradient, strided, with zeros in this row. Does not write to `grad`, which others may hold."""
+    grad = grad.to_dense()
+    # Mostly the row has zeros already: a lookup with padding_idx gives it no gradient. To see that, one would have to
+    # wait for a GPU, and cannot in a graph of torch.compile.
+    if grad.device.type == "cpu" and not torch.compiler.is_compiling() and not grad[row].any():
+        return grad
+    grad = grad.clone()
+    grad[row] = 0
+    return grad
+
+
+def check_kept(argument: str, kept: Mapping[str, int], plan: Plan) -> dict[str, int]:
+    """{name: row} in the order of the plan's tensors.
+
+    Raises TypeError if `kept` has another type, ValueError if the plan has no such tensor or row. The message begins
+    with `argument`.
+    """
+    if not isinstance(kept, Mapping):
+        raise TypeError(f"{argument}: expected rows by tensor, {{name: row}}, got {kept!r}")
+    for name, row in kept.items():
+        if not plan.shapes.get(name):
+            among = f"a tensor with rows, of the {len(plan.names)} that are projected ({plan.names[0]!r}, ...)"
+            raise ValueError(f"{argument}: expected {among}, got {name!r}")
+        check_int(f"{argument}: row of {name!r}", row, 0, plan.shapes[name][0] - 1)
+    return {name: int(kept[name]) for name in plan.names if name in kept}
 
 
 class NoSecondDerivative(torch.autograd.Function):
@@ -134,14 +163,23 @@ class Projection:
         plan: the tensors, their segments, and the options of the projection.
         dtype: of the weights: torch.float32, bfloat16 or float16; with backend="reference" any floating-point dtype.
         backend: "auto" (the best backend for theta's device), or one of `available_backends()`.
+        kept: {name: row}, for tensors of which one row (an index of the first dimension) stays that of the base. It
+            gets no update, and its gradient does not count.
 
     theta and the factors are float32, or float64 if `dtype` is float64. Factors are per segment; unless the plan was
     made with `segments`, there is one segment per tensor.
 
-    Raises TypeError for another dtype, ValueError for an unknown backend.
+    Raises TypeError for another dtype, ValueError for an unknown backend, and what `check_kept` raises.
     """
 
-    def __init__(self, plan: Plan, *, dtype: torch.dtype = torch.float32, backend: str = "auto"):
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+        kept: Mapping[str, int] | None = None,
+    ):
         check_choice("backend", backend, ops.BACKENDS)
         allowed = "a floating-point dtype" if backend == "reference" else "float32, bfloat16 or float16"
         known = isinstance(dtype, torch.dtype) and dtype.is_floating_point
@@ -150,6 +188,7 @@ class Projection:
         self.plan = plan
         self.dtype = dtype
         self.backend = backend
+        self.kept = check_kept("kept", kept or {}, plan)
 
     @classmethod
     def from_shapes(
@@ -239,7 +278,11 @@ class Projection:
         """
         backend = ops.choose_backend(self.backend, theta.device)
         with torch.no_grad():
-            return ops.fastfood_forward(self.plan, theta, scaled, base, self.dtype, backend)
+            flat = ops.fastfood_forward(self.plan, theta, scaled, base, self.dtype, backend)
+            for name, row in self.kept.items():
+                (weight,) = self.plan.views(flat, [name])
+                weight[row] = base[self.plan.names.index(name)][row] if base else 0
+            return flat
 
     def part(
         self,
@@ -256,6 +299,13 @@ class Projection:
         subclass of Tensor; `check` is called in backward, and may raise. Does not check its arguments.
         """
         return Project.apply(theta, scaled, self, part, flat, kind, check)
+
+    def counted(self, names: Sequence[str], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradients of these tensors with zeros in the rows that are kept."""
+        if not self.kept:
+            return grads
+        rows = map(self.kept.get, names)
+        return [g if g is None or row is None else without_row(g, row) for g, row in zip(grads, rows, strict=True)]
 
     def adjoint(
         self, grads: Mapping[str, Tensor | None], theta: Tensor, factors: Tensor | None = None
@@ -281,7 +331,8 @@ class Projection:
         with torch.no_grad():
             scaled = self._scaled(theta, factors)
             backend = ops.choose_backend(self.backend, theta.device)
-            dtheta, dscaled = ops.fastfood_adjoint(self.plan, theta, scaled, tensors, backend)
+            counted = self.counted(self.plan.names, tensors)
+            dtheta, dscaled = ops.fastfood_adjoint(self.plan, theta, scaled, counted, backend)
             return dtheta, dscaled * self._scales(theta)
 
     def _scales(self, theta: Tensor) -> Tensor:

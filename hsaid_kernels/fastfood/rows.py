@@ -15,7 +15,14 @@ from torch import Tensor
 
 from hsaid_kernels.fastfood import ops
 from hsaid_kernels.fastfood.plan import Plan, whole
-from hsaid_kernels.fastfood.projection import NoSecondDerivative, Part, Projection, backend_for_backward, version
+from hsaid_kernels.fastfood.projection import (
+    NoSecondDerivative,
+    Part,
+    Projection,
+    backend_for_backward,
+    version,
+    without_row,
+)
 
 MOST = 2**23  # values that are held at a time, beside the rows
 
@@ -80,6 +87,12 @@ def _parts(rows: Tensor, columns: int, width: int, span: int) -> list[Blocks]:
     return [Blocks.of(some, columns, width, span) for some in rows.split(max(1, MOST // of_row))]
 
 
+def place_among(rows: Tensor, row: int) -> int | None:
+    """The index of a number in `rows`, int64 [U] in rising order; None if it is not there."""
+    at = int(torch.searchsorted(rows, row))
+    return at if at < len(rows) and int(rows[at]) == row else None
+
+
 class Rows(torch.autograd.Function):
     """(theta, factors) -> rows [U, D] of the only tensor of a part. Backward gives the exact gradients of both.
 
@@ -89,14 +102,19 @@ class Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, theta, factors, projection, part, base, rows, check):
         plan = part.plan
-        (shape,) = plan.shapes.values()
+        ((name, shape),) = plan.shapes.items()
+        kept = projection.kept.get(name)
+        ctx.at = None if kept is None else place_among(rows, kept)
         backend = ops.choose_backend(projection.backend, theta.device)
         parts = _parts(rows, shape[1], plan.width, ops.row_span(plan, backend))
         ctx.theta, ctx.factors, ctx.projection, ctx.part, ctx.parts = theta, factors, projection, part, parts
         ctx.check, ctx.version = check, version(theta)
         given = (plan, theta, part.own(factors), [base], projection.dtype, backend)
         made = [blocks.gathered(ops.fastfood_forward(*given, blocks.listed, blocks.span)) for blocks in parts]
-        return made[0] if len(made) == 1 else torch.cat(made)
+        found = made[0] if len(made) == 1 else torch.cat(made)
+        if ctx.at is not None:
+            found[ctx.at] = base[kept]
+        return found
 
     @staticmethod
     def backward(ctx, grad):
@@ -104,9 +122,10 @@ class Rows(torch.autograd.Function):
         backend = backend_for_backward(ctx)
         with torch.no_grad():
             own = part.own(factors)
+            counted = grad if ctx.at is None else without_row(grad, ctx.at)
             room = grad.new_empty(max(blocks.numel for blocks in ctx.parts))
             found = []
-            for blocks, rows in zip(ctx.parts, grad.split([len(b.pieces) for b in ctx.parts]), strict=True):
+            for blocks, rows in zip(ctx.parts, counted.split([len(b.pieces) for b in ctx.parts]), strict=True):
                 flat = blocks.scattered(rows, room[: blocks.numel])
                 given = (part.plan, theta, own, [flat], backend)
                 found.append(ops.fastfood_adjoint(*given, blocks.listed, blocks.span))

@@ -13,11 +13,13 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hsaid_kernels.fastfood.plan import MAX_DIM, Plan, check_int
+from hsaid_kernels.fastfood.projection import check_kept
 from hsaid_kernels.fastfood.selection import Patterns, split_tensors
 from hsaid_kernels.hierarchy import Hierarchy, Partition
 from hsaid_kernels.hierarchy.attention import pieces_of
 from hsaid_kernels.hierarchy.paths import HEADS
 from hsaid_kernels.wrapper.heads import Heads, check_heads, pruned_heads
+from hsaid_kernels.wrapper.padding import find_padding_rows
 from hsaid_kernels.wrapper.quantized import is_quantized
 
 
@@ -25,15 +27,17 @@ from hsaid_kernels.wrapper.quantized import is_quantized
 class Basis:
     """What theta and the multipliers of a model mean.
 
-    pruned  {attention module: [heads]}, the heads that receive no update
-    full    names of the fully trained tensors
-    frozen  {name: shape} of the tensors that are left out because they were frozen or have no elements
+    pruned        {attention module: [heads]}, the heads that receive no update
+    padding_rows  {name: row}, the rows that receive no update
+    full          names of the fully trained tensors
+    frozen        {name: shape} of the tensors that are left out because they were frozen or have no elements
     """
 
     hierarchy: Hierarchy
     partition: Partition
     plan: Plan
     pruned: dict[str, list[int]]
+    padding_rows: dict[str, int]
     full: tuple[str, ...]
     frozen: dict[str, tuple[int, ...]]
 
@@ -56,6 +60,7 @@ def basis_of(
     frozen: Iterable[str] | None,
     heads: bool | None,
     pruned: Heads | None,
+    padding_rows: Mapping[str, int] | None,
 ) -> Basis:
     """The basis for a model. Arguments and exceptions are those of `HSAID`."""
     left_out = frozen_of(model, include) if frozen is None else list(frozen)
@@ -81,9 +86,11 @@ def basis_of(
         normalize=normalize,
         segments=hierarchy.segments,
     )
+    kept = find_padding_rows(model, plan.shapes) if padding_rows is None else padding_rows
+    kept = check_kept("padding_rows", kept, plan)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     others = {name: shapes[name] for name in left_out if name in shapes and name not in full}
-    return Basis(hierarchy, cut, plan, without, tuple(full), others)
+    return Basis(hierarchy, cut, plan, without, kept, tuple(full), others)
 
 
 def frozen_of(model: nn.Module, include: Patterns) -> list[str]:

@@ -60,8 +60,9 @@ def check_config(where: str, config: Config, hsaid: Described) -> None:
     own = describe(hsaid)
     for key in BASIS:
         if config[key] != own[key]:
-            # The width is rarely given, and what it is by default has changed.
-            hint = f": wrap the model with width={config[key]} for that" if key == "width" else ""
+            # These two are rarely given, and what they are by default has changed.
+            changed = key in ("width", "padding_rows")
+            hint = f": wrap the model with {key}={config[key]} for that" if changed else ""
             raise ValueError(f"{where}: expected {key} {own[key]!r}, as in this HSAID, got {config[key]!r}{hint}")
     check_tensors(config, own)
     check_w0(config, hsaid)

@@ -89,7 +89,7 @@ def intrinsic_dimension_said(
 
 
 class FastfoodWrap(HSAID):
-    """`HSAID(module, intrinsic_dimension, "did", normalize="tensor")` as the original class calls it.
+    """`HSAID(module, intrinsic_dimension, "did", normalize="tensor", padding_rows={})` as the original class calls it.
 
     Args:
         module: a module. Its parameters that require gradients are projected; the others are frozen.
@@ -111,7 +111,8 @@ class FastfoodWrap(HSAID):
         width: int | None = None,
     ):
         include, _ = _choice(module, ())
-        super().__init__(module, intrinsic_dimension, "did", seed, include=include, normalize="tensor", width=width)
+        as_published: dict[str, Any] = dict(normalize="tensor", padding_rows={})
+        super().__init__(module, intrinsic_dimension, "did", seed, include=include, width=width, **as_published)
         self.to(device)
 
     # Returns an HSAID, because a checkpoint has more options than this class.
@@ -148,7 +149,8 @@ def _put_into_subspace(
         )
     include, train_fully = _choice(module, str_filter)
     torch.empty(0, device=device)  # raises for an unavailable device before anything is changed
-    options = dict(include=include, train_fully=train_fully, normalize="tensor", width=width)
+    options: dict[str, Any] = dict(include=include, train_fully=train_fully, width=width)
+    options |= dict(normalize="tensor", padding_rows={})
     hsaid = _InPlace(module, dim, partition, seed, **options)
     _carry(module, hsaid)
     return module.to(device)

@@ -29,13 +29,14 @@ FORMAT = 1
 TASK = "default"
 # Keys that define the basis. Each is also an argument of HSAID.
 BASIS = (
-    *("intrinsic_dim", "partition", "combine", "skip", "merge", "heads", "pruned"),
+    *("intrinsic_dim", "partition", "combine", "skip", "merge", "heads", "pruned", "padding_rows"),
     *("normalize", "diagonal", "width", "seed"),
 )
 CHOICE = ("include", "exclude", "train_fully")  # keys that select tensors; arguments of HSAID too
 SHAPES = ("tensors", "full", "frozen")  # keys with {name: shape}
 # Values for keys that are missing in configurations from older versions.
 FIRST: Config = {"task": TASK, "train_fully": None, "full": {}, "frozen": {}, "heads": False, "pruned": {}}
+FIRST["padding_rows"] = {}  # which projected all rows
 MOST_NAMES = 100_000  # limit for a run of numbered modules that is stored as one entry, such as "0..11"
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
 SAMPLES = 16  # number of values of each W0 tensor that enter its hash in "w0_checks"
@@ -48,6 +49,7 @@ class Described(Protocol):
     partition: Partition
     hierarchy: Hierarchy
     pruned: dict[str, list[int]]
+    padding_rows: dict[str, int]
     frozen: dict[str, tuple[int, ...]]
 
     @property
@@ -89,6 +91,7 @@ def describe(hsaid: Described) -> Config:
         "merge": hsaid.hierarchy.merge,
         "heads": HEADS in hsaid.hierarchy.levels,
         "pruned": hsaid.pruned,
+        "padding_rows": hsaid.padding_rows,
         "normalize": plan.normalize,
         "diagonal": plan.diagonal,
         "width": plan.width,
@@ -164,6 +167,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "merge": ("lists of names by name", _is_dict_of(_is_list_of(str))),
     **dict.fromkeys(("heads", "dtype_given"), ("true or false", _is(bool))),
     "pruned": ("lists of heads by module", _is_dict_of(_is_list_of(int))),
+    "padding_rows": ("rows by tensor", _is_dict_of(_is(int))),
     **dict.fromkeys(CHOICE, ("a regular expression, several or null", _is_choice)),
     "dtype": (f"one of {', '.join(DTYPES)}", lambda value: value in DTYPES if isinstance(value, str) else False),
     **dict.fromkeys(SHAPES, ("shapes by name", _is(dict))),
@@ -199,8 +203,12 @@ def parse(where: str, text: str) -> Config:
 
 
 def packed(config: Config) -> Config:
-    """The configuration in the form stored as JSON, with the names and shapes of tensors as compact trees (`_pack`)."""
-    return {**config, **{key: _pack(config[key]) for key in SHAPES}}
+    """The configuration in the form stored as JSON, with the names and shapes of tensors as compact trees (`_pack`).
+
+    Without padding rows it is that of versions that did not know them.
+    """
+    stored = {key: value for key, value in config.items() if key != "padding_rows" or value}
+    return stored | {key: _pack(config[key]) for key in SHAPES}
 
 
 def _pack(shapes: Shapes) -> dict[str, Any]:

@@ -28,12 +28,21 @@ class Group:
     on_read   whether they are made when one of them is read, not when a call begins
     """
 
-    def __init__(self, plan: Plan, parts: Sequence[Sequence[str]], dtype: torch.dtype, backend: str, on_read: bool):
+    def __init__(
+        self,
+        plan: Plan,
+        parts: Sequence[Sequence[str]],
+        dtype: torch.dtype,
+        backend: str,
+        padding_rows: Mapping[str, int],
+        on_read: bool,
+    ):
         names = {name for part in parts for name in part}
         everything = len(names) == len(plan.names)
         self.whole = Part(plan, None if everything else [name for name in plan.names if name in names])
         self.parts = [self.whole] if len(parts) == 1 else [Part(plan, part) for part in parts]
-        self.projection = Projection(self.whole.plan, dtype=dtype, backend=backend)
+        kept = {name: row for name, row in padding_rows.items() if name in names}
+        self.projection = Projection(self.whole.plan, dtype=dtype, backend=backend, kept=kept)
         self.on_read = on_read
 
     @property
@@ -70,6 +79,7 @@ def divide(
     given: torch.dtype | None,
     backend: str,
     memory: str,
+    padding_rows: Mapping[str, int],
 ) -> list[Group]:
     """The tensors of a plan by the dtype of their weights: `given`, or that of W0, `dtypes`.
 
@@ -77,6 +87,7 @@ def divide(
         parts: the names of the tensors by the block of the model that has them.
         tables: names of the tables of which single rows are made. Each is a group of its own.
         memory: "step" for a group of all other tensors, "block" for one of each part.
+        padding_rows: {name: row} that stay W0.
 
     Raises ValueError if W0 has a dtype other than `given` and float32, TypeError for a dtype that cannot be projected.
     """
@@ -87,14 +98,14 @@ def divide(
     if given is not None and not every <= {given, torch.float32}:
         raise ValueError(f"dtype: expected the dtype of the model's tensors ({found}) or None, got {given}")
     groups = []
-    by_block = memory == "block"
+    by_block, options = memory == "block", (backend, padding_rows)
     for dtype in dict.fromkeys(dtypes.values()) if given is None else [given]:
         chosen = [[name for name in part if given is not None or dtypes[name] == dtype] for part in parts]
         chosen = [part for part in chosen if part]
         if by_block:
-            groups += [Group(plan, [part], dtype, backend, True) for part in chosen]
+            groups += [Group(plan, [part], dtype, *options, True) for part in chosen]
         elif chosen:
-            groups.append(Group(plan, chosen, dtype, backend, False))
+            groups.append(Group(plan, chosen, dtype, *options, False))
         own = [name for name in tables if given is not None or dtypes[name] == dtype]
-        groups += [Group(plan, [[name]], dtype, backend, True) for name in own]
+        groups += [Group(plan, [[name]], dtype, *options, True) for name in own]
     return groups

@@ -67,6 +67,8 @@ class HSAID(MultiTask):
             random basis and factor. None means True if the partition names L5 or if heads are pruned, else False.
         pruned: {layer: [heads]}, the heads that receive no update: their weights in the projected tensors stay at W0.
             None means `heads.pruned_heads(model)`, the heads whose weights are all zero.
+        padding_rows: {name of a projected tensor: row}, the rows that receive no update. None means those at
+            `padding_idx` of tables that only embeddings hold: fine-tuning does not train them either. {} means none.
         dtype: of the projected weights: torch.float32, bfloat16 or float16. None means for each tensor the dtype of its
             W0, and follows `.to(dtype)`. A dtype other than that of W0 requires W0 in float32.
         backend: "auto", or one of `available_backends()`.
@@ -84,6 +86,7 @@ class HSAID(MultiTask):
         hierarchy, partition, plan: the `Hierarchy`, `Partition` and `Plan` that define what theta and the multipliers
             mean.
         pruned: {attention module: [heads]}, the heads that receive no update.
+        padding_rows: {name: row}, the rows that receive no update.
         frozen: {name: shape} of the tensors that are left out because they were frozen or have no elements.
 
     Learning rates of full fine-tuning (2e-5, for example) move theta too little to learn anything: use
@@ -138,6 +141,7 @@ class HSAID(MultiTask):
         frozen: Iterable[str] | None = None,
         heads: bool | None = None,
         pruned: Heads | None = None,
+        padding_rows: Mapping[str, int] | None = None,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
         memory: str = "step",
@@ -156,10 +160,12 @@ class HSAID(MultiTask):
         named: dict[str, Any] = dict(skip=skip, merge=merge, combine=combine, heads=heads, pruned=pruned)
         named |= dict(normalize=normalize, diagonal=diagonal, width=width, frozen=frozen)
         named |= dict(include=self.include, exclude=self.exclude, train_fully=self.train_fully)
+        named |= dict(padding_rows=padding_rows)
         basis = basis_of(model, intrinsic_dim, partition, seed, **named)
         check_layers(model, basis.full)
         if not self._own_full:
             check_parameters(model, (*basis.plan.names, *basis.full))
+        self.padding_rows = basis.padding_rows
         self.hierarchy, self.partition = basis.hierarchy, basis.partition
         self.plan, self.pruned, self.frozen = basis.plan, basis.pruned, basis.frozen
         self._tasks = Tasks(check_task(task), basis.full, self._parameters)
@@ -172,6 +178,7 @@ class HSAID(MultiTask):
             dtype,
             backend,
             memory=memory,
+            padding_rows=basis.padding_rows,
             own_full=self._own_full,
         )
         self._buffers_of = {}

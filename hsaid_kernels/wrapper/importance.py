@@ -39,7 +39,7 @@ def head_importance(hsaid: HSAID, batches: Iterable[Mapping[str, Any]]) -> dict[
         raise ValueError("hsaid: expected one with heads=True or L5 in its partition, got one without heads")
     if not hsaid.theta.any():
         raise ValueError("hsaid: expected a trained one, got theta = 0, where no multiplier has a gradient")
-    projection = Projection(hsaid.plan, dtype=hsaid.dtype, backend=hsaid.backend)
+    projection = Projection(hsaid.plan, dtype=hsaid.dtype, backend=hsaid.backend, kept=hsaid.padding_rows)
     rows = {(piece.tensor, piece.label): row for row, piece in enumerate(hsaid.plan.pieces)}
     own = {}
     for attention in find_attentions(hsaid.model):

@@ -39,6 +39,7 @@ class Maker(WatchedModel):
         dtype: of the weights. None means for each tensor the dtype of its W0.
         backend: "auto", or one of `available_backends()`.
         memory: "step" or "block", see `HSAID`.
+        padding_rows: {name: row} that stay W0.
 
     Attributes:
         tables: names of the tensors of which single rows are made, for embeddings.
@@ -56,13 +57,14 @@ class Maker(WatchedModel):
         backend: str,
         *,
         memory: str = "step",
+        padding_rows: Mapping[str, int],
         own_full: bool = False,
     ):
         super().__init__(model, plan, full, own_full)
         self.memory = memory
         self.tasks, self.partition, self.given_dtype, self.backend = tasks, partition, dtype, backend
         self.full = {name: key_of(name) for name in full}
-        self.tables = tables_of(model, plan)
+        self.tables, self.padding_rows = tables_of(model, plan), padding_rows
         others = [name for name in plan.names if name not in self.tables]
         self.parts = joined(blocks_of(model, others), plan.shapes) if others else []
         self._start()
@@ -92,7 +94,7 @@ class Maker(WatchedModel):
             dtypes = {name: gathered_dtype(modules[name], tensor) for name, tensor in w0.items()}
         if self._groups[0] != (dtypes, owners):
             parts = divided(self.parts, owners) if owners else self.parts
-            given = (self.given_dtype, self.backend, self.memory)
+            given = (self.given_dtype, self.backend, self.memory, self.padding_rows)
             self._groups = ((dtypes, owners), divide(self.plan, parts, self.tables, dtypes, *given))
         return self._groups[1]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hsaid_kernels.fastfood.rows import place_among
 from hsaid_kernels.wrapper.weight import READ_ONLY
 
 _SIGNATURES = {function: inspect.signature(function) for function in (F.embedding, F.embedding_bag)}
@@ -67,9 +68,7 @@ class Table:
         if int(rows[0]) < 0 or int(rows[-1]) >= count:
             raise IndexError("index out of range in self")  # as torch says it
         if given["padding_idx"] is not None:
-            padding = given["padding_idx"] % count
-            at = int(torch.searchsorted(rows, padding))
-            given["padding_idx"] = at if at < len(rows) and int(rows[at]) == padding else None
+            given["padding_idx"] = place_among(rows, given["padding_idx"] % count)
         given["input"] = places.to(ids.dtype)
         given["weight"] = self.source.rows(self.name, self.parameter, rows.long())
         given["sparse"] = False  # the gradient is of these rows anyway

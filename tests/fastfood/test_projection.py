@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hsaid_kernels import Projection
 from hsaid_kernels.fastfood import reference
-from hsaid_kernels.fastfood.plan import Plan, stream_id
+from hsaid_kernels.fastfood.plan import Plan, Segment, stream_id
 from hsaid_kernels.fastfood.projection import Part
 from hsaid_kernels.fastfood.selection import select_tensors
 
@@ -188,6 +188,110 @@ def test_factors_and_base(backend):
         theta, torch.ones(3), {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     ).items():
         assert_same_bits(w, plain[name])
+
+
+# --- rows that stay those of the base
+
+KEPT = {"a": 3, "c": 2}
+
+
+def with_kept(backend: str, **options) -> Projection:
+    return Projection(projection(backend=backend).plan, backend=backend, kept=KEPT, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_rows_are_those_of_the_base_and_the_others_as_before(backend, dtype):
+    base = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    base["a"][3, :2] = torch.tensor([-0.0, torch.nan])
+    theta, lambdas = torch.randn(DIM), torch.tensor([1.0, 0.5, -2.0])
+    for given in (base, None):
+        p = with_kept(backend, dtype=dtype)
+        expected = Projection(p.plan, dtype=dtype, backend=backend).forward(theta, lambdas, given)
+        for name, row in KEPT.items():
+            expected[name][row] = base[name][row] if given else 0.0
+        for name, weight in p.forward(theta, lambdas, given).items():
+            assert_same_bits(weight, expected[name], name)
+
+
+def test_a_kept_row_of_a_tensor_in_segments_and_of_a_vector():
+    segments = [Segment("m", 0, 4, 3, 6, "left"), Segment("m", 3, 4, 3, 6, "right"), Segment("v", 0, 1, 5, 5)]
+    plan = Plan({"m": (4, 6), "v": (5,)}, 40, 3, width=32, segments=segments)
+    base = {"m": torch.randn(4, 6), "v": torch.randn(5)}
+    weights = Projection(plan, backend=FASTEST, kept={"m": 1, "v": 4}).forward(torch.randn(40), None, base)
+    for name, row in (("m", 1), ("v", 4)):
+        same = (weights[name] == base[name]).view(len(base[name]), -1).all(1)
+        assert same.nonzero().flatten().tolist() == [row]
+
+
+@pytest.mark.parametrize("kind", ["dense", "expanded", "strided", "sparse", "zero there", "not a number there"])
+def test_the_gradient_of_a_kept_row_does_not_count(backend, kind):
+    """As of the dense matrix without these rows, in float64. Nobody's gradient is written to."""
+    p = with_kept(backend)
+    grads = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    if kind == "expanded":
+        grads["a"] = torch.ones(1, 1).expand(40, 128)
+    elif kind == "strided":
+        grads["a"] = torch.randn(128, 80)[:, ::2].T
+    elif kind == "sparse":
+        grads["a"] = torch.sparse_coo_tensor(torch.tensor([[3, 7, 3]]), torch.randn(3, 128), (40, 128))
+    elif kind == "zero there":
+        grads["a"][3] = 0
+    elif kind == "not a number there":
+        grads["a"][3] = torch.nan
+    before = {name: grad.clone() for name, grad in grads.items()}
+    inputs = [torch.randn(DIM).requires_grad_(), torch.tensor([1.0, 0.5, -2.0], requires_grad=True)]
+    torch.autograd.backward(list(p.forward(*inputs).values()), list(grads.values()))
+    dense = [leaf.detach().double().requires_grad_() for leaf in inputs]
+    matrices = matrices_of("reference", "gaussian")
+    loss = torch.zeros((), dtype=torch.float64)
+    for i, (name, shape) in enumerate(SHAPES.items()):
+        weight = dense[1][i] * (matrices[name].double() @ dense[0]).view(shape)
+        rows = [row for row in range(shape[0]) if row != KEPT.get(name)]
+        loss = loss + (weight[rows] * grads[name].to_dense()[rows].double()).sum()
+    for leaf, exact in zip(inputs, torch.autograd.grad(loss, dense), strict=True):
+        assert relative_error(leaf.grad, exact) < 1e-5
+    for name, grad in grads.items():
+        assert_same_bits(grad.to_dense(), before[name].to_dense(), name)
+    for leaf, adjoint in zip(inputs, p.adjoint(grads, *[leaf.detach() for leaf in inputs]), strict=True):
+        assert_same_bits(leaf.grad, adjoint)
+
+
+def test_gradcheck_with_a_kept_row():
+    p = Projection(
+        Plan({"a": (5, 9), "b": (4,)}, 40, 3, width=32), dtype=torch.float64, backend="reference", kept={"a": 0}
+    )
+    base = [torch.randn(shape, dtype=torch.float64) for shape in p.plan.shapes.values()]
+    inputs = (torch.randn(40, dtype=torch.float64, requires_grad=True), torch.rand(2).double().requires_grad_())
+    assert torch.autograd.gradcheck(lambda t, f: p.weights(t, f, base), inputs)
+
+
+def test_a_kept_row_in_a_compiled_graph():
+    p = with_kept("reference")
+    base = [torch.randn(shape) for shape in SHAPES.values()]
+    compiled = torch.compile(p.weights, backend="aot_eager", fullgraph=True)
+    found = []
+    for weights in (p.weights, compiled):
+        inputs = [x.clone().requires_grad_() for x in (sequence(DIM), torch.ones(3))]
+        made = weights(*inputs, base)
+        sum(weight.square().sum() for weight in made).backward()
+        found.append([*made, *(leaf.grad for leaf in inputs)])
+    for eager, graph in zip(*found, strict=True):
+        assert_same_bits(graph, eager)
+
+
+@pytest.mark.parametrize(
+    "kept, error, message",
+    [
+        ({"d": 0}, ValueError, "kept: expected a tensor with rows, of the 3 that are projected ('a', ...), got 'd'"),
+        ({"a": 40}, ValueError, "kept: row of 'a': expected an integer from 0 to 39, got 40"),
+        ({"a": -1}, ValueError, "kept: row of 'a': expected an integer from 0 to 39, got -1"),
+        ({"a": 1.0}, TypeError, "kept: row of 'a': expected an integer, got float 1.0"),
+        (["a"], TypeError, "kept: expected rows by tensor, {name: row}, got ['a']"),
+    ],
+)
+def test_rows_that_cannot_be_kept(kept, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        Projection(projection().plan, kept=kept)
 
 
 # --- the autograd Function

@@ -125,6 +125,33 @@ def test_rows_of_one_part_of_a_plan_get_its_factor_alone():
     assert factors.grad[1] and not factors.grad[[0, 2]].any()
 
 
+@pytest.mark.parametrize("most", [2**23, 256])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("table", TABLES)
+def test_a_row_that_stays_that_of_the_base(backend, table, most, monkeypatch):
+    """Among the rows, first, last, or not there: as in the whole table. The gradient as of the rows without it."""
+    monkeypatch.setattr(rows_module, "MOST", most)
+    plan = plan_of(table)
+    *values, base = values_of(plan)
+    for kept, rows in ((6, range(0, 30, 3)), (0, range(0, 30, 5)), (29, range(2, 30, 3)), (7, range(0, 30, 3))):
+        projection, chosen = Projection(plan, backend=backend, kept={"table": kept}), torch.tensor(list(rows))
+        (whole,) = plan.views(projection.flat(*values, [base]))
+        leaves = [value.clone().requires_grad_() for value in values]
+        got = rows_of(projection, *leaves, Part(plan), base, chosen)
+        assert_same_bits(got, whole[chosen], str(kept))
+        assert torch.equal(whole[kept], base[kept]) and not torch.equal(whole[1], base[1])
+        upstream = sequence(got.numel(), 61).view(got.shape)
+        before = upstream.clone()
+        got.backward(upstream)
+        assert torch.equal(upstream, before)
+        expected = [value.clone().requires_grad_() for value in values]
+        others = chosen != kept
+        without = rows_of(Projection(plan, backend=backend), *expected, Part(plan), base, chosen[others])
+        without.backward(upstream[others])
+        for leaf, other in zip(leaves, expected, strict=True):
+            assert relative_error(leaf.grad, other.grad) <= 1e-6
+
+
 def test_the_number_of_threads_changes_no_bit():
     plan = plan_of((4000, 60, 500, 512))
     theta, factor, base = values_of(plan)

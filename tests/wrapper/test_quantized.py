@@ -98,6 +98,17 @@ def test_checkpoints_and_merges(tmp_path):
         HSAID.from_pretrained(tmp_path, bert())
 
 
+def test_the_row_of_padding_stays_its_dequantized_values():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 8, padding_idx=3), nn.Linear(8, 2))
+    model[0].weight = nn.Parameter(Int8.of(torch.randn(10, 8)), requires_grad=False)
+    hsaid = moved(HSAID(model, 20, memory="block"))
+    w0, ids = hsaid.w0()["0.weight"].dequantize(), torch.tensor([3, 4])
+    with torch.no_grad():
+        for rows in (hsaid.weights()["0.weight"][ids], model[0](ids), hsaid.merge()[0](ids)):
+            assert torch.equal(rows[0], w0[3]) and not torch.equal(rows[1], w0[4])
+
+
 def test_what_is_refused():
     with pytest.raises(ValueError, match=r'memory: expected "block" for a quantized model.*query.weight'):
         HSAID(quantized(bert()), 80)

@@ -303,6 +303,8 @@ def test_trains_as_one_process(kind, world, tmp_path):
         weights = loaded.weights()
         assert all(torch.equal(weights[name], value) for name, value in ranks[0]["weights"].items())
         assert torch.equal(loaded(batches()[0][0]).logits, ranks[0]["logits"])
+        (table,) = loaded.padding_rows
+        assert torch.equal(ranks[0]["weights"][table][0], loaded.w0()[table][0])
     if kind == "layers" and world == 2:
         for rank in results("resharded", 3, tmp_path):
             assert all(torch.equal(weights[name], value) for name, value in rank["weights"].items())
