@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from hsaid_kernels.fastfood import ops
 from hsaid_kernels.fastfood.plan import Plan, check_choice, check_int
@@ -85,7 +86,7 @@ class Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         theta, factors, part = ctx.theta, ctx.factors, ctx.part
-        backend = backend_for_backward(ctx)
+        backend = backend_for_backward(ctx, grads)
         with torch.no_grad():
             counted = ctx.projection.counted(part.plan.names, grads)
             dtheta, own = ops.fastfood_adjoint(part.plan, theta, part.own(factors), counted, backend)
@@ -96,8 +97,16 @@ class Project(torch.autograd.Function):
         return dtheta, dfactors, None, None, None, None, None
 
 
-def backend_for_backward(ctx: Any) -> str:
-    """What backward of `Project` and of `Rows` begins with. Raises if theta has changed, and what `check` raises."""
+def backend_for_backward(ctx: Any, grads: Sequence[Tensor | None]) -> str:
+    """What backward of `Project` and of `Rows` begins with.
+
+    Raises RuntimeError if theta has changed or a gradient stands for a batch of them, and what `check` raises.
+    """
+    if any(is_legacy_batchedtensor(g) or is_batchedtensor(g) for g in grads if g is not None):
+        raise RuntimeError(
+            "backward(): expected one gradient at a time, got a batch of them (is_grads_batched=True, vectorize=True, "
+            "vmap): call torch.autograd.grad for each"
+        )
     if version(ctx.theta) != ctx.version:
         raise RuntimeError("theta has been changed in place between forward and backward, which needs it unchanged")
     if ctx.check is not None:

@@ -119,7 +119,7 @@ class Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         theta, factors, part = ctx.theta, ctx.factors, ctx.part
-        backend = backend_for_backward(ctx)
+        backend = backend_for_backward(ctx, [grad])
         with torch.no_grad():
             own = part.own(factors)
             counted = grad if ctx.at is None else without_row(grad, ctx.at)

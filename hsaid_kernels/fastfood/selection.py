@@ -8,6 +8,10 @@ from collections.abc import Collection, Iterable
 from torch import Tensor, nn
 
 Patterns = str | Iterable[str] | None
+ON_META = (
+    "which has not been loaded yet, or which hooks of accelerate offload (cpu_offload, disk_offload, device_map): load "
+    "the model whole, or name what is offloaded in exclude="
+)
 
 
 def select_tensors(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> dict[str, nn.Parameter]:
@@ -91,6 +95,6 @@ def check_tensor(what: str, tensor: object) -> None:
     if not tensor.is_floating_point():
         raise TypeError(f"{what}: expected a floating-point tensor, got {tensor.dtype}")
     if tensor.device.type == "meta":
-        raise ValueError(f"{what}: expected a tensor with values, got one on the meta device")
+        raise ValueError(f"{what}: expected a tensor with values, got one on the meta device, {ON_META}")
     if tensor.numel() == 0:
         raise ValueError(f"{what}: expected at least one element, got shape {tuple(tensor.shape)}")

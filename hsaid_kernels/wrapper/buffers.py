@@ -41,8 +41,8 @@ class Buffers:
         """Puts the model's buffers back as they were, but those of `values`, which get these values."""
         for name, buffer in _persistent(model):
             value = values.get(name, self._before.get(name))
-            if value is not None and value.shape == buffer.shape:
-                buffer.copy_(value)
+            if value is not None and value.shape == buffer.shape and not torch.equal(value.to(buffer), buffer):
+                buffer.copy_(value)  # only then, because other threads may be using it
 
     def check(self, where: str, model: nn.Module, values: Mapping[str, Tensor]) -> None:
         """Raises ValueError, with a message that begins with `where`, if a value is of no buffer of the model."""
@@ -61,7 +61,7 @@ def _persistent(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, module in model.named_modules():
         constant = {f"{hook._tensor_name}_mask" for _, hook in masks([module])}
         for key, buffer in module._buffers.items():
-            left_out = buffer is None or key in module._non_persistent_buffers_set or key in constant
+            left_out = buffer is None or key in module._non_persistent_buffers_set or key in constant or buffer.is_meta
             if not left_out and id(buffer) not in seen and buffer.numel() * buffer.element_size() <= LARGEST:
                 seen.add(id(buffer))
                 yield (f"{prefix}.{key}" if prefix else key), buffer

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsaid_kernels.fastfood.projection import Projection
 from hsaid_kernels.hierarchy.attention import find_attentions
 from hsaid_kernels.hierarchy.paths import HEADS
 from hsaid_kernels.wrapper.hsaid import HSAID
@@ -39,7 +38,6 @@ def head_importance(hsaid: HSAID, batches: Iterable[Mapping[str, Any]]) -> dict[
         raise ValueError("hsaid: expected one with heads=True or L5 in its partition, got one without heads")
     if not hsaid.theta.any():
         raise ValueError("hsaid: expected a trained one, got theta = 0, where no multiplier has a gradient")
-    projection = Projection(hsaid.plan, dtype=hsaid.dtype, backend=hsaid.backend, kept=hsaid.padding_rows)
     rows = {(piece.tensor, piece.label): row for row, piece in enumerate(hsaid.plan.pieces)}
     own = {}
     for attention in find_attentions(hsaid.model):
@@ -50,10 +48,9 @@ def head_importance(hsaid: HSAID, batches: Iterable[Mapping[str, Any]]) -> dict[
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise TypeError(f"batches: expected arguments by name, {{name: tensor}}, got {type(batch).__name__}")
-        with torch.inference_mode(False), torch.enable_grad():
-            factors = hsaid.partition.factors(hsaid.multipliers.detach()).requires_grad_()
-            weights = projection.forward(hsaid.theta.detach(), factors, hsaid.w0())
-            loss = getattr(hsaid._projected.run_on(weights | hsaid.full, (), batch), "loss", None)
+        with torch.inference_mode(False), torch.enable_grad(), hsaid._computing():
+            loss = getattr(hsaid.model(**batch), "loss", None)
+            factors = hsaid._projected.factors()
         if loss is None:
             raise ValueError(f"batches: expected what the model makes a loss of (labels), got {', '.join(batch)}")
         (gradient,) = torch.autograd.grad(loss, factors)

@@ -284,6 +284,13 @@ class ProjectedWeights(Maker):
         finally:
             inside.calls, inside.made = False, None
 
+    def factors(self) -> Tensor:
+        """The factors of all segments, multiplied by the plan's scales, on which the weights of this call depend."""
+        made = self._inside.made
+        assert made is not None
+        with self.lock, torch.enable_grad(), undisturbed():
+            return self.root(made).factors
+
     def check_outside(self, call: str) -> None:
         """Raises RuntimeError, which names `call`, inside a call of the HSAID in this thread."""
         if self._inside.calls:

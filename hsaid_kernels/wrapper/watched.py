@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hsaid_kernels.fastfood.plan import Plan
+from hsaid_kernels.fastfood.selection import ON_META
 from hsaid_kernels.wrapper.buffers import Buffers
 from hsaid_kernels.wrapper.comparison import differences
 from hsaid_kernels.wrapper.compiled import compiled_as_before, keep_compiled_current
@@ -177,6 +178,8 @@ class WatchedModel(Source):
         name = next((name for name, known in self._own.items() if known is own), None)
         if value is own or name is None or self.own_full or self.kept is not None:
             return
+        if value.is_meta and not own.is_meta:
+            raise RuntimeError(f"{what} to have values, got a tensor on the meta device, {ON_META}: unwrap() it first")
         if is_quantized(value) and not is_quantized(own):
             self._check_memory(name)
         if name in self.plan.shapes and not is_sharded(own):
@@ -347,7 +350,7 @@ class WatchedModel(Source):
             return self._verified() if self.attached else dict(self.model.named_parameters())
 
     def known(self) -> dict[str, nn.Parameter]:
-        """As `own`; of a model that has been changed, so that it could not be called, as it was before that."""
+        """As `own`; of a model that has been changed so that it cannot be called, the parameters of before that."""
         try:
             return self.own()
         except (RuntimeError, ValueError, TypeError):
