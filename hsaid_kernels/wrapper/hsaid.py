@@ -23,6 +23,7 @@ from hsaid_kernels.wrapper.groups import MEMORY
 from hsaid_kernels.wrapper.heads import Heads
 from hsaid_kernels.wrapper.merging import merged_copy
 from hsaid_kernels.wrapper.multitask import MultiTask
+from hsaid_kernels.wrapper.packed import warn_of_packed
 from hsaid_kernels.wrapper.projected import ProjectedWeights
 from hsaid_kernels.wrapper.quantized import is_quantized
 from hsaid_kernels.wrapper.sharded import is_fsdp
@@ -104,12 +105,15 @@ class HSAID(MultiTask):
 
     Raises:
         TypeError: model is not a module, is or contains an HSAID, a parallel wrapper (wrap the HSAID in
-            DistributedDataParallel instead) or a ScriptModule, has parameters in shards that are not FSDP2's or of
-            bitsandbytes; a parameter's dtype or the argument `dtype` cannot be projected; another argument has the
-            wrong type.
+            DistributedDataParallel instead) or a ScriptModule, has parameters in shards that are not FSDP2's, or
+            weights in few bits that cannot be W0 (docs/integration.md); a parameter's dtype or the argument `dtype`
+            cannot be projected; another argument has the wrong type.
         ValueError: another argument has a value that is not listed above; intrinsic_dim <= m; another HSAID wraps the
             model; it is sharded or quantized, and `memory` is not "block"; a parameter has gradient hooks or shares
             memory with another; an embedding has max_norm; all parameters are frozen.
+
+    Warns of modules whose weights are packed into integers or objects and stay as they are, unless `include` or
+    `frozen` is given.
     """
 
     _w0_checks: str | None = None
@@ -153,9 +157,11 @@ class HSAID(MultiTask):
         named |= dict(normalize=normalize, diagonal=diagonal, width=width, frozen=frozen)
         named |= dict(include=self.include, exclude=self.exclude, train_fully=self.train_fully)
         basis = basis_of(model, intrinsic_dim, partition, seed, **named)
-        check_layers(model, basis.full)
+        check_layers(model, basis.plan.names, basis.full)
         if not self._own_full:
             check_parameters(model, (*basis.plan.names, *basis.full))
+        if include is None and frozen is None:  # otherwise it has been said what is projected
+            warn_of_packed(model)
         self.hierarchy, self.partition = basis.hierarchy, basis.partition
         self.plan, self.pruned, self.frozen = basis.plan, basis.pruned, basis.frozen
         self._projected = ProjectedWeights(
