@@ -25,7 +25,7 @@ from hsaid_kernels.wrapper.merging import merged_copy
 from hsaid_kernels.wrapper.multitask import MultiTask
 from hsaid_kernels.wrapper.packed import warn_of_packed
 from hsaid_kernels.wrapper.projected import ProjectedWeights
-from hsaid_kernels.wrapper.quantized import is_quantized
+from hsaid_kernels.wrapper.quantized import dequantized, is_quantized
 from hsaid_kernels.wrapper.sharded import is_fsdp
 from hsaid_kernels.wrapper.tasks import Tasks, check_task
 from hsaid_kernels.wrapper.watched import unwrapped_before
@@ -231,7 +231,8 @@ class HSAID(MultiTask):
         """Returns a model whose parameters are the projected weights and `full`.
 
         By default this is a copy: an ordinary model that does not depend on this HSAID. `requires_grad` and tying are
-        those of the original; the dtype is that of the projected weights. During the call memory holds W0 and two
+        those of the original; the dtype is that of the projected weights. Quantized tensors are dequantized, also those
+        that are left out, and what was projected of them requires gradients. During the call memory holds W0 and two
         copies of the projected weights. This HSAID and its model are unchanged.
 
         With `inplace=True` the model itself is changed and returned, until `unmerge()` restores W0. In the meantime
@@ -256,7 +257,12 @@ class HSAID(MultiTask):
                 projected.merge(values)
                 return self.model
             projected.drop_cache()
-            return merged_copy(self.model, projected.own(), values, projected.flags)
+            own = projected.own()
+            quantized = {name: parameter for name, parameter in own.items() if is_quantized(parameter)}
+            flags = projected.flags | {name: True for name in quantized if name in values}  # which they could not have
+            for name in quantized.keys() - values.keys():
+                values[name] = dequantized(quantized[name]).to(self.given_dtype or quantized[name].dtype)
+            return merged_copy(self.model, own, values, flags)
 
     def unmerge(self) -> None:
         """Restores W0 bit for bit after `merge(inplace=True)`. Raises RuntimeError if nothing is merged in place."""
