@@ -125,11 +125,12 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) pytest pytest-benchmark pytest-xdist ruff clang-format import-linter mypy triton accelerate datasets
 	@touch $@
 
-# timm and torchvision lie apart, where only `make clients` finds them: beside a torch without CUDA, torchvision for CUDA
-# breaks the import of transformers (tests/clients/conftest.py).
+# timm, torchvision and what quantizes lie apart, where only `make clients` finds them: beside a torch without CUDA,
+# torchvision for CUDA breaks the import of transformers (tests/clients/conftest.py).
 build/clients/.installed: $(VENV)/.installed-test
 	@$(PIP) lightning peft sentence-transformers pillow 'psycopg[binary]' optuna-dashboard
-	@$(PIP) --no-deps --upgrade --target build/clients timm torchvision torchao
+	@$(PIP) --no-deps --upgrade --target build/clients timm torchvision torchao \
+	  hqq termcolor optimum-quanto compressed-tensors loguru
 	@touch $@
 
 build/cmake/test_core: $(VENV)/.installed $(wildcard tests/csrc/*)

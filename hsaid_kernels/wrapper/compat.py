@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hsaid_kernels.wrapper.comparison import check_state
 from hsaid_kernels.wrapper.hsaid import HSAID
+from hsaid_kernels.wrapper.packed import warn_of_packed
 from hsaid_kernels.wrapper.reads import class_for
 from hsaid_kernels.wrapper.tasks import key_of
 
@@ -184,7 +185,11 @@ def _choice(module: nn.Module, str_filter: Collection[str]) -> tuple[list[str] |
     include, others = (
         [f"^{re.escape(name)}$" for name in trainable if (name in taken) is whether] for whether in (True, False)
     )
-    return None if taken == names else include, others
+    if taken == names:
+        return None, others
+    if not str_filter:  # HSAID takes what is given to `include` for the caller's own choice
+        warn_of_packed(module)
+    return include, others
 
 
 class _InPlace(HSAID):

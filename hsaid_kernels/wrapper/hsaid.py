@@ -24,8 +24,9 @@ from hsaid_kernels.wrapper.heads import Heads
 from hsaid_kernels.wrapper.merging import merged_copy
 from hsaid_kernels.wrapper.multitask import MultiTask
 from hsaid_kernels.wrapper.outside import TRACED
+from hsaid_kernels.wrapper.packed import warn_of_packed
 from hsaid_kernels.wrapper.projected import ProjectedWeights
-from hsaid_kernels.wrapper.quantized import is_quantized
+from hsaid_kernels.wrapper.quantized import dequantized, is_quantized
 from hsaid_kernels.wrapper.sharded import is_fsdp
 from hsaid_kernels.wrapper.tasks import Tasks, check_task
 from hsaid_kernels.wrapper.watched import unwrapped_before
@@ -111,12 +112,15 @@ class HSAID(MultiTask):
 
     Raises:
         TypeError: model is not a module, is or contains an HSAID, a parallel wrapper (wrap the HSAID in
-            DistributedDataParallel instead) or a ScriptModule, has parameters in shards that are not FSDP2's or of
-            bitsandbytes; a parameter's dtype or the argument `dtype` cannot be projected; another argument has the
-            wrong type.
+            DistributedDataParallel instead) or a ScriptModule, has parameters in shards that are not FSDP2's, or
+            weights in few bits that cannot be W0 (docs/integration.md); a parameter's dtype or the argument `dtype`
+            cannot be projected; another argument has the wrong type.
         ValueError: another argument has a value that is not listed above; intrinsic_dim <= m; another HSAID wraps the
             model; it is sharded or quantized, and `memory` is not "block"; a parameter has gradient hooks or shares
             memory with another; an embedding has max_norm; all parameters are frozen.
+
+    Warns of modules whose weights are packed into integers or objects and stay as they are, unless `include` or
+    `frozen` is given.
     """
 
     _w0_checks: str | None = None
@@ -162,10 +166,12 @@ class HSAID(MultiTask):
         named |= dict(include=self.include, exclude=self.exclude, train_fully=self.train_fully)
         named |= dict(padding_rows=padding_rows)
         basis = basis_of(model, intrinsic_dim, partition, seed, **named)
-        check_layers(model, basis.full)
+        check_layers(model, basis.plan.names, basis.full)
         if not self._own_full:
             check_parameters(model, (*basis.plan.names, *basis.full))
         self.padding_rows = basis.padding_rows
+        if include is None and frozen is None:  # otherwise it has been said what is projected
+            warn_of_packed(model)
         self.hierarchy, self.partition = basis.hierarchy, basis.partition
         self.plan, self.pruned, self.frozen = basis.plan, basis.pruned, basis.frozen
         self._tasks = Tasks(check_task(task), basis.full, self._parameters)
@@ -243,7 +249,8 @@ class HSAID(MultiTask):
         """Returns a model whose parameters are the projected weights and `full`.
 
         By default this is a copy: an ordinary model that does not depend on this HSAID. `requires_grad` and tying are
-        those of the original; the dtype is that of the projected weights. During the call memory holds W0 and two
+        those of the original; the dtype is that of the projected weights. Quantized tensors are dequantized, also those
+        that are left out, and what was projected of them requires gradients. During the call memory holds W0 and two
         copies of the projected weights. This HSAID and its model are unchanged.
 
         With `inplace=True` the model itself is changed and returned, until `unmerge()` restores W0. In the meantime
@@ -268,7 +275,12 @@ class HSAID(MultiTask):
                 projected.merge(values)
                 return self.model
             projected.drop_cache()
-            return merged_copy(self.model, projected.own(), values, projected.flags)
+            own = projected.own()
+            quantized = {name: parameter for name, parameter in own.items() if is_quantized(parameter)}
+            flags = projected.flags | {name: True for name in quantized if name in values}  # which they could not have
+            for name in quantized.keys() - values.keys():
+                values[name] = dequantized(quantized[name]).to(self.given_dtype or quantized[name].dtype)
+            return merged_copy(self.model, own, values, flags)
 
     def unmerge(self) -> None:
         """Restores W0 bit for bit after `merge(inplace=True)`. Raises RuntimeError if nothing is merged in place."""

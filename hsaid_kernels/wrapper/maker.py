@@ -18,7 +18,7 @@ from hsaid_kernels.wrapper.eager import undisturbed
 from hsaid_kernels.wrapper.groups import Group, divide, tables_of
 from hsaid_kernels.wrapper.made import Made, check_w0
 from hsaid_kernels.wrapper.outside import ReducedOnce
-from hsaid_kernels.wrapper.quantized import whole
+from hsaid_kernels.wrapper.quantized import check_labels, whole
 from hsaid_kernels.wrapper.root import Late, Root, deliver_at_end, scaled_factors
 from hsaid_kernels.wrapper.saving import BlockWeight
 from hsaid_kernels.wrapper.sharded import divided, gathered_dtype, owners_of
@@ -84,7 +84,7 @@ class Maker(WatchedModel):
         return parameter
 
     def groups(self, w0: Mapping[str, Tensor], theta: Tensor) -> list[Group]:
-        """The tensors by the dtype of their weights. Raises as `divide`."""
+        """The tensors by the dtype of their weights. Raises as `divide` and `check_labels`."""
         dtypes = {name: tensor.dtype for name, tensor in w0.items()}
         check_w0(w0, theta, self.plan.shapes)
         owners: dict[str, int] = {}  # by number, as these modules are not to be kept alive from here
@@ -93,6 +93,8 @@ class Maker(WatchedModel):
             owners = {name: id(module) for name, module in modules.items()}
             dtypes = {name: gathered_dtype(modules[name], tensor) for name, tensor in w0.items()}
         if self._groups[0] != (dtypes, owners):
+            if self.given_dtype is None:
+                check_labels(self._own)
             parts = divided(self.parts, owners) if owners else self.parts
             given = (self.given_dtype, self.backend, self.memory, self.padding_rows)
             self._groups = ((dtypes, owners), divide(self.plan, parts, self.tables, dtypes, *given))

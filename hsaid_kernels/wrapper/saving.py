@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from hsaid_kernels.wrapper.eager import runs_eagerly
 from hsaid_kernels.wrapper.groups import Group
 from hsaid_kernels.wrapper.made import Made
+from hsaid_kernels.wrapper.quantized import is_quantized
 from hsaid_kernels.wrapper.weight import Weight
 
 
@@ -41,6 +42,7 @@ class Place:
     def of(cls, tensor: Tensor, made: Made, again: Callable[[Made, Group], Tensor]) -> Place | None:
         """None if the tensor is no weight, or a view of one as another dtype."""
         plain = tensor.layout == torch.strided and not (tensor.is_neg() or tensor.is_conj())
+        plain = plain and not is_quantized(tensor)  # which has no memory of its own
         if not plain or tensor.device.type == "meta" or tensor.numel() == 0:
             return None
         address = tensor.untyped_storage().data_ptr()

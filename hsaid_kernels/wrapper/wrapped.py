@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from hsaid_kernels.wrapper.quantized import check_quantized
+from hsaid_kernels.wrapper.quantized import check_quantized, check_read
 from hsaid_kernels.wrapper.sharded import check_partitioned, check_sharding, is_fsdp, is_sharded
 from hsaid_kernels.wrapper.tree import check_separate
 
@@ -20,7 +20,8 @@ def plain(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile(module)`, so that parameters have the names of the plain model; or the model.
 
     Raises TypeError if the model is or contains a parallel wrapper, which must be applied to the HSAID instead, because
-    it would synchronize W0 and not theta; or if it has parameters in shards that are not FSDP2's.
+    it would synchronize W0 and not theta; or if it has parameters in shards that are not FSDP2's, or weights in few
+    bits that cannot be W0.
     """
     if not isinstance(model, nn.Module):
         return model  # which is refused where the argument is checked
@@ -34,7 +35,7 @@ def plain(model: nn.Module) -> nn.Module:
             )
     parameters = dict(model.named_parameters())
     check_partitioned(parameters)
-    check_quantized(parameters)
+    check_quantized(model)
     check_sharding(parameters)
     if sharded := [name for name, parameter in parameters.items() if is_sharded(parameter)]:
         if not any(map(is_fsdp, model.modules())):
@@ -45,12 +46,13 @@ def plain(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_layers(model: nn.Module, full: Collection[str]) -> None:
+def check_layers(model: nn.Module, projected: Collection[str], full: Collection[str]) -> None:
     """Raises for layers that would not run on projected weights; `full` are the names of the fully trained tensors.
 
-    TypeError for a ScriptModule, whose reads of parameters are compiled. ValueError for an embedding with max_norm,
-    which writes to its own weight in forward.
+    TypeError for a ScriptModule, whose reads of parameters are compiled, and for a layer that quantizes what it reads.
+    ValueError for an embedding with max_norm, which writes to its own weight in forward.
     """
+    check_read(model, projected)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) and module._parameters:
             raise TypeError(f"model: expected Python modules, got {name!r}, which is a torch.jit.ScriptModule")

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from hsaid_kernels import HSAID
 
 LABELS = torch.tensor([0, 1])
+DETACH = torch.ops.aten.detach.default
+UNCHANGED = (DETACH, torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
 
 
 class Int8(torch.Tensor):
@@ -40,9 +42,9 @@ class Int8(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+        if function in UNCHANGED:  # also by .to(dtype), as torchao's tensors of 8 bits
             own = args[0]
-            made = cls(function(own.values), function(own.scale))
+            made = cls(own.values.clone(), own.scale.clone()) if function is not DETACH else cls(own.values, own.scale)
             return return_and_correct_aliasing(function, args, kwargs or {}, made)
         dense = [arg.dequantize() if isinstance(arg, Int8) else arg for arg in args]
         return function(*dense, **(kwargs or {}))
@@ -154,3 +156,134 @@ def test_copies():
     few, _ = pair()
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(few)(IDS).logits, few(IDS).logits)
+
+
+class Failing(Int8):
+    """As torchao's Int4OpaqueTensor."""
+
+    def dequantize(self):
+        raise NotImplementedError("Int4OpaqueTensor dispatch: unimplemented")
+
+
+class Static(Int8):
+    """As torchao's NF4Tensor."""
+
+    @staticmethod
+    def dequantize(value, table):
+        return table[value]
+
+
+class Codes(Int8):
+    def dequantize(self):
+        return self.values
+
+
+class Halves(Int8):
+    def dequantize(self):
+        return self.values[:, ::2].float()
+
+
+WRONG = {Failing: "fails", Static: "fails", Codes: r"gives \(2, 16\) in torch.int8", Halves: r"gives \(2, 8\) in torch"}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_tensors_that_do_not_give_their_values_are_refused(kind):
+    model = bert()
+    model.classifier.weight = nn.Parameter(kind.of(model.classifier.weight.detach()), requires_grad=False)
+    expected = rf"got 'classifier.weight', a {kind.__name__} of shape \(2, 16\) whose dequantize\(\) {WRONG[kind]}"
+    for memory in ("block", "step"):
+        with pytest.raises(TypeError, match=expected + ".*: quantize the model by another configuration"):
+            HSAID(model, 80, memory=memory)
+
+
+def test_a_dtype_that_does_not_reach_the_quantized_tensors():
+    model = quantized(bert().eval()).to(torch.bfloat16)
+    assert model.classifier.weight.dtype == torch.float32 and model.classifier.bias.dtype == torch.bfloat16
+    for options in ({}, dict(include="(query|key).weight")):
+        with pytest.raises(
+            TypeError, match=r"^dtype: .*torch.bfloat16.*query.weight', a Int8.*with dtype=torch.bfloat16"
+        ):
+            HSAID(model, 80, "did", memory="block", **options)
+    hsaid = moved(HSAID(model, 80, memory="block", dtype=torch.bfloat16))
+    hsaid(IDS, labels=LABELS).loss.backward()
+    assert hsaid.theta.grad.all()
+    assert torch.equal(hsaid.merge()(IDS).logits, hsaid(IDS).logits)
+
+
+def test_a_dtype_that_does_not_reach_them_later():
+    few, _ = pair()
+    expected = few(IDS).logits
+    few.to(torch.bfloat16)
+    with pytest.raises(TypeError, match="with dtype=torch.bfloat16"):
+        few(IDS)
+    assert torch.allclose(few.to(torch.float32)(IDS).logits, expected, atol=0.1)
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight):
+        return Int8.of(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Times(torch.autograd.Function):
+    """Keeps the quantized weight for backward, as optimum-quanto does."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.dequantize().t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight.dequantize(), grad.t() @ x
+
+
+class QLinear(nn.Linear):
+    """As optimum-quanto's: quantizes its weight at each call, also one that stands for a quantized one."""
+
+    @property
+    def qweight(self):
+        return self.weight if isinstance(self.weight, Int8) else Rounded.apply(self.weight)
+
+    def forward(self, x):
+        return Times.apply(x, self.qweight) + self.bias
+
+
+def with_qlinear(frozen: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = bert().eval()
+    model.classifier = QLinear(16, 2)
+    if frozen:
+        model.classifier.weight = nn.Parameter(Int8.of(model.classifier.weight.detach()), requires_grad=False)
+    return model
+
+
+def test_layers_that_would_quantize_once_more_are_refused():
+    model = with_qlinear(frozen=True)
+    for memory in ("block", "step"):
+        with pytest.raises(
+            TypeError, match=r"got 'classifier', a QLinear, which would quantize the projected.*exclude="
+        ):
+            HSAID(model, 80, memory=memory)
+    expected = model(IDS).logits
+    hsaid = HSAID(model, 80, memory="block", exclude=r"classifier\.weight")
+    assert torch.equal(hsaid(IDS).logits, expected)
+    hsaid(IDS, labels=LABELS).loss.backward()
+    assert hsaid.theta.grad.all()
+
+
+def test_quantization_aware_training_quantizes_the_projected_weights():
+    gradients = []
+    for memory in ("step", "block"):
+        hsaid = moved(HSAID(with_qlinear(frozen=False), 80, memory=memory))
+        output = hsaid(IDS, labels=LABELS)
+        output.loss.backward()
+        gradients.append(hsaid.theta.grad)
+        merged = hsaid.merge()
+        assert isinstance(merged.classifier, QLinear) and torch.equal(merged(IDS).logits, output.logits)
+    assert gradients[0].all() and torch.equal(*gradients)
