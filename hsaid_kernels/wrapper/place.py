@@ -37,8 +37,8 @@ class Source:
         """Whether this is a parameter of the model, or a projected weight of one."""
         return True
 
-    def check_set(self, what: str, own: nn.Parameter, value: Tensor) -> None:
-        """Raises RuntimeError if `value` cannot take the place of the parameter `own`."""
+    def check_set(self, call: str, own: nn.Parameter, value: Tensor) -> None:
+        """Raises RuntimeError, with a message that begins with `call`, if `value` cannot take the place of `own`."""
 
     def put_back(self) -> None:
         """Gives modules what was taken out of them since they were last looked at."""

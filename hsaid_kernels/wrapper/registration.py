@@ -43,7 +43,7 @@ def heard_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
                     name = f"{prefix}.{key}" if prefix else key
                     own, value = module._parameters.get(key), state_dict.get(name)
                     if own is not None and isinstance(value, Tensor):
-                        place.source.check_set(f"load_state_dict(): expected {name!r}", own, value)
+                        place.source.check_set("load_state_dict()", own, value)
         return cls.load_state_dict(self, state_dict, *args, **kwargs)
 
     return {
@@ -66,10 +66,10 @@ def _check_stays(place: Place, module: nn.Module, name: str) -> None:
 def _on_registration(module: nn.Module, name: str, value: Any) -> Any:
     """Torch calls this before a module or parameter is put into any module, and puts there what it returns, if any."""
     place = place_of(module)
-    if value is None:
-        return None
     if place is None:
         return _tied(module, name, value) if isinstance(value, Weight) else None
+    if value is None:
+        return _check_stays(place, module, name)
     accepted = _accepted(place, module, name, value)
     place.source.tree_changed()
     if isinstance(value, nn.Module):
@@ -119,7 +119,7 @@ def _check(place: Place, module: nn.Module, name: str, value: nn.Module | Tensor
         )
     for key, parameter in own.items():
         if key in others and isinstance(parameter, nn.Parameter):
-            place.source.check_set(f"model: expected {f'{name}.{key}' if key else name!r}", parameter, others[key])
+            place.source.check_set("model", parameter, others[key])
 
 
 def _tensors(of: nn.Module | Tensor | None) -> dict[str, Tensor]:

@@ -173,24 +173,28 @@ class WatchedModel(Source):
             if (own := place_of(module)) is not None:
                 module.__dict__.update({key: own.before[key] for key in own.before.keys() - module.__dict__.keys()})
 
-    def check_set(self, what: str, own: nn.Parameter, value: Tensor) -> None:
+    def check_set(self, call: str, own: nn.Parameter, value: Tensor) -> None:
         value = value.w0 if isinstance(value, Weight) else value
         name = next((name for name, known in self._own.items() if known is own), None)
         if value is own or name is None or self.own_full or self.kept is not None:
             return
         if value.is_meta and not own.is_meta:
-            raise RuntimeError(f"{what} to have values, got a tensor on the meta device, {ON_META}: unwrap() it first")
+            raise RuntimeError(
+                f"{call}: expected {name!r} to keep its values, got a tensor on the meta device, {ON_META}, and unwrap() "
+                "the model first"
+            )
         if is_quantized(value) and not is_quantized(own):
             self._check_memory(name)
-        if name in self.plan.shapes and not is_sharded(own):
-            if not self._moved() or _equal(own, value):
-                return
-            raise RuntimeError(
-                f"{what} to stay, because a projected weight is W0 + P theta: what is set would become W0, and P theta "
-                "would be added to it once more: write to W0 (hsaid.w0()), or change the model in hsaid.unwrapped()"
-            )
         if name in self._full_names and not _equal(own, value):
-            raise RuntimeError(f"{what} to stay, because it is trained fully: write to hsaid.full[{name!r}]")
+            raise RuntimeError(
+                f"{call}: expected {name!r} to stay, which is trained fully: write to hsaid.full[{name!r}]"
+            )
+        if name in self.plan.shapes and not is_sharded(own) and self._moved() and not _equal(own, value):
+            raise RuntimeError(
+                f"{call}: expected {name!r} to stay, because a projected weight is W0 + P theta: what is set would become "
+                "W0, and P theta would be added once more: write to W0 (hsaid.w0()), or change the model in "
+                "hsaid.unwrapped()"
+            )
 
     def _moved(self) -> bool:
         """Whether theta of this thread's task moves any weight."""
@@ -239,7 +243,7 @@ class WatchedModel(Source):
         for name in self.plan.shapes.keys() & tree.parameters.keys():
             before, now = self._own[name], tree.parameters[name]
             if now is not before and not is_sharded(now) and now.shape == before.shape:
-                self.check_set(f"model: expected {name!r}", before, now)
+                self.check_set("model", before, now)
         if untied := sorted(self._aliases.keys() & tree.parameters.keys()):
             raise ValueError(
                 f"model: expected {untied[0]!r} to be tied as it was when it was wrapped, got one of its own"

@@ -95,6 +95,9 @@ class Weight(nn.Parameter):
             return self
         raise RuntimeError(FREEZE)
 
+    def set_(self, *args: Any, **kwargs: Any) -> NoReturn:  # as torch.nn.utils.parametrize does before it registers one
+        raise RuntimeError(READ_ONLY)
+
     def register_hook(self, hook: Any) -> NoReturn:
         raise RuntimeError(HOOKS)
 
