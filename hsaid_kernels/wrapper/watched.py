@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.fastfood.selection import ON_META
@@ -74,11 +75,12 @@ class WatchedModel(Source):
         self.lock = threading.RLock()
         self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._adopted: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that are tied to the model, or in it since
+        self._accepted = WeakTensorKeyDictionary()  # that were set when this changed nothing
         self._heard: Any = None  # theta's state when W0 was last asked for
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("owner", "lock", "_modules", "_adopted", "_heard", "_warned")
+        made_again = ("owner", "lock", "_modules", "_adopted", "_accepted", "_heard", "_warned")
         state = {key: value for key, value in self.__dict__.items() if key not in made_again}
         return state | {"_model": self._model()}
 
@@ -180,8 +182,8 @@ class WatchedModel(Source):
             return
         if value.is_meta and not own.is_meta:
             raise RuntimeError(
-                f"{call}: expected {name!r} to keep its values, got a tensor on the meta device, {ON_META}, and unwrap() "
-                "the model first"
+                f"{call}: expected {name!r} to keep its values, got a tensor on the meta device, {ON_META}, and "
+                "unwrap() the model first"
             )
         if is_quantized(value) and not is_quantized(own):
             self._check_memory(name)
@@ -191,10 +193,11 @@ class WatchedModel(Source):
             )
         if name in self.plan.shapes and not is_sharded(own) and self._moved() and not _equal(own, value):
             raise RuntimeError(
-                f"{call}: expected {name!r} to stay, because a projected weight is W0 + P theta: what is set would become "
-                "W0, and P theta would be added once more: write to W0 (hsaid.w0()), or change the model in "
+                f"{call}: expected {name!r} to stay, because a projected weight is W0 + P theta: what is set would "
+                "become W0, and P theta would be added once more: write to W0 (hsaid.w0()), or change the model in "
                 "hsaid.unwrapped()"
             )
+        self._accepted[value] = True
 
     def _moved(self) -> bool:
         """Whether theta of this thread's task moves any weight."""
@@ -242,7 +245,7 @@ class WatchedModel(Source):
         tree.parameters |= given  # inside torch.func.functional_call
         for name in self.plan.shapes.keys() & tree.parameters.keys():
             before, now = self._own[name], tree.parameters[name]
-            if now is not before and not is_sharded(now) and now.shape == before.shape:
+            if now is not before and now not in self._accepted and not is_sharded(now) and now.shape == before.shape:
                 self.check_set("model", before, now)
         if untied := sorted(self._aliases.keys() & tree.parameters.keys()):
             raise ValueError(

@@ -54,11 +54,13 @@ def test_weights_are_made_once_while_nothing_changes(calls, backend):
         "theta in inference mode": lambda: torch.inference_mode()(hsaid.theta.normal_)(),
         "theta replaced": lambda: setattr(hsaid, "theta", nn.Parameter(torch.randn(44))),
         "W0 in place": lambda: hsaid.w0()["classifier.bias"].add_(1),
+        "theta at the start": lambda: hsaid.theta.zero_(),  # where W0 may be set
         "W0 loaded": lambda: model.load_state_dict(snapshot(bert())),
         "W0's data": lambda: setattr(hsaid.w0()["classifier.bias"], "data", torch.randn(2)),
         "W0's data where it was, transposed": lambda: setattr(hsaid.w0()[square], "data", hsaid.w0()[square].data.t()),
         "W0 replaced": lambda: setattr(classifier, "bias", nn.Parameter(torch.randn(2))),
         "module replaced": lambda: setattr(model, "classifier", nn.Linear(16, 2)),
+        "theta again": lambda: hsaid.theta.normal_(),
     }
     for name, change in changes.items():
         with torch.no_grad():

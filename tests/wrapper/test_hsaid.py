@@ -265,7 +265,7 @@ def test_merge_makes_an_ordinary_model(backend):
     plain = copy.deepcopy(model)
     hsaid = moved(HSAID(model, 60, exclude=r"query\.bias", backend=backend))
     merged = hsaid.merge()
-    assert type(merged) is type(model) and merged.state_dict().keys() == model.state_dict().keys()
+    assert type(merged) is type(plain) and merged.state_dict().keys() == model.state_dict().keys()
     assert merged.cls.predictions.decoder.weight is merged.bert.embeddings.word_embeddings.weight
     assert {n: p.requires_grad for n, p in merged.named_parameters()} == flags
     assert torch.equal(merged(IDS).logits, hsaid(IDS).logits) and not torch.equal(merged(IDS).logits, plain(IDS).logits)

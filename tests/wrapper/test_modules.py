@@ -157,7 +157,7 @@ def test_a_module_that_is_put_in_place_of_another_belongs_to_the_model_at_once(p
                 x = layer(x)
             return x
 
-    hsaid, x, new = moved(HSAID(Net(), 24)), torch.ones(1, 4), nn.Linear(4, 4)
+    hsaid, x, new = HSAID(Net(), 24), torch.ones(1, 4), nn.Linear(4, 4)
     hsaid(x)
     weight, bias = new.weight, new.bias
     layers = hsaid.model.layers
@@ -173,6 +173,9 @@ def test_a_module_that_is_put_in_place_of_another_belongs_to_the_model_at_once(p
         "directly": lambda: layers._modules.__setitem__("0", new),
     }[put]()
     run = hsaid if put == "directly" else hsaid.model
+    if put == "directly":
+        hsaid(x)  # which notices it
+    moved(hsaid)
     out = run(x)
     assert hsaid.w0()["layers.0.weight"] is weight and not torch.equal(out, nn.functional.linear(x, weight, bias))
     assert torch.equal(out, hsaid.merge()(x)) and torch.equal(run(x), hsaid.model(x))
@@ -212,10 +215,10 @@ def test_a_weight_that_is_set_again_is_w0_again():
 
 
 def test_a_module_that_has_left_is_itself_again():
-    hsaid, x = moved(HSAID(mlp(), 24)), torch.ones(1, 4)
+    hsaid, x = HSAID(mlp(), 24), torch.ones(1, 4)
     old, w0 = hsaid.model[0], dict(hsaid.w0())
     hsaid.model[0] = nn.Linear(4, 6)
-    out = hsaid(x)
+    out = moved(hsaid)(x)
     assert old.weight is w0["0.weight"] and old.weight.requires_grad and type(old) is nn.Linear
     copied = copy.copy(hsaid.model[2])
     plain = hsaid.unwrap()

@@ -1,0 +1,76 @@
+"""What runs around a wrapped model and could only train theta wrongly, or keep old weights, is refused."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import mlp, moved
+from torch import nn
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.parallel import DistributedDataParallel
+
+from hsaid_kernels import HSAID
+
+X = torch.ones(2, 4)
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    "trace",
+    [
+        lambda model: torch.jit.trace(model, (X,)),
+        lambda model: torch.export.export(model, (X,)),
+        lambda model: make_fx(model)(X),
+        lambda model: torch.jit.trace(model[0], (X,)),
+    ],
+)
+def test_traces_of_the_model_are_refused(trace, grad):
+    hsaid = moved(HSAID(mlp(), 24))
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(Exception, match=r"trace or export hsaid.merge\(\)"):
+            trace(hsaid.model)
+        with torch.no_grad():
+            trace(hsaid.merge())
+    assert torch.equal(hsaid(X), hsaid.merge()(X)) and torch.equal(hsaid.model(X), hsaid(X))
+
+
+def test_ddp_around_a_part_is_refused(one_rank):
+    hsaid = moved(HSAID(mlp(), 24))
+    part = nn.Sequential(hsaid.model, nn.Linear(3, 2))
+    ddp = DistributedDataParallel(part)
+    with pytest.raises(RuntimeError, match="expected DistributedDataParallel around the HSAID, or a module that holds"):
+        ddp(X)
+    with torch.no_grad():  # nothing is trained
+        assert torch.equal(ddp(X), part(X))
+
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hsaid, self.head = hsaid, nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.hsaid.model(x))
+
+    ddp = DistributedDataParallel(Holds())
+    ddp(X).sum().backward()
+    assert hsaid.theta.grad.any()
+
+
+def test_stages_of_a_pipeline_are_refused(one_rank):
+    hsaid = moved(HSAID(mlp(), 24))
+    for part, refused in ((hsaid.model[:], True), (hsaid, False)):
+        stage = PipelineStage(part, 0, 1, torch.device("cpu"))
+        schedule = ScheduleGPipe(stage, 1, loss_fn=nn.functional.mse_loss)
+        if refused:
+            with pytest.raises(RuntimeError, match="got a part of hsaid.model as a stage of a pipeline"):
+                schedule.step(X, target=torch.zeros(2, 3), losses=[])
+        else:
+            schedule.step(X, target=torch.zeros(2, 3), losses=[])
+            assert hsaid.theta.grad.any()

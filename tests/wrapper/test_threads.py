@@ -1,0 +1,196 @@
+"""Each thread has its task, and a call runs on the theta of its beginning, whatever other threads do."""
+
+import copy
+import sys
+import threading
+
+import pytest
+import torch
+from models import mlp, moved, normed, same
+from torch import nn
+
+from hsaid_kernels import HSAID
+
+X = torch.linspace(-1, 1, 8).view(2, 4)
+
+
+@pytest.fixture
+def often():
+    """Threads that take turns often."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def two_tasks(**options) -> HSAID:
+    hsaid = moved(HSAID(mlp(), 24, task="a", **options))
+    hsaid.add_task("b")
+    with hsaid.use_task("b"):
+        moved(hsaid)
+    return hsaid
+
+
+def expected_of(hsaid: HSAID) -> dict:
+    found = {}
+    for task in hsaid.tasks:
+        with hsaid.use_task(task), torch.no_grad():
+            found[task] = hsaid(X)
+    return found
+
+
+def run(*functions) -> list:
+    """What functions return that run at the same time, each in a thread."""
+    found = [None] * len(functions)
+
+    def call(number, function):
+        try:
+            found[number] = function()
+        except Exception as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=call, args=one) for one in enumerate(functions)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    return found
+
+
+@pytest.mark.parametrize("how", ["set_task", "use_task"])
+@pytest.mark.parametrize("memory", ["step", "block"])
+def test_threads_serve_tasks_at_the_same_time(often, how, memory):
+    hsaid = two_tasks(memory=memory)
+    expected = expected_of(hsaid)
+
+    def serve(task):
+        wrong = 0
+        for number in range(200):
+            if how == "set_task":
+                hsaid.set_task(task)
+                with torch.set_grad_enabled(number % 2 == 0):
+                    wrong += not torch.equal(hsaid(X), expected[task])
+            else:
+                with hsaid.use_task(task), torch.no_grad():
+                    wrong += not (torch.equal(hsaid(X), expected[task]) and torch.equal(hsaid.model(X), expected[task]))
+        return wrong
+
+    assert run(lambda: serve("a"), lambda: serve("b"), lambda: serve("a")) == [0, 0, 0]
+
+
+def test_threads_train_tasks_at_the_same_time(often):
+    alone, together = two_tasks(), None
+    together = copy.deepcopy(alone)
+
+    def train(hsaid, task):
+        with hsaid.use_task(task):
+            optimizer = torch.optim.SGD(hsaid.parameters(), 0.1)
+            for _ in range(30):
+                optimizer.zero_grad()
+                hsaid(X).square().mean().backward()
+                optimizer.step()
+            return torch.cat([p.detach().flatten() for p in hsaid.parameters()])
+
+    expected = [train(alone, task) for task in "ab"]
+    found = run(*(lambda task=task: train(together, task) for task in "ab"))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_what_belongs_to_the_task_of_a_thread(tmp_path):
+    hsaid = two_tasks(train_fully="2.bias")
+    of_a = {name: parameter.detach().clone() for name, parameter in hsaid.named_parameters()}
+    assert hsaid.task == "a" and hsaid.theta is dict(hsaid.named_parameters())["theta"]
+
+    def elsewhere():
+        assert hsaid.task == "a"  # of a thread that has set none, the one that was set last
+        with hsaid.use_task("b"):
+            own = dict(hsaid.named_parameters())
+            assert hsaid.task == "b" and own["theta"] is hsaid.theta is not hsaid._parameters["theta"]
+            assert hsaid.full["2.bias"] is own["full/2/bias"]
+            assert torch.equal(hsaid.state_dict()["theta"], hsaid.theta)
+            hsaid.save_pretrained(tmp_path)
+            with pytest.raises(
+                RuntimeError, match="theta: expected it to be set while the task of this thread, 'b', is"
+            ):
+                hsaid.theta = nn.Parameter(torch.zeros(24))
+            with pytest.raises(
+                RuntimeError, match="state_dict: expected it to be loaded while the task of this thread"
+            ):
+                hsaid.load_state_dict(hsaid.state_dict())
+            with pytest.raises(ValueError, match="expected a task that is not set, got 'b'"):
+                hsaid.remove_task("b")
+            with hsaid.use_task("a"):
+                assert hsaid.task == "a"
+            assert hsaid.task == "b"
+            return hsaid.weights()
+
+    (weights,) = run(elsewhere)
+    assert not isinstance(weights, Exception), weights
+    assert hsaid.task == "a" and same({n: p.detach() for n, p in hsaid.named_parameters()}, of_a)
+    loaded = HSAID.from_pretrained(tmp_path, hsaid.unwrap())
+    assert loaded.task == "b" and same(loaded.weights(), {name: w.detach() for name, w in weights.items()})
+
+
+def test_the_thread_that_sets_a_task_keeps_it():
+    hsaid = two_tasks()
+    hsaid.set_task("a")
+    run(lambda: hsaid.set_task("b"))
+    assert hsaid.task == "a" and run(lambda: hsaid.task) == ["b"]
+    with pytest.raises(ValueError, match="expected a task that is not set, got 'b'"):
+        hsaid.remove_task("b")  # which is another thread's
+    hsaid.set_task("a")
+    hsaid.remove_task("b")
+    assert hsaid.tasks == ("a",)
+
+
+def test_buffers_are_of_one_task():
+    hsaid = HSAID(normed(), 40, task="a")
+    hsaid.add_task("b")
+    x = torch.randn(4, 8)
+    with hsaid.use_task("b"):
+        hsaid.eval()(x)  # no task has changed them yet
+    hsaid.train()(x)
+    with (
+        hsaid.use_task("b"),
+        pytest.raises(RuntimeError, match="task: expected 'b' to be set for all threads, because"),
+    ):
+        hsaid(x)
+    hsaid.set_task("b")
+    assert hsaid(x).shape == (4, 2)
+
+
+def test_tasks_are_not_changed_inside_a_call():
+    hsaid = two_tasks()
+    for change in (hsaid.set_task, lambda task: hsaid.use_task(task).__enter__()):
+        handle = hsaid.model[0].register_forward_hook(lambda *_, change=change: change("b"))
+        with pytest.raises(RuntimeError, match=r"_task\(\): expected to be called between calls of the HSAID"):
+            hsaid(X)
+        handle.remove()
+    assert hsaid.task == "a" and torch.equal(hsaid(X), hsaid.merge()(X))
+
+
+def test_one_call_one_theta():
+    """Another thread steps while a forward runs, which keeps its theta to the end; the next call has the new one."""
+    hsaid = moved(HSAID(mlp(), 24))
+    before, merged = hsaid(X).detach(), hsaid.merge()
+
+    def step(*_):
+        run(lambda: torch.no_grad()(hsaid.theta.add_)(1.0))
+
+    handle = hsaid.model[0].register_forward_hook(step)
+    with torch.no_grad():
+        assert torch.equal(hsaid(X), before) and torch.equal(merged(X), before)
+    out = hsaid(X)
+    handle.remove()
+    with pytest.raises(RuntimeError, match="theta has been changed in place between forward and backward"):
+        out.sum().backward()
+    assert torch.equal(hsaid(X), hsaid.merge()(X)) and not torch.equal(hsaid(X), before)
+
+
+def test_a_compiled_graph_has_one_task():
+    hsaid = moved(HSAID(mlp(), 24, task="a"))
+    hsaid.add_task("b")
+    compiled, whole = torch.compile(hsaid, backend="eager"), torch.compile(hsaid, backend="eager", fullgraph=True)
+    of_a = hsaid(X)
+    assert torch.allclose(compiled(X), of_a) and torch.allclose(whole(X), of_a)
+    with hsaid.use_task("b"):
+        assert torch.allclose(compiled(X), hsaid(X)) and not torch.allclose(hsaid(X), of_a)  # runs uncompiled
+        with pytest.raises(Exception, match="torch.compile: expected one task in all threads"):
+            whole(X)
