@@ -102,7 +102,9 @@ def backend_for_backward(ctx: Any, grads: Sequence[Tensor | None]) -> str:
 
     Raises RuntimeError if theta has changed or a gradient stands for a batch of them, and what `check` raises.
     """
-    if any(is_legacy_batchedtensor(g) or is_batchedtensor(g) for g in grads if g is not None):
+    if not torch.compiler.is_compiling() and any(
+        is_legacy_batchedtensor(grad) or is_batchedtensor(grad) for grad in grads if grad is not None
+    ):
         raise RuntimeError(
             "backward(): expected one gradient at a time, got a batch of them (is_grads_batched=True, vectorize=True, "
             "vmap): call torch.autograd.grad for each"

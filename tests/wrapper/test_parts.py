@@ -16,7 +16,7 @@ from hsaid_kernels import HSAID
 
 def memory_of_tensors() -> int:
     gc.collect()
-    storages = (held.untyped_storage() for held in gc.get_objects() if isinstance(held, torch.Tensor))
+    storages = (held.untyped_storage() for held in gc.get_objects() if type(held) in (torch.Tensor, nn.Parameter))
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
