@@ -48,16 +48,27 @@ def head_importance(hsaid: HSAID, batches: Iterable[Mapping[str, Any]]) -> dict[
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise TypeError(f"batches: expected arguments by name, {{name: tensor}}, got {type(batch).__name__}")
-        with torch.inference_mode(False), torch.enable_grad(), hsaid._computing():
-            loss = getattr(hsaid.model(**batch), "loss", None)
-            factors = hsaid._projected.factors()
-        if loss is None:
-            raise ValueError(f"batches: expected what the model makes a loss of (labels), got {', '.join(batch)}")
-        (gradient,) = torch.autograd.grad(loss, factors)
-        share = (gradient * factors.detach()).cpu()
+        share = _shares(hsaid, batch)
         for name, parts in own.items():
             totals[name] += torch.stack([share[chosen].sum().abs() for chosen in parts])
         count += 1
     if not count:
         raise ValueError("batches: expected at least one, got none")
     return {name: total / count for name, total in totals.items()}
+
+
+def _shares(hsaid: HSAID, batch: Mapping[str, Any]) -> Tensor:
+    """dL / d lambda of each segment, float32 [segments] on the CPU."""
+    theta = hsaid.theta
+    trained = theta.requires_grad
+    theta.requires_grad_(True)  # so that the weights have a graph
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), hsaid._computing():
+            loss = getattr(hsaid.model(**batch), "loss", None)
+            factors = hsaid._projected.factors()
+        if loss is None:
+            raise ValueError(f"batches: expected what the model makes a loss of (labels), got {', '.join(batch)}")
+        (gradient,) = torch.autograd.grad(loss, factors)
+    finally:
+        theta.requires_grad_(trained)
+    return (gradient * factors.detach()).cpu()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import BACKENDS, IDS, bert, mlp, reads, same, snapshot
+from models import BACKENDS, IDS, bert, mlp, moved, reads, same, snapshot
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -142,6 +142,27 @@ def test_weights_are_made_again_after_an_optimizer_that_torch_does_not_count(opt
         assert not torch.equal(hsaid(x), before) and torch.equal(hsaid(x), hsaid.merge()(x))
         hsaid.theta.data.zero_()
         assert torch.equal(hsaid(x), hsaid.merge()(x))
+
+
+@pytest.mark.parametrize("memory", ["step", "block"])
+def test_steps_of_optimizers_are_heard_outside_of_calls(memory, monkeypatch):
+    """As on a GPU, where a read outside of a call compares no values; and a fused optimizer counts no version."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    hsaid, x = moved(HSAID(model, 24, backend="reference", memory=memory)), torch.ones(1, 4)
+    monkeypatch.setattr(hsaid._projected, "_equal", lambda *_: True)
+    optimizer, other = (torch.optim.AdamW(of, lr=0.1, fused=True) for of in (hsaid.parameters(), [nn.Parameter(x)]))
+    for _ in range(3):
+        hsaid(x).sum().backward()
+        before, version = model[0].weight.detach().clone(), hsaid.theta._version
+        optimizer.step()
+        assert hsaid.theta._version == version
+        read = model[2].weight.detach().clone()
+        assert not torch.equal(read, before) and torch.equal(model(x), hsaid.merge()(x))
+        assert torch.equal(model[0].weight, read)
+        made = hsaid._projected._made
+        other.step()  # of another model
+        assert torch.equal(model[0].weight, read) and hsaid._projected._made is made is not None
 
 
 def test_the_weights_of_one_theta_are_kept(calls):

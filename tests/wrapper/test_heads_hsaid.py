@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import assert_same_bits
 from models import BACKENDS, IDS, bert, family, moved, same, snapshot
+from test_quantized import quantized
 from torch import nn
 
 from hsaid_kernels.heads import head_importance, head_slices, prune_heads, pruned_heads, remove_heads
@@ -243,6 +244,36 @@ def test_importance_for_any_partition_and_masks():
             losses.append(torch.func.functional_call(copy.deepcopy(hsaid.model), changed, kwargs=batch).loss.item())
     slope = abs(losses[1] - losses[0]) / 2e-2
     assert got["bert.encoder.layer.0.attention.self"][3].item() == pytest.approx(slope, rel=0.05)
+
+
+def test_importance_of_any_w0():
+    """Several dtypes, weights that live while their block runs, quantized ones, and nothing to train."""
+    torch.manual_seed(0)
+    model = bert(num_hidden_layers=2)
+    batch, query = dict(input_ids=IDS, labels=torch.tensor([0, 1])), "bert.encoder.layer.1.attention.self"
+    hsaid = moved(HSAID(model, 400, heads=True).eval())
+    state, (expected, of_query) = hsaid.state_dict(), (head_importance(hsaid, [batch]), None)
+    of_query = expected[query]
+    hsaid.requires_grad_(False)
+    torch.testing.assert_close(head_importance(hsaid, [batch]), expected)
+    assert not any(parameter.requires_grad for parameter in hsaid.parameters())
+    hsaid.unwrap()
+    block = HSAID(model, 400, heads=True, memory="block").eval()
+    block.load_state_dict(state)
+    torch.testing.assert_close(head_importance(block, [batch]), expected)
+    block.unwrap()
+    few = quantized(copy.deepcopy(model))
+    over = HSAID(few, 400, heads=True, memory="block").eval()
+    with pytest.warns(UserWarning, match="W0 is not what was trained from"):
+        over.load_state_dict(state)
+    assert torch.allclose(head_importance(over, [batch])[query], of_query, rtol=0.2, atol=1e-3)
+    model.bert.encoder.layer[0].bfloat16()
+    model.bert.encoder.layer[0].register_forward_pre_hook(lambda module, args: (args[0].bfloat16(), *args[1:]))
+    model.bert.encoder.layer[0].register_forward_hook(lambda module, args, out: out.float())
+    several = HSAID(model, 400, heads=True).eval()
+    with pytest.warns(UserWarning, match="W0 is not what was trained from"):
+        several.load_state_dict(state)
+    assert torch.allclose(head_importance(several, [batch])[query], of_query, rtol=0.2, atol=1e-3)
 
 
 def test_importance_of_bad_input():

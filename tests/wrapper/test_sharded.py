@@ -176,6 +176,17 @@ def run_refusals(rank: int, world: int, folder: str, kind: str) -> dict:
         hsaid.model.bert.encoder.layer[1].output.dense._parameters["weight"].mul_(2.0)
     said["w0"] = refusal(lambda: hsaid(ids))
     said["changed"] = refusal(lambda: setattr(hsaid.model.bert, "extra", nn.Linear(2, 2)))
+    hsaid = wrapped()
+    if rank == 0:  # alone, as for a log
+        said["read"] = refusal(lambda: hsaid.model.classifier.weight.norm())
+        said["dtype"] = refusal(lambda: hsaid.model.classifier.weight.dtype)
+    loss = hsaid(ids, labels=labels).loss
+    plain = hsaid.unwrap()
+    said["late"] = refusal(loss.backward)
+    said["left"] = str(
+        [any("_hsaid" in vars(m) for m in plain.modules()), all(p.requires_grad for p in plain.parameters())]
+    )
+    hsaid = HSAID(plain, D, memory="block")
     with hsaid.unwrapped() as plain:
         said["unwrapped"] = refusal(lambda: plain(ids, labels=labels).loss.backward())
     said["wrapped again"] = refusal(lambda: hsaid(ids, labels=labels).loss.backward())
@@ -342,10 +353,18 @@ def test_what_is_refused(tmp_path):
         "w0": "RuntimeError: model: expected W0 to stay as it is while the model is sharded, got "
         "'bert.encoder.layer.1.output.dense.weight' changed",
         "changed": "ValueError: model: expected 'extra'",
+        "late": "RuntimeError: backward(): expected a call before unwrap()",
+        "left": "[False, True]",
         "unwrapped": "none",
         "wrapped again": "none",
     }
-    for said in results("refusals", 2, tmp_path):
+    first, second = results("refusals", 2, tmp_path)
+    alone = (
+        "RuntimeError: model: expected weights in shards to be read while the model runs, got a read of 'classifier.we"
+    )
+    assert first.pop("read").startswith(alone) and first.pop("dtype").startswith(alone)
+    assert second.keys() == first.keys()
+    for said in (first, second):
         for what, message in expected.items():
             assert said[what].startswith(message), (what, said[what])
 

@@ -1,11 +1,14 @@
 """An HSAID has the model's attributes, signature and class name, for code that was written for the model."""
 
 import copy
+import functools
 import inspect
 import pickle
+import types
 
+import pytest
 import torch
-from models import IDS, bert, moved, tied_models
+from models import IDS, bert, mlp, moved, tied_models
 from torch import nn
 from transformers.utils.generic import can_return_loss, find_labels
 
@@ -106,3 +109,29 @@ def test_generate_makes_the_weights_once(monkeypatch):
         assert tokens.shape == (2, 8)
     assert len(made) == 1
     assert torch.equal(tokens, hsaid.merge().generate(IDS, max_new_tokens=7, min_new_tokens=7, do_sample=False))
+
+
+@pytest.mark.parametrize("memory", ["step", "block"])
+def test_a_forward_that_is_set_on_it_runs_inside_a_call(memory):
+    """As TRL's fused heads, and Accelerate's mixed precision, which sets the one of before again at the end."""
+    hsaid = moved(HSAID(mlp(), 24, memory=memory))
+    x, own, seen = torch.ones(1, 4), hsaid.forward, []
+    expected = hsaid(x)
+
+    def fused(self, x, scale=1.0):
+        seen.append((self, hsaid._projected._inside.calls))
+        return self.model(x) * scale
+
+    hsaid.forward = types.MethodType(fused, hsaid)
+    out = hsaid(x, scale=2.0)
+    assert torch.equal(out, 2 * expected) and seen == [(hsaid, True)]
+    out.sum().backward()
+    assert hsaid.theta.grad.any() and "forward" not in vars(hsaid.model)
+    hsaid.forward = functools.partial(fused, hsaid)
+    assert torch.equal(hsaid(x, scale=3.0), 3 * expected) and seen[1:] == [(hsaid, True)]
+    around = hsaid.forward
+    hsaid.forward = lambda *args: around(*args)
+    assert torch.equal(hsaid(x), expected) and hsaid.forward.__wrapped__ is not around
+    hsaid.forward = own
+    assert torch.equal(hsaid(x), expected) and len(seen) == 3 and hsaid.forward == own
+    assert torch.equal(copy.deepcopy(hsaid)(x), expected)
