@@ -174,6 +174,12 @@ class Maker(WatchedModel):
         return made.late
 
     def _check_theta(self, theta: nn.Parameter) -> None:
+        """Raises RuntimeError where what the whole model, recomputed, gives theta would not be that of its forward."""
+        if self.tasks.threaded and theta.device.type != "cpu":  # whose backward runs in a thread without a task
+            raise RuntimeError(
+                "backward(): expected one task in all threads, because all of the model is recomputed, got different "
+                "ones: checkpoint with use_reentrant=False"
+            )
         if self.ranks is not None and self.trained("theta") is not theta:
             raise RuntimeError(
                 "theta: expected it to be gathered until backward ends, which recomputes all of the model, got a shard "

@@ -40,8 +40,8 @@ class Source:
     def check_set(self, call: str, own: nn.Parameter, value: Tensor) -> None:
         """Raises RuntimeError, with a message that begins with `call`, if `value` cannot take the place of `own`."""
 
-    def put_back(self) -> None:
-        """Gives modules what was taken out of them since they were last looked at."""
+    def put_back(self, changed: nn.Module | None = None) -> None:
+        """Gives modules, `changed` above all, what was taken out of them since they were last looked at."""
 
     def adopt(self, module: nn.Module, keys: Iterable[str]) -> None:
         """Answers reads of these attributes of a module that is new in the model, or tied to it, from now on."""

@@ -30,7 +30,7 @@ from hsaid_kernels.wrapper.weight import Weight
 
 OTHER_THETA = (
     "backward(): expected the task and the theta of forward, because torch.utils.checkpoint recomputes a part of the "
-    "model: call set_task() and change theta after backward()"
+    "model: call set_task() and change theta after backward(), and backward() inside of use_task()"
 )
 
 
@@ -42,6 +42,7 @@ class _Inside(threading.local):
 
     calls = False
     made: Made | None = None
+    last_read: tuple[nn.Parameter, list[Tensor]] | None = None  # as that of `ProjectedWeights`, by this thread
 
 
 class ProjectedWeights(Maker):
@@ -150,11 +151,11 @@ class ProjectedWeights(Maker):
         if (task := torch._C._current_graph_task_id()) != -1:  # in backward, as torch.utils.checkpoint recomputes
             self._recomputed = {task: (made.theta, made.versions[0])}
             with undisturbed():
-                last = self._last_read
+                last = inside.last_read or self._last_read  # a device's backward runs in a thread of its own
                 if last is not None and not (last[0] is made.theta and made.has(last[1])):
                     raise RuntimeError(OTHER_THETA)
         else:
-            self._last_read = (made.theta, made.values)
+            self._last_read = inside.last_read = (made.theta, made.values)
         return made
 
     def _current(self, made: Made, name: str, parameter: Tensor) -> bool:
@@ -194,13 +195,12 @@ class ProjectedWeights(Maker):
 
         Warns where optimizers step without theta, while gradients reach it.
         """
-        theta, multipliers = self.trained("theta"), self.trained("multipliers")
-        if any(p is theta or p is multipliers for group in optimizer.param_groups for p in group["params"]):
+        if self.tasks.has(parameter for group in optimizer.param_groups for parameter in group["params"]):
             self.steps += 1
             self._idle, self._reached = 0, False
             if self._made is not None:
                 self._made.stepped = True
-        elif theta.grad is None:
+        elif (theta := self.tasks.own.get("theta")) is None or theta.grad is None:
             self._idle = 0
         elif self._reached:
             self._idle, self._reached = self._idle + 1, False
@@ -319,7 +319,7 @@ class ProjectedWeights(Maker):
             made = self._made or self._make()
             if wanted or made.wanting != (theta.requires_grad, multipliers.requires_grad):
                 made.forget_nodes()
-            self._last_read = (made.theta, made.values)
+            self._last_read = self._inside.last_read = (made.theta, made.values)
             return made
 
     @runs_eagerly

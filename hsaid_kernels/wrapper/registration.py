@@ -58,7 +58,7 @@ def _check_stays(place: Place, module: nn.Module, name: str) -> None:
     inside = module._modules.get(name)
     taken = [] if inside is None else [own for own in inside.parameters() if place.source.owns(own)]
     if (name in place.names and module._parameters.get(name) is not None) or taken:
-        place.source.put_back()
+        place.source.put_back(module)
         what = f"the module {name!r}" if taken else f"the parameter {place.names[name] or name!r}"
         raise RuntimeError(f"model: expected {what} to stay while an HSAID wraps the model: unwrap() it first")
 
@@ -97,7 +97,7 @@ def _accepted(place: Place, module: nn.Module, name: str, value: Any) -> Any:
     try:
         _check(place, module, name, value)
     except (ValueError, RuntimeError):
-        place.source.put_back()
+        place.source.put_back(module)
         raise
     return value.w0 if isinstance(value, Weight) else value
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,6 +107,12 @@ class Tasks:
             # Written into the dict directly. Attribute assignment and register_parameter() would clash with an
             # attribute of the same name in the model.
             self.own.update(self._parameters[name])
+
+    def has(self, parameters: Iterable[object]) -> bool:
+        """Whether theta or the multipliers of a task are among these."""
+        every: list[Mapping[str, object]] = [self.own, *self._parameters.values()]
+        trained = {id(own[key]) for own in every for key in ("theta", "multipliers") if key in own}
+        return any(id(parameter) in trained for parameter in parameters)
 
     def others(self) -> list[dict[str, nn.Parameter]]:
         """The parameters of the tasks that are not registered."""

@@ -166,11 +166,11 @@ class WatchedModel(Source):
         known: Mapping[str, str | None] = {} if place is None else place.names
         attach(module, self, {**known, **dict.fromkeys(keys)}, {})
 
-    def put_back(self) -> None:
+    def put_back(self, changed: nn.Module | None = None) -> None:
         model = self._model()
         if model is None or (place := place_of(model)) is None or place.tree is None:
             return
-        place.tree.put_back()
+        place.tree.put_back(changed)
         for module in (model, *place.tree.modules):
             if (own := place_of(module)) is not None:
                 module.__dict__.update({key: own.before[key] for key in own.before.keys() - module.__dict__.keys()})

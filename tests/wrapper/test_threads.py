@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import mlp, moved, normed, same
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hsaid_kernels import HSAID
 
@@ -196,3 +197,29 @@ def test_a_compiled_graph_has_one_task(fullgraph):
                 compiled(X)
         else:  # runs uncompiled
             assert torch.allclose(compiled(X), hsaid(X)) and not torch.allclose(hsaid(X), of_a)
+
+
+def test_threads_that_recompute(often):
+    """Each thread's backward recomputes on the theta of its own forward, whatever others have read in between."""
+    hsaid = two_tasks()
+    model = hsaid.model
+    model[0].register_forward_hook(lambda *_: None)
+
+    def train(task, run, rounds=20):
+        with hsaid.use_task(task):
+            for _ in range(rounds):
+                checkpoint(run, X.clone().requires_grad_(), use_reentrant=task == "a").square().mean().backward()
+            return hsaid.theta.grad / rounds
+
+    found = run(lambda: train("a", hsaid), lambda: train("b", hsaid))
+    assert not any(isinstance(one, Exception) for one in found), found
+    hsaid.zero_grad()
+    for task, one in zip("ab", found):
+        with hsaid.use_task(task):
+            hsaid.zero_grad()
+            hsaid(X).square().mean().backward()
+            assert torch.allclose(hsaid.theta.grad, one, rtol=1e-4)
+    with hsaid.use_task("b"):
+        loss = checkpoint(hsaid, X, use_reentrant=False).sum()
+    with pytest.raises(RuntimeError, match=r"backward\(\): expected the task and the theta of forward"):
+        loss.backward()

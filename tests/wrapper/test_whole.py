@@ -205,3 +205,17 @@ def test_tensors_that_hooks_offload_are_refused(when):
         hsaid(X) if hsaid else HSAID(model, 60, "did", include=".")
     if hsaid:
         assert hsaid.unwrap() is model
+
+
+def test_what_was_taken_out_rightly_stays_out():
+    """Modules and buffers that no weight needs."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(), nn.Linear(8, 3))
+    model.register_buffer("cache", torch.ones(3))
+    hsaid = moved(HSAID(model, 40, "did"))
+    expected = hsaid.eval()(X)
+    model[1], model.cache = nn.Identity(), None
+    del model._modules["1"]
+    with pytest.raises(RuntimeError):
+        halve(model[0])
+    assert torch.equal(hsaid(X), expected) and model.cache is None and list(model._modules) == ["0", "2"]
+    assert list(hsaid.unwrap()._modules) == ["0", "2"] and model.cache is None
