@@ -18,7 +18,7 @@
 # With 200 MB of packages more:
 #
 #   make clients  other people's training loops on an HSAID: Lightning, sentence-transformers, timm, PEFT, Accelerate,
-#                 torchao
+#                 TRL, torchao
 #
 # Measure (docs/benchmarks.md):
 #
@@ -125,12 +125,12 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) pytest pytest-benchmark pytest-xdist ruff clang-format import-linter mypy triton accelerate datasets
 	@touch $@
 
-# timm, torchvision and what quantizes lie apart, where only `make clients` finds them: beside a torch without CUDA,
+# timm, torchvision, TRL and what quantizes lie apart, where only `make clients` finds them: beside a torch without CUDA,
 # torchvision for CUDA breaks the import of transformers (tests/clients/conftest.py).
 build/clients/.installed: $(VENV)/.installed-test
 	@$(PIP) lightning peft sentence-transformers pillow 'psycopg[binary]' optuna-dashboard
 	@$(PIP) --no-deps --upgrade --target build/clients timm torchvision torchao \
-	  hqq termcolor optimum-quanto compressed-tensors loguru
+	  hqq termcolor optimum-quanto compressed-tensors loguru 'trl; python_version >= "3.11"'
 	@touch $@
 
 build/cmake/test_core: $(VENV)/.installed $(wildcard tests/csrc/*)

@@ -25,6 +25,7 @@ _LIBRARIES = (
     *("torch._", "torch.fx.", "torch.export.", "transformers.", "accelerate.", "peft.", "lightning.", "contextlib"),
     "pytorch_lightning.",
 )
+_CLIPPING = "clip_grad"  # functions of these libraries for what somebody hands over
 
 
 def said_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
@@ -64,7 +65,8 @@ def _tell(module: nn.Module, call: str) -> None:
     while frame is not None and frame.f_globals.get("__name__") in (__name__, "torch.nn.modules.module"):
         frame = frame.f_back  # of what takes what a generator yields
     where = str(frame.f_globals.get("__name__")) if frame is not None else "hsaid_kernels."
-    if call in AT_ONCE or not where.startswith(_LIBRARIES):
+    clips = frame is not None and frame.f_code.co_name.startswith(_CLIPPING)
+    if call in AT_ONCE or clips or not where.startswith(_LIBRARIES):
         place.source.hear(module, call, frame)
 
 

@@ -157,12 +157,16 @@ class StandIn(nn.Module):
         if not callable(forward) or getattr(forward, "__func__", None) is type(self).forward:
             return forward
 
+        bound = getattr(forward, "__self__", None) is self  # then a copy of this object runs itself
+        run = forward.__func__ if bound else forward
+
         @functools.wraps(forward)
         def inside(self: StandIn, *args: Any, **kwargs: Any) -> Any:
+            args = (self, *args) if bound else args
             if torch.compiler.is_compiling():
-                return forward(*args, **kwargs)
+                return run(*args, **kwargs)
             with self._computing():
-                return forward(*args, **kwargs)
+                return run(*args, **kwargs)
 
         return types.MethodType(inside, self)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import bert, same, snapshot
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from hsaid_kernels import HSAID
@@ -96,6 +97,21 @@ def test_mixed_precision(tmp_path):
     run = Run(tmp_path, mixed_precision="bf16")
     assert run.hsaid.theta.dtype == torch.float32 and not torch.equal(run.hsaid.theta, exact.hsaid.theta)
     assert run.losses[-1] < 0.7 * run.losses[0] and same(run.hsaid.model.state_dict(), run.before)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_copy_of_what_is_prepared_runs_itself(precision):
+    """With mixed precision Accelerate sets a forward of its own on the HSAID."""
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
+    hsaid = accelerator.prepare(HSAID(bert().eval(), 60))
+    average = AveragedModel(hsaid)
+    batch = next(iter(DataLoader(ROWS, batch_size=8)))
+    with torch.no_grad():
+        before = average(**batch).logits
+        hsaid.theta.fill_(1.0)
+        assert torch.equal(average(**batch).logits, before) and not torch.allclose(hsaid(**batch).logits, before)
+        average.module.theta.fill_(1.0)
+        assert torch.equal(average(**batch).logits, hsaid(**batch).logits)
 
 
 def test_the_model_is_saved_alone(tmp_path):

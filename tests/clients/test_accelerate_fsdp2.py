@@ -4,14 +4,12 @@ Run as a script, this file is one of the processes.
 """
 
 import os
-import socket
-import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import ENVIRONMENT
 from models import bert, relative
+from processes import in_two_processes, leave
 
 from hsaid_kernels import HSAID
 from hsaid_kernels.wrapper import groups
@@ -65,34 +63,12 @@ def main(folder: str) -> None:
     if accelerator.is_main_process:
         torch.save({"losses": losses, "logits": logits}, f"{folder}/found.pt")
     dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads sometimes end a process with an error that is on its way out
+    leave()
 
 
 def test_trains_as_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr(groups, "SMALLEST_TABLE", 1)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    # Not the folder of torchvision, which breaks the import of transformers (conftest.py).
-    paths = [path for path in ENVIRONMENT["PYTHONPATH"].split(os.pathsep) if not path.endswith("build/clients")]
-    shared = (
-        ENVIRONMENT
-        | dict(PYTHONPATH=os.pathsep.join(paths))
-        | dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", ACCELERATE_USE_CPU="1")
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env=shared | dict(RANK=str(rank), LOCAL_RANK=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(said)
+    in_two_processes(__file__, str(tmp_path))
     found = torch.load(tmp_path / "found.pt")
 
     one, losses = wrapped("step"), []
