@@ -79,6 +79,8 @@ def split_tensors(
             f"{', '.join(map(repr, given.values()))}: none left"
         )
     for name in kept | full:
+        if tensors[name].is_meta:
+            raise ValueError(f"model: {name!r}: expected a tensor with values, got one on the meta device, {ON_META}")
         check_tensor(f"model: {name!r}", tensors[name])
     projected, fully = ({name: tensors[name] for name in tensors if name in chosen} for chosen in (kept, full))
     return projected, fully
@@ -95,6 +97,6 @@ def check_tensor(what: str, tensor: object) -> None:
     if not tensor.is_floating_point():
         raise TypeError(f"{what}: expected a floating-point tensor, got {tensor.dtype}")
     if tensor.device.type == "meta":
-        raise ValueError(f"{what}: expected a tensor with values, got one on the meta device, {ON_META}")
+        raise ValueError(f"{what}: expected a tensor with values, got one on the meta device")
     if tensor.numel() == 0:
         raise ValueError(f"{what}: expected at least one element, got shape {tuple(tensor.shape)}")

@@ -25,6 +25,7 @@ _LIBRARIES = (
     *("torch._", "torch.fx.", "torch.export.", "transformers.", "accelerate.", "peft.", "lightning.", "contextlib"),
     "pytorch_lightning.",
 )
+_HANDING_ON = {method.__code__ for method in (nn.Module.parameters, nn.Module.state_dict, nn.Module.zero_grad)}
 _CLIPPING = "clip_grad"  # functions of these libraries for what somebody hands over
 
 
@@ -62,7 +63,7 @@ def _tell(module: nn.Module, call: str) -> None:
     if (place := place_of(module)) is None or torch.compiler.is_compiling():
         return
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__") in (__name__, "torch.nn.modules.module"):
+    while frame is not None and (frame.f_globals.get("__name__") == __name__ or frame.f_code in _HANDING_ON):
         frame = frame.f_back  # of what takes what a generator yields
     where = str(frame.f_globals.get("__name__")) if frame is not None else "hsaid_kernels."
     clips = frame is not None and frame.f_code.co_name.startswith(_CLIPPING)
@@ -74,7 +75,7 @@ def warn(what: str, frame: FrameType | None) -> None:
     """Warns that `what` acts on W0, at the place of `frame`."""
     message = (
         f"hsaid.model: {what} W0, which is not trained: hand over the HSAID itself, whose parameters() are what is "
-        "trained. hsaid.model is for inference and for its modules (docs/integration.md)"
+        "trained. hsaid.model is for inference and for its modules; W0 is hsaid.w0() (docs/integration.md)"
     )
     if frame is None:
         warnings.warn(message, stacklevel=3)

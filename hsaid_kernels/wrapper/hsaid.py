@@ -294,7 +294,8 @@ class HSAID(MultiTask):
         model has been unwrapped already.
         """
         if self._projected.attached:
-            self._described = self.configuration()
+            with self._tasks.using(self._tasks.registered):  # whatever has become of this thread's
+                self._described = self.configuration()
             self._buffers_of[self._tasks.registered] = self.buffers_changed()
             self._projected.detach()
         return self.model

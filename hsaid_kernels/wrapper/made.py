@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from hsaid_kernels.wrapper.eager import undisturbed
 from hsaid_kernels.wrapper.groups import Group
 from hsaid_kernels.wrapper.quantized import is_quantized, stamp_of
-from hsaid_kernels.wrapper.root import Late, Root
+from hsaid_kernels.wrapper.root import Graph
 from hsaid_kernels.wrapper.weight import READ_ONLY, Weight
 
 
@@ -29,11 +30,8 @@ class Made:
     written   {group: the version of its buffer}, as long as nobody writes to it
     room      bytes of buffers that are kept; None means all
     weights   {name: weight} without a graph, made group by group when one is asked for (`weight`)
-    nodes     {name: weight} of the same values with a graph, made part by part when a weight of the part is first read;
-              emptied before each call of the HSAID, because autograd runs the most recently made nodes first: a node
-              made when its first block runs is reached as soon as backward has left that block
-    root      theta and the factors with a graph, on which the nodes hang; as `nodes`
-    late      the same for layers that backward recomputes
+    graph     the weights with a graph that reads outside of calls get
+    graphs    all those that there are, also of calls and of layers that backward recomputes
     tracked   whether torch counts the versions of theta and the multipliers; it does not for inference tensors
     tracks_w0 the same of W0; nor for W0 in shards
     sharded   whether FSDP2 has sharded W0
@@ -74,14 +72,13 @@ class Made:
         self.weights: dict[str, Weight] = {}
         self.storages: dict[int, Group] = {}
         self.seen: set[str] = set()
-        self.forget_nodes()
+        self.graph: Graph | None = None
+        self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
 
-    def forget_nodes(self) -> None:
-        self.nodes: dict[str, Weight] = {}
-        self.root: Root | None = None
-        self.late: Late | None = None
-        self.wanting = (self.theta.requires_grad, self.multipliers.requires_grad)
-        self.wanted = any(self.wanting)
+    @property
+    def wanted(self) -> bool:
+        """Whether the weights have anything to train."""
+        return self.theta.requires_grad or self.multipliers.requires_grad
 
     def changed(self, names: Sequence[str]) -> str | None:
         """The first of these tensors whose W0 has changed."""
@@ -113,7 +110,7 @@ class Made:
         self.check_unwritten(group)
         flat = self.flats.pop(group)
         del self.storages[flat.untyped_storage().data_ptr()]
-        for held in (self.quick, self.weights, self.nodes, self.late.nodes if self.late else {}):
+        for held in (self.quick, self.weights, *(graph.nodes for graph in self.graphs)):
             for name in group.names:
                 held.pop(name, None)
 
@@ -136,7 +133,12 @@ class Made:
 
     def has(self, values: Sequence[Tensor]) -> bool:
         """Whether the weights were made from these values of theta and the multipliers."""
-        return values is self.values or all(map(torch.equal, values, self.values))
+        return values is self.values or all(map(_same_bits, values, self.values))
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two float32 tensors are equal, NaN included, which no comparison finds equal to itself."""
+    return torch.equal(a.detach().view(torch.int32), b.view(torch.int32))
 
 
 def layout_of(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,7 +18,7 @@ from hsaid_kernels.wrapper.groups import Group, divide, tables_of
 from hsaid_kernels.wrapper.made import Made, check_w0
 from hsaid_kernels.wrapper.outside import ReducedOnce
 from hsaid_kernels.wrapper.quantized import check_labels, whole
-from hsaid_kernels.wrapper.root import Late, Root, deliver_at_end, scaled_factors
+from hsaid_kernels.wrapper.root import Graph, late_graph, root_graph, scaled_factors
 from hsaid_kernels.wrapper.saving import BlockWeight
 from hsaid_kernels.wrapper.sharded import divided, gathered_dtype, owners_of
 from hsaid_kernels.wrapper.tasks import Tasks, key_of
@@ -160,50 +159,57 @@ class Maker(WatchedModel):
                 base = [whole(made.w0[name]) for name in group.names]
             return made.make(group, self.scaled(made), base)
 
-    def root(self, made: Made) -> Root | Late:
-        """theta and the factors with a graph. In backward, one whose gradients reach theta with those of the rest."""
-        if made.root is None:
+    def new_graph(self, made: Made) -> Graph:
+        """theta and the factors with a graph, on which weights can hang."""
+        with torch.inference_mode(False), torch.enable_grad(), undisturbed():
             if self.ranks is not None:
                 self.ranks.average(made.theta, made.multipliers)
-            made.root = Root(made.theta, made.multipliers, self.plan, self.partition)
-        if torch._C._current_graph_task_id() == -1 or self.reduced_once.at_end:
-            return made.root
-        deliver_at_end(made.root, partial(self._check_theta, made.theta))
-        if made.late is None:
-            made.late = Late(made.root)
-        return made.late
+            graph = root_graph(made.theta, made.multipliers, self.plan, self.partition)
+        made.graphs.add(graph)
+        return graph
 
-    def _check_theta(self, theta: nn.Parameter) -> None:
-        """Raises RuntimeError where what the whole model, recomputed, gives theta would not be that of its forward."""
-        if self.tasks.threaded and theta.device.type != "cpu":  # whose backward runs in a thread without a task
-            raise RuntimeError(
-                "backward(): expected one task in all threads, because all of the model is recomputed, got different "
-                "ones: checkpoint with use_reentrant=False"
-            )
-        if self.ranks is not None and self.trained("theta") is not theta:
-            raise RuntimeError(
-                "theta: expected it to be gathered until backward ends, which recomputes all of the model, got a shard "
-                "again: checkpoint parts of the model with use_reentrant=False"
-            )
+    def late_graph(self, made: Made) -> Graph:
+        """The same for layers that backward recomputes. The gradients reach theta with those of the rest."""
 
-    def join(self, made: Made, name: str, check: Callable[[], None]) -> Weight:
-        """Adds the part of this tensor to the autograd graph, and returns the tensor.
+        def deliver(grads: list[Tensor | None]) -> None:
+            if self.ranks is not None and self.trained("theta") is not made.theta:
+                raise RuntimeError(
+                    "theta: expected it to be gathered until backward ends, which recomputes all of the model, got a "
+                    "shard again: checkpoint parts of the model with use_reentrant=False"
+                )
+            graph = self.new_graph(made)
+            found = {end: grad for end, grad in zip((graph.theta, graph.factors), grads) if grad is not None}
+            torch.autograd.backward(list(found), list(found.values()))
+
+        graph = late_graph(made, made.theta, (made.values[0], self.scaled(made)), deliver)
+        made.graphs.add(graph)
+        return graph
+
+    def delivers_once(self, made: Made) -> bool:
+        """Whether it makes a difference in how many parts the gradients of theta and the multipliers arrive."""
+        if self.reduced_once.reduces or self.reduced_once.at_end:
+            return self.reduced_once.reduces
+        for parameter in (made.theta, made.multipliers):
+            averages = self.ranks is not None and self.ranks.averages(parameter)  # which may be done in parts
+            if len(parameter._backward_hooks or ()) > averages or parameter._post_accumulate_grad_hooks:
+                return True
+        return False
+
+    def join(self, made: Made, graph: Graph, name: str, check: Callable[[], None]) -> Weight:
+        """Adds the part of this tensor to the graph, where it is not there, and returns the tensor.
 
         `check` is that of `Projection.part`.
         """
+        if name in graph.nodes:
+            return graph.nodes[name]
+        group = made.group_of[name]
+        part = next(part for part in group.parts if name in part.plan.shapes)
+        kind = Weight if self.memory == "step" else BlockWeight
         with torch.inference_mode(False), torch.enable_grad(), undisturbed():
-            root = self.root(made)
-            nodes = made.nodes if isinstance(root, Root) else root.nodes
-            if name in nodes:
-                return nodes[name]
-            group = made.group_of[name]
-            part = next(part for part in group.parts if name in part.plan.shapes)
-            flat = made.flats[group]
-            kind = Weight if self.memory == "step" else BlockWeight
-            weights = group.projection.part(root.theta, root.factors, part, flat, kind.of, check)
-            for tensor, weight in zip(part.plan.names, cast(Sequence[Weight], weights), strict=True):
-                nodes[tensor] = weight
-                weight.w0, weight.source = made.w0[tensor], made.source
-                if isinstance(weight, BlockWeight):
-                    weight.of_model = weakref.ref(made), tensor
-            return nodes[name]
+            weights = group.projection.part(graph.theta, graph.factors, part, made.flats[group], kind.of, check)
+        for tensor, weight in zip(part.plan.names, cast(Sequence[Weight], weights), strict=True):
+            graph.nodes[tensor] = weight
+            weight.w0, weight.source = made.w0[tensor], made.source
+            if isinstance(weight, BlockWeight):
+                weight.of_model = weakref.ref(made), tensor
+        return graph.nodes[name]

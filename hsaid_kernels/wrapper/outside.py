@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 import torch
@@ -18,15 +18,17 @@ TRACED = "HSAID: expected a call, got tracing for an export: trace or export hsa
 _around: tuple[weakref.ref[nn.Module], weakref.ref[nn.Module]] | None = None  # DDP, and an HSAID in it
 
 
-def check_outside_of_calls(owner: nn.Module | None) -> None:
+def check_outside_of_calls(owner: nn.Module | None, trains: bool) -> None:
     """Raises RuntimeError for a read of a weight that no call of the HSAID `owner` contains, and that cannot be right.
+
+    `trains` says whether theta or the multipliers require gradients.
 
     Inside of a trace it would be a constant. In a stage of a pipeline, or in DistributedDataParallel around a module
     without the HSAID, each rank would have a theta of its own.
     """
     if torch._C._get_tracing_state() is not None or _is_exporting():
         raise RuntimeError(TRACED)
-    if not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
+    if not (trains and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
         return
     ddp = DistributedDataParallel._get_active_ddp_module()
     if ddp is not None and owner is not None and not _holds(ddp, owner):
@@ -78,30 +80,44 @@ class ReducedOnce:
 
     It reduces what arrives first, and leaves out whatever arrives later in the same step, without a word.
 
-    at_end  whether it reduces at the end of backward, as with static_graph=True
+    reduces  whether it does so in the backward pass of the last call
+    at_end   whether it reduces at the end of backward, as with static_graph=True
     """
 
     def __init__(self) -> None:
-        self.at_end = False
-        self._arrived = WeakTensorKeyDictionary()  # {parameter: how often in this step; None where nothing is reduced}
+        self.reduces = self.at_end = False
+        self._ddp: Callable[[], nn.Module | None] = lambda: None
+        self._arrived = WeakTensorKeyDictionary()  # {parameter: how often its gradient has, since the last call}
 
-    def expect(self, owner: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-        """A call of the HSAID `owner`, which trains these parameters, begins."""
+    def expect(self, owner: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        """A call of the HSAID `owner`, which trains these parameters, begins.
+
+        Raises RuntimeError if DistributedDataParallel does not have them, because it was made with another task's.
+        """
         ddp = DistributedDataParallel._get_active_ddp_module()
-        if ddp is None and not self._arrived:
+        if ddp is None or not _holds(ddp, owner):
+            self.reduces, self.at_end, self._ddp = False, False, lambda: None
             return
-        around = ddp is not None and _holds(ddp, owner)
-        self.at_end = around and ddp.static_graph
-        reduces = around and ddp.require_backward_grad_sync and not ddp.static_graph
-        for parameter in parameters:
-            if parameter.requires_grad:
-                if parameter not in self._arrived:
-                    parameter.register_post_accumulate_grad_hook(self._count)
-                self._arrived[parameter] = 0 if reduces else None
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        if any(parameter not in self._arrived for parameter in trained):
+            theirs = set(map(id, ddp._module_parameters))  # as it found them; module.parameters() are those of now
+            if not all(id(parameter) in theirs for parameter in trained):
+                raise RuntimeError(
+                    "task: expected the one whose parameters DistributedDataParallel has found when it was made, got "
+                    f"{owner.task!r}, whose gradients would not be averaged: set_task() before wrapping the HSAID in it"
+                )
+        self.at_end = ddp.static_graph
+        self.reduces = ddp.require_backward_grad_sync and not self.at_end
+        self._ddp = weakref.ref(ddp)
+        for parameter in trained:
+            if parameter not in self._arrived:
+                parameter.register_post_accumulate_grad_hook(self._count)
+            self._arrived[parameter] = 0
 
     def _count(self, parameter: Tensor) -> None:
-        if (arrived := self._arrived.get(parameter)) is None:
+        if not self.reduces or self._ddp() is None:
             return
+        arrived = self._arrived.get(parameter, 0)
         self._arrived[parameter] = arrived + 1
         if arrived:
             raise RuntimeError(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,8 +22,8 @@ from hsaid_kernels.wrapper.made import Made, layout_of
 from hsaid_kernels.wrapper.maker import UNWRAPPED, Maker
 from hsaid_kernels.wrapper.outside import check_outside_of_calls, inside_module
 from hsaid_kernels.wrapper.quantized import is_quantized, stamp_of
-from hsaid_kernels.wrapper.root import scaled_factors
-from hsaid_kernels.wrapper.saving import has_hooks, keeping_places
+from hsaid_kernels.wrapper.root import Graph, scaled_factors
+from hsaid_kernels.wrapper.saving import has_hooks, keeping_places, recomputes_what_was_saved
 from hsaid_kernels.wrapper.sharded import gathered, is_gathered, is_sharded
 from hsaid_kernels.wrapper.table import Table
 from hsaid_kernels.wrapper.tree import forget_derived
@@ -42,6 +43,7 @@ class _Inside(threading.local):
 
     calls = False
     made: Made | None = None
+    graph: Graph | None = None  # of `made`, once a weight with a graph has been asked for
     last_read: tuple[nn.Parameter, list[Tensor]] | None = None  # as that of `ProjectedWeights`, by this thread
 
 
@@ -57,11 +59,13 @@ class ProjectedWeights(Maker):
         self._last_read: tuple[nn.Parameter, list[Tensor]] | None = None
         # {backward's number: theta and its version of the weights that were read last in it}
         self._recomputed: dict[int, tuple[nn.Parameter, int]] = {}
+        self._last_task = self.tasks.registered  # the task of that read
+        self._foreign: Counter[str] = Counter()  # calls that run now on a task that is not registered, by task
         self.steps = 0  # of optimizers that train theta
-        self._idle, self._reached = 0, False  # steps of others since; whether gradients have reached theta since
+        self._reached = False  # whether gradients have reached theta since
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_inside", "_made", "_last_read", "_recomputed", "steps", "_idle", "_reached")
+        made_again = ("_inside", "_made", "_last_read", "_recomputed", "_last_task", "_foreign", "steps", "_reached")
         return {key: value for key, value in super().__getstate__().items() if key not in made_again}
 
     # --- reads
@@ -70,7 +74,10 @@ class ProjectedWeights(Maker):
         if not self.attached:
             return parameter  # of a module that had left the model before it was unwrapped
         if not self._inside.calls:
-            check_outside_of_calls(self.owner() if self.owner else None)
+            theta, multipliers = self.trained("theta"), self.trained("multipliers")
+            trains = theta.requires_grad or multipliers.requires_grad
+            check_outside_of_calls(self.owner() if self.owner else None, trains)
+            self._check_thread()
             waits = self.kept is None and is_sharded(parameter) and torch._C._current_graph_task_id() == -1
             if waits and not inside_module():
                 raise RuntimeError(
@@ -106,7 +113,8 @@ class ProjectedWeights(Maker):
             and flat._version == written
             and self.kept is None
         ):
-            return (made.nodes if made.wanted and torch.is_grad_enabled() else made.weights).get(name)
+            graph = self._inside.graph
+            return (graph.nodes if graph is not None and torch.is_grad_enabled() else made.weights).get(name)
         return None
 
     def table(self, name: str | None, parameter: nn.Parameter) -> Table | nn.Parameter:
@@ -116,30 +124,69 @@ class ProjectedWeights(Maker):
 
     def rows(self, name: str, parameter: nn.Parameter, rows: Tensor) -> Tensor:
         """Rows [U, D] of a weight of `tables`, for U different numbers in rising order."""
-        with self.lock:
+        with self.lock, self._task_of_forward():
             made = self._now(name, parameter)
-        group, base = made.group_of[name], gathered(parameter)
-        if not (torch.is_grad_enabled() and made.wanted):
-            return rows_of(group.projection, made.values[0], self.scaled(made), group.whole, base, rows)
-        with self.lock, torch.inference_mode(False), torch.enable_grad(), undisturbed():
-            root = self.root(made)
-            return rows_of(group.projection, root.theta, root.factors, group.whole, base, rows, self._check(made))
+            group, base = made.group_of[name], gathered(parameter)
+            if not (torch.is_grad_enabled() and made.wanted):
+                return rows_of(group.projection, made.values[0], self.scaled(made), group.whole, base, rows)
+            graph = self._graph(made)
+            with torch.inference_mode(False), torch.enable_grad(), undisturbed():
+                check = self._check(made)
+                return rows_of(group.projection, graph.theta, graph.factors, group.whole, base, rows, check)
 
     def _read(self, name: str, parameter: nn.Parameter) -> Weight:
-        with self.lock:  # or another thread could drop the weight in between
+        with self.lock, self._task_of_forward():  # or another thread could drop the weight in between
             made = self._now(name, parameter)
             if made.group_of[name] not in made.flats:
                 self.fill(made, made.group_of[name])
             if torch.is_grad_enabled() and made.wanted:
-                return self.join(made, name, self._check(made))
+                return self.join(made, self._graph(made), name, self._check(made))
             return made.weight(name)
+
+    def _graph(self, made: Made) -> Graph:
+        """What the weights with a graph hang on that are read now."""
+        inside = self._inside
+        if inside.calls:
+            inside.graph = inside.graph or self.new_graph(made)
+            return inside.graph
+        backward = torch._C._current_graph_task_id() != -1
+        if backward and not recomputes_what_was_saved() and self.delivers_once(made):
+            return self.late_graph(made)
+        if made.graph is None or made.graph.wanting != (made.theta.requires_grad, made.multipliers.requires_grad):
+            made.graph = self.new_graph(made)
+        return made.graph
+
+    def _task_of_forward(self) -> AbstractContextManager[None]:
+        """Of a backward pass in a thread that has set no task and run no forward, as a device's: the last forward's."""
+        inside = self._inside
+        if torch._C._current_graph_task_id() == -1 or inside.last_read is not None or self.tasks.is_set():
+            return nullcontext()
+        if not self.tasks.threaded or self._last_task == self.tasks.registered:
+            return nullcontext()
+        if not recomputes_what_was_saved():  # whose result nothing compares with the theta of forward
+            raise RuntimeError(
+                f"backward(): expected {self._last_task!r}, the task of forward, to be set for all threads, got "
+                f"{self.tasks.registered!r}: checkpoint with use_reentrant=False, or call set_task() in place of "
+                "use_task()"
+            )
+        return self.tasks.using(self._last_task)
+
+    def _check_thread(self) -> None:
+        """Raises RuntimeError in a thread that a model's forward may have started, and that does not know its task."""
+        if not self._foreign or self.tasks.is_set() or torch._C._current_graph_task_id() != -1:
+            return
+        if inside_module():
+            raise RuntimeError(
+                "task: expected one in all threads, or one that each thread has set, got a module that runs in a "
+                f"thread without, while another runs {max(self._foreign)!r}: call set_task() or use_task() there"
+            )
 
     def _now(self, name: str, parameter: nn.Parameter) -> Made:
         """What the weights of now are made of, compared with the model as far as this weight needs it."""
         inside = self._inside
         made = inside.made if inside.calls else self._made
         if made is None or not self._current(made, name, parameter):
-            made = inside.made = self._made = None  # frees the memory before the new weights need it
+            made = inside.made = inside.graph = self._made = None  # frees the memory before the new weights need it
             made = self._make()
             if inside.calls:
                 inside.made = made
@@ -155,8 +202,12 @@ class ProjectedWeights(Maker):
                 if last is not None and not (last[0] is made.theta and made.has(last[1])):
                     raise RuntimeError(OTHER_THETA)
         else:
-            self._last_read = inside.last_read = (made.theta, made.values)
+            self._note_read(made)
         return made
+
+    def _note_read(self, made: Made) -> None:
+        self._last_read = self._inside.last_read = (made.theta, made.values)
+        self._last_task = self.tasks.current
 
     def _current(self, made: Made, name: str, parameter: Tensor) -> bool:
         """Whether a weight is that of now. Runs at every read that `quickly` does not answer.
@@ -186,26 +237,21 @@ class ProjectedWeights(Maker):
             elif theta.device.type == "cpu" or made.sharded:  # FSDP2 writes to a theta in shards behind torch's back
                 same = self._equal(made, theta, multipliers)
             made.seen.add(name)
-        if same and made.wanting != (made.theta.requires_grad, made.multipliers.requires_grad):
-            made.forget_nodes()
         return same
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Notes that the optimizer may have changed theta, whose version counter a fused one does not increase.
 
-        Warns where optimizers step without theta, while gradients reach it.
+        Warns where it changes W0, or nothing at all, in the place of theta, though gradients reach it.
         """
-        if self.tasks.has(parameter for group in optimizer.param_groups for parameter in group["params"]):
+        changed = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if self.tasks.has(changed):
             self.steps += 1
-            self._idle, self._reached = 0, False
+            self._reached = False
             if self._made is not None:
                 self._made.stepped = True
-        elif (theta := self.tasks.own.get("theta")) is None or theta.grad is None:
-            self._idle = 0
-        elif self._reached:
-            self._idle, self._reached = self._idle + 1, False
-            if self._idle == 2:
-                self.heard_idle()
+        elif self._reached and (not changed or any(map(self.owns, changed))):
+            self.heard_optimizer()
 
     def _serves(self, made: Made) -> bool:
         """Whether these weights are those of now. Compares everything; raises as `_verified` does."""
@@ -274,7 +320,14 @@ class ProjectedWeights(Maker):
             return
         inside.made = self.enter(training)
         inside.calls = True
+        foreign: Counter[str] = (
+            Counter() if self.tasks.current == self.tasks.registered else Counter([self.tasks.current])
+        )
+        with self.lock:
+            self._foreign += foreign
         try:
+            if inside.made is not None and torch.is_grad_enabled() and inside.made.wanted:
+                inside.graph = self.new_graph(inside.made)  # before all other nodes
             # With memory="step" weights stay in memory anyway: they are kept from hooks that would move them elsewhere.
             if self.kept is not None or not torch.is_grad_enabled() or (self.memory == "step" and not has_hooks()):
                 yield
@@ -282,14 +335,15 @@ class ProjectedWeights(Maker):
                 with keeping_places(lambda: inside.made, self.fill):
                     yield
         finally:
-            inside.calls, inside.made = False, None
+            inside.calls, inside.made, inside.graph = False, None, None
+            with self.lock:
+                self._foreign -= foreign
 
     def factors(self) -> Tensor:
         """The factors of all segments, multiplied by the plan's scales, on which the weights of this call depend."""
         made = self._inside.made
         assert made is not None
-        with self.lock, torch.enable_grad(), undisturbed():
-            return self.root(made).factors
+        return self._graph(made).factors
 
     def check_outside(self, call: str) -> None:
         """Raises RuntimeError, which names `call`, inside a call of the HSAID in this thread."""
@@ -317,9 +371,7 @@ class ProjectedWeights(Maker):
             if self._made is None and not training:
                 forget_derived(self.model)
             made = self._made or self._make()
-            if wanted or made.wanting != (theta.requires_grad, multipliers.requires_grad):
-                made.forget_nodes()
-            self._last_read = self._inside.last_read = (made.theta, made.values)
+            self._note_read(made)
             return made
 
     @runs_eagerly

@@ -104,13 +104,14 @@ def _accepted(place: Place, module: nn.Module, name: str, value: Any) -> Any:
 
 def _check(place: Place, module: nn.Module, name: str, value: nn.Module | Tensor) -> None:
     before = module._modules.get(name) if isinstance(value, nn.Module) else module._parameters.get(name)
-    inside = [] if isinstance(value, Tensor) else list(value.modules())
-    if any((other := place_of(inner)) is not None and other.source is not place.source for inner in inside):
+    modules = [] if isinstance(value, Tensor) else list(value.modules())
+    if any((other := place_of(inner)) is not None and other.source is not place.source for inner in modules):
         raise ValueError(f"model: expected {name!r} to be a plain module, got one that is wrapped in another model")
-    tensors = [] if isinstance(value, Tensor) else list(value.parameters())
-    if tensors and all(map(place.source.owns, tensors)):  # another name for a module of the model
-        return
     own, others = _tensors(before), _tensors(value)
+    inside = set(map(id, map(_w0, others.values())))
+    stay = all(id(parameter) in inside for parameter in own.values() if place.source.owns(parameter))
+    if isinstance(value, nn.Module) and others and stay and all(map(place.source.owns, others.values())):
+        return  # another name for a module of the model
     if name not in place.source.others and _shapes(own) != _shapes(others):
         raise ValueError(
             f"model: expected {name!r} in a {plain_type(module).__name__} to keep its tensors "
@@ -124,6 +125,10 @@ def _check(place: Place, module: nn.Module, name: str, value: nn.Module | Tensor
 
 def _tensors(of: nn.Module | Tensor | None) -> dict[str, Tensor]:
     return {} if of is None else {"": of} if isinstance(of, Tensor) else dict(of.named_parameters())
+
+
+def _w0(tensor: Tensor) -> Tensor:
+    return tensor.w0 if isinstance(tensor, Weight) else tensor
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

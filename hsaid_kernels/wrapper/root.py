@@ -1,15 +1,18 @@
-"""`Root`: the one node of the autograd graph by which the gradients of all weights reach theta and the multipliers.
+"""`Graph`: the node of the autograd graph by which the gradients of all weights reach theta and the multipliers.
 
-Layers that backward recomputes may run a backward pass of their own, inside of the one that recomputes them: reentrant
-checkpoints and reversible layers do. In an ordinary model each such pass reaches parameters of its own. Here all would
-reach theta, one after the other: a hook on theta would run once for each, and DistributedDataParallel would reduce the
-first and leave out the others. So their gradients are collected, and reach theta with the rest.
+A call of the HSAID makes its node before all others, so that backward reaches it last. Layers that backward recomputes
+may run a backward pass of their own, inside of the one that recomputes them: reentrant checkpoints and reversible
+layers do. In an ordinary model each such pass reaches parameters of its own. Here all reach theta, one after the other:
+a hook on theta would run once for each, and DistributedDataParallel would reduce the first and leave out the others.
+There, their gradients are collected (`late_graph`), and reach theta with the rest.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +28,36 @@ def scaled_factors(plan: Plan, partition: Partition, multipliers: Tensor) -> Ten
     return partition.factors(multipliers) * plan.scales_on(multipliers.device)
 
 
-class _Running:
-    """Is referred to by a backward pass, and so lives as long as it runs."""
+class Graph:
+    """theta and the factors with a graph, and weights that hang on them.
+
+    theta    [d - m], a copy of its values
+    factors  [segments], multiplied by the plan's scales
+    wanting  which of theta and the multipliers required gradients when it was made
+    nodes    {name: weight}, made part by part when a weight of the part is first read. Autograd runs the most recently
+             made nodes first: one made when its first block runs is reached as soon as backward has left that block
+    """
+
+    def __init__(self, theta: Tensor, factors: Tensor, wanting: Sequence[bool]):
+        self.theta, self.factors, self.wanting = theta, factors, tuple(wanting)
+        self.nodes: dict[str, Weight] = {}
 
 
-class Collected:
-    """Gradients of theta and the factors from backward passes inside of another one, until that one delivers them."""
+def root_graph(theta: nn.Parameter, multipliers: nn.Parameter, plan: Plan, partition: Partition) -> Graph:
+    """A graph that ends in theta and the multipliers."""
+    of_theta, factors = _Trained.apply(theta, multipliers, plan, partition)
+    return Graph(of_theta, factors, (theta.requires_grad, multipliers.requires_grad))
 
-    def __init__(self) -> None:
+
+class _Collected:
+    """Gradients of one theta, and of the factors, from passes inside of a backward pass, until that delivers them."""
+
+    def __init__(self, theta: nn.Parameter, deliver: Callable[[list[Tensor | None]], None]):
+        self.theta, self.deliver = theta, deliver
         self.grads: list[Tensor | None] = [None, None]
-        self.delivers: Callable[[], _Running | None] = lambda: None
+        self.arrived = False
 
-    def add(self, *grads: Tensor | None) -> None:
+    def add(self, grads: Sequence[Tensor | None]) -> None:
         both = zip(self.grads, grads, strict=True)
         self.grads = [b if a is None else a if b is None else a + b for a, b in both]
 
@@ -45,63 +66,84 @@ class Collected:
         return taken
 
 
-class Root:
-    """theta and the factors of all segments, with a graph.
+class _Running:
+    """Is referred to by a backward pass alone, and so lives as long as it runs, however it ends."""
 
-    theta    [d - m], a copy of its values
-    factors  [segments], multiplied by the plan's scales
+
+class _Pass:
+    """What layers hang on that a backward pass recomputes, and the gradients that it collects, by theta's id."""
+
+    def __init__(self, running: _Running):
+        self.running = weakref.ref(running)
+        self.graphs: dict[Hashable, Graph] = {}
+        self.collected: dict[int, _Collected] = {}
+
+    def end(self, running: _Running) -> None:
+        for collected in self.collected.values():
+            grads = collected.take()
+            if any(grad is not None for grad in grads):
+                collected.deliver(grads)
+            elif not collected.arrived:
+                raise RuntimeError(
+                    "backward(): expected layers that backward recomputes to be differentiated by a backward pass, as "
+                    "by torch.utils.checkpoint, got none, though theta has hooks, or DistributedDataParallel reduces "
+                    "it: torch.autograd.grad() inside of backward does not reach theta there"
+                )
+
+
+class _Thread(threading.local):
+    """The outermost backward pass in which a thread recomputes layers."""
+
+    last: Callable[[], _Pass | None] = staticmethod(lambda: None)
+
+    def running(self) -> _Pass | None:
+        found = self.last()
+        return found if found is not None and found.running() is not None else None
+
+
+_thread = _Thread()
+
+
+def late_graph(
+    key: Hashable,
+    theta: nn.Parameter,
+    values: tuple[Tensor, Tensor],
+    deliver: Callable[[list[Tensor | None]], None],
+) -> Graph:
+    """What layers hang on that the backward pass running now recomputes: one graph for each `key`.
+
+    The gradients reach `theta` with those of a root's graph in this pass, or, where it has none, at its end by
+    `deliver`. `values` are theta and the factors.
     """
-
-    def __init__(self, theta: nn.Parameter, multipliers: nn.Parameter, plan: Plan, partition: Partition):
-        self.collected = Collected()
-        self.theta, self.factors = _Trained.apply(theta, multipliers, plan, partition, self.collected)
-
-
-class Late:
-    """What layers hang on that backward recomputes, in the place of the root.
-
-    nodes  {name: weight}, as in `Made`
-    """
-
-    def __init__(self, root: Root):
-        self.nodes: dict[str, Weight] = {}
-        anchor = torch.zeros((), device=root.theta.device, requires_grad=True)
-        self.theta, self.factors = _Collect.apply(anchor, root.theta.detach(), root.factors.detach(), root.collected)
+    running = _thread.running()
+    if running is None:
+        running = _begin()
+    if key not in running.graphs:
+        collected = running.collected.setdefault(id(theta), _Collected(theta, deliver))
+        anchor = torch.zeros((), device=theta.device, requires_grad=True)
+        of_theta, factors = _Collect.apply(anchor, *values, collected)
+        running.graphs[key] = Graph(of_theta, factors, (True, True))
+    return running.graphs[key]
 
 
-def deliver_at_end(root: Root, check: Callable[[], None]) -> None:
-    """Lets the backward pass that runs now deliver what is collected inside of it: by the root's node, if it has it.
-
-    That node was made before all others, so it runs last. A pass without it, as where the whole model is recomputed,
-    delivers at its end, after calling `check`, which may raise.
-    """
-    collected = root.collected
-    if collected.delivers() is not None:
-        return
-    running = _Running()
-    collected.delivers = weakref.ref(running)
-    collected.take()  # of a pass that failed
-
-    def deliver(running: _Running = running) -> None:
-        collected.delivers = lambda: None
-        found = {end: grad for end, grad in zip((root.theta, root.factors), collected.take()) if grad is not None}
-        if found:
-            check()
-            torch.autograd.backward(list(found), list(found.values()))
-
-    torch.autograd.Variable._execution_engine.queue_callback(deliver)
+def _begin() -> _Pass:
+    alive = _Running()
+    begun = _Pass(alive)
+    _thread.last = weakref.ref(begun)
+    torch.autograd.Variable._execution_engine.queue_callback(partial(begun.end, alive))
+    return begun
 
 
 class _Trained(torch.autograd.Function):
-    """(theta, multipliers) -> `Root.theta`, `Root.factors`. Saves nothing that one backward would free.
+    """(theta, multipliers) -> `Graph.theta`, `Graph.factors`. Saves nothing that one backward would free.
 
     So the weights of now can be used by several forward passes, each with a backward of its own.
     """
 
     @staticmethod
-    def forward(ctx, theta, multipliers, plan, partition, collected):
+    def forward(ctx, theta, multipliers, plan, partition):
         ctx.theta, ctx.multipliers, ctx.plan, ctx.partition = theta, multipliers, plan, partition
-        ctx.versions, ctx.collected = (version(theta), version(multipliers)), collected
+        ctx.versions = version(theta), version(multipliers)
         ctx.set_materialize_grads(False)
         return theta.clone(), scaled_factors(plan, partition, multipliers)
 
@@ -113,16 +155,18 @@ class _Trained(torch.autograd.Function):
                 raise RuntimeError(
                     f"{what} been changed in place between forward and backward, which needs {it} unchanged"
                 )
-        ctx.collected.add(dtheta, dfactors)
-        dtheta, dfactors = ctx.collected.take()
+        running = _thread.running()
+        if running is not None and (collected := running.collected.get(id(ctx.theta))) is not None:
+            collected.add((dtheta, dfactors))
+            dtheta, dfactors = collected.take()
         if dfactors is None or not ctx.needs_input_grad[1]:
-            return dtheta, None, None, None, None
+            return dtheta, None, None, None
         graph = torch.is_grad_enabled()
         with torch.enable_grad():
             multipliers = ctx.multipliers if graph else ctx.multipliers.detach().requires_grad_()
             factors = scaled_factors(ctx.plan, ctx.partition, multipliers)
             (found,) = torch.autograd.grad(factors, multipliers, dfactors, create_graph=graph, allow_unused=True)
-        return dtheta, found, None, None, None
+        return dtheta, found, None, None
 
 
 class _Collect(torch.autograd.Function):
@@ -137,5 +181,6 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dtheta, dfactors):
         with torch.no_grad():
-            ctx.collected.add(dtheta, dfactors)
+            ctx.collected.add((dtheta, dfactors))
+        ctx.collected.arrived = True
         return None, None, None, None

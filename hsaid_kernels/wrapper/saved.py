@@ -99,7 +99,7 @@ class Saved(StandIn):
 
     def configuration(self) -> Config:
         """What a checkpoint says beside its values, see `configuration.describe`; after `unwrap()`, as before."""
-        return describe(self) if self._projected.attached else self._described
+        return describe(self) if self._projected.attached else self._described | {"task": self.task}
 
     def put_buffers(self, values: Mapping[str, Tensor]) -> None:
         """Gives the model's buffers the values that they had when it was wrapped, or those of `values`.

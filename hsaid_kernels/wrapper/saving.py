@@ -87,6 +87,12 @@ def has_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def recomputes_what_was_saved() -> bool:
+    """Whether hooks of torch.utils.checkpoint(use_reentrant=False) take what a recomputation would save: only that."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
+
+
 @contextmanager
 def keeping_places(made: Callable[[], Made | None], again: Callable[[Made, Group], Tensor]) -> Iterator[None]:
     """While this is active, autograd keeps places of weights in place of the weights.

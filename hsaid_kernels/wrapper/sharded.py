@@ -128,6 +128,10 @@ class Ranks:
             if parameter.requires_grad and parameter not in self._hooked:
                 self._hooked[parameter] = parameter.register_hook(self._averaged)
 
+    def averages(self, parameter: Tensor) -> bool:
+        """Whether backward averages the gradient of this parameter, by a hook."""
+        return parameter in self._hooked
+
     def check_unchanged(self, w0: Mapping[str, Tensor]) -> None:
         """Raises RuntimeError if a shard of W0 has been written to.
 

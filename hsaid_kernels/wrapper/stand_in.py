@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any, SupportsIndex
 
@@ -157,18 +158,27 @@ class StandIn(nn.Module):
         if not callable(forward) or getattr(forward, "__func__", None) is type(self).forward:
             return forward
 
-        bound = getattr(forward, "__self__", None) is self  # then a copy of this object runs itself
-        run = forward.__func__ if bound else forward
+        if getattr(forward, "__self__", None) is self:  # a copy of this object then runs itself
+
+            @functools.wraps(forward)
+            def method(self: StandIn, *args: Any, **kwargs: Any) -> Any:
+                return self._run_inside(forward.__func__, (self, *args), kwargs)
+
+            return types.MethodType(method, self)
+        own = weakref.ref(self)  # no circle, which would keep the model until garbage is collected
 
         @functools.wraps(forward)
-        def inside(self: StandIn, *args: Any, **kwargs: Any) -> Any:
-            args = (self, *args) if bound else args
-            if torch.compiler.is_compiling():
-                return run(*args, **kwargs)
-            with self._computing():
-                return run(*args, **kwargs)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            hsaid = own()
+            return forward(*args, **kwargs) if hsaid is None else hsaid._run_inside(forward, args, kwargs)
 
-        return types.MethodType(inside, self)
+        return function
+
+    def _run_inside(self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        with self._computing():
+            return forward(*args, **kwargs)
 
     def _get_name(self) -> str:
         """The model's class name, by which Trainer's label smoothing recognizes causal language models."""

@@ -53,6 +53,11 @@ class Tasks:
         self._set_by = threading.get_ident()
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.current != self.registered:
+            raise RuntimeError(
+                f"copy: expected the task of this thread, {self.current!r}, to be the one that was set last, got "
+                f"{self.registered!r}: call set_task() in place of use_task()"
+            )
         return {key: value for key, value in self.__dict__.items() if key not in ("_set", "_set_by")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -68,6 +73,10 @@ class Tasks:
         """The name of this thread's task."""
         return self._set.task or self.registered
 
+    def is_set(self) -> bool:
+        """Whether this thread has set a task."""
+        return self._set.task is not None
+
     def now(self) -> Mapping[str, nn.Parameter | None]:
         """{key: parameter} of this thread's task. Raises RuntimeError if another thread has removed it."""
         name = self._set.task
@@ -75,6 +84,11 @@ class Tasks:
             return self.own
         if name not in self._parameters:
             raise RuntimeError(f"task: expected {name!r}, which this thread set, to be there still: set_task() another")
+        if type(self.own["theta"]) is not nn.Parameter:  # put there by torch.func.functional_call
+            raise RuntimeError(
+                f"theta: expected to be given to the task that was set last, {self.registered!r}, got a call in a "
+                f"thread with task {name!r}: call set_task() in place of use_task()"
+            )
         return self._parameters[name]
 
     def check(self, name: str) -> str:

@@ -45,7 +45,9 @@ class Tree:
         self._seen = [(holder, tuple(holder.values()), tuple(map(id, holder.values()))) for holder in holders if holder]
         every: list[Any] = holders
         self._whole = [(holder, dict(holder)) for holder in every if holder]
-        self._buffers = {id(module): dict(module._buffers) for module in everything if module._buffers}
+        # Those of modules whose weight a hook computes from buffers, as spectral_norm's does
+        hooked = [module for module in everything if module._forward_pre_hooks and module._buffers]
+        self._buffers = {id(module): dict(module._buffers) for module in hooked}
 
     def names(self) -> dict[int, str]:
         """{id of the parameter: name}."""

@@ -143,7 +143,8 @@ class WatchedModel(Source):
             detach(module)
         self._modules.clear()
         self._adopted.clear()
-        self._give_flags_back({**self._own, **tree.parameters})
+        self._give_flags_back(self._own)
+        self._give_flags_back(tree.parameters)
         self.buffers.put(self.model, {})
         forget_derived(self.model)
 
@@ -180,6 +181,11 @@ class WatchedModel(Source):
         name = next((name for name, known in self._own.items() if known is own), None)
         if value is own or name is None or self.own_full or self.kept is not None:
             return
+        if self.owns(value):
+            raise ValueError(
+                f"{call}: expected {name!r} to stay while an HSAID wraps the model, got another parameter of it, to "
+                "which it would be tied: unwrap() it first"
+            )
         if value.is_meta and not own.is_meta:
             raise RuntimeError(
                 f"{call}: expected {name!r} to keep its values, got a tensor on the meta device, {ON_META}, and "
@@ -226,11 +232,11 @@ class WatchedModel(Source):
         acts = {"zero_grad()": "zero_grad() acts on", "save_pretrained()": "save_pretrained() saves"}
         warn(acts.get(call, f"{call} gives"), frame)
 
-    def heard_idle(self) -> None:
-        """Warns that optimizers step, and theta is not among what they change, though gradients reach it."""
+    def heard_optimizer(self) -> None:
+        """Warns that an optimizer trains W0, or nothing, in the place of theta."""
         if not self._warned and self.attached and not self.own_full:
             self._warned = True
-            warn("optimizers step without theta, whose gradient adds up; parameters() of hsaid.model are", None)
+            warn("an optimizer has", None)
 
     def _scan(self) -> Tree:
         """Looks at the model again. Raises ValueError if it has other tensors than when it was wrapped."""
@@ -243,7 +249,7 @@ class WatchedModel(Source):
         names = tree.names()
         given = {name: self._own[name] for name, p in tree.parameters.items() if is_given(p) and name in self._own}
         tree.parameters |= given  # inside torch.func.functional_call
-        for name in self.plan.shapes.keys() & tree.parameters.keys():
+        for name in (name for name in self.plan.names if name in tree.parameters):
             before, now = self._own[name], tree.parameters[name]
             if now is not before and now not in self._accepted and not is_sharded(now) and now.shape == before.shape:
                 self.check_set("model", before, now)
@@ -400,7 +406,8 @@ def _equal(own: Tensor, value: Tensor) -> bool:
     if own.shape != value.shape or own.is_meta or value.is_meta:
         return False
     now, new = whole(own.detach()), whole(value.detach())
-    return torch.equal(now.to(new), new)
+    now = now.to(new)
+    return bool(((now == new) | (now.isnan() & new.isnan())).all())
 
 
 def unwrapped_before(model: nn.Module, owner: nn.Module) -> None:

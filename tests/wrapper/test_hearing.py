@@ -29,7 +29,7 @@ def of_ours(said) -> list:
 
 def train(model, hsaid, *, steps=3, before=lambda: None, parameters=None) -> None:
     trained = list(hsaid.parameters() if parameters is None else parameters)
-    optimizer = torch.optim.SGD(trained or [nn.Parameter(torch.zeros(1))], 0.1)
+    optimizer = torch.optim.SGD(trained, 0.1)
     for _ in range(steps):
         before()
         model(X).square().mean().backward()
@@ -45,7 +45,8 @@ def averaged(model: nn.Module) -> AveragedModel:
     "meant",
     [
         lambda model, hsaid: model.zero_grad(),
-        lambda model, hsaid: train(model, hsaid, parameters=[p for p in model.parameters() if p.requires_grad]),
+        lambda model, hsaid: train(model, hsaid, parameters=[{"params": []}]),  # those that require gradients
+        lambda model, hsaid: train(model, hsaid, parameters=model.parameters()),
         lambda model, hsaid: train(hsaid, hsaid, before=lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0)),
         lambda model, hsaid: train(hsaid, hsaid, before=lambda: sum(p.norm() for p in model[2].parameters())),
         lambda model, hsaid: train(hsaid, hsaid, before=lambda: dict(model.named_parameters())),
@@ -120,16 +121,18 @@ def test_what_is_right_is_not_said(said, tmp_path):
     assert not of_ours(said)
 
 
-def test_optimizers_of_others_are_not_taken_for_it(said):
-    """A discriminator steps twice for each step of the generator, whose theta gets gradients from both."""
-    hsaid, other = HSAID(mlp(), 24), nn.Linear(3, 1)
-    own, others = torch.optim.SGD(hsaid.parameters(), 0.1), torch.optim.SGD(other.parameters(), 0.1)
+@pytest.mark.parametrize("rounds", [1, 5])
+def test_optimizers_of_others_are_not_taken_for_it(rounds, said):
+    """A critic that steps several times for each step of the generator, whose theta gets gradients from all."""
+    hsaid, critic = HSAID(mlp(), 24), nn.Linear(3, 1)
+    own, others = torch.optim.SGD(hsaid.parameters(), 0.1), torch.optim.SGD(critic.parameters(), 0.1)
     for _ in range(4):
-        other(hsaid(X)).sum().backward()
-        others.step(), others.zero_grad()
-        other(hsaid(X).detach()).sum().backward()
-        others.step(), others.zero_grad(), own.zero_grad()
-        other(hsaid(X)).sum().backward()
+        for _ in range(rounds):
+            critic(hsaid(X)).sum().backward()
+            others.step(), others.zero_grad()
+        own.zero_grad()
+        critic(hsaid(X)).sum().backward()
         own.step(), own.zero_grad()
+        hsaid.model.requires_grad_(False)
     change(hsaid)
     assert not of_ours(said)

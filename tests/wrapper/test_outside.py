@@ -74,3 +74,35 @@ def test_stages_of_a_pipeline_are_refused(one_rank):
         else:
             schedule.step(X, target=torch.zeros(2, 3), losses=[])
             assert hsaid.theta.grad.any()
+
+
+def test_ddp_has_the_parameters_of_the_task_that_is_called(one_rank):
+    hsaid = moved(HSAID(mlp(), 24, task="a"))
+    hsaid.add_task("b")
+    ddp = DistributedDataParallel(hsaid)
+    ddp(X).sum().backward()
+    with hsaid.use_task("b"), pytest.raises(RuntimeError, match="task: expected the one whose parameters Distributed"):
+        ddp(X)
+    hsaid.set_task("b")
+    with pytest.raises(RuntimeError, match="got 'b', whose gradients would not be averaged"):
+        ddp(X)
+    with torch.no_grad():
+        assert torch.equal(ddp(X), hsaid(X))
+
+
+def test_what_is_not_trained_may_be_anywhere(one_rank):
+    """A frozen HSAID as a part of another model's loss."""
+    hsaid = moved(HSAID(mlp(), 24)).requires_grad_(False)
+    ddp = DistributedDataParallel(nn.Sequential(nn.Linear(4, 4), hsaid.model))
+    ddp(X).sum().backward()
+    assert ddp.module[0].weight.grad.any() and hsaid.theta.grad is None
+
+
+def test_ddp_that_is_gone_reduces_nothing(one_rank):
+    hsaid = moved(HSAID(mlp(), 24))
+    ddp = DistributedDataParallel(hsaid)
+    ddp(X).sum().backward()
+    del ddp
+    for _ in range(3):
+        hsaid.model(X).sum().backward()
+        hsaid(X).sum().backward()

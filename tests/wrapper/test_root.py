@@ -4,6 +4,7 @@ import gc
 import socket
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -142,6 +143,85 @@ def test_nothing_is_kept_alive(way):
     del hsaid
     gc.collect()
     assert model() is None
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+def test_what_a_pass_that_fails_has_collected_is_gone(hooked):
+    """Two losses of one forward: the first pass fails after it has recomputed, the second recomputes nothing."""
+    hsaid = moved(HSAID(Net("some"), 60, "said"))
+    if hooked:
+        hsaid.theta.register_hook(lambda grad: grad)
+    kept = {}
+    hsaid.model.a.register_forward_hook(lambda module, args, out: kept.update(hidden=out))
+    out = hsaid(X.clone())
+    first, second = out.sum() + Fails.apply(kept["hidden"]).sum(), kept["hidden"].square().mean()
+    (expected,) = torch.autograd.grad(second, hsaid.theta, retain_graph=True)
+    with pytest.raises(ArithmeticError):
+        first.backward(retain_graph=True)
+    hsaid.zero_grad()
+    second.backward()
+    assert torch.equal(hsaid.theta.grad, expected)
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+@pytest.mark.parametrize("memory", ["step", "block"])
+@pytest.mark.parametrize("way", ["some", "reversible", "plain"])
+def test_threads_that_train_at_the_same_time(way, memory, hooked):
+    """Each with forward and backward of its own; gradients of all add up."""
+    hsaid = moved(HSAID(Net(way), 60, "said", memory=memory))
+    expected = gradient(hsaid, lambda: hsaid(X.clone()))
+    if hooked:
+        hsaid.theta.register_hook(lambda grad: grad)
+    hsaid.zero_grad()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    run = lambda: [hsaid(X.clone()).square().mean().backward() for _ in range(20)]  # noqa: E731
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    sys.setswitchinterval(before)
+    assert relative(torch.cat([p.grad.flatten() for p in hsaid.parameters()]), 60 * expected) < 1e-5
+
+
+class OfItsOwn(torch.autograd.Function):
+    """A checkpoint that differentiates what it runs again by torch.autograd.grad, for its parameters too."""
+
+    @staticmethod
+    def forward(ctx, layer, x, *parameters):
+        ctx.layer, ctx.x, ctx.parameters = layer, x, parameters
+        with torch.no_grad():
+            return layer(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            x = ctx.x.detach().requires_grad_()
+            out = ctx.layer(x)
+        return None, *torch.autograd.grad(out, (x, *ctx.parameters), grad, allow_unused=True)
+
+
+def test_gradients_that_backward_asks_for():
+    hsaid = moved(HSAID(Net(), 60, "said"))
+    expected = gradient(hsaid, lambda: hsaid(X))
+    for run in (hsaid, hsaid.model):
+        own = lambda run=run: OfItsOwn.apply(run, X.requires_grad_(), *hsaid.parameters())  # noqa: E731
+        assert relative(gradient(hsaid, own), expected) < 1e-6
+    hsaid.theta.register_hook(lambda grad: grad)
+    assert relative(gradient(hsaid, lambda: OfItsOwn.apply(hsaid, X, *hsaid.parameters())), expected) < 1e-6
+    with pytest.raises(RuntimeError, match=r"torch.autograd.grad\(\) inside of backward does not reach theta there"):
+        gradient(hsaid, lambda: OfItsOwn.apply(hsaid.model, X, *hsaid.parameters()))
+    X.requires_grad_(False)
+
+
+def test_a_hook_runs_once_where_layers_before_the_head_are_recomputed():
+    hsaid = moved(HSAID(Net("plain"), 60, "said"))
+    expected = gradient(hsaid, lambda: hsaid(X))
+    head = lambda net, x: net.d(again(net.c, again(net.b, again(net.a, x.requires_grad_()).tanh()).tanh()).tanh())  # noqa: E731
+    seen = []
+    hsaid.theta.register_hook(lambda grad: seen.append(1))
+    hsaid.model.forward = lambda x: head(hsaid.model, x)
+    assert relative(gradient(hsaid, lambda: hsaid(X.clone())), expected) < 1e-6 and len(seen) == 1
+    gradient(hsaid, lambda: hsaid(X.clone()) + hsaid(X.clone()))
+    assert len(seen) == 2  # two forwards in one loss
 
 
 def test_gradients_of_theta_itself():

@@ -135,3 +135,13 @@ def test_a_forward_that_is_set_on_it_runs_inside_a_call(memory):
     hsaid.forward = own
     assert torch.equal(hsaid(x), expected) and len(seen) == 3 and hsaid.forward == own
     assert torch.equal(copy.deepcopy(hsaid)(x), expected)
+
+
+def test_a_function_that_is_set_as_forward_keeps_nothing_alive():
+    model = mlp()
+    hsaid = HSAID(model, 24)
+    inner = hsaid.model
+    hsaid.forward = lambda x: inner(x)
+    hsaid(torch.ones(1, 4))
+    del hsaid
+    HSAID(model, 24)

@@ -1,6 +1,7 @@
 """Each thread has its task, and a call runs on the theta of its beginning, whatever other threads do."""
 
 import copy
+import pickle
 import sys
 import threading
 
@@ -223,3 +224,103 @@ def test_threads_that_recompute(often):
         loss = checkpoint(hsaid, X, use_reentrant=False).sum()
     with pytest.raises(RuntimeError, match=r"backward\(\): expected the task and the theta of forward"):
         loss.backward()
+
+
+def test_backward_in_a_thread_that_knows_no_task():
+    """As on a device, whose backward runs in a thread of torch's."""
+    hsaid = two_tasks()
+    with hsaid.use_task("b"):
+        hsaid(X).square().mean().backward()
+        expected = hsaid.theta.grad.clone()
+        for reentrant in (False, True):
+            hsaid.zero_grad()
+            part = checkpoint(hsaid.model[:2], X.clone().requires_grad_(), use_reentrant=reentrant)
+            loss = (part @ hsaid.model[2].weight.T + hsaid.model[2].bias).square().mean()
+            (found,) = run(loss.backward)
+            if reentrant:
+                assert "expected 'b', the task of forward, to be set for all threads, got 'a'" in str(found)
+                continue
+            assert found is None and torch.allclose(hsaid.theta.grad, expected)
+    hsaid.set_task("b")
+    hsaid.zero_grad()
+    loss = hsaid.model[2](checkpoint(hsaid.model[:2], X.clone().requires_grad_(), use_reentrant=True)).square().mean()
+    assert run(loss.backward) == [None] and torch.allclose(hsaid.theta.grad, expected)
+
+
+def test_one_thread_serves_while_another_trains_what_it_recomputes(often):
+    hsaid = two_tasks()
+    expected, done = expected_of(hsaid), []
+
+    def train():
+        with hsaid.use_task("b"):
+            for _ in range(50):
+                checkpoint(hsaid, X.clone().requires_grad_(), use_reentrant=False).sum().backward()
+        done.append(True)
+
+    def serve():
+        with hsaid.use_task("a"), torch.no_grad():
+            while not done:
+                assert torch.equal(hsaid(X), expected["a"])
+
+    def either():
+        try:
+            train()
+        finally:
+            done.append(True)
+
+    assert run(either, serve) == [None, None]
+
+
+def test_threads_of_a_forward_are_not_taken_for_another_task():
+    class Parallel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+
+        def forward(self, x):
+            found = run(*(lambda part=part: part(x) for part in self.parts))
+            failed = [one for one in found if isinstance(one, Exception)]
+            if failed:
+                raise failed[0]
+            return sum(found)
+
+    hsaid = moved(HSAID(Parallel(), 24, task="a"))
+    hsaid.add_task("b")
+    assert torch.equal(hsaid(X), hsaid.merge()(X))
+    with hsaid.use_task("b"), pytest.raises(RuntimeError, match="task: expected one in all threads, or one that each"):
+        hsaid(X)
+    hsaid.set_task("b")
+    assert torch.equal(hsaid(X), hsaid.merge()(X))
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, pickle.dumps, lambda hsaid: copy.deepcopy(hsaid.model)])
+def test_copies_are_of_the_task_that_was_set(way):
+    hsaid = two_tasks()
+    with hsaid.use_task("b"):
+        with pytest.raises(
+            RuntimeError, match="copy: expected the task of this thread, 'b', to be the one that was set"
+        ):
+            way(hsaid)
+        assert torch.equal(hsaid.merge()(X), hsaid(X)) and torch.equal(
+            copy.deepcopy(hsaid.model[0])(X), hsaid.model[0](X)
+        )
+    way(hsaid)
+
+
+def test_a_theta_that_is_given_belongs_to_the_task_that_was_set():
+    hsaid = two_tasks()
+    given = {"theta": torch.zeros_like(hsaid.theta)}
+    assert not torch.equal(torch.func.functional_call(hsaid, given, (X,)), hsaid(X))
+    with hsaid.use_task("b"), pytest.raises(RuntimeError, match="theta: expected to be given to the task that was set"):
+        torch.func.functional_call(hsaid, given, (X,))
+
+
+def test_unwrapping_needs_no_task(tmp_path):
+    hsaid = two_tasks()
+    with hsaid.use_task("b"):
+        run(lambda: hsaid.remove_task("b"))
+        with pytest.raises(RuntimeError, match="task: expected 'b', which this thread set, to be there still"):
+            hsaid(X)
+        assert type(hsaid.unwrap()[0]) is nn.Linear
+    hsaid.save_pretrained(tmp_path)
+    assert HSAID.from_pretrained(tmp_path, hsaid.model).task == "a"

@@ -1,6 +1,8 @@
 """After a change of a wrapped model that is refused, and whatever has been taken out, everything of the HSAID works."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch.nn.utils import (
     weight_norm,
 )
 from torch.nn.utils.fusion import fuse_linear_bn_eval
+from torch.utils.checkpoint import checkpoint
 
 from hsaid_kernels import HSAID
 
@@ -219,3 +222,49 @@ def test_what_was_taken_out_rightly_stays_out():
         halve(model[0])
     assert torch.equal(hsaid(X), expected) and model.cache is None and list(model._modules) == ["0", "2"]
     assert list(hsaid.unwrap()._modules) == ["0", "2"] and model.cache is None
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_modules_and_parameters_of_the_model_do_not_change_places(moves, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    before, flags = snapshot(model), [True] * 4
+    hsaid = HSAID(model, 60, "did")
+    expected = moved(hsaid)(X) if moves else hsaid(X)
+    for change in (
+        lambda: model.__setitem__(0, model[2]),
+        lambda: setattr(model[0], "weight", model[2].weight),
+        lambda: setattr(model[0], "weight", hsaid.w0()["2.weight"]),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match="while an HSAID wraps the model"):
+            change()
+        assert torch.equal(hsaid(X), expected)
+    model[0], model[0].weight = model[0], model[0].weight
+    every_public_method(hsaid, tmp_path)
+    assert same(snapshot(model), before) and [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_nan_is_equal_to_itself():
+    model = plain()
+    with torch.no_grad():
+        model[3].bias[0] = float("nan")
+    hsaid = moved(HSAID(model, 60, "did"))
+    model.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        hsaid.theta[0] = float("nan")
+    loss = checkpoint(hsaid.model, X, use_reentrant=False).sum()
+    loss.backward()  # is not taken for that of another theta
+    assert hsaid.theta.grad is not None and loss.isnan()
+
+
+@pytest.mark.parametrize("replace", [lambda model: setattr(model, "big", torch.zeros(9)), lambda model: model.half()])
+def test_buffers_that_are_replaced_are_freed(replace):
+    model = plain()
+    model.register_buffer("big", torch.ones(9))
+    hsaid = moved(HSAID(model, 60, "did"))
+    hsaid(X)
+    before = weakref.ref(model.big)
+    replace(model)
+    hsaid.model.train().eval()
+    gc.collect()
+    assert before() is None
