@@ -94,8 +94,9 @@ class HSAID(MultiTask):
     `torch.optim.AdamW(hsaid.parameter_groups())`, whose rates learn, or see docs/integration.md.
 
     From wrapping to `unwrap()`, every read of a weight in the model, such as `hsaid.model.encoder.weight`, gives the
-    projected weight of that moment, in any thread, differentiable where gradients are enabled. So submodules, methods
-    and generators of the model, and recomputation in backward, run on it. `hsaid.w0()`,
+    projected weight of that moment (inside a call of the HSAID, of the beginning of the call), in any thread,
+    differentiable where gradients are enabled. So submodules, methods and generators of the model, and recomputation in
+    backward, run on it. `hsaid.w0()`,
     `hsaid.model.named_parameters()` and `hsaid.model.state_dict()` have W0, which does not require gradients meanwhile.
 
     `modules()`, `buffers()`, `apply()`, `train()` and `to()` reach the model. `parameters()` returns the parameters of

@@ -214,6 +214,13 @@ def run_elsewhere(rank: int, world: int, folder: str, kind: str) -> dict:
             hsaid.theta.sub_(hsaid.theta.grad, alpha=10.0)
             assert not torch.equal(hsaid.model.bert(ids).pooler_output, before)
         hsaid.zero_grad()
+    projected, looks = hsaid._projected, []
+    verified = projected._verified
+    projected._verified = lambda: (looks.append(1), verified())[1]
+    hsaid(ids, labels=labels).loss.backward()
+    del projected._verified
+    assert len(looks) == 1 and len(projected.parts) > 3  # a step looks at the whole model once, not for every block
+    hsaid.zero_grad()
     loss = hsaid(ids, labels=labels).loss
     hsaid.model.tag = nn.Identity()  # the tree is looked at again, in backward
     loss.backward()
