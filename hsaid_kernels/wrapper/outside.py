@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from hsaid_kernels.wrapper.place import place_of
 
 TRACED = "HSAID: expected a call, got tracing for an export: trace or export hsaid.merge()"
 
@@ -46,6 +49,34 @@ def check_outside_of_calls(owner: nn.Module | None, trains: bool) -> None:
 def inside_module() -> bool:
     """Whether a module is being called, which all ranks of a sharded model do together."""
     return any(frame.f_code is nn.Module._call_impl.__code__ for frame in _callers())
+
+
+def other_model(model: nn.Module, owner: nn.Module | None) -> tuple[nn.Module, FrameType] | None:
+    """The module of another model that runs a part of `model` now, and its frame; None if that is not so.
+
+    Not where the whole of `model` runs, or where the other one holds its HSAID, `owner`, too.
+    """
+    found = None
+    for frame in _callers():
+        if frame.f_code is nn.Module._call_impl.__code__:
+            module = frame.f_locals["self"]
+            if module is model or module is owner:
+                return None
+            if place_of(module) is None and not hasattr(type(module), "_hsaid_keys"):  # as slices of ours have
+                found = module, frame
+    return found if found is not None and (owner is None or owner not in set(found[0].modules())) else None
+
+
+def warn_of_other_model(module: nn.Module, frame: FrameType, name: str | None) -> None:
+    """Warns that `module`, which is not of the wrapped model, runs the weight `name` of it."""
+    while frame.f_back is not None and frame.f_globals.get("__name__") == "torch.nn.modules.module":
+        frame = frame.f_back
+    message = (
+        f"model: {name!r} is a weight of the wrapped model, and a {type(module).__name__} that neither is a part of it "
+        "nor holds the HSAID runs on it: on the projected weight, and its backward pass gives theta a gradient. Give "
+        "it copies (copy.deepcopy of its modules before wrapping), or the HSAID as an attribute, if this is meant"
+    )
+    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)
 
 
 def _callers() -> Iterator[FrameType]:

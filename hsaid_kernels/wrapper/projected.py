@@ -20,7 +20,7 @@ from hsaid_kernels.wrapper.eager import runs_eagerly, undisturbed
 from hsaid_kernels.wrapper.groups import Group
 from hsaid_kernels.wrapper.made import Made, layout_of
 from hsaid_kernels.wrapper.maker import UNWRAPPED, Maker
-from hsaid_kernels.wrapper.outside import check_outside_of_calls, inside_module
+from hsaid_kernels.wrapper.outside import check_outside_of_calls, inside_module, other_model, warn_of_other_model
 from hsaid_kernels.wrapper.quantized import is_quantized, stamp_of
 from hsaid_kernels.wrapper.root import Graph, scaled_factors
 from hsaid_kernels.wrapper.saving import has_hooks, keeping_places, recomputes_what_was_saved
@@ -62,10 +62,12 @@ class ProjectedWeights(Maker):
         self._last_task = self.tasks.registered  # the task of that read
         self._foreign: Counter[str] = Counter()  # calls that run now on a task that is not registered, by task
         self.steps = 0  # of optimizers that train theta
+        self._warned_of_other = False
         self._reached = False  # whether gradients have reached theta since
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_inside", "_made", "_last_read", "_recomputed", "_last_task", "_foreign", "steps", "_reached")
+        made_again = {"_inside", "_made", "_last_read", "_recomputed", "_last_task", "_foreign"}
+        made_again |= {"steps", "_reached", "_warned_of_other"}
         return {key: value for key, value in super().__getstate__().items() if key not in made_again}
 
     # --- reads
@@ -76,8 +78,13 @@ class ProjectedWeights(Maker):
         if not self._inside.calls:
             theta, multipliers = self.trained("theta"), self.trained("multipliers")
             trains = theta.requires_grad or multipliers.requires_grad
-            check_outside_of_calls(self.owner() if self.owner else None, trains)
+            owner = self.owner() if self.owner else None
+            check_outside_of_calls(owner, trains)
             self._check_thread()
+            model = self._model()
+            if not self._warned_of_other and model is not None and (other := other_model(model, owner)) is not None:
+                self._warned_of_other = True
+                warn_of_other_model(*other, name)
             waits = self.kept is None and is_sharded(parameter) and torch._C._current_graph_task_id() == -1
             if waits and not inside_module():
                 raise RuntimeError(

@@ -1,5 +1,8 @@
 """What runs around a wrapped model and could only train theta wrongly, or keep old weights, is refused."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -106,3 +109,45 @@ def test_ddp_that_is_gone_reduces_nothing(one_rank):
     for _ in range(3):
         hsaid.model(X).sum().backward()
         hsaid(X).sum().backward()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_module_that_another_model_runs_too_is_said_once(grad):
+    shared = nn.Linear(4, 6)
+    teacher = nn.Sequential(shared, nn.Linear(6, 2))
+    hsaid = moved(HSAID(nn.Sequential(shared, nn.Linear(6, 3)), 24, "did"))
+    with torch.set_grad_enabled(grad):
+        with pytest.warns(
+            UserWarning, match="'0.weight' is a weight of the wrapped model, and a Sequential that"
+        ) as said:
+            teacher(X)
+        assert [one.filename for one in said] == [__file__]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            teacher(X)
+    with hsaid.unwrapped(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teacher(X)
+
+
+class Outer(nn.Module):
+    def __init__(self, hsaid, held):
+        super().__init__()
+        self.part = hsaid.model[0]
+        if held:
+            self.hsaid = hsaid
+
+    def forward(self, x):
+        return self.part(x)
+
+
+def test_what_runs_the_model_or_holds_the_hsaid_is_not_said():
+    hsaid = HSAID(mlp(), 24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model in (hsaid, hsaid.model, nn.Sequential(hsaid, nn.Tanh()), nn.Sequential(hsaid.model, nn.Tanh())):
+            model(X)
+        hsaid.model[:2](X), hsaid.model[0](X), Outer(hsaid, held=True)(X), copy.deepcopy(hsaid.model[0])(X)
+        hsaid.model[0].weight.sum(), nn.Sequential(nn.Tanh())(hsaid.model[0].weight)
+    with pytest.warns(UserWarning, match="an? Outer that neither is a part of it nor"):
+        Outer(hsaid, held=False)(X)
