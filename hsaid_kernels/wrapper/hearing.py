@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hsaid_kernels.wrapper.eager import runs_eagerly
 from hsaid_kernels.wrapper.place import place_of
 
 # What is said at the first call; the others only when they are repeated after theta has changed.
@@ -59,6 +60,7 @@ def said_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
     return methods
 
 
+@runs_eagerly
 def _tell(module: nn.Module, call: str) -> None:
     if (place := place_of(module)) is None or torch.compiler.is_compiling():
         return

@@ -19,6 +19,7 @@ from hsaid_kernels.fastfood.selection import Patterns
 from hsaid_kernels.wrapper.basis import as_json, basis_of
 from hsaid_kernels.wrapper.comparison import check_active_ranks, check_sharded_ranks
 from hsaid_kernels.wrapper.configuration import TASK, w0_checks
+from hsaid_kernels.wrapper.eager import runs_eagerly
 from hsaid_kernels.wrapper.groups import MEMORY
 from hsaid_kernels.wrapper.heads import Heads
 from hsaid_kernels.wrapper.merging import merged_copy
@@ -273,6 +274,7 @@ class HSAID(MultiTask):
         with torch.no_grad():
             values = projected.now() | self.full
             if inplace:
+                projected.merged_task = self.task
                 projected.merge(values)
                 return self.model
             projected.drop_cache()
@@ -408,11 +410,12 @@ class HSAID(MultiTask):
     def _checked(self) -> None:
         self._check_buffers()
         self._check_ranks()
-        if torch.is_grad_enabled():
-            self._projected.reduced_once.expect(self, (self.theta, self.multipliers))
 
+    @runs_eagerly
     def _computing(self) -> contextlib.AbstractContextManager[None]:
         self._checked()
+        if torch.is_grad_enabled():
+            self._projected.reduced_once.expect(self, (self.theta, self.multipliers))
         return self._projected.inside(self.training)
 
     def _traced(self) -> bool:

@@ -13,7 +13,7 @@ from hsaid_kernels.fastfood import ops
 from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.hierarchy import Partition
 from hsaid_kernels.wrapper.blocks import blocks_of, joined
-from hsaid_kernels.wrapper.eager import undisturbed
+from hsaid_kernels.wrapper.eager import runs_eagerly, undisturbed
 from hsaid_kernels.wrapper.groups import Group, divide, tables_of
 from hsaid_kernels.wrapper.made import Made, check_w0
 from hsaid_kernels.wrapper.outside import ReducedOnce
@@ -81,6 +81,9 @@ class Maker(WatchedModel):
         parameter = self.tasks.now()[key]
         assert parameter is not None
         return parameter
+
+    def thetas(self) -> list[Tensor]:
+        return self.tasks.thetas()
 
     def groups(self, w0: Mapping[str, Tensor], theta: Tensor) -> list[Group]:
         """The tensors by the dtype of their weights. Raises as `divide` and `check_labels`."""
@@ -159,13 +162,15 @@ class Maker(WatchedModel):
                 base = [whole(made.w0[name]) for name in group.names]
             return made.make(group, self.scaled(made), base)
 
+    @runs_eagerly
     def new_graph(self, made: Made) -> Graph:
         """theta and the factors with a graph, on which weights can hang."""
         with torch.inference_mode(False), torch.enable_grad(), undisturbed():
             if self.ranks is not None:
                 self.ranks.average(made.theta, made.multipliers)
             graph = root_graph(made.theta, made.multipliers, self.plan, self.partition)
-        made.graphs.add(graph)
+        with self.lock:
+            made.graphs.add(graph)
         return graph
 
     def late_graph(self, made: Made) -> Graph:
@@ -182,7 +187,8 @@ class Maker(WatchedModel):
             torch.autograd.backward(list(found), list(found.values()))
 
         graph = late_graph(made, made.theta, (made.values[0], self.scaled(made)), deliver)
-        made.graphs.add(graph)
+        with self.lock:
+            made.graphs.add(graph)
         return graph
 
     def delivers_once(self, made: Made) -> bool:
@@ -191,7 +197,9 @@ class Maker(WatchedModel):
             return self.reduced_once.reduces
         for parameter in (made.theta, made.multipliers):
             averages = self.ranks is not None and self.ranks.averages(parameter)  # which may be done in parts
-            if len(parameter._backward_hooks or ()) > averages or parameter._post_accumulate_grad_hooks:
+            if len(parameter._backward_hooks or ()) > averages:
+                return True
+            if len(parameter._post_accumulate_grad_hooks or ()) > self.reduced_once.counts(parameter):
                 return True
         return False
 

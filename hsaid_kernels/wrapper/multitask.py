@@ -119,13 +119,19 @@ class MultiTask(Saved):
         self._projected.check_on_w0("set_task()")
         self._projected.check_outside("set_task()")
         with self._projected.lock:
-            self._buffers_of[self._tasks.registered] = self._projected.buffers.changed(self.model)
+            changed, others = self._projected.buffers.changed(self.model), self._buffers_of.get(name, {})
+            if (changed or others) and name != self._tasks.registered and self._projected.runs_elsewhere():
+                raise RuntimeError(
+                    "set_task(): expected no other thread inside a call, because training has changed buffers of the "
+                    "model, which threads share, got one: run one task at a time"
+                )
+            self._buffers_of[self._tasks.registered] = changed
             self._tasks.switch(name)
             self._projected.buffers.put(self.model, self._buffers_of.pop(name, {}))
 
     @contextlib.contextmanager
     def use_task(self, name: str) -> Iterator[None]:
-        """A context manager for the time of which `name` is the current task, in this thread only.
+        """A context manager for the time of which `name` is the current task, in this thread or coroutine only.
 
         Parameters registered in this module, which DistributedDataParallel and torch.compile see, stay those of
         `set_task`. Raises as `set_task` does.
@@ -135,6 +141,11 @@ class MultiTask(Saved):
         self._projected.check_outside("use_task()")
         with self._tasks.using(name):
             yield
+            if self.task != name:
+                raise RuntimeError(
+                    f"use_task(): expected {name!r} to be the current task until the end, got {self.task!r}: leave it "
+                    "before set_task() or an earlier use_task() ends, and do not yield inside of it"
+                )
 
     def remove_task(self, name: str) -> None:
         """Deletes a task and its parameters. Raises ValueError for the current task and for an unknown one."""

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from hsaid_kernels.wrapper.eager import runs_eagerly
+
 
 class Listener(Protocol):
     """What is told of steps. `ProjectedWeights` implements it."""
@@ -33,6 +35,7 @@ def _watch() -> None:
     register_optimizer_step_post_hook(hook)
 
 
+@runs_eagerly
 def _on_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():  # a compiled step counts versions
         return

@@ -11,6 +11,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -109,7 +110,8 @@ def _holds(ddp: nn.Module, owner: nn.Module) -> bool:
 class ReducedOnce:
     """Sees to it that no gradient of theta reaches DistributedDataParallel after it has reduced theta's gradient.
 
-    It reduces what arrives first, and leaves out whatever arrives later in the same step, without a word.
+    It reduces what arrives first. Of a backward pass inside of another that is a part, and what arrives later in the
+    outer one is left out without a word.
 
     reduces  whether it does so in the backward pass of the last call
     at_end   whether it reduces at the end of backward, as with static_graph=True
@@ -118,10 +120,20 @@ class ReducedOnce:
     def __init__(self) -> None:
         self.reduces = self.at_end = False
         self._ddp: Callable[[], nn.Module | None] = lambda: None
-        self._arrived = WeakTensorKeyDictionary()  # {parameter: how often its gradient has, since the last call}
+        self._arrived = WeakTensorKeyDictionary()  # {parameter: whether its gradient has, and by an inner pass}
+        self._theirs: set[int] = set()
+
+    def counts(self, parameter: Tensor) -> bool:
+        """Whether the parameter has a hook of this object."""
+        return parameter in self._arrived
+
+    def step(self) -> None:
+        """A new step begins: no gradient has arrived in it."""
+        for parameter in list(self._arrived):
+            self._arrived[parameter] = None
 
     def expect(self, owner: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        """A call of the HSAID `owner`, which trains these parameters, begins.
+        """A part of the HSAID `owner` is called, which trains these parameters.
 
         Raises RuntimeError if DistributedDataParallel does not have them, because it was made with another task's.
         """
@@ -130,29 +142,35 @@ class ReducedOnce:
             self.reduces, self.at_end, self._ddp = False, False, lambda: None
             return
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        if any(parameter not in self._arrived for parameter in trained):
-            theirs = set(map(id, ddp._module_parameters))  # as it found them; module.parameters() are those of now
-            if not all(id(parameter) in theirs for parameter in trained):
-                raise RuntimeError(
-                    "task: expected the one whose parameters DistributedDataParallel has found when it was made, got "
-                    f"{owner.task!r}, whose gradients would not be averaged: set_task() before wrapping the HSAID in it"
-                )
+        if self._ddp() is not ddp:
+            self._ddp = weakref.ref(ddp)
+            self._theirs = set(map(id, ddp._module_parameters))  # as it found them; ddp.parameters() are those of now
+        if not all(id(parameter) in self._theirs for parameter in trained):
+            raise RuntimeError(
+                "task: expected the one whose parameters DistributedDataParallel has found when it was made, got "
+                f"{owner.task!r}, whose gradients would not be averaged: set_task() before wrapping the HSAID in it"
+            )
         self.at_end = ddp.static_graph
         self.reduces = ddp.require_backward_grad_sync and not self.at_end
-        self._ddp = weakref.ref(ddp)
         for parameter in trained:
             if parameter not in self._arrived:
                 parameter.register_post_accumulate_grad_hook(self._count)
-            self._arrived[parameter] = 0
+            self._arrived[parameter] = None
 
     def _count(self, parameter: Tensor) -> None:
         if not self.reduces or self._ddp() is None:
             return
-        arrived = self._arrived.get(parameter, 0)
-        self._arrived[parameter] = arrived + 1
-        if arrived:
+        before, inner = self._arrived.get(parameter), _inside_backward(parameter)
+        self._arrived[parameter] = inner or before is True
+        if before is not None and self._arrived[parameter]:
             raise RuntimeError(
                 "theta: expected its gradient once in a step, because DistributedDataParallel reduces it when it first "
-                "arrives, got another part of it later, from a backward pass inside of backward or a second one: "
-                "checkpoint with use_reentrant=False, or take DistributedDataParallel(..., static_graph=True)"
+                "arrives, got another part of it later, from a backward pass inside of backward: checkpoint with "
+                "use_reentrant=False, or take DistributedDataParallel(..., static_graph=True)"
             )
+
+
+def _inside_backward(parameter: Tensor) -> bool:
+    """Whether the backward pass that runs now runs inside of another one. The parameter is one that it has reached."""
+    passes = sum(frame.f_code is _engine_run_backward.__code__ for frame in _callers())
+    return passes > (parameter.device.type == "cpu")  # a device's backward runs in a thread of its own

@@ -37,8 +37,11 @@ class Source:
         """Whether this is a parameter of the model, or a projected weight of one."""
         return True
 
-    def check_set(self, call: str, own: nn.Parameter, value: Tensor) -> None:
-        """Raises RuntimeError, with a message that begins with `call`, if `value` cannot take the place of `own`."""
+    def check_set(self, call: str, own: nn.Parameter, value: Tensor, converted: bool = False) -> None:
+        """Raises RuntimeError, with a message that begins with `call`, if `value` cannot take the place of `own`.
+
+        `converted`: `own` may have been converted to the dtype of `value`.
+        """
 
     def put_back(self, changed: nn.Module | None = None) -> None:
         """Gives modules, `changed` above all, what was taken out of them since they were last looked at."""

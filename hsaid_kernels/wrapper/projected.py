@@ -22,7 +22,7 @@ from hsaid_kernels.wrapper.made import Made, layout_of
 from hsaid_kernels.wrapper.maker import UNWRAPPED, Maker
 from hsaid_kernels.wrapper.outside import check_outside_of_calls, inside_module, other_model, warn_of_other_model
 from hsaid_kernels.wrapper.quantized import is_quantized, stamp_of
-from hsaid_kernels.wrapper.root import Graph, scaled_factors
+from hsaid_kernels.wrapper.root import Graph, begin_pass, scaled_factors
 from hsaid_kernels.wrapper.saving import has_hooks, keeping_places, recomputes_what_was_saved
 from hsaid_kernels.wrapper.sharded import gathered, is_gathered, is_sharded
 from hsaid_kernels.wrapper.table import Table
@@ -44,6 +44,7 @@ class _Inside(threading.local):
     calls = False
     made: Made | None = None
     graph: Graph | None = None  # of `made`, once a weight with a graph has been asked for
+    recomputes: bool = False  # whether the call is one that torch.utils.checkpoint(use_reentrant=False) runs again
     last_read: tuple[nn.Parameter, list[Tensor]] | None = None  # as that of `ProjectedWeights`, by this thread
 
 
@@ -57,16 +58,16 @@ class ProjectedWeights(Maker):
         self._made: Made | None = None  # the weights of now, of reads outside of calls
         # theta, and its value and the multipliers', when a weight was last read outside of backward
         self._last_read: tuple[nn.Parameter, list[Tensor]] | None = None
-        # {backward's number: theta and its version of the weights that were read last in it}
+        # {backward's number: theta and its version of the weights that were read last in it}, of the latest
         self._recomputed: dict[int, tuple[nn.Parameter, int]] = {}
         self._last_task = self.tasks.registered  # the task of that read
-        self._foreign: Counter[str] = Counter()  # calls that run now on a task that is not registered, by task
+        self._running: Counter[str] = Counter()  # calls that run now, by task
         self.steps = 0  # of optimizers that train theta
         self._warned_of_other = False
         self._reached = False  # whether gradients have reached theta since
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = {"_inside", "_made", "_last_read", "_recomputed", "_last_task", "_foreign"}
+        made_again = {"_inside", "_made", "_last_read", "_recomputed", "_last_task", "_running"}
         made_again |= {"steps", "_reached", "_warned_of_other"}
         return {key: value for key, value in super().__getstate__().items() if key not in made_again}
 
@@ -81,6 +82,8 @@ class ProjectedWeights(Maker):
             owner = self.owner() if self.owner else None
             check_outside_of_calls(owner, trains)
             self._check_thread()
+            if owner is not None and torch._C._current_graph_task_id() == -1:
+                self.reduced_once.expect(owner, (theta, multipliers))
             model = self._model()
             if not self._warned_of_other and model is not None and (other := other_model(model, owner)) is not None:
                 self._warned_of_other = True
@@ -94,6 +97,8 @@ class ProjectedWeights(Maker):
         if name is None:
             with self.lock:
                 name = next((name for name, own in self._verified().items() if own is parameter), None)
+        if self.kept is not None:
+            self._check_merged()
         if self.kept is not None or name is None:
             return parameter
         if name in self.plan.shapes:
@@ -148,6 +153,8 @@ class ProjectedWeights(Maker):
                 self.fill(made, made.group_of[name])
             if torch.is_grad_enabled() and made.wanted:
                 return self.join(made, self._graph(made), name, self._check(made))
+            if made.graph is None and not self._inside.calls and made.wanted and self.delivers_once(made):
+                made.graph = self.new_graph(made)  # before the nodes of layers that will be recomputed
             return made.weight(name)
 
     def _graph(self, made: Made) -> Graph:
@@ -163,6 +170,7 @@ class ProjectedWeights(Maker):
             made.graph = self.new_graph(made)
         return made.graph
 
+    @runs_eagerly
     def _task_of_forward(self) -> AbstractContextManager[None]:
         """Of a backward pass in a thread that has set no task and run no forward, as a device's: the last forward's."""
         inside = self._inside
@@ -180,12 +188,13 @@ class ProjectedWeights(Maker):
 
     def _check_thread(self) -> None:
         """Raises RuntimeError in a thread that a model's forward may have started, and that does not know its task."""
-        if not self._foreign or self.tasks.is_set() or torch._C._current_graph_task_id() != -1:
+        if not self._running or self.tasks.is_set() or torch._C._current_graph_task_id() != -1:
             return
-        if inside_module():
+        other = [task for task in self._running if task != self.tasks.registered]
+        if other and inside_module():
             raise RuntimeError(
                 "task: expected one in all threads, or one that each thread has set, got a module that runs in a "
-                f"thread without, while another runs {max(self._foreign)!r}: call set_task() or use_task() there"
+                f"thread without, while another runs {other[0]!r}: call set_task() or use_task() there"
             )
 
     def _now(self, name: str, parameter: nn.Parameter) -> Made:
@@ -203,9 +212,17 @@ class ProjectedWeights(Maker):
                     "which the model was not told of: use setattr(), or call functional_call with ordinary tensors"
                 )
         if (task := torch._C._current_graph_task_id()) != -1:  # in backward, as torch.utils.checkpoint recomputes
-            self._recomputed = {task: (made.theta, made.versions[0])}
+            self._recomputed[task] = (made.theta, made.versions[0])
+            if len(self._recomputed) > 64:  # of which at most a few still run
+                self._recomputed.pop(next(iter(self._recomputed)), None)
+            if self.delivers_once(made) and not inside.calls:
+                begin_pass()
             with undisturbed():
                 last = inside.last_read or self._last_read  # a device's backward runs in a thread of its own
+                # Another theta that was read since: what was saved of forward's is compared by `_check_backward`.
+                recomputes = inside.recomputes if inside.calls else recomputes_what_was_saved()
+                if last is not None and last[0] is not made.theta and recomputes:
+                    return made
                 if last is not None and not (last[0] is made.theta and made.has(last[1])):
                     raise RuntimeError(OTHER_THETA)
         else:
@@ -249,15 +266,16 @@ class ProjectedWeights(Maker):
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Notes that the optimizer may have changed theta, whose version counter a fused one does not increase.
 
-        Warns where it changes W0, or nothing at all, in the place of theta, though gradients reach it.
+        Warns where it changes W0 in the place of theta, though gradients reach theta.
         """
         changed = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if self.tasks.has(changed):
             self.steps += 1
             self._reached = False
+            self.reduced_once.step()
             if self._made is not None:
                 self._made.stepped = True
-        elif self._reached and (not changed or any(map(self.owns, changed))):
+        elif self._reached and any(map(self.owns, changed)):
             self.heard_optimizer()
 
     def _serves(self, made: Made) -> bool:
@@ -325,32 +343,44 @@ class ProjectedWeights(Maker):
         if inside.calls:
             yield
             return
-        inside.made = self.enter(training)
-        inside.calls = True
-        foreign: Counter[str] = (
-            Counter() if self.tasks.current == self.tasks.registered else Counter([self.tasks.current])
-        )
-        with self.lock:
-            self._foreign += foreign
-        try:
-            if inside.made is not None and torch.is_grad_enabled() and inside.made.wanted:
-                inside.graph = self.new_graph(inside.made)  # before all other nodes
-            # With memory="step" weights stay in memory anyway: they are kept from hooks that would move them elsewhere.
-            if self.kept is not None or not torch.is_grad_enabled() or (self.memory == "step" and not has_hooks()):
-                yield
-            else:
-                with keeping_places(lambda: inside.made, self.fill):
-                    yield
-        finally:
-            inside.calls, inside.made, inside.graph = False, None, None
+        with self._task_of_forward(), self.tasks.using(task := self.tasks.current):  # whatever other threads set
+            inside.recomputes = recomputes_what_was_saved()
+            inside.made = self.enter(training)
+            inside.calls = True
             with self.lock:
-                self._foreign -= foreign
+                self._running[task] += 1
+                if inside.made is not None and torch.is_grad_enabled() and inside.made.wanted:
+                    inside.graph = self.new_graph(inside.made)  # before all other nodes
+            try:
+                # With memory="step" weights stay in memory anyway: kept from hooks that would move them elsewhere.
+                if self.kept is not None or not torch.is_grad_enabled() or (self.memory == "step" and not has_hooks()):
+                    yield
+                else:
+                    with keeping_places(lambda: inside.made, self.fill):
+                        yield
+            finally:
+                inside.calls, inside.made, inside.graph = False, None, None
+                with self.lock:
+                    self._running[task] -= 1
+                    self._running += Counter()  # drops what is 0
 
     def factors(self) -> Tensor:
         """The factors of all segments, multiplied by the plan's scales, on which the weights of this call depend."""
         made = self._inside.made
         assert made is not None
         return self._graph(made).factors
+
+    def _check_merged(self) -> None:
+        """Raises RuntimeError if the model holds the weights of another task than this thread's."""
+        if self.tasks.current != self.merged_task:
+            raise RuntimeError(
+                f"task: expected {self.merged_task!r}, whose weights merge(inplace=True) has put into the model, got "
+                f"{self.tasks.current!r}: unmerge() first"
+            )
+
+    def runs_elsewhere(self) -> bool:
+        """Whether another thread is inside a call of the HSAID."""
+        return sum(self._running.values()) > self._inside.calls
 
     def check_outside(self, call: str) -> None:
         """Raises RuntimeError, which names `call`, inside a call of the HSAID in this thread."""
@@ -365,6 +395,7 @@ class ProjectedWeights(Maker):
         wanted = torch.is_grad_enabled()
         with self.lock:
             if self.kept is not None:
+                self._check_merged()
                 if training and wanted:
                     self.check_on_w0("training")
                 return None
@@ -378,7 +409,8 @@ class ProjectedWeights(Maker):
             if self._made is None and not training:
                 forget_derived(self.model)
             made = self._made or self._make()
-            self._note_read(made)
+            if torch._C._current_graph_task_id() == -1:
+                self._note_read(made)
             return made
 
     @runs_eagerly

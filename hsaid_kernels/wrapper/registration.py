@@ -46,10 +46,23 @@ def heard_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
                         place.source.check_set("load_state_dict()", own, value)
         return cls.load_state_dict(self, state_dict, *args, **kwargs)
 
+    def _load_from_state_dict(self: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
+        place = place_of(self)  # as a part of a larger module, which has checked nothing
+        try:
+            for key in () if place is None else place.names:
+                own, value = self._parameters.get(key), state_dict.get(f"{prefix}{key}")
+                if place is not None and own is not None and isinstance(value, Tensor):
+                    place.source.check_set("load_state_dict()", own, value)
+        except (RuntimeError, ValueError) as error:
+            args[-1].append(str(error))  # which load_state_dict() raises
+        else:
+            cls._load_from_state_dict(self, state_dict, prefix, *args)
+
     return {
         "register_parameter": register_parameter,
         "__delattr__": __delattr__,
         "load_state_dict": load_state_dict,
+        "_load_from_state_dict": _load_from_state_dict,
     }
 
 

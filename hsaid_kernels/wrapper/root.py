@@ -10,6 +10,7 @@ There, their gradients are collected (`late_graph`), and reach theta with the re
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -52,8 +53,8 @@ def root_graph(theta: nn.Parameter, multipliers: nn.Parameter, plan: Plan, parti
 class _Collected:
     """Gradients of one theta, and of the factors, from passes inside of a backward pass, until that delivers them."""
 
-    def __init__(self, theta: nn.Parameter, deliver: Callable[[list[Tensor | None]], None]):
-        self.theta, self.deliver = theta, deliver
+    def __init__(self, theta: nn.Parameter, deliver: Callable[[list[Tensor | None]], None], of: _Pass):
+        self.theta, self.deliver, self._of = theta, deliver, weakref.ref(of)
         self.grads: list[Tensor | None] = [None, None]
         self.arrived = False
 
@@ -65,6 +66,11 @@ class _Collected:
         taken, self.grads = self.grads, [None, None]
         return taken
 
+    def is_over(self) -> bool:
+        """Whether nobody will take what is added: the pass has ended, and somebody has kept a graph of it."""
+        of = self._of()
+        return of is None or not of.runs()
+
 
 class _Running:
     """Is referred to by a backward pass alone, and so lives as long as it runs, however it ends."""
@@ -74,20 +80,25 @@ class _Pass:
     """What layers hang on that a backward pass recomputes, and the gradients that it collects, by theta's id."""
 
     def __init__(self, running: _Running):
-        self.running = weakref.ref(running)
+        self._running, self._ended = weakref.ref(running), False
         self.graphs: dict[Hashable, Graph] = {}
         self.collected: dict[int, _Collected] = {}
 
+    def runs(self) -> bool:
+        return not self._ended and self._running() is not None
+
     def end(self, running: _Running) -> None:
+        self._ended = True  # a hook that delivering runs may begin another one
         for collected in self.collected.values():
             grads = collected.take()
             if any(grad is not None for grad in grads):
                 collected.deliver(grads)
             elif not collected.arrived:
-                raise RuntimeError(
-                    "backward(): expected layers that backward recomputes to be differentiated by a backward pass, as "
-                    "by torch.utils.checkpoint, got none, though theta has hooks, or DistributedDataParallel reduces "
-                    "it: torch.autograd.grad() inside of backward does not reach theta there"
+                warnings.warn(
+                    "backward(): weights were read with gradients inside of backward, and no backward pass has used "
+                    "them. If torch.autograd.grad() was meant to differentiate them by theta: it does not reach theta "
+                    "there, because theta has hooks, or DistributedDataParallel reduces it",
+                    stacklevel=2,
                 )
 
 
@@ -98,7 +109,7 @@ class _Thread(threading.local):
 
     def running(self) -> _Pass | None:
         found = self.last()
-        return found if found is not None and found.running() is not None else None
+        return found if found is not None and found.runs() else None
 
 
 _thread = _Thread()
@@ -115,18 +126,19 @@ def late_graph(
     The gradients reach `theta` with those of a root's graph in this pass, or, where it has none, at its end by
     `deliver`. `values` are theta and the factors.
     """
-    running = _thread.running()
-    if running is None:
-        running = _begin()
+    running = begin_pass()
     if key not in running.graphs:
-        collected = running.collected.setdefault(id(theta), _Collected(theta, deliver))
+        collected = running.collected.setdefault(id(theta), _Collected(theta, deliver, running))
         anchor = torch.zeros((), device=theta.device, requires_grad=True)
         of_theta, factors = _Collect.apply(anchor, *values, collected)
         running.graphs[key] = Graph(of_theta, factors, (True, True))
     return running.graphs[key]
 
 
-def _begin() -> _Pass:
+def begin_pass() -> _Pass:
+    """Notes the backward pass that runs now, at its first read of a weight, as the one that collects."""
+    if (running := _thread.running()) is not None:
+        return running
     alive = _Running()
     begun = _Pass(alive)
     _thread.last = weakref.ref(begun)
@@ -182,5 +194,7 @@ class _Collect(torch.autograd.Function):
     def backward(ctx, dtheta, dfactors):
         with torch.no_grad():
             ctx.collected.add((dtheta, dfactors))
-        ctx.collected.arrived = True
+            ctx.collected.arrived = True
+        if ctx.collected.is_over():
+            ctx.collected.deliver(ctx.collected.take())
         return None, None, None, None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hsaid_kernels.wrapper.quantized import whole
 
@@ -20,16 +22,15 @@ RATES = {"global": 0.05, "tensor": 0.01, "full": 0.005}
 Own = dict[str, nn.Parameter | None]  # `module._parameters`
 
 
-class _Set(threading.local):
-    """The task that a thread has set, None if it has set none."""
-
-    task: str | None = None
+# {number of a `Tasks`: the task that this thread, or coroutine, has set}. Never changed, only replaced.
+_SET: ContextVar[Mapping[int, str | None]] = ContextVar("hsaid_kernels.tasks", default={})  # noqa: B039
+_numbers = itertools.count()
 
 
 class Tasks:
     """The parameters of all tasks, by task name.
 
-    Each thread has a current task: the one that it set last itself, or else the registered one.
+    Each thread, and each coroutine, has a current task: the one that it set last itself, or else the registered one.
 
     Args:
         first: the name of the first task.
@@ -49,7 +50,7 @@ class Tasks:
         self._start()
 
     def _start(self) -> None:
-        self._set = _Set()
+        self._number = next(_numbers)
         self._set_by = threading.get_ident()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -58,7 +59,7 @@ class Tasks:
                 f"copy: expected the task of this thread, {self.current!r}, to be the one that was set last, got "
                 f"{self.registered!r}: call set_task() in place of use_task()"
             )
-        return {key: value for key, value in self.__dict__.items() if key not in ("_set", "_set_by")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_number", "_set_by")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -71,15 +72,21 @@ class Tasks:
     @property
     def current(self) -> str:
         """The name of this thread's task."""
-        return self._set.task or self.registered
+        return self._own_task() or self.registered
+
+    def _own_task(self) -> str | None:
+        return _SET.get().get(self._number)
+
+    def _set(self, name: str | None) -> None:
+        _SET.set({**_SET.get(), self._number: name})
 
     def is_set(self) -> bool:
         """Whether this thread has set a task."""
-        return self._set.task is not None
+        return self._own_task() is not None
 
     def now(self) -> Mapping[str, nn.Parameter | None]:
         """{key: parameter} of this thread's task. Raises RuntimeError if another thread has removed it."""
-        name = self._set.task
+        name = self._own_task()
         if name is None or name == self.registered:
             return self.own
         if name not in self._parameters:
@@ -128,6 +135,11 @@ class Tasks:
         trained = {id(own[key]) for own in every for key in ("theta", "multipliers") if key in own}
         return any(id(parameter) in trained for parameter in parameters)
 
+    def thetas(self) -> list[Tensor]:
+        """Those of all tasks."""
+        every: list[Mapping[str, Any]] = [self.own, *self.others()]
+        return [own["theta"] for own in every]
+
     def others(self) -> list[dict[str, nn.Parameter]]:
         """The parameters of the tasks that are not registered."""
         return [parameters for name, parameters in self._parameters.items() if name != self.registered]
@@ -140,17 +152,19 @@ class Tasks:
         self._set_by = thread
         self._parameters[self.registered] = _present(self.own)
         self.own.update(self._parameters[name])
-        self.registered = self._set.task = name
+        self.registered = name
+        self._set(name)
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
         """For a time, `name`, which must exist, is this thread's task. The registered one stays."""
-        before, self._set.task = self._set.task, name
+        before = self._own_task()
+        self._set(name)
         self.threaded = self.threaded or name != self.registered
         try:
             yield
         finally:
-            self._set.task = before
+            self._set(before)
 
     def remove(self, name: str) -> None:
         """Deletes a task. Raises ValueError for this thread's task, the registered one, and an unknown one."""

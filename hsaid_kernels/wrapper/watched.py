@@ -54,6 +54,7 @@ class WatchedModel(Source):
     owner: weakref.ref[nn.Module] | None
     memory: str = "step"
     steps: int
+    merged_task: str  # whose weights the model holds, between merge and unmerge
     lock: threading.RLock
 
     def __init__(self, model: nn.Module, plan: Plan, full: Collection[str], own_full: bool):
@@ -91,6 +92,10 @@ class WatchedModel(Source):
 
     def drop_cache(self) -> None:
         """Discards what reads are answered by, so that the next read makes it again."""
+        raise NotImplementedError
+
+    def thetas(self) -> list[Tensor]:
+        """Those of all tasks."""
         raise NotImplementedError
 
     def trained(self, key: str) -> nn.Parameter:
@@ -176,7 +181,7 @@ class WatchedModel(Source):
             if (own := place_of(module)) is not None:
                 module.__dict__.update({key: own.before[key] for key in own.before.keys() - module.__dict__.keys()})
 
-    def check_set(self, call: str, own: nn.Parameter, value: Tensor) -> None:
+    def check_set(self, call: str, own: nn.Parameter, value: Tensor, converted: bool = False) -> None:
         value = value.w0 if isinstance(value, Weight) else value
         name = next((name for name, known in self._own.items() if known is own), None)
         if value is own or name is None or self.own_full or self.kept is not None:
@@ -193,11 +198,11 @@ class WatchedModel(Source):
             )
         if is_quantized(value) and not is_quantized(own):
             self._check_memory(name)
-        if name in self._full_names and not _equal(own, value):
+        if name in self._full_names and not _equal(own, value, converted):
             raise RuntimeError(
                 f"{call}: expected {name!r} to stay, which is trained fully: write to hsaid.full[{name!r}]"
             )
-        if name in self.plan.shapes and not is_sharded(own) and self._moved() and not _equal(own, value):
+        if name in self.plan.shapes and not is_sharded(own) and self._moved() and not _equal(own, value, converted):
             raise RuntimeError(
                 f"{call}: expected {name!r} to stay, because a projected weight is W0 + P theta: what is set would "
                 "become W0, and P theta would be added once more: write to W0 (hsaid.w0()), or change the model in "
@@ -206,8 +211,8 @@ class WatchedModel(Source):
         self._accepted[value] = True
 
     def _moved(self) -> bool:
-        """Whether theta of this thread's task moves any weight."""
-        return bool(whole(self.trained("theta").detach()).any())
+        """Whether theta of any task moves any weight."""
+        return any(bool(whole(theta.detach()).any()) for theta in self.thetas())
 
     @torch.no_grad()
     def part_copy(self, module: nn.Module) -> nn.Module | None:
@@ -233,7 +238,7 @@ class WatchedModel(Source):
         warn(acts.get(call, f"{call} gives"), frame)
 
     def heard_optimizer(self) -> None:
-        """Warns that an optimizer trains W0, or nothing, in the place of theta."""
+        """Warns that an optimizer trains W0 in the place of theta."""
         if not self._warned and self.attached and not self.own_full:
             self._warned = True
             warn("an optimizer has", None)
@@ -252,7 +257,7 @@ class WatchedModel(Source):
         for name in (name for name in self.plan.names if name in tree.parameters):
             before, now = self._own[name], tree.parameters[name]
             if now is not before and now not in self._accepted and not is_sharded(now) and now.shape == before.shape:
-                self.check_set("model", before, now)
+                self.check_set("model", before, now, converted=True)
         if untied := sorted(self._aliases.keys() & tree.parameters.keys()):
             raise ValueError(
                 f"model: expected {untied[0]!r} to be tied as it was when it was wrapped, got one of its own"
@@ -401,12 +406,15 @@ class WatchedModel(Source):
             )
 
 
-def _equal(own: Tensor, value: Tensor) -> bool:
-    """Whether two tensors have the same values, in the dtype of the second."""
+def _equal(own: Tensor, value: Tensor, converted: bool) -> bool:
+    """Whether `value` has the values of `own`; `converted`: what becomes of them in its dtype."""
     if own.shape != value.shape or own.is_meta or value.is_meta:
         return False
     now, new = whole(own.detach()), whole(value.detach())
-    now = now.to(new)
+    if converted:
+        now = now.to(new)
+    else:
+        new = new.to(now)
     return bool(((now == new) | (now.isnan() & new.isnan())).all())
 
 

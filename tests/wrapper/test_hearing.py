@@ -45,7 +45,6 @@ def averaged(model: nn.Module) -> AveragedModel:
     "meant",
     [
         lambda model, hsaid: model.zero_grad(),
-        lambda model, hsaid: train(model, hsaid, parameters=[{"params": []}]),  # those that require gradients
         lambda model, hsaid: train(model, hsaid, parameters=model.parameters()),
         lambda model, hsaid: train(hsaid, hsaid, before=lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0)),
         lambda model, hsaid: train(hsaid, hsaid, before=lambda: sum(p.norm() for p in model[2].parameters())),

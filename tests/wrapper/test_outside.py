@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from hsaid_kernels import HSAID
 
@@ -151,3 +152,41 @@ def test_what_runs_the_model_or_holds_the_hsaid_is_not_said():
         hsaid.model[0].weight.sum(), nn.Sequential(nn.Tanh())(hsaid.model[0].weight)
     with pytest.warns(UserWarning, match="an? Outer that neither is a part of it nor"):
         Outer(hsaid, held=False)(X)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_ddp_and_torch_compile(inside, one_rank):
+    hsaid = moved(HSAID(mlp(), 24))
+    compiled = torch.compile(hsaid, backend="aot_eager")
+    ddp = (
+        DistributedDataParallel(compiled) if inside else torch.compile(DistributedDataParallel(hsaid), backend="eager")
+    )
+    for _ in range(3):
+        ddp(X).sum().backward()
+        hsaid.zero_grad()
+
+
+class Either(nn.Module):
+    def __init__(self, hsaid):
+        super().__init__()
+        self.hsaid, self.call = hsaid, True
+
+    def forward(self, x):
+        return self.hsaid(x) if self.call else self.hsaid.model(x)
+
+
+@pytest.mark.parametrize("way", [True, False])
+def test_ddp_around_a_module_that_runs_the_model_itself(way, one_rank):
+    hsaid = moved(HSAID(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3)), 24))
+    seen, inner = [], hsaid.model[2]
+    if way:
+        hsaid.model[2].forward = lambda x: checkpoint(
+            lambda x: nn.functional.linear(x, inner.weight, inner.bias), x, use_reentrant=True
+        )
+    ddp = DistributedDataParallel(Either(hsaid))
+    hsaid.theta.register_post_accumulate_grad_hook(lambda theta: seen.append(1))
+    for step in range(4):
+        ddp.module.call = step % 2 == 0
+        ddp(X).sum().backward()
+        hsaid.weights()["0.weight"].square().sum().backward()  # a penalty of its own
+        assert len(seen) == 2 * (step + 1)

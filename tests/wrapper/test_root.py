@@ -207,9 +207,68 @@ def test_gradients_that_backward_asks_for():
         assert relative(gradient(hsaid, own), expected) < 1e-6
     hsaid.theta.register_hook(lambda grad: grad)
     assert relative(gradient(hsaid, lambda: OfItsOwn.apply(hsaid, X, *hsaid.parameters())), expected) < 1e-6
-    with pytest.raises(RuntimeError, match=r"torch.autograd.grad\(\) inside of backward does not reach theta there"):
-        gradient(hsaid, lambda: OfItsOwn.apply(hsaid.model, X, *hsaid.parameters()))
+    hsaid.zero_grad()
+    with pytest.warns(
+        UserWarning, match=r"torch.autograd.grad\(\) was meant to differentiate them by theta: it does not"
+    ):
+        OfItsOwn.apply(hsaid.model, X, *hsaid.parameters()).sum().backward()
+    assert hsaid.theta.grad is None
     X.requires_grad_(False)
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+def test_weights_that_are_read_in_backward(hooked):
+    """Kept by a hook and differentiated later, logged, or used by another step inside of a hook."""
+    hsaid, kept = moved(HSAID(Net("some"), 60, "said")), []
+    penalty = lambda: (hsaid.model.b.weight.square().sum(), hsaid.zero_grad())[0]  # noqa: E731
+    (expected,) = torch.autograd.grad(penalty(), hsaid.theta)
+    if hooked:
+        hsaid.theta.register_hook(lambda grad: grad)
+
+    def keep(module, *_):
+        with torch.enable_grad():
+            kept.append(module.weight.square().sum())
+
+    handle = hsaid.model.b.register_full_backward_hook(keep)
+    hsaid(X.clone()).square().mean().backward()
+    handle.remove()
+    hsaid.zero_grad()
+    kept[0].backward()
+    assert relative(hsaid.theta.grad, expected) < 1e-6
+
+
+def test_a_step_inside_of_a_hook():
+    hsaid, found = moved(HSAID(Net("all"), 60, "said")), []
+    expected = gradient(hsaid, lambda: hsaid(2 * X))[:-8]
+
+    def again_with_twice(theta):
+        if not found:
+            found.append(None)
+            before, theta.grad = theta.grad, None
+            with torch.enable_grad():
+                hsaid(2 * X).square().mean().backward()
+            found[0], theta.grad = theta.grad, before
+
+    hsaid.theta.register_post_accumulate_grad_hook(again_with_twice)
+    hsaid.zero_grad()
+    hsaid(X.clone()).square().mean().backward()
+    assert relative(found[0], expected) < 1e-6
+
+
+@pytest.mark.parametrize("run", [lambda hsaid: hsaid(X.clone()), lambda hsaid: hsaid.model(X.clone())])
+@pytest.mark.parametrize("around", [True, False])
+def test_checkpoints_in_checkpoints(around, run):
+    """A reentrant one around one that is not, or around one whose outer part reads no weight itself."""
+    hsaid = moved(HSAID(Net(), 60, "said"))
+    net, seen = hsaid.model, []
+    inner = lambda x: checkpoint(net.c, x, use_reentrant=not around)  # noqa: E731
+    net.forward = lambda x: net.d(again(inner, again(inner, net.a(x).tanh()).tanh()).tanh())
+    plain = lambda x: net.d(net.c(net.c(net.a(x).tanh()).tanh()).tanh())  # noqa: E731
+    expected = gradient(hsaid, lambda: plain(X))
+    hsaid.theta.register_hook(lambda grad: seen.append(1))
+    for _ in range(2):
+        seen.clear()
+        assert relative(gradient(hsaid, lambda: run(hsaid)), expected) < 1e-6 and len(seen) == 1
 
 
 def test_a_hook_runs_once_where_layers_before_the_head_are_recomputed():

@@ -1,5 +1,6 @@
 """Each thread has its task, and a call runs on the theta of its beginning, whatever other threads do."""
 
+import asyncio
 import copy
 import pickle
 import sys
@@ -324,3 +325,75 @@ def test_unwrapping_needs_no_task(tmp_path):
         assert type(hsaid.unwrap()[0]) is nn.Linear
     hsaid.save_pretrained(tmp_path)
     assert HSAID.from_pretrained(tmp_path, hsaid.model).task == "a"
+
+
+def test_coroutines_have_tasks_of_their_own():
+    hsaid = two_tasks()
+    expected = expected_of(hsaid)
+
+    async def serve(task):
+        with hsaid.use_task(task):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                assert hsaid.task == task and torch.equal(hsaid(X), expected[task])
+
+    async def both():
+        await asyncio.gather(serve("a"), serve("b"), serve("a"))
+
+    asyncio.run(both())
+    assert hsaid.task == "a"
+
+    def stream(task):
+        with hsaid.use_task(task):
+            yield hsaid(X)
+            yield hsaid(X)
+
+    streams = stream("b"), stream("a")
+    next(streams[0]), next(streams[1])
+    with pytest.raises(RuntimeError, match=r"use_task\(\): expected 'b' to be the current task until the end, got 'a'"):
+        [list(one) for one in streams]
+
+
+def test_merged_weights_are_of_one_task():
+    hsaid = two_tasks()
+    expected = expected_of(hsaid)
+    with hsaid.use_task("b"), torch.no_grad():
+        hsaid.merge(inplace=True)
+        assert torch.equal(hsaid(X), expected["b"]) and torch.equal(hsaid.model(X), expected["b"])
+    for read in (lambda: hsaid(X), lambda: hsaid.model(X), hsaid.weights):
+        with pytest.raises(RuntimeError, match=r"task: expected 'b', whose weights merge\(inplace=True\) has put into"):
+            read()
+    hsaid.unmerge()
+    assert torch.equal(hsaid(X), expected["a"])
+
+
+def test_what_other_threads_set_does_not_reach_into_a_call():
+    hsaid = two_tasks(train_fully="2.bias")
+    expected = expected_of(hsaid)
+    handle = hsaid.model[0].register_forward_hook(lambda *_: run(lambda: hsaid.set_task("b")) and None)
+    with torch.no_grad():
+        assert torch.equal(hsaid(X), expected["a"])
+    handle.remove()
+    hsaid = HSAID(normed().eval(), 40, task="a")
+    hsaid.add_task("b")
+    hsaid.train()(torch.randn(4, 8))
+    failed = []
+    handle = hsaid.model[0].register_forward_hook(lambda *_: failed.extend(run(lambda: hsaid.set_task("b"))))
+    hsaid.eval()(torch.randn(4, 8))
+    assert "set_task(): expected no other thread inside a call" in str(failed[0]) and hsaid.task == "a"
+
+
+def test_a_call_that_backward_recomputes_in_another_thread():
+    hsaid = two_tasks()
+    with hsaid.use_task("b"):
+        for reentrant in (True, False):
+            loss = checkpoint(hsaid, X.clone().requires_grad_(), use_reentrant=reentrant).square().mean()
+            (found,) = run(loss.backward)
+            assert "the task of forward, to be set for all threads" in str(found) if reentrant else found is None
+        assert hsaid.theta.grad is not None
+    assert hsaid.theta.grad is None
+    with hsaid.use_task("b"):  # another task may be evaluated in between
+        loss = hsaid.model[2](checkpoint(hsaid.model[:2], X.clone().requires_grad_(), use_reentrant=False)).sum()
+        with hsaid.use_task("a"), torch.no_grad():
+            hsaid(X)
+        loss.backward()

@@ -268,3 +268,21 @@ def test_buffers_that_are_replaced_are_freed(replace):
     hsaid.model.train().eval()
     gc.collect()
     assert before() is None
+
+
+def test_a_larger_module_does_not_load_what_would_count_twice():
+    """As a LightningModule that holds hsaid.model, and a model's own state in half."""
+    hsaid = moved(HSAID(plain(), 60, "did"))
+    before, outer = snapshot(hsaid.model), nn.ModuleDict({"net": hsaid.model})
+    merged = {f"net.{name}": value for name, value in hsaid.merge().state_dict().items()}
+    for state in (merged, {f"net.{name}": value.half().float() for name, value in before.items()}):
+        with pytest.raises(RuntimeError, match=r"load_state_dict\(\): expected '0.weight' to stay, because"):
+            outer.load_state_dict(state)
+        assert same(snapshot(hsaid.model), before)
+    with pytest.raises(RuntimeError, match=r"expected '0.weight' to stay, because"):
+        hsaid.model.load_state_dict({name: value.half() for name, value in before.items()})
+    outer.load_state_dict(outer.state_dict())
+    hsaid.add_task("b")
+    hsaid.set_task("b")  # whose theta is 0
+    with pytest.raises(RuntimeError, match=r"expected '0.weight' to stay, because"):
+        halve(hsaid.model[0])
