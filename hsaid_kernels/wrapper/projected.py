@@ -130,6 +130,8 @@ class ProjectedWeights(Maker):
         return None
 
     def table(self, name: str | None, parameter: nn.Parameter) -> Table | nn.Parameter:
+        if self.kept is not None:
+            self._check_merged()
         if not self.attached or self.kept is not None or name is None:
             return parameter
         return Table(self, name, parameter)
@@ -346,12 +348,12 @@ class ProjectedWeights(Maker):
         with self._task_of_forward(), self.tasks.using(task := self.tasks.current):  # whatever other threads set
             inside.recomputes = recomputes_what_was_saved()
             inside.made = self.enter(training)
-            inside.calls = True
             with self.lock:
                 self._running[task] += 1
+            inside.calls = True
+            try:
                 if inside.made is not None and torch.is_grad_enabled() and inside.made.wanted:
                     inside.graph = self.new_graph(inside.made)  # before all other nodes
-            try:
                 # With memory="step" weights stay in memory anyway: kept from hooks that would move them elsewhere.
                 if self.kept is not None or not torch.is_grad_enabled() or (self.memory == "step" and not has_hooks()):
                     yield
