@@ -364,7 +364,8 @@ class ProjectedWeights(Maker):
                 inside.calls, inside.made, inside.graph = False, None, None
                 with self.lock:
                     self._running[task] -= 1
-                    self._running += Counter()  # drops what is 0
+                    if not self._running[task]:
+                        del self._running[task]
 
     def factors(self) -> Tensor:
         """The factors of all segments, multiplied by the plan's scales, on which the weights of this call depend."""
