@@ -82,9 +82,12 @@ class ProjectedWeights(Maker):
             owner = self.owner() if self.owner else None
             check_outside_of_calls(owner, trains)
             self._check_thread()
-            if owner is not None and torch._C._current_graph_task_id() == -1:
+            if owner is not None and trains and torch._C._current_graph_task_id() == -1:
                 self.reduced_once.expect(owner, (theta, multipliers))
             model = self._model()
+            if model is not None:
+                with self.lock:
+                    self.snapshot()  # after a change that was accepted: what a refusal of the next one puts back
             if not self._warned_of_other and model is not None and (other := other_model(model, owner)) is not None:
                 self._warned_of_other = True
                 warn_of_other_model(*other, name)

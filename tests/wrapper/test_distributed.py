@@ -3,16 +3,14 @@
 Run as a script, this file is one of the two processes.
 """
 
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ENVIRONMENT
 from models import bert
+from processes import in_two_processes
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -116,17 +114,7 @@ def refusal(make, rank: int, compiled: bool = False) -> str:
 def ranks(tmp_path_factory):
     """What the two processes found."""
     out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, __file__, str(out)]
-    processes = [
-        subprocess.Popen(command, env=ENVIRONMENT | shared | {"RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
-    ]
-    for process in processes:
-        assert not process.wait(120), process.stderr.read()
+    in_two_processes(__file__, str(out))
     return [torch.load(out / f"{rank}.pt") for rank in (0, 1)]
 
 

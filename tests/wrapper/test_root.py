@@ -1,8 +1,6 @@
 """theta gets its gradient once in a backward pass, however many backward passes run inside of it."""
 
 import gc
-import socket
-import subprocess
 import sys
 import threading
 import weakref
@@ -11,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ENVIRONMENT
 from models import gradient, moved, relative
+from processes import in_two_processes
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -340,14 +338,7 @@ def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
 def ranks(tmp_path_factory):
     """What the two processes found."""
     out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-W", "ignore", __file__, str(out)]
-    processes = [subprocess.Popen(command, env=shared | {"RANK": rank}, stderr=subprocess.PIPE) for rank in "01"]
-    for process in processes:
-        assert not process.wait(240), process.stderr.read().decode()
+    in_two_processes(__file__, str(out))
     return [torch.load(out / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -286,3 +286,17 @@ def test_a_larger_module_does_not_load_what_would_count_twice():
     hsaid.set_task("b")  # whose theta is 0
     with pytest.raises(RuntimeError, match=r"expected '0.weight' to stay, because"):
         halve(hsaid.model[0])
+
+
+@pytest.mark.parametrize("accepted", [halve, lambda layer: setattr(layer, "bias", nn.Parameter(torch.ones(8)))])
+def test_a_refusal_after_a_change_that_was_accepted_puts_back_what_was_set(accepted, tmp_path):
+    model = plain()
+    hsaid = HSAID(model, 60, "did")
+    hsaid(X)
+    accepted(model[0])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="expected 'weight_g' in a Linear to keep its tensors"):
+        weight_norm(model[0])
+    assert torch.equal(moved(hsaid)(X), hsaid.merge()(X)) and same(snapshot(model), before)
+    every_public_method(hsaid, tmp_path)
+    assert same(snapshot(model), before)
