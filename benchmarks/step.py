@@ -22,7 +22,7 @@ from torch import nn
 
 from hsaid_kernels import HSAID
 from hsaid_kernels.app import data, training
-from hsaid_kernels.wrapper import groups
+from hsaid_kernels.wrapper.weights import launches
 
 CPU = torch.device("cpu")
 OURS = ("hsaid", "block", "tables", "held", "mixed", "bfloat16")
@@ -34,7 +34,7 @@ def wrapped(method: str) -> HSAID:
     if method == "bfloat16":
         model.to(torch.bfloat16)
     if method == "tables":
-        groups.SMALLEST_TABLE = 2**62
+        launches.SMALLEST_TABLE = 2**62
     memory = "block" if method == "block" else "step"
     hsaid = HSAID(model, 1000, dtype=torch.bfloat16 if method == "mixed" else None, memory=memory)
     if method == "held":

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from hsaid_kernels.fastfood.ops import available_backends, empty_cache, hadamard_transform
     from hsaid_kernels.fastfood.projection import Projection
     from hsaid_kernels.hierarchy import Hierarchy
-    from hsaid_kernels.wrapper.checkpoint import last_checkpoint
+    from hsaid_kernels.wrapper.checkpoint.files import last_checkpoint
     from hsaid_kernels.wrapper.hsaid import HSAID
 
 __all__ = [
@@ -31,7 +31,7 @@ _MODULES = {
     "available_backends": "fastfood.ops",
     "empty_cache": "fastfood.ops",
     "hadamard_transform": "fastfood.ops",
-    "last_checkpoint": "wrapper.checkpoint",
+    "last_checkpoint": "wrapper.checkpoint.files",
 }
 
 

@@ -1,5 +1,5 @@
 """Finding checkpoints on disk."""
 
-from hsaid_kernels.wrapper.checkpoint import last_checkpoint
+from hsaid_kernels.wrapper.checkpoint.files import last_checkpoint
 
 __all__ = ["last_checkpoint"]

@@ -23,7 +23,7 @@ from models import same
 from safetensors.torch import load_file
 from words import ANIMALS, FRUIT
 
-from hsaid_kernels.wrapper.checkpoint import last_checkpoint
+from hsaid_kernels.wrapper.checkpoint.files import last_checkpoint
 from hsaid_kernels.wrapper.hsaid import HSAID
 
 for needed in ("transformers", "accelerate", "datasets", "babel"):

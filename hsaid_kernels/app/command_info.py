@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from hsaid_kernels.app import trained
 from hsaid_kernels.app.terminal import num_weights, say, user_input
 from hsaid_kernels.hierarchy import Component
-from hsaid_kernels.wrapper.checkpoint import VALUES_FILE, read_config
-from hsaid_kernels.wrapper.configuration import BASIS
+from hsaid_kernels.wrapper.checkpoint.configuration import BASIS
+from hsaid_kernels.wrapper.checkpoint.files import VALUES_FILE, read_config
 
 PARTITIONS = ("did", "L1+L2+L3+L4", "L1+L2+L3|L4", "L1+L2|L3+L4", "L1+L2|L3|L4", "L1|L2|L3|L4")
 HEAD_PARTITIONS = ("L1+L2|L3|L4|L5", "L1+L5|L3|L4", "L1+L2+L3+L4+L5")

@@ -38,7 +38,7 @@ from hsaid_kernels.app.measure.study import Study
 from hsaid_kernels.app.measure.workers import BaselineError, Job
 from hsaid_kernels.app.terminal import RunError, duration, say, user_input
 from hsaid_kernels.fastfood.ops import choose_backend, choose_device
-from hsaid_kernels.wrapper.configuration import bytes_of
+from hsaid_kernels.wrapper.checkpoint.configuration import bytes_of
 from hsaid_kernels.wrapper.hsaid import HSAID
 
 OPTIONS = "options"  # under this key a study keeps what was given on the command line

@@ -14,7 +14,7 @@ from torch import Tensor
 from hsaid_kernels.app.architecture import build_architecture
 from hsaid_kernels.files import read_file
 from hsaid_kernels.hierarchy import Component, Hierarchy, Partition
-from hsaid_kernels.wrapper.checkpoint import CONFIG_FILE, VALUES_FILE, hierarchy_of, read_config
+from hsaid_kernels.wrapper.checkpoint.files import CONFIG_FILE, VALUES_FILE, hierarchy_of, read_config
 
 RUN_FILE = "training.json"
 

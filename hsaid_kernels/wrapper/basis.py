@@ -20,7 +20,7 @@ from hsaid_kernels.hierarchy.attention import pieces_of
 from hsaid_kernels.hierarchy.paths import HEADS
 from hsaid_kernels.wrapper.heads import Heads, check_heads, pruned_heads
 from hsaid_kernels.wrapper.padding import find_padding_rows
-from hsaid_kernels.wrapper.quantized import is_quantized
+from hsaid_kernels.wrapper.w0.quantized import is_quantized
 
 
 @dataclass(frozen=True)

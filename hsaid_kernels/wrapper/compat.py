@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hsaid_kernels.wrapper.comparison import check_state
+from hsaid_kernels.wrapper.checkpoint.compare import check_state
 from hsaid_kernels.wrapper.hsaid import HSAID
-from hsaid_kernels.wrapper.packed import warn_of_packed
-from hsaid_kernels.wrapper.reads import class_for
+from hsaid_kernels.wrapper.reads.properties import class_for
 from hsaid_kernels.wrapper.tasks import key_of
+from hsaid_kernels.wrapper.w0.packed import warn_of_packed
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from hsaid_kernels.hierarchy.attention import Attention, find_attention, find_attentions
-from hsaid_kernels.wrapper.place import place_of
-from hsaid_kernels.wrapper.quantized import whole
+from hsaid_kernels.wrapper.reads.link import place_of
+from hsaid_kernels.wrapper.w0.quantized import whole
 
 # {layer: heads}
 Heads = Mapping[int | str, Iterable[int]] | Mapping[int, Iterable[int]] | Mapping[str, Iterable[int]]

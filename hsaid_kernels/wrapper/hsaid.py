@@ -17,21 +17,21 @@ from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
 from hsaid_kernels.fastfood.plan import check_choice
 from hsaid_kernels.fastfood.selection import Patterns
 from hsaid_kernels.wrapper.basis import as_json, basis_of
-from hsaid_kernels.wrapper.comparison import check_active_ranks, check_sharded_ranks
-from hsaid_kernels.wrapper.configuration import TASK, w0_checks
-from hsaid_kernels.wrapper.eager import runs_eagerly
-from hsaid_kernels.wrapper.groups import MEMORY
+from hsaid_kernels.wrapper.checkpoint.compare import check_active_ranks, check_sharded_ranks
+from hsaid_kernels.wrapper.checkpoint.configuration import TASK, w0_checks
 from hsaid_kernels.wrapper.heads import Heads
+from hsaid_kernels.wrapper.isolation import runs_eagerly
 from hsaid_kernels.wrapper.merging import merged_copy
 from hsaid_kernels.wrapper.multitask import MultiTask
-from hsaid_kernels.wrapper.outside import TRACED
-from hsaid_kernels.wrapper.packed import warn_of_packed
-from hsaid_kernels.wrapper.projected import ProjectedWeights
-from hsaid_kernels.wrapper.quantized import dequantized, is_quantized
-from hsaid_kernels.wrapper.sharded import is_fsdp
 from hsaid_kernels.wrapper.tasks import Tasks, check_task
-from hsaid_kernels.wrapper.watched import unwrapped_before
-from hsaid_kernels.wrapper.wrapped import check_layers, check_parameters, plain
+from hsaid_kernels.wrapper.w0.checks import check_layers, check_parameters, plain
+from hsaid_kernels.wrapper.w0.fsdp2 import is_fsdp
+from hsaid_kernels.wrapper.w0.packed import warn_of_packed
+from hsaid_kernels.wrapper.w0.quantized import dequantized, is_quantized
+from hsaid_kernels.wrapper.weights.attachment import unwrapped_before
+from hsaid_kernels.wrapper.weights.launches import MEMORY
+from hsaid_kernels.wrapper.weights.outside import TRACED
+from hsaid_kernels.wrapper.weights.source import ProjectedWeights
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsaid_kernels.wrapper.compiled import compiled_as_before
-from hsaid_kernels.wrapper.packed import packed_modules
-from hsaid_kernels.wrapper.place import Place, Source, place_of
-from hsaid_kernels.wrapper.quantized import is_quantized
-from hsaid_kernels.wrapper.reads import detach, merging
-from hsaid_kernels.wrapper.tree import forget_derived, masks
+from hsaid_kernels.wrapper.reads.compiled_layers import compiled_as_before
+from hsaid_kernels.wrapper.reads.link import Place, Source, place_of
+from hsaid_kernels.wrapper.reads.properties import detach, merging
+from hsaid_kernels.wrapper.w0.packed import packed_modules
+from hsaid_kernels.wrapper.w0.quantized import is_quantized
+from hsaid_kernels.wrapper.w0.snapshot import forget_derived, masks
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import nn
 
 from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.hierarchy import Partition
-from hsaid_kernels.wrapper.saved import Saved
+from hsaid_kernels.wrapper.state import Saved
 from hsaid_kernels.wrapper.tasks import groups_of
 
 

@@ -18,7 +18,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import nn
 
-from hsaid_kernels.wrapper.place import plain_type
+from hsaid_kernels.wrapper.reads.link import plain_type
 
 # Methods of transformers' and peft's base classes that change the model, so that it would no longer be the one that was
 # wrapped.

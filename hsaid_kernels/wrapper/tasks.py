@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hsaid_kernels.wrapper.quantized import whole
+from hsaid_kernels.wrapper.w0.quantized import whole
 
 # Prefix of the parameter name of a fully trained tensor. Parameter names cannot contain dots, so these become slashes.
 FULL = "full/"

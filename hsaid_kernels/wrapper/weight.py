@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from hsaid_kernels.wrapper.eager import runs_eagerly
+from hsaid_kernels.wrapper.isolation import runs_eagerly
 
 if TYPE_CHECKING:
     from typing_extensions import Self

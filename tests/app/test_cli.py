@@ -17,7 +17,7 @@ from hsaid_kernels import files as files_module
 from hsaid_kernels.app import architecture, cli, inputs, training
 from hsaid_kernels.app import trained as trained_runs
 from hsaid_kernels.app.data import load_files
-from hsaid_kernels.wrapper import checkpoint
+from hsaid_kernels.wrapper.checkpoint import files as checkpoint
 from hsaid_kernels.wrapper.heads import prune_heads, remove
 from hsaid_kernels.wrapper.hsaid import HSAID
 

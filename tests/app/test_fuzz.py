@@ -17,8 +17,8 @@ from models import bert
 
 from hsaid_kernels.app import cli
 from hsaid_kernels.app.trained import RUN_FILE, described
-from hsaid_kernels.wrapper.checkpoint import CONFIG_FILE, VALUES_FILE, _digest
-from hsaid_kernels.wrapper.configuration import packed
+from hsaid_kernels.wrapper.checkpoint.configuration import packed
+from hsaid_kernels.wrapper.checkpoint.files import CONFIG_FILE, VALUES_FILE, _digest
 from hsaid_kernels.wrapper.hsaid import HSAID
 
 FILES = (VALUES_FILE, CONFIG_FILE, RUN_FILE)
@@ -121,7 +121,7 @@ def rewrite(directory, change) -> None:
 
 
 def keys() -> list[str]:
-    from hsaid_kernels.wrapper.configuration import describe
+    from hsaid_kernels.wrapper.checkpoint.configuration import describe
 
     return sorted(packed(describe(HSAID(bert(), 40))))
 

@@ -12,7 +12,7 @@ from models import bert, relative
 from processes import in_two_processes, leave
 
 from hsaid_kernels import HSAID
-from hsaid_kernels.wrapper import groups
+from hsaid_kernels.wrapper.weights import launches
 
 pytest.importorskip("accelerate")
 
@@ -34,7 +34,7 @@ def main(folder: str) -> None:
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.utils import DistributedType
 
-    groups.SMALLEST_TABLE = 1
+    launches.SMALLEST_TABLE = 1
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -67,7 +67,7 @@ def main(folder: str) -> None:
 
 
 def test_trains_as_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(groups, "SMALLEST_TABLE", 1)
+    monkeypatch.setattr(launches, "SMALLEST_TABLE", 1)
     in_two_processes(__file__, str(tmp_path))
     found = torch.load(tmp_path / "found.pt")
 

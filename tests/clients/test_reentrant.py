@@ -12,7 +12,7 @@ from models import bert, relative
 from processes import in_two_processes, leave
 
 from hsaid_kernels import HSAID
-from hsaid_kernels.wrapper import groups
+from hsaid_kernels.wrapper.weights import launches
 
 pytest.importorskip("accelerate")
 
@@ -71,7 +71,7 @@ def train(hsaid: HSAID, parts: int) -> dict[str, torch.Tensor]:
 def main(folder: str) -> None:
     from accelerate import Accelerator
 
-    groups.SMALLEST_TABLE = 1  # rows of embeddings are looked up
+    launches.SMALLEST_TABLE = 1  # rows of embeddings are looked up
     accelerator, found = Accelerator(cpu=True), {}
     for kind in KINDS:
         hsaid = wrapped(kind, reentrant=True)
@@ -101,7 +101,7 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_train_as_one(ranks, kind, monkeypatch):
     """To the last bit as one that adds up the gradients of both halves, and as one without reentrant checkpoints."""
-    monkeypatch.setattr(groups, "SMALLEST_TABLE", 1)
+    monkeypatch.setattr(launches, "SMALLEST_TABLE", 1)
     for found in ranks:
         assert found[kind]["gradients"] == STEPS  # a hook on theta runs once in a step
         assert found[kind]["layers"] == 2 * LAYERS * STEPS  # each layer runs again in backward

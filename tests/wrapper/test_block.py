@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hsaid_kernels import HSAID
 from hsaid_kernels.fastfood import ops
-from hsaid_kernels.wrapper import groups
+from hsaid_kernels.wrapper.weights import launches
 
 LABELS = torch.tensor([0, 1])
 
@@ -385,5 +385,5 @@ def measure(kind: str, autocast: str) -> None:
 
 
 if __name__ == "__main__":
-    assert groups.SMALLEST_TABLE <= TABLE["vocab_size"] * WIDE["hidden_size"]
+    assert launches.SMALLEST_TABLE <= TABLE["vocab_size"] * WIDE["hidden_size"]
     measure(*sys.argv[1:])

@@ -16,9 +16,10 @@ from helpers import sequence
 from models import BACKENDS
 from torch import nn
 
-from hsaid_kernels.wrapper import checkpoint, configuration
-from hsaid_kernels.wrapper.checkpoint import CONFIG_FILE, VALUES_FILE, read_config
-from hsaid_kernels.wrapper.comparison import differences
+from hsaid_kernels.wrapper.checkpoint import configuration
+from hsaid_kernels.wrapper.checkpoint import files as checkpoint
+from hsaid_kernels.wrapper.checkpoint.compare import differences
+from hsaid_kernels.wrapper.checkpoint.files import CONFIG_FILE, VALUES_FILE, read_config
 from hsaid_kernels.wrapper.hsaid import HSAID
 
 

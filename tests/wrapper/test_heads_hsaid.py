@@ -10,7 +10,8 @@ from test_quantized import quantized
 from torch import nn
 
 from hsaid_kernels.heads import head_importance, head_slices, prune_heads, pruned_heads, remove_heads
-from hsaid_kernels.wrapper import checkpoint, heads
+from hsaid_kernels.wrapper import heads
+from hsaid_kernels.wrapper.checkpoint import files as checkpoint
 from hsaid_kernels.wrapper.hsaid import HSAID
 
 

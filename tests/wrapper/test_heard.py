@@ -8,7 +8,7 @@ from models import mlp, moved, same, snapshot
 from torch import nn
 
 from hsaid_kernels import HSAID
-from hsaid_kernels.wrapper.configuration import FIRST, describe
+from hsaid_kernels.wrapper.checkpoint.configuration import FIRST, describe
 
 
 def test_frozen_parameters_stay_unless_they_are_named(tmp_path):

@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from hsaid_kernels import HSAID, Projection
 from hsaid_kernels.compat import FastfoodWrap, intrinsic_dimension
-from hsaid_kernels.wrapper import groups
-from hsaid_kernels.wrapper.checkpoint import CONFIG_FILE, VALUES_FILE, read_config
-from hsaid_kernels.wrapper.comparison import check_ranks
-from hsaid_kernels.wrapper.configuration import describe
+from hsaid_kernels.wrapper.checkpoint.compare import check_ranks
+from hsaid_kernels.wrapper.checkpoint.configuration import describe
+from hsaid_kernels.wrapper.checkpoint.files import CONFIG_FILE, VALUES_FILE, read_config
+from hsaid_kernels.wrapper.weights import launches
 
 TABLES = [1, 2**20]  # SMALLEST_TABLE: single rows are made, or the whole table
 MEMORY = ["step", "block"]
@@ -29,7 +29,7 @@ MEMORY = ["step", "block"]
 
 @pytest.fixture(params=TABLES, ids=["rows", "whole"])
 def tables(request, monkeypatch):
-    monkeypatch.setattr(groups, "SMALLEST_TABLE", request.param)
+    monkeypatch.setattr(launches, "SMALLEST_TABLE", request.param)
 
 
 class Words(nn.Module):

@@ -20,7 +20,7 @@ from models import bert, moved, relative
 from torch import nn
 
 from hsaid_kernels import HSAID
-from hsaid_kernels.wrapper import groups
+from hsaid_kernels.wrapper.weights import launches
 
 # Neither 3 divides 50 rows of words, nor 16 positions, nor 20 columns; 2 labels are fewer than 3 ranks.
 SIZES = dict(hidden_size=20, intermediate_size=36, num_hidden_layers=3)
@@ -253,7 +253,7 @@ RUNS = {
 
 
 def main(what: str, kind: str, rank: str, world: str, port: str, folder: str) -> None:
-    groups.SMALLEST_TABLE = 1
+    launches.SMALLEST_TABLE = 1
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -293,7 +293,7 @@ def results(what: str, world: int, folder: Path, kind: str = "layers") -> list[d
 
 @pytest.fixture(autouse=True)
 def small_tables(monkeypatch):
-    monkeypatch.setattr(groups, "SMALLEST_TABLE", 1)
+    monkeypatch.setattr(launches, "SMALLEST_TABLE", 1)
 
 
 KINDS = [("layers", 2), ("layers", 3), ("root", 2), ("hybrid", 2), ("accumulated", 2), ("checkpointed", 2)]

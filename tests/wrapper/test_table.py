@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hsaid_kernels import HSAID
 from hsaid_kernels.fastfood import ops
-from hsaid_kernels.wrapper import groups
+from hsaid_kernels.wrapper.weights import launches
 
 IDS = torch.tensor([[3, 14, 15, 9, 3], [2, 6, 5, 39, 2]])
 MEMORY = ["step", "block"]
@@ -18,11 +18,11 @@ MEMORY = ["step", "block"]
 
 @pytest.fixture(autouse=True)
 def small_tables(monkeypatch):
-    monkeypatch.setattr(groups, "SMALLEST_TABLE", 1)
+    monkeypatch.setattr(launches, "SMALLEST_TABLE", 1)
 
 
 @pytest.fixture
-def launches(monkeypatch):
+def launched(monkeypatch):
     """For each call of the forward: its tensors, and the number of blocks listed, or None for all."""
     calls = []
     forward = ops.fastfood_forward
@@ -96,30 +96,30 @@ def pair(make, memory: str, **options) -> tuple[HSAID, nn.Module, dict]:
 
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("what", MODELS)
-def test_lookups_are_those_in_the_whole_table(what, memory, launches):
+def test_lookups_are_those_in_the_whole_table(what, memory, launched):
     """The outputs bit for bit. The gradients add the same numbers in another order."""
     make, ids = MODELS[what]
     hsaid, plain, weights = pair(make, memory)
     with torch.no_grad():
         expected = torch.func.functional_call(plain, weights, (ids,))
         assert torch.equal(hsaid(ids), expected)
-    launches.clear()
+    launched.clear()
     got = gradient(hsaid, lambda: hsaid(ids))
-    tables = [blocks for names, blocks in launches if names == ("table.weight",)]
+    tables = [blocks for names, blocks in launched if names == ("table.weight",)]
     assert len(tables) == 1 and tables[0] is not None
     tensors = hsaid.weights()  # whole, with a graph
     assert relative(got, gradient(hsaid, lambda: torch.func.functional_call(plain, tensors, (ids,)))) <= 1e-5
 
 
 @pytest.mark.parametrize("memory", MEMORY)
-def test_only_the_blocks_of_the_batch_are_made(memory, launches):
+def test_only_the_blocks_of_the_batch_are_made(memory, launched):
     hsaid, *_ = pair(lambda: Bag(nn.Embedding(4000, 6)), memory, width=32)
-    launches.clear()
+    launched.clear()
     ids = torch.tensor([0, 0, 1700, 3999])
     gradient(hsaid, lambda: hsaid(ids))
     # Values 0-5, 10,200-10,205, 23,994-23,999 in blocks of 32.
-    assert dict(launches)[("table.weight",)] == len({0, 10200 // 32, 10205 // 32, 23994 // 32, 23999 // 32})
-    assert all(blocks is not None or "table.weight" not in names for names, blocks in launches)
+    assert dict(launched)[("table.weight",)] == len({0, 10200 // 32, 10205 // 32, 23994 // 32, 23999 // 32})
+    assert all(blocks is not None or "table.weight" not in names for names, blocks in launched)
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -133,7 +133,7 @@ def test_families_of_transformers(name, memory):
     inputs |= dict(decoder_input_ids=IDS % 30) if name in ("T5", "Bart") else {}
     found = []
     for smallest in (1, 2**40):
-        groups.SMALLEST_TABLE = smallest
+        launches.SMALLEST_TABLE = smallest
         torch.manual_seed(0)
         hsaid = HSAID(family(name), 90, memory=memory)
         torch.manual_seed(1)
@@ -147,14 +147,14 @@ def test_families_of_transformers(name, memory):
 
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("kind", tied_models())
-def test_a_tied_head_reads_the_whole_table(kind, memory, launches):
+def test_a_tied_head_reads_the_whole_table(kind, memory, launched):
     torch.manual_seed(0)
     hsaid = moved(HSAID(tied_models()[kind]().eval(), 80, memory=memory))
     ids = IDS % 40
     (table,) = [name for name in hsaid._projected.tables if hsaid.w0()[name].shape[0] == 50]
-    launches.clear()
+    launched.clear()
     hsaid(input_ids=ids, labels=ids).loss.backward()
-    of_table = [blocks for names, blocks in launches if names == (table,)]
+    of_table = [blocks for names, blocks in launched if names == (table,)]
     assert None in of_table and len(of_table) > 1
     got, whole = hsaid.theta.grad.clone(), hsaid.weights()
     hsaid.zero_grad()
@@ -239,17 +239,17 @@ def test_dtypes_of_weights():
             assert torch.equal(hsaid(IDS), torch.func.functional_call(plain, weights, (IDS,)))
 
 
-def test_small_tables_are_made_with_the_others(monkeypatch, launches):
-    monkeypatch.setattr(groups, "SMALLEST_TABLE", 2**20)
+def test_small_tables_are_made_with_the_others(monkeypatch, launched):
+    monkeypatch.setattr(launches, "SMALLEST_TABLE", 2**20)
     hsaid, *_ = pair(embedding, "step")
     hsaid(IDS)
-    assert all(blocks is None for _, blocks in launches) and not hsaid._projected.tables
+    assert all(blocks is None for _, blocks in launched) and not hsaid._projected.tables
 
 
 def test_checkpoints_do_not_depend_on_how_weights_are_made(tmp_path):
     hsaid, plain, weights = pair(embedding, "step")
     hsaid.save_pretrained(tmp_path)
-    groups.SMALLEST_TABLE = 2**40
+    launches.SMALLEST_TABLE = 2**40
     loaded = HSAID.from_pretrained(tmp_path, plain, memory="block")
     assert loaded.memory == "block"
     with torch.no_grad():

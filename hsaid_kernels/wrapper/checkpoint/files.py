@@ -26,9 +26,8 @@ from hsaid_kernels.fastfood.selection import split_tensors
 from hsaid_kernels.files import read_file, replace_files
 from hsaid_kernels.hierarchy import Hierarchy
 from hsaid_kernels.hierarchy.attention import pieces_of
-from hsaid_kernels.wrapper.buffers import PREFIX
-from hsaid_kernels.wrapper.comparison import check_config, check_tensors, check_w0, shapes_of
-from hsaid_kernels.wrapper.configuration import (
+from hsaid_kernels.wrapper.checkpoint.compare import check_config, check_tensors, check_w0, shapes_of
+from hsaid_kernels.wrapper.checkpoint.configuration import (
     BASIS,
     CHOICE,
     Config,
@@ -38,8 +37,9 @@ from hsaid_kernels.wrapper.configuration import (
     parse,
     text_of_state,
 )
-from hsaid_kernels.wrapper.sharded import gathered
-from hsaid_kernels.wrapper.wrapped import plain
+from hsaid_kernels.wrapper.w0.beside import PREFIX
+from hsaid_kernels.wrapper.w0.checks import plain
+from hsaid_kernels.wrapper.w0.fsdp2 import gathered
 
 VALUES_FILE, CONFIG_FILE = "hsaid.safetensors", "hsaid_config.json"
 # Written by transformers.Trainer; of all files of a checkpoint it writes trainer_state.json last.

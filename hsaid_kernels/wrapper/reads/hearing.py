@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hsaid_kernels.wrapper.eager import runs_eagerly
-from hsaid_kernels.wrapper.place import place_of
+from hsaid_kernels.wrapper.isolation import runs_eagerly
+from hsaid_kernels.wrapper.reads.link import place_of
 
 # What is said at the first call; the others only when they are repeated after theta has changed.
 AT_ONCE = ("zero_grad()", "save_pretrained()")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsaid_kernels.wrapper.sharded import gathered, is_sharded
+from hsaid_kernels.wrapper.w0.fsdp2 import gathered, is_sharded
 
 BITSANDBYTES = ("Params4bit", "Int8Params")  # its layers read more than the values of a weight
 

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from hsaid_kernels.fastfood import ops
 from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.hierarchy import Partition
-from hsaid_kernels.wrapper.blocks import blocks_of, joined
-from hsaid_kernels.wrapper.eager import runs_eagerly, undisturbed
-from hsaid_kernels.wrapper.groups import Group, divide, tables_of
-from hsaid_kernels.wrapper.made import Made, check_w0
-from hsaid_kernels.wrapper.outside import ReducedOnce
-from hsaid_kernels.wrapper.quantized import check_labels, whole
-from hsaid_kernels.wrapper.root import Graph, late_graph, root_graph, scaled_factors
-from hsaid_kernels.wrapper.saving import BlockWeight
-from hsaid_kernels.wrapper.sharded import divided, gathered_dtype, owners_of
+from hsaid_kernels.wrapper.isolation import runs_eagerly, undisturbed
 from hsaid_kernels.wrapper.tasks import Tasks, key_of
-from hsaid_kernels.wrapper.watched import WatchedModel
+from hsaid_kernels.wrapper.w0.fsdp2 import divided, gathered_dtype, owners_of
+from hsaid_kernels.wrapper.w0.quantized import check_labels, whole
 from hsaid_kernels.wrapper.weight import Weight
+from hsaid_kernels.wrapper.weights.attachment import WatchedModel
+from hsaid_kernels.wrapper.weights.blocks import blocks_of, joined
+from hsaid_kernels.wrapper.weights.cache import Made, check_w0
+from hsaid_kernels.wrapper.weights.graph import Graph, late_graph, root_graph, scaled_factors
+from hsaid_kernels.wrapper.weights.launches import Group, divide, tables_of
+from hsaid_kernels.wrapper.weights.outside import ReducedOnce
+from hsaid_kernels.wrapper.weights.saved_tensors import BlockWeight
 
 UNWRAPPED = "backward(): expected a call before unwrap(), because a part of the model may be recomputed"
 

@@ -16,7 +16,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from hsaid_kernels.wrapper.place import Place, place_of, plain_type
+from hsaid_kernels.wrapper.reads.link import Place, place_of, plain_type
 from hsaid_kernels.wrapper.weight import Weight
 
 

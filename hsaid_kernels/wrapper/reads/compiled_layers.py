@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hsaid_kernels.wrapper.eager import calls_eagerly
-from hsaid_kernels.wrapper.place import Place, place_of
+from hsaid_kernels.wrapper.isolation import calls_eagerly
+from hsaid_kernels.wrapper.reads.link import Place, place_of
 from hsaid_kernels.wrapper.weight import as_tensor
 
 _one_thread = threading.RLock()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hsaid_kernels.wrapper.quantized import is_quantized
+from hsaid_kernels.wrapper.w0.quantized import is_quantized
 
 
 def packed_modules(model: nn.Module) -> list[nn.Module]:

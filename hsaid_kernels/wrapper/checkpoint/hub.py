@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hsaid_kernels.hierarchy import Partition
-from hsaid_kernels.wrapper.checkpoint import CONFIG_FILE, VALUES_FILE
+from hsaid_kernels.wrapper.checkpoint.files import CONFIG_FILE, VALUES_FILE
 
 
 class Pushed(Protocol):

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from hsaid_kernels.wrapper import checkpoint, hub
-from hsaid_kernels.wrapper.buffers import PREFIX
-from hsaid_kernels.wrapper.comparison import check_state
-from hsaid_kernels.wrapper.configuration import Config, describe, encode_state
-from hsaid_kernels.wrapper.projected import ProjectedWeights
+from hsaid_kernels.wrapper.checkpoint import files as checkpoint
+from hsaid_kernels.wrapper.checkpoint import hub
+from hsaid_kernels.wrapper.checkpoint.compare import check_state
+from hsaid_kernels.wrapper.checkpoint.configuration import Config, describe, encode_state
 from hsaid_kernels.wrapper.stand_in import StandIn
 from hsaid_kernels.wrapper.tasks import Tasks
+from hsaid_kernels.wrapper.w0.beside import PREFIX
+from hsaid_kernels.wrapper.weights.source import ProjectedWeights
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from hsaid_kernels.wrapper.tree import masks
+from hsaid_kernels.wrapper.w0.snapshot import masks
 
 LARGEST = 2**24  # bytes; larger buffers, such as quantized weights, are taken for constants
 PREFIX = "model."  # of their names in an HSAID's state_dict

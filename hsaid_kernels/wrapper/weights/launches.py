@@ -11,7 +11,7 @@ from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
 from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.fastfood.projection import Part, Projection
 from hsaid_kernels.fastfood.rows import has_rows
-from hsaid_kernels.wrapper.quantized import is_quantized
+from hsaid_kernels.wrapper.w0.quantized import is_quantized
 from hsaid_kernels.wrapper.weight import LOOKUPS
 
 MEMORY = ("step", "block")

@@ -15,19 +15,19 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hsaid_kernels.fastfood.plan import Plan
 from hsaid_kernels.fastfood.selection import ON_META
-from hsaid_kernels.wrapper.buffers import Buffers
-from hsaid_kernels.wrapper.comparison import differences
-from hsaid_kernels.wrapper.compiled import compiled_as_before, keep_compiled_current
-from hsaid_kernels.wrapper.hearing import AT_ONCE, warn
+from hsaid_kernels.wrapper.checkpoint.compare import differences
 from hsaid_kernels.wrapper.merging import merged_copy
-from hsaid_kernels.wrapper.place import Source, place_of
-from hsaid_kernels.wrapper.quantized import is_quantized, whole
-from hsaid_kernels.wrapper.reads import attach, detach
-from hsaid_kernels.wrapper.registration import watch_registrations
-from hsaid_kernels.wrapper.sharded import Ranks, check_sharding, is_gathered, is_sharded
-from hsaid_kernels.wrapper.tree import Tree, forget_derived, masks
+from hsaid_kernels.wrapper.reads.compiled_layers import compiled_as_before, keep_compiled_current
+from hsaid_kernels.wrapper.reads.hearing import AT_ONCE, warn
+from hsaid_kernels.wrapper.reads.link import Source, place_of
+from hsaid_kernels.wrapper.reads.properties import attach, detach
+from hsaid_kernels.wrapper.reads.registration import watch_registrations
+from hsaid_kernels.wrapper.w0.beside import Buffers
+from hsaid_kernels.wrapper.w0.checks import check_hooks
+from hsaid_kernels.wrapper.w0.fsdp2 import Ranks, check_sharding, is_gathered, is_sharded
+from hsaid_kernels.wrapper.w0.quantized import is_quantized, whole
+from hsaid_kernels.wrapper.w0.snapshot import Tree, forget_derived, masks
 from hsaid_kernels.wrapper.weight import Weight, is_given
-from hsaid_kernels.wrapper.wrapped import check_hooks
 
 
 class WatchedModel(Source):

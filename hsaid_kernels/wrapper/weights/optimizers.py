@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hsaid_kernels.wrapper.eager import runs_eagerly
+from hsaid_kernels.wrapper.isolation import runs_eagerly
 
 
 class Listener(Protocol):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hsaid_kernels.wrapper.configuration import (
+from hsaid_kernels.wrapper.checkpoint.configuration import (
     BASIS,
     SHAPES,
     Config,
@@ -20,7 +20,7 @@ from hsaid_kernels.wrapper.configuration import (
     decode_state,
     describe,
 )
-from hsaid_kernels.wrapper.sharded import Ranks, is_sharded
+from hsaid_kernels.wrapper.w0.fsdp2 import Ranks, is_sharded
 
 
 def differences(expected: Shapes, got: Shapes, at_most: int = 3) -> str:

@@ -19,8 +19,8 @@ from hsaid_kernels.fastfood.plan import GENERATOR, Plan
 from hsaid_kernels.fastfood.selection import Patterns
 from hsaid_kernels.hierarchy import Hierarchy, Partition
 from hsaid_kernels.hierarchy.paths import HEADS
-from hsaid_kernels.wrapper.quantized import dequantized
-from hsaid_kernels.wrapper.sharded import sampled
+from hsaid_kernels.wrapper.w0.fsdp2 import sampled
+from hsaid_kernels.wrapper.w0.quantized import dequantized
 
 Config = dict[str, Any]
 Shapes = Mapping[str, Sequence[int]]

@@ -15,19 +15,24 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from hsaid_kernels.fastfood.rows import rows_of
-from hsaid_kernels.wrapper import optimizers
-from hsaid_kernels.wrapper.eager import runs_eagerly, undisturbed
-from hsaid_kernels.wrapper.groups import Group
-from hsaid_kernels.wrapper.made import Made, layout_of
-from hsaid_kernels.wrapper.maker import UNWRAPPED, Maker
-from hsaid_kernels.wrapper.outside import check_outside_of_calls, inside_module, other_model, warn_of_other_model
-from hsaid_kernels.wrapper.quantized import is_quantized, stamp_of
-from hsaid_kernels.wrapper.root import Graph, begin_pass, scaled_factors
-from hsaid_kernels.wrapper.saving import has_hooks, keeping_places, recomputes_what_was_saved
-from hsaid_kernels.wrapper.sharded import gathered, is_gathered, is_sharded
-from hsaid_kernels.wrapper.table import Table
-from hsaid_kernels.wrapper.tree import forget_derived
+from hsaid_kernels.wrapper.isolation import runs_eagerly, undisturbed
+from hsaid_kernels.wrapper.reads.embedding_rows import Table
+from hsaid_kernels.wrapper.w0.fsdp2 import gathered, is_gathered, is_sharded
+from hsaid_kernels.wrapper.w0.quantized import is_quantized, stamp_of
+from hsaid_kernels.wrapper.w0.snapshot import forget_derived
 from hsaid_kernels.wrapper.weight import Weight
+from hsaid_kernels.wrapper.weights import optimizers
+from hsaid_kernels.wrapper.weights.cache import Made, layout_of
+from hsaid_kernels.wrapper.weights.compute import UNWRAPPED, Maker
+from hsaid_kernels.wrapper.weights.graph import Graph, begin_pass, scaled_factors
+from hsaid_kernels.wrapper.weights.launches import Group
+from hsaid_kernels.wrapper.weights.outside import (
+    check_outside_of_calls,
+    inside_module,
+    other_model,
+    warn_of_other_model,
+)
+from hsaid_kernels.wrapper.weights.saved_tensors import has_hooks, keeping_places, recomputes_what_was_saved
 
 OTHER_THETA = (
     "backward(): expected the task and the theta of forward, because torch.utils.checkpoint recomputes a part of the "

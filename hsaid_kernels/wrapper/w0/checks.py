@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from hsaid_kernels.wrapper.quantized import check_quantized, check_read
-from hsaid_kernels.wrapper.sharded import check_partitioned, check_sharding, is_fsdp, is_sharded
-from hsaid_kernels.wrapper.tree import check_separate
+from hsaid_kernels.wrapper.w0.fsdp2 import check_partitioned, check_sharding, is_fsdp, is_sharded
+from hsaid_kernels.wrapper.w0.quantized import check_quantized, check_read
+from hsaid_kernels.wrapper.w0.snapshot import check_separate
 
 # Wrappers that split a model's parameters or make replicas of them. By name: importing them takes a second.
 PARALLEL = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")

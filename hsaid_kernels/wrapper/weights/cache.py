@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsaid_kernels.wrapper.eager import undisturbed
-from hsaid_kernels.wrapper.groups import Group
-from hsaid_kernels.wrapper.quantized import is_quantized, stamp_of
-from hsaid_kernels.wrapper.root import Graph
+from hsaid_kernels.wrapper.isolation import undisturbed
+from hsaid_kernels.wrapper.w0.quantized import is_quantized, stamp_of
 from hsaid_kernels.wrapper.weight import READ_ONLY, Weight
+from hsaid_kernels.wrapper.weights.graph import Graph
+from hsaid_kernels.wrapper.weights.launches import Group
 
 
 class Made:

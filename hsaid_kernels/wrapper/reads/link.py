@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from hsaid_kernels.wrapper.tree import Tree
+from hsaid_kernels.wrapper.w0.snapshot import Tree
 
 
 class Source:

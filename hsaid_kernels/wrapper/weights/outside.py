@@ -15,7 +15,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hsaid_kernels.wrapper.place import place_of
+from hsaid_kernels.wrapper.reads.link import place_of
 
 TRACED = "HSAID: expected a call, got tracing for an export: trace or export hsaid.merge()"
 

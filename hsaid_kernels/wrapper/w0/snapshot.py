@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from hsaid_kernels.wrapper.quantized import is_quantized
-from hsaid_kernels.wrapper.sharded import is_gathered, is_sharded
+from hsaid_kernels.wrapper.w0.fsdp2 import is_gathered, is_sharded
+from hsaid_kernels.wrapper.w0.quantized import is_quantized
 from hsaid_kernels.wrapper.weight import is_given
 
 

@@ -19,11 +19,11 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from hsaid_kernels.wrapper.eager import calls_eagerly, runs_eagerly
-from hsaid_kernels.wrapper.hearing import said_methods
-from hsaid_kernels.wrapper.place import Place, Source, place_of, plain_type
-from hsaid_kernels.wrapper.registration import heard_methods
-from hsaid_kernels.wrapper.sharded import is_of_fsdp, is_sharded
+from hsaid_kernels.wrapper.isolation import calls_eagerly, runs_eagerly
+from hsaid_kernels.wrapper.reads.hearing import said_methods
+from hsaid_kernels.wrapper.reads.link import Place, Source, place_of, plain_type
+from hsaid_kernels.wrapper.reads.registration import heard_methods
+from hsaid_kernels.wrapper.w0.fsdp2 import is_of_fsdp, is_sharded
 from hsaid_kernels.wrapper.weight import LOOKUPS, Weight, as_tensor, is_given
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
-from hsaid_kernels.wrapper.eager import runs_eagerly
-from hsaid_kernels.wrapper.groups import Group
-from hsaid_kernels.wrapper.made import Made
-from hsaid_kernels.wrapper.quantized import is_quantized
+from hsaid_kernels.wrapper.isolation import runs_eagerly
+from hsaid_kernels.wrapper.w0.quantized import is_quantized
 from hsaid_kernels.wrapper.weight import Weight
+from hsaid_kernels.wrapper.weights.cache import Made
+from hsaid_kernels.wrapper.weights.launches import Group
 
 
 @dataclass

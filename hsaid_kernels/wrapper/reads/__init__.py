@@ -1,0 +1,1 @@
+"""How is a read of `layer.weight` answered?"""

@@ -1,0 +1,1 @@
+"""Where does the weight of now come from?"""
