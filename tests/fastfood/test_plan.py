@@ -6,10 +6,13 @@ import re
 import pytest
 import shapes
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, sequence
 
+from hsaid_kernels import available_backends
+from hsaid_kernels.fastfood import ops
 from hsaid_kernels.fastfood.plan import ALIGNMENT, COLUMNS, Plan, Segment, default_width, stream_id, whole
 
+BACKENDS = [name for name in ("reference", "cpu") if available_backends()[name] is True]
 SHAPES = {"a": (40, 128), "b": (768,), "c": (3, 7), "scalar": ()}
 
 
@@ -195,3 +198,29 @@ def test_views_of_some():
     assert [view.tolist() for view in plan.views(flat, ["c", "a"])] == [
         view.tolist() for view in (plan.views(flat)[2], plan.views(flat)[0])
     ]
+
+
+def test_a_key_stands_for_every_scale():
+    """`find_plan` may return a plan with other scales than the one that was meant: no op reads them."""
+    options = dict(normalize="global", width=32)
+    selected, alone = (
+        Plan({"a": (5, 60), "b": (70,)}, 40, 6, **options).select(["a"]),
+        Plan({"a": (5, 60)}, 40, 6, **options),
+    )
+    assert selected.key == alone.key and not torch.equal(selected.scales, alone.scales)
+    theta, factors, grad = sequence(40), torch.tensor([0.25]), sequence(300).view(5, 60)
+    found = []
+    for plan in (selected, alone):
+        plan.scales = torch.full_like(plan.scales, torch.nan)
+        plan._scales = {"cpu": plan.scales}
+        found += [
+            (
+                ops.fastfood_forward(plan, theta, factors, [], torch.float32, backend),
+                *ops.fastfood_adjoint(plan, theta, factors, [grad], backend),
+            )
+            for backend in BACKENDS
+        ]
+    assert found[0][0].isfinite().all()
+    for other in found[1:]:
+        for got, expected in zip(other, found[0], strict=True):
+            assert_same_bits(got, expected)
