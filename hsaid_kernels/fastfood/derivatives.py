@@ -1,9 +1,9 @@
 """Derivatives of the op hadamard_transform: backward and forward mode, torch.func, vmap, to any order.
 
-The transform is linear, and its own adjoint: the leading block of the symmetric H is symmetric. What
-torch.library.register_autograd makes of a backward has no forward mode, whose tangents it drops without a word, and no
-torch.func. The op therefore has a kernel of its own under the dispatch key Autograd, as torch's operations do: wherever
-the op is called, it differentiates one level of the transforms at hand, and the dispatcher takes the rest to the next.
+The transform is linear, and its own adjoint: the leading block of the symmetric H is symmetric. An op whose backward is
+registered by torch.library.register_autograd silently drops the tangents of forward mode, and does not support
+torch.func. This op has a kernel for the dispatch key Autograd instead, as torch's own operations do. The kernel
+differentiates by one level of nested transforms; then the dispatcher calls the op for the next level.
 """
 
 import functools
@@ -16,12 +16,12 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 
 class _Transform(torch.autograd.Function):
-    """`transform`, which is linear and its own adjoint, as one level of autograd sees it."""
+    """One level of autograd of `transform`, which is linear and its own adjoint."""
 
     @staticmethod
     def forward(ctx, x: Tensor, transform: Callable[[Tensor], Tensor], backward_mode: bool, forward_mode: bool):
         ctx.transform = transform
-        # Autograd turns both modes off for a forward. The levels below this one need them as they were.
+        # Autograd switches both modes off in a Function's forward. The levels below this one need them as they were.
         with (
             torch._C._AutoDispatchBelowAutograd(),
             torch.set_grad_enabled(backward_mode),
@@ -47,7 +47,7 @@ def register(name: str, op: Callable[..., Tensor]) -> None:
             return super(torch.autograd.Function, _Transform).apply(x, functools.partial(op, scale=scale), *modes)
 
     def batched(info, in_dims: tuple[int, None], x: Tensor, scale: float) -> tuple[Tensor, int]:
-        # Not to the front: there, the dimension of a batch of scalars would be taken for the one to transform.
+        # Second to last, not first: there, the dimension of a batch of scalars would be taken for the one to transform.
         return op(x.movedim(in_dims[0], -2), scale), x.dim() - 2
 
     torch.library.impl(name, "Autograd")(differentiated)

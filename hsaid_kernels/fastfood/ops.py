@@ -31,9 +31,9 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 # `segments` and `holes` are Plan's tables, on the CPU for every backend. `factors` [S] already contain the scales s_i.
 # `base` and `grads` have one entry per tensor. stream_values, for tests, returns one block [width] of a random stream
-# (docs/rng.md) as the backend generates it; `purpose` is one of the constants in reference.py. With `listed`, int64
-# [count] in rising order, of a plan with one dense segment, only some blocks are made, or have a gradient: entry e
-# stands for the blocks from e * span to (e + 1) * span - 1. They lie side by side: [count * span * width] values.
+# (docs/rng.md) as the backend generates it; `purpose` is one of the constants in reference.py. `listed`, int64 [count]
+# in rising order, is for plans with one dense segment. Then only some blocks are made, or have a gradient: an entry e
+# stands for the blocks e * span to (e + 1) * span - 1. They lie side by side: [count * span * width] values.
 _PLAN = "Tensor segments, int seed, int width, bool rademacher"
 _SCHEMAS = {
     "fastfood_forward": f"(Tensor theta, Tensor factors, Tensor[] base, {_PLAN}, Tensor holes, int numel, "
@@ -75,12 +75,8 @@ def _define(namespace: str) -> None:
     def plain_adjoint(theta, factors, grads, *plan):
         return getattr(torch.ops, namespace).fastfood_adjoint(theta, factors, [_plain(grad) for grad in grads], *plan)
 
-    for key in (
-        "Negative",
-        "SparseCPU",
-        "SparseCUDA",
-        "SparseXPU",
-    ):  # the dispatcher selects these keys if any tensor of the list has them
+    # The dispatcher selects these keys if any tensor of the list has them.
+    for key in ("Negative", "SparseCPU", "SparseCUDA", "SparseXPU"):
         torch.library.impl(f"{namespace}::fastfood_adjoint", key)(plain_adjoint)
 
 
@@ -254,10 +250,10 @@ def fastfood_forward(
         theta: float32 [plan.dim].
         factors: float32 [S], already multiplied by the scales s_i.
         base: a tensor for each tensor of the plan, in `dtype` or float32, or empty for zeros.
-        listed: int64 [count], rising, for a plan with one dense segment. Then only some of its blocks are made, and lie
-            side by side: entry e stands for the `span` blocks from e * span on. None means the whole buffer. On a GPU
-            the values are not checked.
-        span: on a GPU `row_span(...)`, else any.
+        listed: int64 [count], rising, for a plan with one dense segment. Then only some of its blocks are made, side by
+            side: an entry e stands for the `span` blocks from e * span on. None means the whole buffer. On a GPU the
+            values are not checked.
+        span: the number of blocks of an entry: on a GPU `row_span(...)`, on the CPU any positive number.
 
     The gaps between tensors in the buffer are 0. Equivalent to `reference.forward`, bit for bit in float32.
     """
@@ -282,8 +278,8 @@ def fastfood_adjoint(
 ) -> tuple[Tensor, Tensor]:
     """Returns (dtheta [dim], dfactors [S]), both float32, for the gradients of the plan's tensors; None counts as zero.
 
-    `theta`, `factors`, `listed` and `span` are as in `fastfood_forward`; with `listed`, the one gradient is that of the
-    listed blocks, as they lie side by side. Equivalent to `reference.adjoint`, bit for bit in float32.
+    `theta`, `factors`, `listed` and `span` are as in `fastfood_forward`. With `listed` there is one gradient, that of
+    the listed blocks side by side. Equivalent to `reference.adjoint`, bit for bit in float32.
     """
     if torch.compiler.is_compiling() and listed is None:
         return torch.ops.hsaid_kernels.planned_adjoint(theta, factors, list(grads), plan.key, backend)
@@ -346,14 +342,14 @@ def hadamard_transform(x: Tensor, scale: float = 1.0, backend: str = "auto") -> 
     """Walsh-Hadamard transform along the last dimension, times `scale`; shape and dtype are those of x.
 
     Args:
-        x: [..., dim] in float32, float64, bfloat16 or float16, with any strides; the meta device serves too. If dim is
+        x: [..., dim] in float32, float64, bfloat16 or float16, with any strides; may be on the meta device. If dim is
             not a power of two, x is padded with zeros to n, the next power of two, and the result truncated to dim.
         scale: a real number. 1 / sqrt(n) makes the transform orthonormal.
         backend: "auto", or one of `available_backends()`.
 
     Equivalent to `torch.nn.functional.linear(pad(x), hadamard_matrix(n))[..., :dim] * scale`, but needs only n log2 n
-    additions per row. 16-bit inputs are accumulated in float32 and rounded once. Differentiable to any order, backward
-    and forward; `torch.func` and its vmap take it.
+    additions per row. 16-bit inputs are accumulated in float32 and rounded once. Differentiable to any order in
+    backward and forward mode, also by `torch.func`, whose vmap works too.
 
     Raises:
         TypeError: x is not a dense tensor of one of the four dtypes, or scale is not a real number.

@@ -28,10 +28,10 @@ ALIGNMENT = 64  # elements; in the flat buffer every tensor starts at a cache li
 # an H100, which runs 264 thread blocks at a time, for two rounds. Smaller plans use shorter runs, so that there are
 # enough groups to occupy a GPU.
 MAX_RUN_BLOCKS = 22
-RUN_SHARES = 108  # a plan whose runs are shorter than MAX_RUN_BLOCKS is divided into at least about this many groups
+RUN_SHARES = 108  # about the least number of groups of a plan whose runs are shorter than MAX_RUN_BLOCKS
 
-# The least n by default. Narrower blocks give no better basis and cost more: the CPU kernels draw most of them value by
-# value (n = 32 and 64 take up to nine times as long), and the faster CUDA kernels begin here.
+# The least n by default. Narrower blocks give no better basis and cost more (docs/cpu.md): the CPU kernels draw most of
+# them value by value, and the faster CUDA kernels begin here.
 MIN_DEFAULT_WIDTH = 256
 
 # Columns of Plan.segments and Plan.holes, in the order of the fields of struct Segment in csrc/core/plan.h.
@@ -97,6 +97,7 @@ def check_int(name: str, value: object, low: int, high: int) -> int:
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """`value`. Raises ValueError if it is not one of `choices`. The message begins with `name`, the argument's name."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
@@ -111,7 +112,7 @@ _known: weakref.WeakSet[Plan] = weakref.WeakSet()
 
 
 def find_plan(key: str) -> Plan:
-    """An existing plan with this `Plan.key`. Raises RuntimeError if there is none.
+    """An existing plan with this `Plan.key`, which may have other `scales`. Raises RuntimeError if there is none.
 
     Graphs of torch.compile refer to plans by key, because keys are the same in every process.
     """
@@ -141,8 +142,9 @@ class Plan:
         segments: int64 [S, len(COLUMNS)], the same as a table, on the CPU for every backend.
         holes: int64 [H, len(COLUMNS)], a table of the rest of the flat buffer: elements of tensors that are in no
             segment, which keep W0, and gaps between tensors, which are 0 and have -1 in column "tensor".
-        scales: float32 [S], the s_i, on the CPU; see `scales_on` for other devices.
-        key: a hash of all the arguments. Equal plans have equal keys in every process.
+        scales: float32 [S], the s_i, on the CPU; `scales_on` has them on other devices.
+        key: a hash of all the arguments, the same in every process. `scales`, which `select` replaces, are not in it:
+            no op reads them, because its factors are already multiplied by them.
         offsets: {name: index of the tensor's first element in the flat buffer}.
         numel: length of the flat buffer in elements, including gaps.
 

@@ -53,12 +53,12 @@ class Part:
         return self._rows[key]
 
     def own(self, factors: Tensor) -> Tensor:
-        """The factors of the part's segments, of those of the whole plan."""
+        """The part's entries of `factors`, which are those of the whole plan."""
         rows = self.rows_on(factors.device)
         return factors if rows is None else factors[rows]
 
     def among(self, own: Tensor, factors: Tensor) -> Tensor:
-        """The transpose of `own`: 0 for all other segments."""
+        """The transpose of `own`: entries for all segments of the whole plan, 0 for those outside of the part."""
         rows = self.rows_on(factors.device)
         return own if rows is None else torch.zeros_like(factors).index_copy(0, rows, own)
 
@@ -98,9 +98,9 @@ class Project(torch.autograd.Function):
 
 
 def backend_for_backward(ctx: Any, grads: Sequence[Tensor | None]) -> str:
-    """What backward of `Project` and of `Rows` begins with.
+    """The backend for the backward of `Project` and of `Rows`, after the checks that both need.
 
-    Raises RuntimeError if theta has changed or a gradient stands for a batch of them, and what `check` raises.
+    Raises RuntimeError if theta has changed or a gradient is a batch of gradients, and what `check` raises.
     """
     if not torch.compiler.is_compiling() and any(
         is_legacy_batchedtensor(grad) or is_batchedtensor(grad) for grad in grads if grad is not None
@@ -124,8 +124,8 @@ def version(tensor: Tensor) -> int | None:
 def without_row(grad: Tensor, row: int) -> Tensor:
     """The gradient, strided, with zeros in this row. Does not write to `grad`, which others may hold."""
     grad = grad.to_dense()
-    # Mostly the row has zeros already: a lookup with padding_idx gives it no gradient. To see that, one would have to
-    # wait for a GPU, and cannot in a graph of torch.compile.
+    # The row is usually 0 already, because a lookup with padding_idx gives it no gradient. This is checked on the CPU
+    # only: the host would have to wait for a GPU, and a graph of torch.compile cannot depend on it.
     if grad.device.type == "cpu" and not torch.compiler.is_compiling() and not grad[row].any():
         return grad
     grad = grad.clone()
@@ -174,7 +174,7 @@ class Projection:
         plan: the tensors, their segments, and the options of the projection.
         dtype: of the weights: torch.float32, bfloat16 or float16; with backend="reference" any floating-point dtype.
         backend: "auto" (the best backend for theta's device), or one of `available_backends()`.
-        kept: {name: row}, for tensors of which one row (an index of the first dimension) stays that of the base. It
+        kept: {name: row}, for tensors of which one row (an index of the first dimension) stays that of the base: it
             gets no update, and its gradient does not count.
 
     theta and the factors are float32, or float64 if `dtype` is float64. Factors are per segment; unless the plan was
@@ -306,8 +306,8 @@ class Projection:
     ) -> tuple[Tensor, ...]:
         """The weights of a part as views of `flat`, with one node of the autograd graph for all of them.
 
-        `scaled` is that of `flat`, which these arguments must have made. `kind` may turn each view into one of a
-        subclass of Tensor; `check` is called in backward, and may raise. Does not check its arguments.
+        `flat` must be the result of `Projection.flat` for this theta and `scaled`. `kind` may turn each view into one
+        of a subclass of Tensor; `check` is called in backward, and may raise. Does not check its arguments.
         """
         return Project.apply(theta, scaled, self, part, flat, kind, check)
 

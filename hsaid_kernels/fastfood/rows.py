@@ -1,7 +1,7 @@
-"""`Rows`: some rows of one weight W = W0 + factor * P theta, made alone: what an embedding needs for a batch.
+"""`Rows`: only some rows of a weight W = W0 + factor * P theta, as an embedding needs them for a batch.
 
 A row of a table [V, D] lies in one or more consecutive blocks. Only these blocks are made, and only they take part in
-the adjoint; their values are those of the whole table, bit for bit.
+the adjoint. The rows are those of the whole table, bit for bit; their gradients are added up in another order.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from hsaid_kernels.fastfood.projection import (
     without_row,
 )
 
-MOST = 2**23  # values that are held at a time, beside the rows
+MOST = 2**23  # values of blocks that are held at a time, unless one row has more
 
 
 def has_rows(plan: Plan, name: str) -> bool:
-    """Whether rows of this tensor can be made alone: it is a matrix, and one segment."""
+    """Whether single rows of this tensor can be made: it must be a matrix and a single segment."""
     shape = plan.shapes[name]
     pieces = [piece for piece in plan.pieces if piece.tensor == name]
     return len(shape) == 2 and [replace(piece, label="") for piece in pieces] == [whole(name, shape)]
@@ -36,12 +36,13 @@ def has_rows(plan: Plan, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where rows are in the blocks that have them.
+    """Which blocks contain some rows of a table, and where the rows are in them.
 
     listed  int64 [K]: the blocks, as `ops.fastfood_forward` takes them
-    span    the blocks for which an entry of `listed` stands
-    width   values in a block
-    pieces  int64 [U, D / size]: the places of the rows' pieces of `size` values among the listed blocks' pieces
+    span    the number of blocks for which an entry of `listed` stands
+    width   the number of values in a block
+    pieces  int64 [U, D / size]: rows and blocks are divided into pieces; the index of each piece of each row among
+            those of the listed blocks
     size    the number of values in a piece
     """
 
@@ -53,17 +54,17 @@ class Blocks:
 
     @property
     def numel(self) -> int:
-        """Of all listed blocks."""
+        """The number of values in all listed blocks."""
         return len(self.listed) * self.span * self.width
 
     @classmethod
     def of(cls, rows: Tensor, columns: int, width: int, span: int) -> Blocks:
-        """The blocks of `rows`, int64 [U] in rising order, of a table with so many columns."""
+        """The blocks that contain `rows`, int64 [U] in rising order, of a table with so many columns."""
         values = width * span  # of an entry
         begin = rows * columns
         first, last = begin // values, (begin + columns - 1) // values
         most = -(-(columns - 1) // values) + 1
-        # Rows rise, so their entries do: equal ones lie beside each other.
+        # Rows are in rising order, so their entries are too, and equal ones are adjacent.
         entries = torch.minimum(first[:, None] + torch.arange(most, device=rows.device), last[:, None])
         listed = torch.unique_consecutive(entries.flatten())
         size = math.gcd(columns, values)
@@ -81,7 +82,7 @@ class Blocks:
 
 
 def _parts(rows: Tensor, columns: int, width: int, span: int) -> list[Blocks]:
-    """The blocks of some rows at a time, as many as have place in MOST values, or of one."""
+    """The blocks of the rows, of as many rows at a time as need at most MOST values, or of one row."""
     values = width * span
     of_row = values * (-(-(columns - 1) // values) + 1)  # at most
     return [Blocks.of(some, columns, width, span) for some in rows.split(max(1, MOST // of_row))]

@@ -2,8 +2,8 @@
 
 A *band* is a contiguous range of indices in one dimension of a parameter. A head owns a band of the outputs of query,
 key and value: rows of a Linear's weight, columns of a Conv1D's weight, elements of the bias. The results of all heads
-are concatenated before the output layer, so a head also owns a band of the inputs of the output layer: columns of a
-Linear's weight. The bias of the output layer belongs to no head. In grouped-query attention a band of key and value
+are concatenated before the output layer, so a head also owns a band of that layer's inputs: columns of a Linear's
+weight. The bias of the output layer belongs to no head. In grouped-query attention a band of key and value
 serves a whole group of heads.
 
 Attention modules are recognized by the names of their layers, because models have no other interface in common. The

@@ -36,7 +36,7 @@ from hsaid_kernels.hierarchy.paths import HEADS, LEVELS, Path, paths_of, split_n
 
 @dataclass(frozen=True, repr=False)
 class Hierarchy:
-    """A model's tensors as paths through levels. Created by `from_model`; `str` formats it as a tree.
+    """A model's tensors as paths through levels. `from_model` creates it; `str` prints it as a tree.
 
     tensors       names, in the model's order; tied tensors count once, under their first name
     shapes        {name: shape}
@@ -79,17 +79,17 @@ class Hierarchy:
         a model whose attention heads cannot be found (`attention.find_attentions`).
         """
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if not isinstance(heads, bool):
-            raise TypeError(f"heads must be True or False, got {heads!r}")
+            raise TypeError(f"heads: expected True or False, got {heads!r}")
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if not shapes:
-            raise ValueError(f"model must have parameters, got a {type(model).__name__} with none")
+            raise ValueError(f"model: expected at least one parameter, got a {type(model).__name__} without any")
         lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
         skipped = _strings("skip", "node names", skip)
         merge = merge or {}
         if not isinstance(merge, Mapping) or not all(isinstance(new, str) and new for new in merge):
-            raise TypeError(f"merge must map new names to lists of node names, got {merge!r}")
+            raise TypeError(f"merge: expected new names with lists of node names, got {merge!r}")
         merged = {new: _strings(f"merge[{new!r}]", "node names", nodes) for new, nodes in merge.items()}
         segments = tuple(whole(name, shape) for name, shape in shapes.items())
         plain = cls(tuple(shapes), shapes, segments, paths_of(_unmasked(model), lists))
@@ -102,7 +102,7 @@ class Hierarchy:
     def nodes(self, level: str) -> tuple[str, ...]:
         """The distinct nodes on a level, in order of first appearance. Raises ValueError for an unknown level."""
         if level not in self.levels:
-            raise ValueError(f"level must be one of {', '.join(self.levels)}, got {level!r}")
+            raise ValueError(f"level: expected one of {', '.join(self.levels)}, got {level!r}")
         column = (path[self.levels.index(level)] for path in self.paths)
         return tuple(dict.fromkeys(node for node in column if node is not None))
 
@@ -116,7 +116,7 @@ class Hierarchy:
         chosen = set(_strings("names", "tensor names", names))
         unknown = sorted(chosen.difference(self.tensors))
         if unknown or not chosen:
-            raise ValueError(f"names must be some of the {len(self.tensors)} tensors, got {unknown or 'none at all'}")
+            raise ValueError(f"names: expected some of the {len(self.tensors)} tensors, got {unknown or 'none at all'}")
         shapes = {name: shape for name, shape in self.shapes.items() if name in chosen}
         kept = [
             (segment, path)
@@ -138,7 +138,7 @@ class Hierarchy:
         another `combine`.
         """
         if combine not in ("product", "sum"):
-            raise ValueError(f"combine must be 'product' or 'sum', got {combine!r}")
+            raise ValueError(f"combine: expected 'product' or 'sum', got {combine!r}")
         components, columns, first = [], [], 0
         for levels in parse_partition(spec, self.levels):
             cut = [tuple(path[self.levels.index(level)] for level in levels) for path in self.paths]
@@ -224,7 +224,7 @@ class Hierarchy:
             found = {level: node for level, node in wanted.items() if node in nodes[level]}
             if not found:
                 known = "; ".join(f"{level}: {', '.join(nodes[level])}" for level in nodes)
-                raise ValueError(f"{argument} must name nodes of the hierarchy ({known}), got {name!r}")
+                raise ValueError(f"{argument}: expected nodes of the hierarchy ({known}), got {name!r}")
             return found
 
         renamed: dict[tuple[str, str | None], str | None] = {}
@@ -233,12 +233,16 @@ class Hierarchy:
             found = [find(argument, name) for name in names]
             shared = [level for level in nodes if found and all(level in levels for levels in found)]
             if not shared:
-                raise ValueError(f"merge must name nodes that have a level in common, got {names} for {new!r}")
+                raise ValueError(f"merge: expected nodes that have a level in common, got {names} for {new!r}")
             for level, node in [(level, levels[level]) for level in shared for levels in found]:
                 if (level, node) in renamed:
-                    raise ValueError(f"{argument} names {level}:{node} again: skip and merge may name a node once only")
+                    raise ValueError(
+                        f"{argument}: expected each node at most once in skip and merge, got {level}:{node} again"
+                    )
                 if new in nodes[level] and new not in [levels[level] for levels in found]:
-                    raise ValueError(f"merge must list {level}:{new} too, or use a new name: got {names} for {new!r}")
+                    raise ValueError(
+                        f"merge: expected {level}:{new} among the nodes, or another name, got {names} for {new!r}"
+                    )
                 renamed[level, node] = new
         return renamed
 
@@ -254,7 +258,7 @@ def _strings(argument: str, what: str, value: Iterable[str]) -> list[str]:
     # A string is also an iterable of strings, but passing one here is always a mistake.
     strings = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
     if strings is None or not all(isinstance(string, str) for string in strings):
-        raise TypeError(f"{argument} must be a list of {what}, got {value!r}")
+        raise TypeError(f"{argument}: expected a list of {what}, got {value!r}")
     return strings
 
 

@@ -44,10 +44,9 @@ class Partition:
 
     spec              canonical specification: `hierarchy.partition(spec, combine)` creates the partition again
     combine           "product": a factor is the product of its components' multipliers.
-                      "sum": a factor is the mean of its components' multipliers. The division by their number is part
-                      of the factor. Initial multipliers of 1 / number would not replace it: tensors with different
-                      numbers of components share multipliers (mBERT's classifier.weight has no L3), so no initial
-                      values of that kind make all factors 1.
+                      "sum": a factor is the mean of its components' multipliers. Multipliers that begin at
+                      1 / number could not replace the division: tensors with different numbers of components share
+                      multipliers (mBERT's classifier.weight has no L3).
     components        the components, in the order of the specification
     multiplier_index  int64 [segments, components], indices into the vector of all multipliers [m], which begins with
                       those of component 0; -1 if the segment has no node in the component
@@ -82,7 +81,7 @@ class Partition:
         backward are deterministic to the bit. Raises ValueError if the shape is not [m].
         """
         if multipliers.shape != (self.num_multipliers,):
-            raise ValueError(f"multipliers must have shape [{self.num_multipliers}], got {list(multipliers.shape)}")
+            raise ValueError(f"multipliers: expected shape [{self.num_multipliers}], got {list(multipliers.shape)}")
         product = self.combine == "product"
         index = self._gather_index_on(multipliers.device)
         table = torch.cat([multipliers, multipliers.new_full((1,), 1.0 if product else 0.0)])  # [m + 1]
@@ -110,8 +109,8 @@ def parse_partition(spec: str, known: Sequence[str]) -> list[tuple[str, ...]]:
     an unknown or repeated level or an empty component.
     """
     expected = (
-        f"partition must be did, none, {', '.join(NAMED_PARTITIONS)} or each of {', '.join(known)} at most once, "
-        f"as in 'L1+L2|L3|L4'; got {spec!r}"
+        f"partition: expected did, none, {', '.join(NAMED_PARTITIONS)} or each of {', '.join(known)} at most once, "
+        f"as in 'L1+L2|L3|L4', got {spec!r}"
     )
     if not isinstance(spec, str):
         raise TypeError(expected)

@@ -197,7 +197,7 @@ def test_errors():
         find_attention(model, 2)
     with pytest.raises(ValueError, match=r"layer: expected the name of an attention module \('encoder.layer.0"):
         find_attention(model, "encoder.layer.0")
-    with pytest.raises(TypeError, match=r"heads must be True or False, got 1"):
+    with pytest.raises(TypeError, match=r"heads: expected True or False, got 1"):
         Hierarchy.from_model(model, heads=1)
     for wrong in (None, 1.0, True):
         with pytest.raises(TypeError, match=r"layer: expected a number or a module's name"):

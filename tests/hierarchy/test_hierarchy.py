@@ -431,7 +431,7 @@ def test_factors_compile_and_survive_inference_mode(mbert):
     assert meta.shape == (201,) and meta.device.type == "meta"
 
 
-EXPECTED = "partition must be did, none, said, hsaid-3 or each of L1, L2, L3, L4 at most once, as in 'L1+L2|L3|L4'; "
+EXPECTED = "partition: expected did, none, said, hsaid-3 or each of L1, L2, L3, L4 at most once, as in 'L1+L2|L3|L4', "
 
 
 @pytest.mark.parametrize(
@@ -458,56 +458,72 @@ def test_partition_of_wrong_type(mbert, spec):
 
 
 def test_bad_combine_level_and_multipliers(mbert):
-    with pytest.raises(ValueError, match="combine must be 'product' or 'sum', got 'mean'"):
+    with pytest.raises(ValueError, match="combine: expected 'product' or 'sum', got 'mean'"):
         mbert.partition("said", combine="mean")
-    with pytest.raises(ValueError, match="level must be one of L1, L2, L3, L4, got 'L5'"):
+    with pytest.raises(ValueError, match="level: expected one of L1, L2, L3, L4, got 'L5'"):
         mbert.nodes("L5")
-    with pytest.raises(ValueError, match=r"multipliers must have shape \[49\], got \[48\]"):
+    with pytest.raises(ValueError, match=r"multipliers: expected shape \[49\], got \[48\]"):
         mbert.partition("hsaid-3").factors(torch.ones(48))
 
 
 def test_bad_model():
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got dict"):
         Hierarchy.from_model({})
-    with pytest.raises(ValueError, match="model must have parameters, got a ReLU with none"):
+    with pytest.raises(ValueError, match="model: expected at least one parameter, got a ReLU without any"):
         Hierarchy.from_model(nn.ReLU())
 
 
 def test_bad_select(mbert):
-    with pytest.raises(ValueError, match=r"names must be some of the 201 tensors, got \['nope'\]"):
+    with pytest.raises(ValueError, match=r"names: expected some of the 201 tensors, got \['nope'\]"):
         mbert.select(["classifier.weight", "nope"])
-    with pytest.raises(ValueError, match="names must be some of the 201 tensors, got none at all"):
+    with pytest.raises(ValueError, match="names: expected some of the 201 tensors, got none at all"):
         mbert.select([])
-    with pytest.raises(TypeError, match="names must be a list of tensor names, got 'weight'"):
+    with pytest.raises(TypeError, match="names: expected a list of tensor names, got 'weight'"):
         mbert.select("weight")
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"skip": ["atention"]}, ValueError, r"skip must name nodes of the hierarchy .*L2: mix; L3.*got 'atention'"),
-        ({"skip": ["L3:mix"]}, ValueError, r"skip must name nodes of the hierarchy .*got 'L3:mix'"),
-        ({"skip": ["mix", "L2:mix"]}, ValueError, "skip names L2:mix again"),
-        ({"skip": "mix"}, TypeError, "skip must be a list of node names, got 'mix'"),
-        ({"skip": 3}, TypeError, "skip must be a list of node names, got 3"),
-        ({"skip": [3]}, TypeError, r"skip must be a list of node names, got \[3\]"),
-        ({"merge": {"x": ["fc", "nrm"]}}, ValueError, r"merge must name nodes of the hierarchy .*got 'nrm'"),
+        ({"skip": ["atention"]}, ValueError, r"skip: expected nodes of the hierarchy .*L2: mix; L3.*got 'atention'"),
+        ({"skip": ["L3:mix"]}, ValueError, r"skip: expected nodes of the hierarchy .*got 'L3:mix'"),
+        (
+            {"skip": ["mix", "L2:mix"]},
+            ValueError,
+            "skip: expected each node at most once in skip and merge, got L2:mix again",
+        ),
+        ({"skip": "mix"}, TypeError, "skip: expected a list of node names, got 'mix'"),
+        ({"skip": 3}, TypeError, "skip: expected a list of node names, got 3"),
+        ({"skip": [3]}, TypeError, r"skip: expected a list of node names, got \[3\]"),
+        ({"merge": {"x": ["fc", "nrm"]}}, ValueError, r"merge: expected nodes of the hierarchy .*got 'nrm'"),
         (
             {"merge": {"x": ["fc", "mix"]}},
             ValueError,
-            r"merge must name .* level in common, got \['fc', 'mix'\] for 'x'",
+            r"merge: expected .* level in common, got \['fc', 'mix'\] for 'x'",
         ),
-        ({"merge": {"x": []}}, ValueError, r"merge must name nodes that have a level in common, got \[\] for 'x'"),
-        ({"merge": {"bias": ["weight", "shift"]}}, ValueError, "merge must list L4:bias too, or use a new name"),
-        ({"merge": {"x": ["fc"], "y": ["fc"]}}, ValueError, "merge names L3:fc again"),
-        ({"skip": ["fc"], "merge": {"x": ["fc", "norm"]}}, ValueError, "merge names L3:fc again"),
-        ({"merge": {"x": "fc"}}, TypeError, r"merge\['x'\] must be a list of node names, got 'fc'"),
+        ({"merge": {"x": []}}, ValueError, r"merge: expected nodes that have a level in common, got \[\] for 'x'"),
+        (
+            {"merge": {"bias": ["weight", "shift"]}},
+            ValueError,
+            "merge: expected L4:bias among the nodes, or another name, got",
+        ),
+        (
+            {"merge": {"x": ["fc"], "y": ["fc"]}},
+            ValueError,
+            "merge: expected each node at most once in skip and merge, got L3:fc again",
+        ),
+        (
+            {"skip": ["fc"], "merge": {"x": ["fc", "norm"]}},
+            ValueError,
+            "merge: expected each node at most once in skip and merge, got L3:fc again",
+        ),
+        ({"merge": {"x": "fc"}}, TypeError, r"merge\['x'\]: expected a list of node names, got 'fc'"),
         (
             {"merge": ["fc", "norm"]},
             TypeError,
-            r"merge must map new names to lists of node names, got \['fc', 'norm'\]",
+            r"merge: expected new names with lists of node names, got \['fc', 'norm'\]",
         ),
-        ({"merge": {"": ["fc", "norm"]}}, TypeError, "merge must map new names to lists of node names"),
+        ({"merge": {"": ["fc", "norm"]}}, TypeError, "merge: expected new names with lists of node names"),
     ],
 )
 def test_bad_skip_and_merge(arguments, error, message):

@@ -375,7 +375,7 @@ def test_a_model_is_wrapped_once():
         (bert, dict(width=48), ValueError, "width: expected a power of two"),
         (bert, dict(partition="L1+L9"), ValueError, "L9"),
         (bert, dict(partition="L1|L1"), ValueError, "L1 2 times"),
-        (bert, dict(combine="max"), ValueError, "combine must be"),
+        (bert, dict(combine="max"), ValueError, "combine: expected"),
         (bert, dict(skip=["nowhere"]), ValueError, "nowhere"),
         (bert, dict(include="nothing"), ValueError, "include: 'nothing' matches none of the 25 tensors"),
         (bert, dict(exclude="nothing"), ValueError, "exclude: 'nothing' matches none"),

@@ -3,8 +3,8 @@
 A program processes an item (tables.py): a run of blocks of a segment, or several runs side by side. For each run it
 stores sum_b G_b H^T g_b. Three small kernels then add the runs of each group and the groups of each segment, transform
 the sums, and add the segments. All additions are in the order of the plan, so the result is deterministic to the bit
-(docs/rng.md). Where blocks are listed, which only the device knows, the only gradient is of these, side by side, and
-all its items have as many runs as fit.
+(docs/rng.md). If blocks are listed, there is one gradient, of these blocks side by side, and each of its items has as
+many runs as fit. Only the device knows the list.
 """
 
 import triton
@@ -49,7 +49,7 @@ def read_tile(
     Q: tl.constexpr,
     T: tl.constexpr,
 ):
-    """The piece's elements first, first + 1, ..., 0 beyond the piece."""
+    """The piece's elements first ... first + 2^T - 1 as float32, 0 beyond its end. May use scratch [2^T]."""
     ROWS: tl.constexpr = 1 << (T - Q)
     if (cols == 0) & (grad % 16 == 0) & (first + (1 << T) <= count):
         at = tl.arange(0, ROWS)[:, None] * (1 << Q) + tl.arange(0, 1 << Q)[None, :]
@@ -76,7 +76,7 @@ def adjoint_groups_kernel(
     seed: tl.int64,
     chunk: tl.int32,
     items,  # [programs, COLUMNS]; of listed blocks one row, the piece's
-    listed,  # [num_listed], rising: which RUNS blocks of the only segment have gradients; None: all of every piece
+    listed,  # [num_listed], rising: which RUNS blocks of the only segment have gradients; None: all pieces
     num_listed: tl.int32,
     first_item: tl.int32,  # of listed blocks, in this wave
     sums,  # [programs, 2^T]
@@ -129,7 +129,7 @@ def adjoint_sums_kernel(
     Q: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """The runs of each group and the groups of a part in order, into the first one's place, or on to the next wave."""
+    """Adds the runs of each group, and the groups of a part, in order: into the first run's place, or into `carry`."""
     row = parts + tl.program_id(0) * COLUMNS
     grad, _ = tensor_at(grads, tl.load(row + TENSOR), 0)
     at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
@@ -157,7 +157,7 @@ def adjoint_sums_kernel(
 
 @triton.jit
 def fold(values, Q: tl.constexpr, STEP: tl.constexpr):
-    """Sum of 2^Q values in memory, which it destroys: the upper half is added to the lower until one value is left."""
+    """The sum of 2^Q values in memory, which it overwrites: adds the upper half to the lower until one is left."""
     half = 1 << (Q - 1)
     for _ in range(Q):
         for i in range(0, half, STEP):
@@ -185,7 +185,7 @@ def adjoint_segments_kernel(
     Q: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Of a segment's sum U: <U, z> to its factor's gradient, and factor * B H^T Pi^T U in the place of U."""
+    """Adds <U, z> of a segment's sum U to its factor's gradient, and replaces U by factor * B H^T Pi^T U."""
     N: tl.constexpr = 1 << T
     STEP: tl.constexpr = 1 << (T - 4)
     program = tl.program_id(0)
@@ -210,7 +210,7 @@ def adjoint_segments_kernel(
                 tl.store(scratch + e, product, mask=inside)
             tl.debug_barrier()
             dot = fold(scratch, Q, STEP)
-            # A factor's gradient is a sum over the chunks, which come one after the other.
+            # A factor's gradient is a sum over the chunks, each of which has a launch.
             before = tl.load(dfactors + segment)
             tl.debug_barrier()
             tl.store(dfactors + segment, before + dot)
@@ -239,7 +239,7 @@ def adjoint_gradients_kernel(
     Q: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """The segments in order, added to what there is."""
+    """Adds the segments to dtheta, in order."""
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     inside = at < count
     sum = tl.load(dtheta + at, mask=inside, other=0.0)

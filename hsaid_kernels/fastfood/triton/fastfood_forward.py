@@ -5,8 +5,8 @@ not depend on the others. z of all segments is computed by a separate launch. A 
 reached a new segment would spend most of its time on that if tensors are small, because in Triton, unlike in CUDA, the
 computation goes through memory step by step.
 
-Where tiles are listed, which only the device knows, there is one segment, and the programs have equal shares of the
-list.
+If tiles are listed, there is one segment, and the programs compute equal shares of the list, which only the device
+knows.
 """
 
 import triton
@@ -47,9 +47,9 @@ def write_elements(
     T: tl.constexpr,
     REST: tl.constexpr = False,
 ):
-    """base + factor * x, or the base where factor is None, into the piece's elements first ... first + 2^T - 1.
+    """Writes base + factor * x, or the base if factor is None, to the piece's elements first ... first + 2^T - 1.
 
-    With REST, 0 into those behind the piece's end.
+    With REST, writes 0 to those beyond the piece's end.
     """
     STEP: tl.constexpr = 1 << (T - 4)  # four values a thread at a time: offsets take many registers
     for i in range(0, 1 << T if REST else tl.minimum(count - first, 1 << T).to(tl.int32), STEP):
@@ -70,7 +70,7 @@ def write_elements(
 
 @triton.jit
 def prefetch_base(base, code, count, cols, t, BASES: tl.constexpr, T: tl.constexpr):
-    """Has the base of a whole tile on its way while the tile is drawn and transformed."""
+    """Prefetches the base of a whole tile, so that it arrives while the tile is drawn and transformed."""
     if (cols == 0) & (base != 0) & ((tl.cast(t, tl.int64) + 1 << T) <= count):
         bytes = tl.where(code == 0, 4, 2) << T
         prefetch(base + tl.cast(t, tl.int64) * bytes, bytes, (4 if BASES & 1 else 2) << T)
@@ -93,9 +93,9 @@ def write_tile(
     T: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """base + factor * x into tile t of the piece that begins at the addresses `out` and `base` (0: zeros).
+    """Writes base + factor * x to tile t of the piece that begins at the addresses `out` and `base` (0: zeros).
 
-    BASES 0: no piece has a base. REST: as in write_elements.
+    BASES 0 means that no piece has a base. REST is as in write_elements.
     """
     at = tl.arange(0, 1 << T)
     first = tl.cast(t, tl.int64) << T
@@ -128,7 +128,7 @@ def forward_z_kernel(
     scratch += program.to(tl.int64) << T
     for i in range(program, count, tl.num_programs(0)):
         row = pieces + i // chunks * COLUMNS
-        if tl.load(row + SEGMENT) >= 0:  # no hole
+        if tl.load(row + SEGMENT) >= 0:  # not a hole
             z = zs + (tl.cast(i, tl.int64) << T)
             make_z(theta, dim, seed, tl.load(row + STREAM), i % chunks, scratch, z, Q, T)
 
@@ -140,7 +140,7 @@ def fastfood_forward_kernel(
     seed: tl.int64,
     runs,  # [runs, COLUMNS]; of listed tiles one row, the piece's
     first_runs,  # [programs + 1]
-    listed,  # [num_listed], rising: which 2^14 values of the only segment are written; None: all of every piece
+    listed,  # [num_listed], rising: which 2^14 values of the only segment are written; None: all pieces
     num_listed: tl.int32,
     bases,  # table_of the tensors
     out,
@@ -191,6 +191,6 @@ def fastfood_forward_kernel(
                     of_chunk = load_z(z + (tl.cast(chunk, tl.int64) << T), T)
                     x += times_diagonal(of_chunk, seed, stream, block, 1, chunk, lines, RADEMACHER, Q, T)
                 w = transform(x, Q, T)
-                # Where tile t would begin at `at`, it begins at its place.
+                # Tile t is written at its place in the list: it lies there in a buffer that begins at `at`.
                 at = to + (tl.cast(place - t, tl.int64) << T) * (4 if OUT == 0 else 2)
                 write_tile(at, base, code, count, cols, row_stride, t, w, factor, scratch, OUT, BASES, T, not ALL)

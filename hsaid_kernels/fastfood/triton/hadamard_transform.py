@@ -16,12 +16,12 @@ COLUMN_BITS = 6  # stages of a later pass, at most
 
 @triton.jit(do_not_specialize=["rows"])
 def hadamard_rows_kernel(
-    x,  # [rows, dim], the rest of a row of 2^Q * row_tiles values being 0
+    x,  # [rows, dim]; the rest of a row of 2^Q * row_tiles values is 0
     out,  # [rows, out_dim]
     rows,
     dim,
     out_dim,
-    row_tiles,  # of which each is transformed by itself
+    row_tiles,  # tiles of a row, each of which is transformed by itself
     scale,
     IN: tl.constexpr,
     OUT: tl.constexpr,

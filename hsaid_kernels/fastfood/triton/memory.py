@@ -17,8 +17,8 @@ from torch import Tensor
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DTYPE = operator.attrgetter("dtype")
-WORDS = 256  # that a launch of write_words takes
-MISSING = 1 << 62 | 1  # an address that nothing has
+WORDS = 256  # of a launch of write_words
+MISSING = 1 << 62 | 1  # the word of a missing tensor: no tensor has this address
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -37,9 +37,9 @@ def write_words(table, words):
 def _ordinary(
     tensors: Sequence[Tensor | None], needed: Sequence[int], index: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """(addresses, codes) of tensors that all are there, dense and large enough; None where one is not.
+    """(addresses, codes) of the tensors if all are there, dense and large enough, else None.
 
-    This runs for every tensor of a model in every step: each is asked as little as it can, all one thing at a time.
+    This runs for every tensor of a model in every step, so it asks little, one question for all tensors at a time.
     """
     try:
         addresses = tuple(map(Tensor.data_ptr, tensors))
@@ -77,7 +77,7 @@ def _any(
     return tuple(address for address, _ in found), tuple(code for _, code in found), kept
 
 
-@functools.lru_cache(maxsize=64)  # W0 lies where it lay in the step before, and gradients often do
+@functools.lru_cache(maxsize=64)  # W0 has the addresses of the step before, and gradients often do
 def _words_of(addresses: tuple[int | None, ...], codes: tuple[int, ...]) -> tuple[int, tuple[tuple[int, ...], ...]]:
     """(a bit for the code of each dtype, the words in launches of WORDS)."""
     words, bits = [], 0
@@ -92,13 +92,12 @@ def _words_of(addresses: tuple[int | None, ...], codes: tuple[int, ...]) -> tupl
 
 
 def table_of(tensors: Sequence[Tensor | None], needed: Sequence[int], device: torch.device, what: str) -> Table:
-    """The table of tensors that need so many elements; of those that are not dense, of row-major copies.
+    """The table of the tensors, each of at least as many elements as `needed` says; if one is not dense, of a copy.
 
-    The words travel as kernel parameters: without a copy that the host would have to wait for, and as a CUDA graph can
-    capture it.
+    The words travel as kernel parameters. This needs no copy for which the host would have to wait, and a CUDA graph
+    can capture it.
 
-    Raises:
-        RuntimeError: a tensor on another device, of another dtype than the three, or with too few elements.
+    Raises RuntimeError if a tensor is on another device, of another dtype than the three, or has too few elements.
     """
     index = -1 if device.type == "cpu" else device.index
     tensors = tensors[: len(needed)]
@@ -122,7 +121,7 @@ def tensor_at(table, number, offset):
 
 @triton.jit
 def widened(x, CODE: tl.constexpr):
-    """float32 of values as they are in memory, those of bfloat16 being taken for 16-bit integers."""
+    """Values as they are in memory, bfloat16 as 16-bit integers, to float32."""
     if CODE == 1:
         return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -131,12 +130,12 @@ def widened(x, CODE: tl.constexpr):
 
 @triton.jit
 def narrowed(x, CODE: tl.constexpr):
-    """The other way, rounded to nearest even."""
+    """The inverse of `widened`: float32, rounded to nearest even, to values as they are in memory."""
     if CODE == 0:
         return x
     elif CODE == 2:
         return x.to(tl.float16)
-    elif INTERPRETED:  # whose own cast cuts off
+    elif INTERPRETED:  # the interpreter's own cast truncates
         bits = x.to(tl.uint32, bitcast=True)
         rounded = tl.where(x == x, bits + 0x7FFF + (bits >> 16 & 1), 0x7FC00000)
         return (rounded >> 16).to(tl.int16)
@@ -146,7 +145,7 @@ def narrowed(x, CODE: tl.constexpr):
 
 @triton.jit
 def pointer(address, first, CODE: tl.constexpr):
-    """To element `first` of a tensor of the dtype with this code."""
+    """A pointer to element `first` of a tensor of the dtype with this code."""
     SIZE: tl.constexpr = 4 if CODE == 0 else 2
     TYPE: tl.constexpr = tl.float32 if CODE == 0 else tl.int16 if CODE == 1 else tl.float16
     return (address + first * SIZE).to(tl.pointer_type(TYPE))
@@ -154,7 +153,7 @@ def pointer(address, first, CODE: tl.constexpr):
 
 @triton.jit
 def prefetch(address, bytes, MOST: tl.constexpr):
-    """Has so many bytes, a power of two and at most MOST, come to the second-level cache of an NVIDIA GPU."""
+    """Prefetches `bytes` bytes, a power of two and at most MOST, into the second-level cache of an NVIDIA GPU."""
     lines = address + (tl.arange(0, MOST // 128) * 128 & (bytes - 1))
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], tl.int32, False, 1)
 
@@ -176,9 +175,9 @@ def load_as(address, first, offsets, mask, CODE: tl.constexpr, FOURS: tl.constex
 def load_floats(address, code, first, offsets, mask, CODES: tl.constexpr, FOURS: tl.constexpr):
     """Elements first + offsets as float32, 0 where `mask` is not set.
 
-    FOURS is 0, or the rank of offsets that are all inside and of which the last dimension's follow each other, from an
-    address that is a multiple of 16 bytes.
-    CODES has a bit for each dtype that `code` may be; a code that is none of them is taken for the highest.
+    FOURS is the rank of `offsets` if values can be read in fours, else 0. In fours, all must be inside, consecutive in
+    the last dimension, and begin at a multiple of 16 bytes. CODES has a bit for each dtype that `code` may be; any
+    other code is that of a missing tensor.
     """
     if CODES == 1:
         x = load_as(address, first, offsets, mask, 0, FOURS)
@@ -198,7 +197,7 @@ def load_floats(address, code, first, offsets, mask, CODES: tl.constexpr, FOURS:
 
 @triton.jit
 def store_floats(address, first, offsets, x, mask, CODE: tl.constexpr, FOURS: tl.constexpr):
-    """x to elements first + offsets where `mask` is set. FOURS is 0 or 1, as in load_floats."""
+    """Writes x to elements first + offsets where `mask` is set. FOURS is 0 or 1, as in load_floats."""
     FOUR: tl.constexpr = 16 if CODE == 0 else 8  # bytes
     p = pointer(address, first, CODE) + offsets
     if FOURS == 1:
@@ -209,7 +208,7 @@ def store_floats(address, first, offsets, x, mask, CODE: tl.constexpr, FOURS: tl
 
 @triton.jit
 def listed_at(listed, place, SPAN: tl.constexpr):
-    """What is at a place: an entry of `listed` stands for SPAN places in a row. None: each place for itself."""
+    """The number of the tile or block at a place. An entry of `listed` is for SPAN places; if None, it is the place."""
     if listed is None:
         return place
     else:
@@ -218,7 +217,7 @@ def listed_at(listed, place, SPAN: tl.constexpr):
 
 @triton.jit
 def element(e, cols, row_stride):
-    """Offset of a piece's row-major e-th element. cols 0: of a dense piece; others have less than 2^32 elements."""
+    """Offset of a piece's e-th element in row-major order. A dense piece has cols 0; others have < 2^32 elements."""
     if cols == 0:
         offset = e
     else:  # a 64-bit division would be a call

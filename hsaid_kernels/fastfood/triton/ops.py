@@ -24,8 +24,8 @@ from hsaid_kernels.fastfood.triton.fastfood_forward import fastfood_forward_kern
 from hsaid_kernels.fastfood.triton.stream_values import stream_values_kernel
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-SIZE = 256  # values of a program in the kernels that add sums up
-SEGMENT_PROGRAMS = 128  # that transform sums, at most: each has a scratch of two tiles
+SIZE = 256  # values of a program, in the kernels that add up sums
+SEGMENT_PROGRAMS = 128  # the most programs that transform sums: each has a scratch of two tiles
 
 Made = TypeVar("Made")
 _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # a plan's table -> what was made from it
@@ -38,10 +38,10 @@ def _check(condition: bool, message: str) -> None:
 
 
 def _once(table: Tensor, key: tuple, make: Callable[[], Made]) -> Made:
-    """What `make` makes from a plan's table, for as long as the table lives.
+    """The result of `make` for a plan's table, kept for as long as the table lives.
 
-    The host waits for what it copies to the device, which cannot be captured: a step that becomes a CUDA graph runs
-    once before, as PyTorch asks anyway, and its plan must live as long as the graph.
+    `make` copies to the device and waits for it, which a CUDA graph cannot capture. So a step must run once before it
+    is captured, as PyTorch asks anyway, and its plan must live as long as the graph.
     """
     made = _made.setdefault(table, {})
     key = (*key, None if table.is_inference() else table._version)
@@ -56,14 +56,14 @@ def _normal_lines(device: torch.device) -> Tensor:
     return _lines[device]
 
 
-@functools.cache  # the driver takes its time to say what it runs
+@functools.cache  # asking the driver is slow
 def _is_cuda() -> bool:
     return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
 
 
 @functools.cache
 def _options(threads: int, registers: int | None = None) -> dict:
-    """How to compile a kernel. No multiplication is fused with an addition (docs/rng.md)."""
+    """The options to compile a kernel with. No multiplication is fused with an addition (docs/rng.md)."""
     if INTERPRETED:
         return {}
     target = triton.runtime.driver.active.get_current_target()
@@ -72,7 +72,7 @@ def _options(threads: int, registers: int | None = None) -> dict:
 
 
 def _programs(device: torch.device, q: int) -> int:
-    """Programs that a device has room for: 512 threads a multiprocessor, at 128 registers each."""
+    """How many programs a device has room for: 512 threads a multiprocessor, at 128 registers each."""
     if INTERPRETED:
         return 3
     properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
@@ -80,7 +80,7 @@ def _programs(device: torch.device, q: int) -> int:
 
 
 def _on(device: torch.device):
-    """Makes it the current device, of which Triton takes the current stream."""
+    """A context in which `device` is the current one: Triton launches on the current device's current stream."""
     return contextlib.nullcontext() if INTERPRETED else torch.get_device_module(device).device(device)
 
 
@@ -122,7 +122,7 @@ def _bits(width: int) -> int:
 
 
 def _check_listed(listed: Tensor, span: int, theta: Tensor, segments: Tensor, width: int) -> None:
-    """Their values too, where the host can read them."""
+    """Raises RuntimeError for a list that does not fit; looks at its values only in the interpreter, not on a GPU."""
     expected = plan.MAX_WIDTH // width
     _check(span == expected, f"span: expected {expected}, a tile of {plan.MAX_WIDTH} values, got {span}")
     _, _, out_offset, rows, cols, row_stride, *_ = segments[0].tolist()
@@ -159,8 +159,10 @@ def _forward_tables(
 
 
 def prepare(of: plan.Plan, device: torch.device) -> None:
-    """Makes a plan's tables on a device, which the first call would else make: torch.compile(mode="reduce-overhead")
-    makes that call where memory is taken back afterwards."""
+    """Makes a plan's tables on a device before the first call would.
+
+    With torch.compile(mode="reduce-overhead"), memory that is allocated in that call is taken back afterwards.
+    """
     q = _bits(of.width)
     _normal_lines(device)
     _forward_tables(device, of.segments, of.holes, q, of.chunks, len(of.names), of.numel)
@@ -190,7 +192,7 @@ def fastfood_forward(
     waves, tiles, most = made.waves, 0, max(len(wave.pieces) for wave in made.waves)
     if listed is not None:
         _check_listed(listed, span, theta, segments, width)
-        # The only segment is the first piece. Which tiles a program takes it computes, as nothing is made for a list.
+        # The only segment is the first piece. A program computes which tiles it takes: no table is made for a list.
         waves, tiles, most = waves[:1], len(listed) << (plan.MAX_WIDTH.bit_length() - 1 - t), 1
         numel = tiles << t
     out = torch.empty(numel, dtype=dtype, device=device)
@@ -269,7 +271,7 @@ def fastfood_adjoint(
 
     dtheta, dfactors = torch.zeros_like(theta), torch.zeros_like(factors)
     needed, num_listed = made.needed, 0
-    # Of a wave: how many items, from which on; what adjoint_sums_kernel is told; tables; finished parts.
+    # Of a wave: number of items, first item, three arguments of adjoint_sums_kernel, items, parts, finished parts.
     waves = [(len(wave.items), 0, (None, None, None), *wave) for wave in made.waves]
     if listed is not None:
         _check_listed(listed, span, theta, segments, width)
@@ -338,7 +340,7 @@ def fastfood_adjoint(
 
 
 def _in_memory(x: Tensor) -> Tensor:
-    """As kernels take it: bfloat16 as 16-bit integers."""
+    """The tensor as kernels take it: bfloat16 as 16-bit integers."""
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
 
 

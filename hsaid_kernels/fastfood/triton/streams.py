@@ -16,7 +16,7 @@ PERMUTATION = tl.constexpr(reference.PERMUTATION)
 
 
 def normal_lines(device: torch.device) -> torch.Tensor:
-    """int64 table of B << 32 | A by the upper 11 bits of v, which need no mask then: the 32 lines over and over."""
+    """int64 table of B << 32 | A by the upper 11 bits of v. It repeats the 32 lines, so that these need no mask."""
     a, b = (t.view(torch.int32).to(torch.int64) & 0xFFFFFFFF for t in (reference.TABLE_A, reference.TABLE_B))
     return (b << 32 | a).repeat(18).to(device)  # v < 2^16, so its upper bits are below 576
 
@@ -37,7 +37,7 @@ def philox(seed, c0, c1, c2, c3):
 
 @triton.jit
 def words(seed, stream, purpose: tl.constexpr, block, chunk, ctr):
-    """The four words of the calls at `ctr`, for blocks of the same shape or a scalar one."""
+    """The four words of each call of `ctr`; `block` is of the same shape or a scalar."""
     return philox(
         seed,
         tl.cast(block, tl.uint32) | purpose << 28,
@@ -49,7 +49,7 @@ def words(seed, stream, purpose: tl.constexpr, block, chunk, ctr):
 
 @triton.jit
 def position(r, t):
-    """The position e in the tile of register r (bits 2 ... 7) and thread t (the other bits in their order)."""
+    """The position e in a tile, of which r (the register) is bits 2 ... 7, and t (the thread) the others in order."""
     return (t & 3) | r << 2 | t >> 2 << 8
 
 
@@ -64,7 +64,7 @@ def block_of(e, first, step, Q: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def normal(half, lines):
-    """Standard normals from 16-bit integers that have 0x4B000001 or-ed to them, each operation rounded by itself."""
+    """Standard normals from 16-bit integers or-ed with 0x4B000001. Each operation is rounded by itself."""
     y = half.to(tl.float32, bitcast=True) - 8421376.0
     v = 32928.0 - tl.abs(y)
     line = tl.load(lines + (v.to(tl.uint32, bitcast=True) >> 21))
@@ -88,15 +88,15 @@ def gaussian(seed, stream, first, step, chunk, lines, Q: tl.constexpr, T: tl.con
     halves = tl.join((w & 0xFFFF) | 0x4B000001, w >> 16 | 0x4B000001)
     halves = tl.reshape(halves, (1 << (5 - S), 1 << (S - 2), THREADS, 2, 2, 2))
     halves = tl.reshape(tl.permute(halves, (0, 3, 4, 5, 1, 2)), (64, THREADS))
-    # Threads first: where addresses are contiguous along no dimension, Triton 3.6 gives the first one to lanes.
+    # Threads first: if addresses are contiguous along no dimension, Triton 3.6 assigns the first one to lanes.
     return tl.permute(normal(tl.permute(halves, (1, 0)), lines), (1, 0))
 
 
 @triton.jit
 def sign_bits(seed, stream, purpose: tl.constexpr, first, step, chunk, Q: tl.constexpr, T: tl.constexpr):
-    """The signs of the tile's blocks in bit 31: [64, 2^(T-6)] uint32 in order A, the other bits being anything."""
+    """The signs of the tile's blocks in bit 31: [64, 2^(T-6)] uint32 in order A. The other bits are arbitrary."""
     THREADS: tl.constexpr = 1 << (T - 6)
-    CALLS: tl.constexpr = 1 << max(0, 8 - Q)  # of a thread; each gives the bits 2 ... min(7, Q - 1) of the position
+    CALLS: tl.constexpr = 1 << max(0, 8 - Q)  # of a thread; each covers the bits 2 ... min(7, Q - 1) of the position
     WORDS: tl.constexpr = 1 << max(1, 8 - Q)  # that a thread uses
     t = tl.arange(0, THREADS)[None, :]
     e = position(tl.arange(0, CALLS)[:, None] << max(0, Q - 2), t)  # [calls, threads]
@@ -122,6 +122,7 @@ def with_signs(x, bits):
 
 @triton.jit
 def permutation_keys(seed, stream, chunk):
+    """The keys of the six rounds, uint32."""
     zero = tl.full([], 0, tl.uint32)
     k0, k1, k2, k3 = words(seed, stream, PERMUTATION, zero, chunk, zero)
     k4, k5, _, _ = words(seed, stream, PERMUTATION, zero, chunk, zero + 1)

@@ -15,42 +15,44 @@ from torch import Tensor
 
 from hsaid_kernels.fastfood import plan
 
-# Columns. COLS is 0 for a dense piece; SEGMENT is -1 for a hole. FIRST, LAST are the tiles of a share of the forward,
-# the runs of an item or the places of a part's runs; FROM, TO are where a part's sum comes from and goes on, -1 where
-# it does not; of the forward FROM is the place of z.
+# Columns of all tables. COLS is 0 for a dense piece, SEGMENT -1 for a hole. The last four depend on the table:
+#   forward, shares    FIRST, LAST: tiles; FROM: the place of z
+#   adjoint, items     FIRST, LAST: runs
+#   adjoint, parts     FIRST, LAST: the places of their runs' sums; FROM, TO: the places in `carry` of the sum of the
+#                      waves before and of the one for the next wave, -1 if there is none
 COLUMNS = tl.constexpr(12)
 TENSOR, OFFSET, OUT_OFFSET, COUNT, COLS, ROW_STRIDE, STREAM, SEGMENT, FIRST, LAST, FROM, TO = (
     tl.constexpr(i) for i in range(COLUMNS.value)
 )
 
-PIECE_COST = 1  # tiles whose work is as much as coming to another piece
-SUMS_FLOATS = 11_000_000  # of the runs' sums, at most, unless one group's take more
+PIECE_COST = 1  # the work of coming to another piece, in tiles
+SUMS_FLOATS = 11_000_000  # the most floats of runs' sums, or of z, in a wave, unless one group, or piece, has more
 
 
 class Runs(NamedTuple):
-    """As much of the forward as has place for its z: program p does runs first[p] ... first[p + 1] - 1."""
+    """A wave of the forward, whose z are held at a time. Program p processes runs first[p] ... first[p + 1] - 1."""
 
     rows: Tensor  # int64 [runs, COLUMNS]; FROM is the place of the piece's z
     first: Tensor  # int64 [programs + 1]
-    pieces: Tensor  # int64 [pieces, COLUMNS], whose z are made before
+    pieces: Tensor  # int64 [pieces, COLUMNS], whose z are made first
 
 
 class Wave(NamedTuple):
-    """As much of the adjoint as has place for its sums: items, a tile wide, and the parts of segments they make up."""
+    """A wave of the adjoint, whose sums are held at a time: items, each a tile wide, and parts of segments of them."""
 
     items: Tensor  # int64 [items, COLUMNS]
     parts: Tensor  # int64 [parts, COLUMNS]
-    finished: int  # parts that are the last of their segments; all but the last part are
+    finished: int  # the number of parts that are the last of their segments, as all but the wave's last part are
 
 
 class ListedWave(NamedTuple):
-    """The same of listed blocks. A list differs at every step, so it has no table: its segment's items are alike."""
+    """A wave for listed blocks. The list differs at every step, so it has no tables: its segment's items are alike."""
 
     first_item: int
     items: int
     runs: int
-    before: int  # where the sum comes from, as in FROM
-    after: int  # and goes on, as in TO
+    before: int  # as FROM
+    after: int  # as TO
 
 
 def _column(table: np.ndarray, name: str) -> np.ndarray:
@@ -77,7 +79,7 @@ def _are_pieces(table: np.ndarray) -> np.ndarray:
 
 
 def _needed(table: np.ndarray) -> list[int]:
-    """Elements that the pieces need of each tensor."""
+    """The number of elements that each tensor must have to contain its pieces."""
     owner = _column(table, "tensor")
     needed = np.zeros(owner.max(initial=-1) + 1, dtype=np.int64)
     np.maximum.at(needed, owner[owner >= 0], _ends(table, "offset")[owner >= 0])
@@ -85,7 +87,10 @@ def _needed(table: np.ndarray) -> list[int]:
 
 
 def check_segments(segments: Tensor, width: int, num_tensors: int | None) -> tuple[np.ndarray, list[int]]:
-    """(table, elements that it needs of each tensor); RuntimeError if a kernel could leave a tensor by it."""
+    """(table, number of elements that each tensor must have).
+
+    Raises RuntimeError for a table with which a kernel could reach beyond a tensor.
+    """
     table = _rows(segments, "segments", 1)
     blocks = -(-_column(table, "rows") * _column(table, "cols") // width)
     before = np.concatenate([[0], np.cumsum(blocks)[:-1]])
@@ -101,7 +106,7 @@ def check_segments(segments: Tensor, width: int, num_tensors: int | None) -> tup
 def check_holes(
     holes: Tensor, segments: np.ndarray, num_tensors: int | None, numel: int
 ) -> tuple[np.ndarray, list[int]]:
-    """(table of holes, elements that it and the segments need of each tensor)."""
+    """(table of holes, number of elements that each tensor must have for it and the segments). Raises RuntimeError."""
     table = _rows(holes, "holes", 0)
     owner = _column(table, "tensor")
     good = _are_pieces(table) & (owner >= -1)
@@ -121,7 +126,7 @@ def _on(device: torch.device, *tables: np.ndarray) -> list[Tensor]:
 
 
 def pieces_of(segments: np.ndarray, holes: np.ndarray | None = None) -> np.ndarray:
-    """int64 [pieces, COLUMNS] of the plan's tables, the last four columns still empty."""
+    """The plan's tables as int64 [pieces, COLUMNS], where the last four columns are still empty."""
     table = segments if holes is None else np.concatenate([segments, holes])
     rows, cols, stride = (_column(table, name) for name in ("rows", "cols", "row_stride"))
     dense = (rows == 1) | (cols == stride)
@@ -139,7 +144,7 @@ def pieces_of(segments: np.ndarray, holes: np.ndarray | None = None) -> np.ndarr
 
 
 def runs_of(pieces: np.ndarray, t: int, programs: int, device: torch.device) -> Runs:
-    """Equal shares for the programs, cut where pieces end."""
+    """The tiles of the pieces in equal shares for the programs, cut where pieces end."""
     tiles = -(-pieces[:, COUNT.value] // (1 << t))
     first_tile = np.concatenate([[0], np.cumsum(tiles)])
     cost = first_tile + PIECE_COST * np.arange(len(pieces) + 1)
@@ -159,20 +164,20 @@ def runs_of(pieces: np.ndarray, t: int, programs: int, device: torch.device) -> 
 
 
 def forward_waves_of(pieces: np.ndarray, t: int, programs: int, chunks: int, device: torch.device) -> list[Runs]:
-    """As many pieces at a time as z fits for, or one."""
+    """Waves of as many pieces as have at most SUMS_FLOATS values of z, or of one."""
     most = max(1, SUMS_FLOATS // (chunks << t))
     return [runs_of(pieces[i : i + most], t, programs, device) for i in range(0, len(pieces), most)]
 
 
 def waves_of(pieces: np.ndarray, q: int, t: int, run_blocks: int, device: torch.device) -> list[Wave]:
-    """An item takes 2^(t-q) runs side by side, and has a tile of place for their sums. Waves end where groups do."""
+    """Waves of the adjoint. An item has 2^(t-q) runs side by side, whose sums are a tile. Waves end where groups do."""
     side_by_side, of_group = 1 << (t - q), plan.MAX_WIDTH >> q
     most = max(of_group // side_by_side, SUMS_FLOATS >> t)
     waves: list[tuple[list, list]] = []
     free, carries = 0, 0
     for piece in pieces:
         blocks = -(-int(piece[COUNT.value]) // (1 << q))
-        whole, rest = divmod(blocks, run_blocks * of_group)  # groups, blocks of one more
+        whole, rest = divmod(blocks, run_blocks * of_group)  # whole groups, blocks of a last one
         runs, run = whole * of_group + min(rest, of_group), 0
         while run < runs:
             taken = min(runs - run, free * side_by_side // of_group * of_group)
@@ -184,7 +189,7 @@ def waves_of(pieces: np.ndarray, q: int, t: int, run_blocks: int, device: torch.
             part = piece.copy()
             part[FIRST.value] = len(items) * side_by_side
             part[LAST.value] = part[FIRST.value] + taken
-            part[FROM.value] = carries % 2 if run else -1  # two places, as a wave may read one and write one
+            part[FROM.value] = carries % 2 if run else -1  # two places, because a wave may read one and write one
             for first in range(run, run + taken, side_by_side):
                 item = piece.copy()
                 item[FIRST.value], item[LAST.value] = first, min(first + side_by_side, run + taken)
@@ -202,8 +207,10 @@ def waves_of(pieces: np.ndarray, q: int, t: int, run_blocks: int, device: torch.
 
 
 def listed_waves_of(count: int, q: int, t: int, run_blocks: int) -> list[ListedWave]:
-    """For `count` tiles of 2^14 values, every group of which has all its runs. One place is enough for what is carried:
-    a wave has one part."""
+    """Waves for `count` tiles of 2^14 values, of which every group has all its runs.
+
+    A wave has one part, so one place in `carry` is enough.
+    """
     of_group = plan.MAX_WIDTH >> t  # items
     groups, most = -(-count // run_blocks), max(1, SUMS_FLOATS // plan.MAX_WIDTH)
     waves = []

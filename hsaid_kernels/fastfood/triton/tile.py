@@ -7,12 +7,12 @@ which bits of the position are listed from the highest bit of the index to the l
 
     order A    7 ... 2 | T-1 ... 8, 1, 0              as [64, 2^(T-6)]; draws, stages 2 ... 7
     order B    12 ... 7 | T-1 ... 13, 1, 0, 6 ... 2   where Q > 12; stages 8 ... 12
-    order C    T-1 ... T-4, 1, 0 | T-5 ... 2          stages that are left, 0 and 1
+    order C    T-1 ... T-4, 1, 0 | T-5 ... 2          the stages that are left, then 0 and 1
     natural    T-1 ... 0                              in memory
 
 The six bits before the bar select a register of a thread, because by default Triton assigns the highest bits to
-registers.
-C and natural differ in the numbers of registers only, so each tile crosses threads once (T = 12) or twice.
+registers. C and natural order differ only in which register of a thread has a value, so threads exchange a tile once
+(T = 12) or twice.
 """
 
 import triton
@@ -27,7 +27,7 @@ def tile_bits(q: int) -> int:
 
 
 def threads(q: int) -> int:
-    """Of a program, each of which holds 64 values."""
+    """The number of threads of a program, each of which holds 64 values."""
     return 1 << (tile_bits(q) - 6)
 
 
@@ -110,13 +110,13 @@ def transform_reversed(x, Q: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def place_in_z(e, T: tl.constexpr):
-    """Where z keeps position e: in order A with registers in fours, which a thread reads at once (load_z)."""
+    """The index in z of position e. z is in order A with registers in fours, which a thread reads at once (load_z)."""
     return (e >> 4 & 15) << (T - 4) | e >> 8 << 4 | (e & 3) << 2 | (e >> 2 & 3)
 
 
 @triton.jit
 def position_in_z(i, T: tl.constexpr):
-    """The position at place i, the other way."""
+    """The inverse of place_in_z: the position at index i."""
     return position(i >> (T - 4) << 2 | (i & 3), i >> 2 & ((1 << (T - 6)) - 1))
 
 
@@ -129,14 +129,14 @@ def load_z(z, T: tl.constexpr):
 
 @triton.jit
 def make_z(theta, dim, seed, stream, chunk, scratch, z, Q: tl.constexpr, T: tl.constexpr):
-    """z of a segment's chunk for every block of the tile into z [2^T], as load_z takes it. Uses scratch [2^T]."""
-    STEP: tl.constexpr = 1 << (T - 2)  # sixteen positions a thread at a time, where each takes several registers
+    """Writes a segment's z of a chunk, for every block of a tile, to z [2^T] for load_z. Uses scratch [2^T]."""
+    STEP: tl.constexpr = 1 << (T - 2)  # sixteen positions a thread at a time, because each takes several registers
     of_theta = (chunk << Q) + (tl.arange(0, 1 << T) & ((1 << Q) - 1))
     x = natural_to_a(tl.load(theta + of_theta, mask=of_theta < dim, other=0.0), T)
     first = tl.full([], 0, tl.int32)
     signs = sign_bits(seed, stream, SIGNS, first, 0, chunk, Q, T)
     x = transform(with_signs(x, signs), Q, T)
-    tl.debug_barrier()  # nobody needs any more what is there
+    tl.debug_barrier()  # no thread reads any more what was in scratch
     tl.store(scratch + tl.arange(0, 1 << T), x)
     tl.debug_barrier()
     keys = permutation_keys(seed, stream, chunk)
