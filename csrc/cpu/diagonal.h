@@ -23,81 +23,45 @@ HSAID_INLINE PhiloxKeys philox_keys(uint64_t seed) {
   return keys;
 }
 
-// The portable code is compiled lane by lane: inlined everywhere it would be huge.
-#if defined(__AVX2__) || defined(HSAID_NEON)
-#define HSAID_GENERATOR HSAID_INLINE
-#else
-#define HSAID_GENERATOR HSAID_NOINLINE
-#endif
-
 // kCalls times kLanes calls that differ in word 1 of the counter: w[call][word].
-#if defined(HSAID_NEON)
 template <int kCalls>
 HSAID_GENERATOR void philox_vectors(const PhiloxPrefix& prefix, const PhiloxKeys& keys, const vu (&word1)[kCalls],
                                     vu (&w)[kCalls][4]) {
-  unroll<kCalls>([&](auto i) HSAID_LAMBDA {
-    const Products first = multiply(word1[i] ^ prefix.word0, kPhiloxM0);
-    const Products second = multiply(first.hi ^ prefix.round2, kPhiloxM1);
-    const Products a = multiply(second.hi ^ prefix.round3_hi, kPhiloxM0);
-    const Products b = multiply(first.lo ^ prefix.round3_lo, kPhiloxM1);
-    w[i][0] = b.hi ^ second.lo ^ keys.key[3][0];
-    w[i][1] = b.lo;
-    w[i][2] = a.hi ^ prefix.round4;
-    w[i][3] = a.lo;
-  });
-  unroll<kPhiloxRounds - 4>([&](auto r) HSAID_LAMBDA {
-    unroll<kCalls>([&](auto i) HSAID_LAMBDA {
-      const Products a = multiply(w[i][0], kPhiloxM0), b = multiply(w[i][2], kPhiloxM1);
-      w[i][0] = b.hi ^ (w[i][1] ^ keys.key[r + 4][0]);
-      w[i][1] = b.lo;
-      w[i][2] = a.hi ^ (w[i][3] ^ keys.key[r + 4][1]);
-      w[i][3] = a.lo;
-    });
-  });
-}
-#else
-// The even and the odd calls go apart, a word for each 64-bit lane; only the last round puts them together.
-template <int kCalls>
-HSAID_GENERATOR void philox_vectors(const PhiloxPrefix& prefix, const PhiloxKeys& keys, const vu (&word1)[kCalls],
-                                    vu (&w)[kCalls][4]) {
-  constexpr int halves = 2 * kCalls, last = kPhiloxRounds - 1;
-  const vw m0 = wide(kPhiloxM0), m1 = wide(kPhiloxM1);
+  constexpr int parts = kParts * kCalls, last = kPhiloxRounds - 1;
   // Words 0 and 2 of the state, which a round multiplies, and words 1 and 3, which it adds, its key already in them.
-  vw multiplied[halves][2], added[halves][2];
-  // Products a of word 0 and b of word 2: from their low halves comes what the round with these keys adds.
-  const auto add_later = [&](int i, vw a, vw b, const uint32_t (&key)[2]) HSAID_LAMBDA {
-    park(added[i][0] = b ^ wide(key[0]));
-    park(added[i][1] = a ^ wide(key[1]));
+  Word multiplied[2][parts], added[2][parts];
+  // From the low halves of products a of word 0 and b of word 2 comes what the round with these keys adds.
+  const auto add_later = [&](int i, const Product& a, const Product& b, const uint32_t (&key)[2]) HSAID_LAMBDA {
+    park(added[0][i] = low(b) ^ word(key[0]));
+    park(added[1][i] = low(a) ^ word(key[1]));
   };
-  unroll<halves>([&](auto i) HSAID_LAMBDA {
-    const vw x = (vw)word1[i / 2] ^ wide(prefix.word0);
-    const vw first = multiply(i % 2 ? high_half(x) : x, m0);
-    const vw second = multiply(high_half(first) ^ wide(prefix.round2), m1);
-    const vw a = multiply(high_half(second) ^ wide(prefix.round3_hi), m0);
-    const vw b = multiply(first ^ wide(prefix.round3_lo), m1);
-    multiplied[i][0] = high_half(b) ^ second ^ wide(keys.key[3][0]);
-    multiplied[i][1] = high_half(a) ^ wide(prefix.round4);
+  unroll<parts>([&](auto i) HSAID_LAMBDA {
+    const Product first = multiply(part(word1[i / kParts] ^ prefix.word0, i % kParts), kPhiloxM0);
+    const Product second = multiply(high(first) ^ word(prefix.round2), kPhiloxM1);
+    const Product a = multiply(high(second) ^ word(prefix.round3_hi), kPhiloxM0);
+    const Product b = multiply(low(first) ^ word(prefix.round3_lo), kPhiloxM1);
+    multiplied[0][i] = high(b) ^ low(second) ^ word(keys.key[3][0]);
+    multiplied[1][i] = high(a) ^ word(prefix.round4);
     add_later(i, a, b, keys.key[4]);
   });
   unroll<last - 4>([&](auto r) HSAID_LAMBDA {
-    unroll<halves>([&](auto i) HSAID_LAMBDA {
-      const vw a = multiply(multiplied[i][0], m0), b = multiply(multiplied[i][1], m1);
-      multiplied[i][0] = high_half(b) ^ added[i][0];
-      multiplied[i][1] = high_half(a) ^ added[i][1];
+    unroll<parts>([&](auto i) HSAID_LAMBDA {
+      const Product a = multiply(multiplied[0][i], kPhiloxM0), b = multiply(multiplied[1][i], kPhiloxM1);
+      multiplied[0][i] = high(b) ^ added[0][i];
+      multiplied[1][i] = high(a) ^ added[1][i];
       add_later(i, a, b, keys.key[r + 5]);
     });
   });
   unroll<kCalls>([&](auto i) HSAID_LAMBDA {
-    constexpr int even = 2 * i, odd = even + 1;
-    const vw a[2] = {multiply(multiplied[even][0], m0), multiply(multiplied[odd][0], m0)};
-    const vw b[2] = {multiply(multiplied[even][1], m1), multiply(multiplied[odd][1], m1)};
-    w[i][0] = high_halves(b[0], b[1]) ^ low_halves(added[even][0], added[odd][0]);
-    w[i][1] = low_halves(b[0], b[1]);
-    w[i][2] = high_halves(a[0], a[1]) ^ low_halves(added[even][1], added[odd][1]);
-    w[i][3] = low_halves(a[0], a[1]);
+    Product a[kParts], b[kParts];
+    unroll<kParts>([&](auto j) HSAID_LAMBDA { a[j] = multiply(multiplied[0][kParts * i + j], kPhiloxM0); });
+    unroll<kParts>([&](auto j) HSAID_LAMBDA { b[j] = multiply(multiplied[1][kParts * i + j], kPhiloxM1); });
+    w[i][0] = high_halves(b) ^ low_halves(added[0] + kParts * i);
+    w[i][1] = low_halves(b);
+    w[i][2] = high_halves(a) ^ low_halves(added[1] + kParts * i);
+    w[i][3] = low_halves(a);
   });
 }
-#endif
 
 // The table of core/normal.h.
 struct NormalTable {
@@ -156,14 +120,7 @@ HSAID_INLINE void sign_tile(const uint32_t* words, int64_t k, Use&& use) {
   unroll<(1 << t) / kLanes / per_quad>([&](auto group) HSAID_LAMBDA {
     const int64_t at = k + group * 128;
     const uint32_t* quad = words + (at >> 9) * 16 + (at >> 7 & 3) * 4;
-    vu bits;
-#if defined(__AVX512F__)
-    bits = (vu)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)quad));
-#elif defined(__AVX2__)
-    bits = (vu)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)quad));
-#else
-    bits = *(const vu_any*)quad;
-#endif
+    vu bits = load_repeated(quad);
     if constexpr (1 << t < 128) bits = bits >> (uint32_t)(at % 128 / 4);  // tiles that share a quad
     const vu lifted = bits << (quads - 1 - (lane_index() >> 2));
     unroll<per_quad>([&](auto i) HSAID_LAMBDA {

@@ -8,6 +8,7 @@
 // Everything here and in the headers beside it has internal linkage, and nothing comes from the standard library's
 // inline functions: the linker would keep one instruction set's copy for all.
 
+#include "subnormals.h"
 #include "z.h"
 
 #define HSAID_CONCAT_(a, b) a##b

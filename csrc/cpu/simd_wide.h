@@ -1,0 +1,26 @@
+// Random words, a word in the low half of each 64-bit lane: AVX-512, AVX2 and SSE2 multiply what is there, and leave
+// the low half of the product in place. With a word in each 32-bit lane, every multiplication would need shuffles.
+#pragma once
+
+#include "../core/normal.h"
+#include "vectors.h"
+
+namespace hsaid {
+
+namespace {
+
+typedef vw Word, Product;
+constexpr int kParts = 2;
+HSAID_INLINE vw word(uint32_t x) { return (vw)broadcast(x); }
+HSAID_INLINE vw part(vu x, int i) { return i ? (vw)x >> 32 : (vw)x; }
+HSAID_INLINE vw high(vw x) { return x >> 32; }
+HSAID_INLINE vw low(vw x) { return x; }
+
+HSAID_INLINE void widen_halves(vu words, vu* low, vu* high) {
+  *low = (words & 0xffffu) | kNormalMagic;
+  *high = words >> 16 | kNormalMagic;
+}
+
+}  // namespace
+
+}  // namespace hsaid
