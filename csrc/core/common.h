@@ -1,4 +1,4 @@
-// What host and device code share: every function of core/ is inline, without state, and the same bits on both.
+// What host and device share: every function is inline, has no state, and gives the same bits on both.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// A standard normal from 16 random bits, the same bits on every machine: five fp32 operations, each rounded by itself,
-// and a table of 32 lines fitted to the normal quantile (docs/rng.md).  Odd symmetric, variance 1 - 2e-9,
-// largest 3.757.
+// A standard normal from 16 random bits, the same on every machine: five fp32 operations, each rounded by itself, and a
+// table of 32 lines fitted to the normal quantile (docs/rng.md). Logarithms and cosines (Box-Muller, the usual way)
+// differ between machines. Odd symmetric, variance 1 - 2e-9, largest 3.757.
 #pragma once
 
 #include "common.h"
@@ -29,7 +29,7 @@ constexpr uint32_t kNormalMagic = 0x4b000001u;  // 2^23 as a float, and the low 
 constexpr float kNormalOffset = 8421376.0f;     // 2^23 + 2^15
 constexpr float kNormalTop = 32928.0f;
 
-constexpr uint32_t kFirstLine = 537;  // the lines in the order of v begin with that of v = 161
+constexpr uint32_t kFirstLine = 537;  // s of the smallest v
 
 // `magic` is kNormalMagic | half; line_a(s), line_b(s) are entries s & 31 of A and B, s from kFirstLine on.
 template <class LineA, class LineB>

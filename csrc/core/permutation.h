@@ -1,6 +1,6 @@
-// Pi of a segment's chunk: a six-round unbalanced Feistel network on the q bits of the position, keyed by Philox.
-// Six rounds are the fewest whose linear correlation is that of uniformly random permutations for every q from 6 to 14
-// (docs/rng.md has the table): (Pi h)[k] = h[pi(k)].
+// Pi of a segment's chunk, (Pi h)[k] = h[pi(k)]: an unbalanced Feistel network of six rounds on the q bits of k, keyed
+// by Philox. It gives each pi(k) alone, where a shuffle makes all of them, one after the other. Six rounds are the
+// fewest whose linear correlation is that of uniformly random permutations for every q from 6 to 14 (docs/rng.md).
 #pragma once
 
 #include "streams.h"
@@ -24,7 +24,7 @@ HSAID_INLINE uint32_t feistel_mix(uint32_t x, uint32_t key) {
   return (x ^ x >> 15) * 0x85EBCA77u;
 }
 
-// What round r, keyed by `key`, adds to the other half, of `bits` bits. At most 2^7 halves: a table does as well.
+// What a round adds to the other half, of `bits` bits. `half` has at most 2^7 values: a table does as well.
 HSAID_INLINE uint32_t feistel_round(uint32_t half, uint32_t key, int bits) {
   return feistel_mix(half, key) >> (32 - bits);
 }

@@ -20,7 +20,7 @@ struct WideProduct {
   uint32_t hi, lo;
 };
 HSAID_INLINE WideProduct mul_wide(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)  // where the compiler adds two instructions to the one
+#if defined(__CUDA_ARCH__)  // the compiler makes three instructions of the product below
   WideProduct product;
   asm("{ .reg .u64 t; mul.wide.u32 t, %2, %3; mov.b64 {%1, %0}, t; }"
       : "=r"(product.hi), "=r"(product.lo)
@@ -49,14 +49,14 @@ HSAID_INLINE PhiloxWords counter(Purpose purpose, int64_t block, int chunk, uint
            (uint32_t)(stream >> 32)}};
 }
 
-// The first three rounds, in which only word 1 of the counter differs between the calls of a block, leave these
-// constants: 16 wide multiplications a call are left of 20.
+// Only word 1 of the counter differs between the calls of a block. All that the first four rounds make of the other
+// words is in these constants, so that a call needs 16 wide multiplications in place of 20.
 struct PhiloxPrefix {
-  uint32_t word0;      // after round 1: word0 ^ counter word 1
-  uint32_t round2;     // xor to the high half of M0 * word 0
-  uint32_t round3_hi;  // xor to the high half of M1 * word 2
-  uint32_t round3_lo;  // xor to the low half of round 2
-  uint32_t round4;     // xor to the high half of M0 * word 0
+  uint32_t word0;      // xored with word 1 of the counter: word 0 after round 1
+  uint32_t round2;     // xored with the high half of M0 * word 0
+  uint32_t round3_hi;  // xored with the high half of M1 * word 2
+  uint32_t round3_lo;  // xored with the low half of round 2
+  uint32_t round4;     // xored with the high half of M0 * word 0
 };
 
 HSAID_INLINE PhiloxPrefix philox_prefix(uint64_t seed, PhiloxWords c) {

@@ -7,7 +7,7 @@
 
 namespace hsaid {
 
-// Names the calls of one block: everything of a counter but the position.
+// The calls of one block: all that is in their counters but the position.
 struct Stream {
   uint64_t seed;
   uint64_t id;
@@ -20,13 +20,13 @@ HSAID_INLINE PhiloxWords stream_words(const Stream& s, uint32_t ctr) {
   return philox4x32(s.seed, counter(s.purpose, s.block, s.chunk, s.id, ctr));
 }
 
-// Word i & 3, without an index that a device's registers do not have.
+// Word i & 3, by selection: a GPU cannot index its registers.
 HSAID_INLINE uint32_t word_at(const PhiloxWords& words, uint32_t i) {
   const uint32_t even = i & 2 ? words.w[2] : words.w[0], odd = i & 2 ? words.w[3] : words.w[1];
   return i & 1 ? odd : even;
 }
 
-// Eight 16-bit halves a call, 2^shift positions apart.
+// A call gives eight 16-bit halves, for positions that are 2^shift apart.
 HSAID_INLINE float gaussian_at(const Stream& s, int q, uint32_t k) {
   const int shift = q - 3 < 4 ? q - 3 : 4;
   const uint32_t slot = k >> shift & 7;

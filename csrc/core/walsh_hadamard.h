@@ -1,6 +1,5 @@
 // The unnormalised Walsh-Hadamard transform of n = 2^q values in place: stages at bits 2, 3, ..., q-1, 0, 1 of the
-// position, (a, b) -> (a + b, a - b) with a at the lower one.  The order is part of the contract: it fixes the
-// rounding.
+// position, (a, b) -> (a + b, a - b) with a at the lower one. The order is part of the contract: it fixes the rounding.
 #pragma once
 
 #include "common.h"

@@ -1,4 +1,4 @@
-// Scratch memory of a call of the kernels.
+// Scratch memory for one call of a kernel: one allocation, cut into pieces that begin on cache lines.
 #pragma once
 
 #include <cstdlib>
@@ -10,7 +10,6 @@ namespace hsaid {
 
 namespace {
 
-// One allocation, cut into pieces that begin on cache lines.
 struct Arena {
   char* memory;
   int64_t used = 0;

@@ -15,11 +15,11 @@ namespace {
 
 constexpr int64_t kPage = 4096, kHugePage = int64_t{2} << 20;
 
-// Of a small buffer, rounding up to huge pages would be a large part.
+// Rounded up to huge pages, a small buffer would be much larger.
 int64_t page_of(int64_t bytes) { return bytes < 8 * kHugePage ? kPage : kHugePage; }
 int64_t rounded(int64_t bytes) { return (bytes + page_of(bytes) - 1) / page_of(bytes) * page_of(bytes); }
 
-// What is kept beside the largest buffer: blocks of a model have several sizes, which alternate in every step.
+// Bytes kept beside the largest buffer: the blocks of a model have several sizes, which alternate in every step.
 constexpr int64_t kBeside = int64_t{64} << 20;
 
 struct Buffer {
@@ -42,7 +42,7 @@ struct Pool {
     return nullptr;
   }
 
-  // Frees old buffers that would only take room once there is one of so many bytes.
+  // Frees the oldest buffers until, with one of `bytes` bytes more, all but the largest take at most kBeside.
   void make_room(int64_t bytes) {
     for (;;) {
       int64_t largest = bytes, total = bytes;

@@ -1,5 +1,6 @@
-// G and the signs B of a block, a tile at a time: Philox in the lanes, whose words fall to consecutive positions
-// without any transposing (docs/rng.md).
+// G and the signs B of a block, with a Philox call in each lane. Consecutive positions take the same word of
+// consecutive calls, a vector as it comes; if they took the four words of one call, vectors would have to be transposed
+// (docs/rng.md).
 #pragma once
 
 #include "../core/plan.h"
@@ -88,7 +89,7 @@ HSAID_GENERATOR void normal_vectors(const vu (&magic)[kGroup], const NormalTable
   unroll<kGroup>([&](auto i) HSAID_LAMBDA { g[i] = y[i] * (a[i] + b[i]); });
 }
 
-// A line of the diagonal: what multiplies a vector.
+// A vector of the diagonal, and how it multiplies one.
 struct GaussianVector {
   vf g;
   HSAID_INLINE vf times(const GaussianVector& d, vf x) { return d.g * x; }
@@ -98,7 +99,7 @@ struct SignVector {
   HSAID_INLINE vf times(const SignVector& d, vf x) { return (vf)((vu)x ^ d.sign); }
 };
 
-// The sign bits of a block as Philox words: words[k >> 9][k >> 7 & 3][k & 3], whose bit (k >> 2) & 31 is position k's.
+// The sign bits of a block as Philox words: position k has bit (k >> 2) & 31 of words[k >> 9][k >> 7 & 3][k & 3].
 HSAID_INLINE int64_t num_sign_words(int q) { return q > 11 ? (int64_t)1 << (q - 5) : 64; }  // whole vectors of calls
 HSAID_NOINLINE void make_sign_words(const Stream& s, const PhiloxKeys& keys, int q, uint32_t* words) {
   const PhiloxPrefix prefix = philox_prefix(s.seed, counter(s.purpose, s.block, s.chunk, s.id, 0));
@@ -112,7 +113,7 @@ HSAID_NOINLINE void make_sign_words(const Stream& s, const PhiloxKeys& keys, int
   }
 }
 
-// use(i, d) for the vectors i of the 2^t values at k.
+// Calls use(i, d) for the vectors i of the 2^t values at k.
 template <int t, class Use>
 HSAID_INLINE void sign_tile(const uint32_t* words, int64_t k, Use&& use) {
   constexpr int per_quad = 32 * 4 / kLanes < (1 << t) / kLanes ? 32 * 4 / kLanes : (1 << t) / kLanes;
@@ -164,12 +165,12 @@ HSAID_NOINLINE vf small_gaussian(const Diagonal& d, int chunk, uint32_t k) {
   return g;
 }
 
-// Positions that are drawn at a time: random words and what becomes of them stay in the first-level cache.
+// Positions drawn at a time: random words, and what is made of them, stay in the first-level cache.
 constexpr int kDrawBits = 10;
 HSAID_INLINE int64_t num_draws(int q) { return q > kDrawBits ? (int64_t)1 << (q - kDrawBits) : 1; }
 
-// Philox words of calls [0, calls) of a draw, kSide vectors of calls side by side: one is a long chain of dependent
-// multiplications. All positions are counted beside.
+// Philox words of calls [0, calls) of a draw, kSide vectors of calls side by side: one alone is a long chain of
+// dependent multiplications. All positions are counted in `beside`.
 template <int kSide>
 HSAID_INLINE void draw_words(const Diagonal& d, int chunk, int64_t begin, int64_t calls, Beside& beside,
                              uint32_t* words) {
@@ -190,8 +191,8 @@ HSAID_INLINE void draw_words(const Diagonal& d, int chunk, int64_t begin, int64_
   }
 }
 
-// use(k, g) for the vectors of G at the positions of a draw, n >= 128. First all words, then all normals: two short
-// loops, each with its constants in registers. Both count all positions beside.
+// Calls use(k, g) for the vectors of G at the positions of a draw, n >= 128. First all words, then all normals: two
+// short loops, each with its constants in registers. Both count all positions in `beside`.
 template <class Use>
 HSAID_INLINE void draw_gaussian(const Diagonal& d, int chunk, int64_t begin, int64_t end, Beside& beside, Use&& use) {
   constexpr int parts = 16 / kLanes;
@@ -219,8 +220,8 @@ HSAID_INLINE void draw_gaussian(const Diagonal& d, int chunk, int64_t begin, int
   }
 }
 
-// use(k, d) for the vectors of the diagonal at the 2^min(q, kDrawBits) positions of a draw, which are counted beside
-// kDrawCounts times.
+// Calls use(k, d) for the vectors of the diagonal at the 2^min(q, kDrawBits) positions of a draw, which are counted
+// in `beside` kDrawCounts times.
 template <bool kRademacher>
 constexpr int kDrawCounts = kRademacher ? 1 : 2;
 template <bool kRademacher, class Use>

@@ -1,5 +1,6 @@
-// Chooses the kernels and shares the work between threads.  Which thread does what never changes a bit: a block of the
-// forward depends on nothing else, and the adjoint adds fixed groups of blocks in a fixed order.
+// Chooses the kernels and shares the work between threads. Which thread does what never changes a bit: a block of the
+// forward depends on no other, and the adjoint adds fixed groups of blocks in a fixed order. A sum for each thread, the
+// obvious way, would depend on their number.
 
 #include "fastfood.h"
 
@@ -20,11 +21,11 @@ namespace hsaid {
 namespace {
 
 constexpr int64_t kSliceElements = 1024;
-// Sums of groups that the adjoint holds at a time: it works in waves of as many groups as fit.
+// Sums of groups that the adjoint holds at a time: it works in waves of so many groups.
 constexpr int64_t kWaveBytes = int64_t{2} << 20, kMostBytes = int64_t{16} << 20;
 constexpr int64_t kMinWave = 8;
 
-// Blocks whose generation takes as long as making z.
+// Making z takes as long as generating this many blocks.
 constexpr int64_t kZCost = 2;
 
 // f(i) for i in [0, count), each taken by the next thread that is free: for work of unequal size.
@@ -131,7 +132,8 @@ void fastfood_adjoint(const Adjoint& a, float* dtheta, float* dfactors, const Th
     for (int64_t g = 0; g < count; ++g) groups.push_back({i, g, g + 1 == count});
   }
   std::fill(dtheta, dtheta + size, 0.0f);
-  // What stays in the cache, but several groups for each thread while that is not much, and one at least.
+  // As many groups as stay in the cache, or four for each thread within kMostBytes if that is more; one for each at
+  // least.
   const int64_t several = std::min<int64_t>(4 * threads.count, kMostBytes / (size * 4));
   const int64_t wave =
       std::min<int64_t>(std::max({kWaveBytes / (size * 4), several, kMinWave, (int64_t)threads.count}), groups.size());

@@ -35,13 +35,13 @@ struct Forward {
   const float* factors;     // [num_segments], the scales s_i inside
   const Segment* segments;  // [num_segments]
   int64_t num_segments;
-  const Segment* holes;  // [num_holes], elements of no segment: they become the base, or 0
+  const Segment* holes;  // [num_holes], pieces of no segment: they become the base, or 0
   int64_t num_holes;
   const TensorView* base;  // per tensor; null: zeros
   void* out;
   Dtype out_dtype;
   bool stream;      // store past the caches: more is written than they hold
-  Listed listed{};  // blocks to make, which are written side by side; those behind the segment's end become 0
+  Listed listed{};  // blocks to make and to write side by side; behind the segment's end, 0
 };
 
 struct Adjoint {
@@ -51,8 +51,8 @@ struct Adjoint {
   const Segment* segments;
   int64_t num_segments;
   const TensorView* grads;  // per tensor; data null: zero
-  int64_t run_blocks;       // of the first of the sums (docs/rng.md)
-  Listed listed{};          // blocks that the gradients, which lie side by side, are of: the only segment has no others
+  int64_t run_blocks;       // blocks in a run, the innermost of the sums (docs/rng.md)
+  Listed listed{};          // the blocks whose gradients lie side by side in the only segment, which has no others
 };
 
 // The number of blocks that a forward makes.
@@ -74,7 +74,7 @@ struct Kernels {
   void (*walsh_hadamard)(float* x, int q);
 };
 
-// Throws std::runtime_error; for code that must not instantiate the standard library's.
+// Throws std::runtime_error for the kernels, which must not instantiate any of the standard library's functions.
 [[noreturn]] void out_of_memory(int64_t bytes);
 
 const Kernels* kernels_avx512();
@@ -83,7 +83,7 @@ const Kernels* kernels_neon();
 const Kernels* kernels_portable();
 
 // The kernels for this machine, or for the instruction set that the environment variable HSAID_CPU_ISA names.
-// Throws std::runtime_error for a name that is unknown or not to be had here.
+// Throws std::runtime_error for a name that is unknown, or of instructions that this machine does not have.
 const Kernels& kernels();
 
 using RangeBody = std::function<void(int64_t begin, int64_t end)>;

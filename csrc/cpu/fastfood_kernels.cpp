@@ -3,10 +3,11 @@
 //     forward   out_b = base_b + f * H(sum_c G_bc . z_c)     block after block; z (z.h) is made when a segment begins
 //     adjoint   u_c  += G_bc . (H g_b)                       block after block of a group
 //
-// A block of n <= 16,384 floats and z stay in the second-level cache.  Memory is touched once: W0 read and W written,
-// or the gradients read; that pass over one block is interleaved with the generation of the next, which only computes.
-// Everything here and in the headers beside it has internal linkage, and nothing comes from the standard library's
-// inline functions: the linker would keep one instruction set's copy for all.
+// A block of n <= 16,384 floats and z stay in the second-level cache. Memory is touched once: W0 read and W written, or
+// the gradients read. That pass over one block goes beside the generation of the next, which only computes: one after
+// the other, the core would wait for the memory, and then the memory for the core.
+// Everything here and in the headers beside it has internal linkage, and nothing calls the standard library's inline
+// functions, of which the linker would keep one instruction set's copy for all.
 
 #include "subnormals.h"
 #include "z.h"
@@ -59,26 +60,26 @@ void gather_any(const TensorView& t, const Segment& s, int64_t first, int64_t co
   return gather<fp16>(t, s, first, count, out);
 }
 
-// Values from `from`, where a block begins, to what is fetched while it passes: a block's work later it is wanted, and
-// `ahead` is how far that block is. One as long as a page is fetched from two of them, half of it from the next: pages
-// come faster side by side than one after the other.
+// The distance, in values, from a line of the block at `from` to the line that is fetched with it: `ahead`, to the same
+// line of the next block. Where a block is as long as a page, more, so that half of the lines come from one page and
+// half from the next: two pages come faster side by side than one after the other.
 HSAID_INLINE int64_t fetch_ahead(const void* from, int64_t ahead, int q, uintptr_t item) {
   constexpr uintptr_t page = 4096;
   if (item << q != page) return ahead;
   return ahead + (int64_t)((page / 2 - (uintptr_t)from) % page / item);
 }
 
-// Draws of a part of the last pass: the middle passes follow while it is in the first-level cache.
+// Draws that make a part of the last pass, over which the middle passes go while it is in the first-level cache.
 HSAID_INLINE int64_t draws_together(int q) {
   const int64_t draws = num_draws(q) >> last_bits(q);
   return draws ? draws : 1;
 }
 
-// How often each position is counted beside (transform.h) while a block is generated or accumulated.
+// How often each position is counted in `beside` (transform.h) while a block is generated or accumulated.
 HSAID_INLINE int64_t counts(const Params& p) {
   return (p.rademacher ? kDrawCounts<true> : kDrawCounts<false>)*p.chunks + 1 + num_middle_passes(p.q);
 }
-// Lines of T that move while a block is generated or accumulated: eight at a time, which a call is little against.
+// Moves lines of T while a block is generated or accumulated: eight at a time, which cost much more than a call.
 template <class T>
 HSAID_INLINE Beside beside(const Params& p, void (*move)(const void*, int64_t, int64_t), const void* what) {
   const int64_t lines = num_lines<kLineVectors<T>>(p.q), most = 8 >> last_bits(p.q), step = lines < most ? lines : most;
@@ -89,13 +90,13 @@ HSAID_INLINE Beside beside(const Params& p, void (*move)(const void*, int64_t, i
 struct Emission {
   const Forward* forward;
   const Segment* segment;
-  int64_t block, next;  // of the segment; the one behind it
-  int64_t place;        // among those that are made of the segment
+  int64_t block, next;  // numbers in the segment: of this block, of the next one made
+  int64_t place;        // among the segment's blocks that are made
   float factor;
   const float* buffer;  // after the middle passes
   void* out;
-  const void* base = nullptr;  // what is added; null: nothing
-  int64_t ahead = 0;           // values from there to what is fetched
+  const void* base = nullptr;  // what it is added to; null: 0
+  int64_t ahead = 0;           // from a line of it to the one that is fetched, in values
   bool stream = false;
 };
 
@@ -156,7 +157,8 @@ HSAID_NOINLINE void emit_slowly(const Emission& e, float* scratch) {
   });
 }
 
-// The rest of an emission, and the work beside which it goes out; a block that cannot go by lines is out already.
+// Completes an emission, and returns what takes it out beside other work; a block that cannot go by lines is out
+// already.
 template <class T>
 Beside begin_emission(Emission& e, float* scratch) {
   const Params& p = e.forward->params;
@@ -245,7 +247,7 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
 // A block of gradients on its way in, through the transposed last pass.
 struct Reading {
   const void* grads;
-  int64_t ahead;  // values from there to what is fetched
+  int64_t ahead;  // from a line to the one that is fetched, in values
   int q;
   float* buffer;
 };
@@ -266,8 +268,8 @@ void read_lines(const void* reading, int64_t begin, int64_t end) {
   last_pass_transposed<vectors, kSplit<T>>(r.buffer, r.q, begin, end, fill);
 }
 
-// The work beside which block `block` is read into r.buffer; `next` is the one that will be read after it. One that is
-// ragged, or not dense, is gathered first in `scratch` [n].
+// Returns what reads block `block` into r.buffer beside other work; `next` is read after it. A block that is ragged, or
+// not dense, is gathered in `scratch` [n] first.
 template <class T>
 Beside begin_reading(const Adjoint& a, const Segment& s, int64_t block, int64_t next, float* scratch, Reading& r) {
   const TensorView& grad = a.grads[s.tensor];
@@ -285,7 +287,7 @@ Beside begin_reading(const Adjoint& a, const Segment& s, int64_t block, int64_t 
   return beside<float>(a.params, read_lines<float>, &r);
 }
 
-// The rest of the transform over a draw, which is x then, and u_c += G_c . x.
+// Ends the transform of a draw, which leaves it in x, and adds: u_c += G_c . x.
 template <bool kRademacher>
 HSAID_NOINLINE void accumulate(const Diagonal& diagonal, float* x, float* u, int64_t draw, Beside& beside) {
   const Params& p = diagonal.params;
@@ -317,7 +319,7 @@ void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) 
   const auto begin_reading_any = dtype == Dtype::kFloat  ? begin_reading<float>
                                  : dtype == Dtype::kHalf ? begin_reading<fp16>
                                                          : begin_reading<bf16>;
-  // Blocks run by run; -1 behind the last.
+  // The block after this one, in the order of runs; -1 after the last.
   const auto after = [&](int64_t block) {
     if (block < 0) return block;
     if (block + runs < end) return block + runs;

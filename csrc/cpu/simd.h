@@ -12,7 +12,7 @@
 //   add_signed(sum, x, sign)    sum + x * sign for signs +-1, rounded once; the product is exact, so an FMA will do
 //   load_repeated(p)            the four words at p in every 128 bits
 //   load_as_float, narrow       for fp16, as to_float and from_float of core/half.h
-//   any_nan(a, b)               whether one is in either
+//   any_nan(a, b)               whether there is a NaN in either
 //   kStreams, stream_out        whether there are stores past the caches; one, to a multiple of the vector's size
 //   finish_streaming()          such stores are not ordered by what other threads synchronise with: this waits for them
 //   HSAID_GENERATOR             whether what draws random numbers is inlined

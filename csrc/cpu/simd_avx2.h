@@ -1,6 +1,6 @@
-// AVX2: 8 lanes. It looks up 32 floats byte by byte, in 12.5 instructions and two loads for two tables' values of a
-// vector: permutations of eight floats and blends between them, the obvious way, take 16 instructions, 8 of them of two
-// micro-operations.
+// simd.h's functions for AVX2: 8 lanes. 32 floats are looked up byte by byte: for two tables' values of a vector that
+// takes 12.5 instructions and two loads, where permutations of eight floats and blends between them, the obvious way,
+// take 16, 8 of them of two micro-operations.
 #pragma once
 
 #include <immintrin.h>

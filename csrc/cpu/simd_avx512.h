@@ -1,5 +1,6 @@
-// AVX-512: 16 lanes. It has an instruction for what takes the others several, or loops: a look-up of 32 floats, and
-// halves of two vectors side by side, by a shuffle under a mask in place of a shift and a blend.
+// simd.h's functions for AVX-512: 16 lanes. One instruction does what takes the others several, or a loop: it looks up
+// 32 floats, and it puts the halves of two vectors side by side, by a shuffle under a mask in place of a shift and a
+// blend.
 #pragma once
 
 #include <immintrin.h>

@@ -1,6 +1,6 @@
-// NEON: 4 lanes. It multiplies a word in each 32-bit lane, and two unzips part the products into high and low halves: a
-// word in each 64-bit lane, as on x86, would leave half of every register empty. 32 floats are looked up byte by byte,
-// because the look-ups that NEON has are of bytes.
+// simd.h's functions for NEON: 4 lanes. Philox has a word in each 32-bit lane, and two unzips part the products into
+// high and low halves: a word in each 64-bit lane, as on x86, would leave half of every register empty. 32 floats are
+// looked up byte by byte, because NEON's look-ups are of bytes.
 #pragma once
 
 #include <arm_neon.h>

@@ -1,5 +1,5 @@
-// Any machine: 4 lanes. What the vector extensions cannot say goes lane by lane, slowly, but to the same bits as
-// everywhere: it serves where nothing else does, and the other instruction sets are tested against it.
+// simd.h's functions for any machine: 4 lanes. What vector extensions cannot say goes lane by lane, slowly, but to the
+// same bits as everywhere: this serves where nothing else does, and the other instruction sets are compared with it.
 #pragma once
 
 #include "simd_wide.h"

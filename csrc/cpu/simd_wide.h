@@ -1,5 +1,6 @@
-// Random words, a word in the low half of each 64-bit lane: AVX-512, AVX2 and SSE2 multiply what is there, and leave
-// the low half of the product in place. With a word in each 32-bit lane, every multiplication would need shuffles.
+// Philox's words with a word in the low half of each 64-bit lane, for AVX-512, AVX2 and the portable code: x86
+// multiplies what is there, and leaves the low half of the product there. With a word in each 32-bit lane, every
+// multiplication would need shuffles.
 #pragma once
 
 #include "../core/normal.h"

@@ -1,5 +1,5 @@
-// Subnormal numbers stay what they are.  A process may have switched them off (torch.set_flush_denormal), on all of its
-// threads or on some: the same call would then give other bits, by thread.
+// Keeps subnormal numbers. A process may have switched them off (torch.set_flush_denormal), for some of its threads or
+// for all, and the same call would give other bits.
 #pragma once
 
 #include <cstdint>

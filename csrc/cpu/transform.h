@@ -1,5 +1,5 @@
-// The Walsh-Hadamard transform of a block in passes over a buffer that stays in the cache, a few stages a pass in
-// registers:
+// The Walsh-Hadamard transform of a block in few passes over a buffer that stays in the cache: several stages a pass,
+// in registers, where a pass for each stage would load and store every value for one addition.
 //
 //     first pass   stages at bits 2 .. t-1 of a tile of 2^t values, filled by the caller, 16 vectors at most; with
 //                  shorter vectors kStripStages more over a strip of tiles, while it is in the first-level cache
@@ -7,7 +7,7 @@
 //     last pass    the top kLastBits stages, then bits 0 and 1, whole cache lines handed to the caller
 //
 // The order of stages is core/walsh_hadamard.h's; the transposed transform runs everything backwards.
-// Passes take a range of strips of tiles, or of lines: while one block is computed, the lines of another go to memory.
+// Passes take ranges of strips, or of lines: while one block is computed, the lines of another go to memory.
 #pragma once
 
 #include "simd.h"
@@ -75,9 +75,9 @@ HSAID_INLINE void tile_stages(vf* x) {
   if constexpr (!kTranspose) register_stages<kTileBits - kLaneBits, false>(x);
 }
 
-// Lines that pass between memory and the caches beside a computation: `step` of each part that the last pass joins, for
-// every `cost` positions that the computation counts. Bursts would be waited for, and the memory would be idle in
-// between.
+// Moves lines between memory and the caches beside a computation: `step` of each part that the last pass joins, for
+// every `cost` positions that the computation counts. If they came all at once, the core would wait for them, and after
+// that the memory for the core.
 struct Beside {
   void (*move)(const void* what, int64_t begin, int64_t end);
   const void* what;
@@ -90,7 +90,7 @@ struct Beside {
 };
 constexpr Beside kNothingBeside = {nullptr, nullptr, 0, INT64_MAX};
 
-// kBits stages from `bit` up over the whole buffer, whose positions are counted beside.
+// kBits stages, from `bit` up, over the whole buffer, whose positions are counted in `beside`.
 template <int kBits, bool kTranspose>
 void middle_pass(float* x, int64_t n, int bit, Beside& beside) {
   const int64_t stride = (int64_t)1 << bit;
@@ -166,8 +166,8 @@ HSAID_INLINE void first_pass_transposed(float* buffer, int q, int64_t begin, int
   });
 }
 
-// Stages 0 and 1 of a line, those of the last pass that are within a vector; kSplit: of natural vectors, which they
-// leave in split order (or of split ones, transposed), whose values at even and odd places are a vector each.
+// Stages 0 and 1 of a line, which lie within a vector. kSplit: vectors as they lie in memory become split ones
+// (simd.h), the values at even places and those at odd ones; transposed, the other way round.
 template <bool kSplit, int kVectors>
 HSAID_INLINE void line_stages(vf (&y)[kVectors]) {
   if constexpr (kSplit)

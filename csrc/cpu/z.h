@@ -1,4 +1,4 @@
-// z = Pi H B theta of a segment, which its blocks share, and what makes it: a whole transform, the signs B, and Pi.
+// z = Pi H B theta, which all blocks of a segment share, and what makes it: a whole transform, the signs B, and Pi.
 #pragma once
 
 #include "../core/permutation.h"
@@ -38,8 +38,8 @@ void multiply_signs(const Params& p, const Segment& s, int chunk, const PhiloxKe
   });
 }
 
-// What a round of the permutation (core/permutation.h) adds to one half of the bits, for each of up to 2^7 other
-// halves: byte h >> 5 of word h & 31 of a table.
+// What a round of the permutation (core/permutation.h) adds to one half of the bits, for each value h < 2^7 of the
+// other: byte h >> 5 of word h & 31 of a table, in less time than the two multiplications take that define it.
 Table round_table(uint32_t key, int from, int to) {
   uint32_t words[32] = {};
   for (uint32_t byte = 0; 32 * byte < 1u << from; ++byte)
@@ -49,7 +49,7 @@ Table round_table(uint32_t key, int from, int to) {
   return table;
 }
 
-// pi [n] of a chunk, and what more there is of whole groups of vectors.
+// pi [n] of a chunk; for small n, as many values more as fill a group of vectors.
 void make_permutation(const Params& p, const Segment& s, int chunk, uint32_t* pi) {
   const PermutationKeys keys = permutation_keys(p.seed, (uint64_t)s.stream, chunk);
   const int low_bits = p.q / 2, high_bits = p.q - p.q / 2;

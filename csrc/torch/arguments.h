@@ -38,7 +38,6 @@ inline hsaid::Dtype dtype_of(ScalarType type, const char* what) {
                                         : hsaid::Dtype::kHalf;
 }
 
-// Of a base tensor, for weights in `out`.
 inline void check_base_dtype(hsaid::Dtype dtype, hsaid::Dtype out) {
   STD_TORCH_CHECK(dtype == out || dtype == hsaid::Dtype::kFloat,
                   "base: expected tensors in float32 or in the dtype of the weights");
@@ -52,7 +51,7 @@ inline hsaid::Stream checked_stream(int64_t seed, int64_t stream, int64_t purpos
   return {(uint64_t)seed, (uint64_t)stream, (hsaid::Purpose)purpose, block, (int)chunk};
 }
 
-// What both ops take of the plan, checked so that no kernel leaves a tensor.
+// What both ops take of the plan, checked: no kernel reads or writes outside a tensor.
 struct CheckedPlan {
   hsaid::Params params;
   const hsaid::Segment* segments;
@@ -127,8 +126,8 @@ inline const hsaid::Segment* check_written(const CheckedPlan& plan, const std::v
   return hole_rows;
 }
 
-// The blocks that a call is of, as `listed` names them: int64 [count], of `span` blocks each. Their values are checked
-// where the host can read them; of a device's the caller has to be sure.
+// The blocks that a call is about: `span` for each entry of `listed`, int64 [count]. Entries on the CPU are checked;
+// for those on a device the caller answers.
 inline hsaid::Listed check_listed(const CheckedPlan& plan, const Tensor& listed, int64_t span) {
   const hsaid::Segment& s = plan.segments[0];
   STD_TORCH_CHECK(plan.num_segments == 1 && hsaid::is_dense(s), "segments: expected one dense segment with `listed`");
@@ -147,7 +146,7 @@ inline hsaid::Listed check_listed(const CheckedPlan& plan, const Tensor& listed,
   return {values, listed.numel(), span};
 }
 
-// The only segment of a plan as the gradients of listed blocks lie in memory.
+// The plan's only segment, of the listed blocks alone, whose gradients lie side by side.
 inline hsaid::Segment segment_of(const CheckedPlan& plan, const hsaid::Listed& listed) {
   hsaid::Segment s = plan.segments[0];
   s.offset = s.out_offset = 0;

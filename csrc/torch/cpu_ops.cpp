@@ -14,9 +14,9 @@
 
 namespace {
 
-// Weights of more bytes than this are stored past the caches, which they would sweep empty.
+// Weights of more bytes than this are stored past the caches, which they would fill.
 constexpr int64_t kLargeBytes = int64_t{16} << 20;
-// Of more than this: into a pooled buffer.
+// Weights of more bytes than this go into a pooled buffer.
 constexpr int64_t kPooledBytes = int64_t{1} << 20;
 
 hsaid::Threads torch_threads() {

@@ -20,7 +20,7 @@ namespace {
 
 namespace cuda = hsaid::cuda;
 
-// Of the arguments of a call, which all lie on theta's device. A call has hundreds: each is asked as little as will do.
+// Reads a call's arguments, which lie on theta's device. There are hundreds: each is asked no more than need be.
 struct Arguments {
   explicit Arguments(const Tensor& theta) : device(theta.get_device_index()) {}
 
@@ -54,7 +54,7 @@ struct Arguments {
     };
   }
 
-  // Tiles by number: the kernels make no less.
+  // The numbers of tiles: the kernels make no part of one.
   hsaid::Listed tiles(const CheckedPlan& plan, const Tensor& listed, int64_t span) const {
     check_device(listed, "listed");
     const int64_t of_tile = (int64_t)1 << (hsaid::kMaxWidthBits - plan.params.q);
