@@ -93,13 +93,13 @@ HSAID_INLINE bool is_vectors(const Piece& p) { return p.cols == 0 && p.fours; }
 template <class T, bool kWhole>
 HSAID_DEVICE void read_vectors(const Piece& p, int64_t first, float (&x)[kPerThread]) {
   using Load = typename Quad<T>::Bits;
-  const T* data = (const T*)p.data + first + position_c(0);
+  const T* data = (const T*)p.data + first + position<C>(0);
   Load loaded[kPerThread / 4];
 #pragma unroll
   for (int v = 0; v < kPerThread / 4; ++v) {
-    const uint32_t e = register_position_c(4 * v);
+    const uint32_t e = C::Register::spread(4 * v);
     loaded[v] = Load{};
-    if (kWhole || first + position_c(4 * v) < p.count) loaded[v] = load_once((const Load*)(data + e));
+    if (kWhole || first + position<C>(4 * v) < p.count) loaded[v] = load_once((const Load*)(data + e));
   }
 #pragma unroll
   for (int v = 0; v < kPerThread / 4; ++v) {
@@ -132,7 +132,7 @@ HSAID_DEVICE void read_elements(const Piece& p, int64_t first, float (&x)[kPerTh
     sync_block();
 #pragma unroll
     for (int i = half * 32; i < half * 32 + 32; i += 4) {
-      const float4 v = exchange().load<float4>((int)position_c(i & 31));
+      const float4 v = exchange().load<float4>((int)position<C>(i & 31));
       x[i] = v.x;
       x[i + 1] = v.y;
       x[i + 2] = v.z;
@@ -217,11 +217,11 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_groups_kernel(const __gri
   float* sum = slot(a, (int)block_index().y, (int)bits_from_float(tables().load(kSlotNumber)));
   if constexpr (is_tile(kKind)) {
 #pragma unroll
-    for (int i = 0; i < kPerThread; i += 4) *(float4*)(sum + position_c(i)) = {x[i], x[i + 1], x[i + 2], x[i + 3]};
+    for (int i = 0; i < kPerThread; i += 4) *(float4*)(sum + position<C>(i)) = {x[i], x[i + 1], x[i + 2], x[i + 3]};
   } else {
 #pragma unroll
     for (int i = 0; i < kPerThread; i += 4)
-      kept().store((int)position_c(i), float4{x[i], x[i + 1], x[i + 2], x[i + 3]});
+      kept().store((int)position<C>(i), float4{x[i], x[i + 1], x[i + 2], x[i + 3]});
     sync_block();
     // Runs without a block are 0, which no sum of others is changed by.
     for (int k = thread_index(); k < 1 << p.q; k += kThreads) {
@@ -296,14 +296,14 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_segments_kernel(const __g
   const AdjointPiece& piece = a.pieces[number];
   float* sum = slot(a, chunk, piece.first_slot);
   const int64_t first = (int64_t)(number * p.chunks + chunk) << p.q;
-  const uint32_t own = opaque(position_c(0));
+  const uint32_t own = opaque(position<C>(0));
   wait_for_previous_kernel();
 
   // u . z; -0, which no sum is changed by, where the block has no such position.
   float4 halves[8];
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    const uint32_t k = own | register_position_c(4 * i);
+    const uint32_t k = own | C::Register::spread(4 * i);
     float4 product{-0.0f, -0.0f, -0.0f, -0.0f};
     if (k < (uint32_t)n) {
       const float4 u = *(const float4*)(sum + k), z = *(const float4*)(a.z + first + k);
@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_segments_kernel(const __g
   float x[kPerThread];
 #pragma unroll
   for (int i = 0; i < kPerThread; i += 4) {
-    const uint2 from = *(const uint2*)(a.pi_back + first + ((own | register_position_c(i)) & (n - 1)));
+    const uint2 from = *(const uint2*)(a.pi_back + first + ((own | C::Register::spread(i)) & (n - 1)));
     x[i] = kept().load((int)(from.x & 0xffff));
     x[i + 1] = kept().load((int)(from.x >> 16));
     x[i + 2] = kept().load((int)(from.y & 0xffff));
@@ -332,8 +332,8 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_segments_kernel(const __g
   const float factor = a.factors[piece.factor];
 #pragma unroll
   for (int i = 0; i < kPerThread; i += 4)
-    if (position_c(i) < (uint32_t)n)
-      *(float4*)(sum + position_c(i)) = {factor * x[i], factor * x[i + 1], factor * x[i + 2], factor * x[i + 3]};
+    if (position<C>(i) < (uint32_t)n)
+      *(float4*)(sum + position<C>(i)) = {factor * x[i], factor * x[i + 1], factor * x[i + 2], factor * x[i + 3]};
 }
 
 // --- the sums over segments

@@ -45,19 +45,19 @@ template <class Out, class Base>
 HSAID_DEVICE void write_vectors(const ForwardPiece& piece, int t, int to, const float (&x)[kPerThread], float factor) {
   using Load = typename Quad<Base>::Bits;
   using Store = typename Quad<Out>::Bits;
-  const Base* base = tile_address((const Base*)piece.base.data, t) + position_c(0);
-  Out* out = tile_address((Out*)piece.out, to) + position_c(0);
+  const Base* base = tile_address((const Base*)piece.base.data, t) + position<C>(0);
+  Out* out = tile_address((Out*)piece.out, to) + position<C>(0);
   constexpr int batch = 32 / (sizeof(Load) / 4);  // vectors in flight: as many as there are registers left
 #pragma unroll
   for (int first = 0; first < kPerThread / 4; first += batch) {
     Load loaded[batch];
 #pragma unroll
-    for (int j = 0; j < batch; ++j) loaded[j] = load_once((const Load*)(base + register_position_c(4 * (first + j))));
+    for (int j = 0; j < batch; ++j) loaded[j] = load_once((const Load*)(base + C::Register::spread(4 * (first + j))));
 #pragma unroll
     for (int j = 0; j < batch; ++j) {
       const int i = 4 * (first + j);
       const float4 w = Quad<Base>::widened(loaded[j]);
-      store_once((Store*)(out + register_position_c(i)),
+      store_once((Store*)(out + C::Register::spread(i)),
                  Quad<Out>::narrowed(
                      {w.x + factor * x[i], w.y + factor * x[i + 1], w.z + factor * x[i + 2], w.w + factor * x[i + 3]}));
     }
@@ -82,11 +82,11 @@ HSAID_DEVICE void write_elements(const ForwardPiece& piece, Dtype dtype, int t, 
   void* out = kListed ? (char*)piece.out + (int64_t)(to - t) * (kTile * item_size(dtype)) : piece.out;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const uint32_t own = opaque(position_c(0));
+    const uint32_t own = opaque(position<C>(0));
     sync_block();
 #pragma unroll
     for (int i = half * 32; i < half * 32 + 32; i += 4)
-      exchange().store((int)(own | register_position_c(i & 31)), float4{x[i], x[i + 1], x[i + 2], x[i + 3]});
+      exchange().store((int)(own | C::Register::spread(i & 31)), float4{x[i], x[i + 1], x[i + 2], x[i + 3]});
     sync_block();
     const int64_t first = (int64_t)t * kTile + half * (kTile / 2);
     if (piece.base.fours) {

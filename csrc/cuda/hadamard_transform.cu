@@ -137,18 +137,18 @@ __global__ void __launch_bounds__(512) hadamard_rows_kernel(const __grid_constan
     if (q > 4) lane_stage<2>(x);
     if (q > 5) lane_stage<3>(x);
     if (q > 6) lane_stage<4>(x);
-    if (q > 7) butterflies<2>(x);
-    if (q > 8) butterflies<3>(x);
-    if (q > 9) butterflies<4>(x);
-    if (q > 10) butterflies<5>(x);
+    if (q > 7) butterflies<4>(x);
+    if (q > 8) butterflies<8>(x);
+    if (q > 9) butterflies<16>(x);
+    if (q > 10) butterflies<32>(x);
     if (warp_bits > 0) exchange_warps(x, warp_bits);
-    if (q > 11) butterflies<2>(x);
-    if (q > 12) butterflies<3>(x);
-    if (q > 13) butterflies<4>(x);
-    if (q > 14) butterflies<5>(x);
+    if (q > 11) butterflies<4>(x);
+    if (q > 12) butterflies<8>(x);
+    if (q > 13) butterflies<16>(x);
+    if (q > 14) butterflies<32>(x);
     if (a.last) {
-      if (q > 0) butterflies<0>(x);
-      if (q > 1) butterflies<1>(x);
+      if (q > 0) butterflies<1>(x);
+      if (q > 1) butterflies<2>(x);
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) x[i] = x[i] * a.scale;
     }
@@ -184,13 +184,13 @@ __global__ void __launch_bounds__(kThreads) hadamard_columns_kernel(const __grid
 #pragma unroll
     for (int j = 0; j < 16; ++j)
       if (j < 1 << a.bits) load_four(a.values + first, (int64_t)j << a.from, INT64_MAX, true, x + 4 * j);
-    if (a.bits > 0) butterflies<2>(x);
-    if (a.bits > 1) butterflies<3>(x);
-    if (a.bits > 2) butterflies<4>(x);
-    if (a.bits > 3) butterflies<5>(x);
+    if (a.bits > 0) butterflies<4>(x);
+    if (a.bits > 1) butterflies<8>(x);
+    if (a.bits > 2) butterflies<16>(x);
+    if (a.bits > 3) butterflies<32>(x);
     if (a.last) {
-      butterflies<0>(x);
       butterflies<1>(x);
+      butterflies<2>(x);
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) x[i] = x[i] * a.scale;
     }

@@ -123,14 +123,14 @@ HSAID_DEVICE T* tile_address(T* data, int t) {
 // Vector v of z, the thread's share of a tile, in n floats of global memory: vectors side by side as threads read them;
 // natural order where n < 256.
 HSAID_DEVICE int dense_place(int v, int q) {
-  const uint32_t k = position_a(0) & ((1u << q) - 1);
+  const uint32_t k = position<A>(0) & ((1u << q) - 1);
   const int lane_bits = q - 8 < 5 ? q - 8 : 5;
   const uint32_t owner = (k >> 8 & 31) | (k & 3) << lane_bits | (k >> 13 & 1) << 7;  // of n / 64
   return (int)(((uint32_t)v << (q - 6) | owner) * 4);
 }
 HSAID_DEVICE float4 z_vector(const float* z, int v, int q) {
   if (q >= kFastDrawBits) return *(const float4*)(z + dense_place(v, q));
-  const uint32_t own = opaque(position_a(0)), mask = (1u << q) - 1;
+  const uint32_t own = opaque(position<A>(0)), mask = (1u << q) - 1;
   float x[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) x[j] = z[(own | (uint32_t)a_register(v, j) << 2) & mask];
@@ -144,7 +144,7 @@ HSAID_DEVICE void store_z(float* z, int q) {
     for (uint32_t k = thread_index(); k < n; k += kThreads) z[k] = kept().load(place_of(k));
     return;
   }
-  if (position_a(0) >= n) return;
+  if (position<A>(0) >= n) return;
 #pragma unroll
   for (int v = 0; v < 16; ++v) {
     float x[4];

@@ -10,15 +10,11 @@
 // 34 KB of shared memory serve; every access is free of bank conflicts. docs/kernels.md counts what each costs.
 #pragma once
 
-#include <type_traits>
-
 #include "../core/permutation.h"
-#include "../core/plan.h"
-#include "device.h"
+#include "layout.h"
 
 namespace hsaid::cuda {
 
-constexpr int kThreads = 256, kTileBits = kMaxWidthBits, kTile = 1 << kTileBits, kPerThread = kTile / kThreads;
 constexpr int kRowFloats = 34;                          // of the exchange between A and B: 32 and padding
 constexpr int kExchangeFloats = kThreads * kRowFloats;  // a row a thread
 constexpr int kTableFloats = 32 * kFeistelRounds;       // what pi^-1 is made with, or normals
@@ -30,182 +26,75 @@ HSAID_DEVICE Shared kept() { return shared_memory(); }
 HSAID_DEVICE Shared exchange() { return shared_memory() + kTile; }
 HSAID_DEVICE Shared tables() { return shared_memory() + (kTile + kExchangeFloats); }
 
-HSAID_DEVICE int lane() { return thread_index() & 31; }
-HSAID_DEVICE int warp() { return thread_index() >> 5 & (kThreads / 32 - 1); }  // the mask tells the compiler the range
+// --- layouts
 
-// Positions in the tile.
-HSAID_DEVICE uint32_t position_a(int i) { return (uint32_t)(i << 2 | lane() << 8 | (warp() & 3) | warp() >> 2 << 13); }
-HSAID_DEVICE uint32_t register_position_c(int i) { return (uint32_t)((i & 3) | (i >> 2 & 7) << 7 | i >> 5 << 13); }
-HSAID_DEVICE uint32_t position_c(int i) { return (uint32_t)(lane() << 2 | warp() << 10) | register_position_c(i); }
+using A = Layout<Bits<2, 3, 4, 5, 6, 7>, Bits<8, 9, 10, 11, 12>, Bits<0, 1, 13>>;
+using B = Layout<Bits<7, 8, 9, 10, 11, 12>, Bits<2, 3, 4, 5, 6>, Bits<0, 1, 13>>;
+using C = Layout<Bits<0, 1, 7, 8, 9, 13>, Bits<2, 3, 4, 5, 6>, Bits<10, 11, 12>>;
+static_assert(C::Register::spread(3) == 3, "16-byte accesses to memory");
+
+// Between A and B: a row is what a lane holds in A, a column what it holds in B.
+using Rows = Array<B::Lane, Dimension<kRowFloats, A::Lane>, Dimension<32 * kRowFloats, A::Warp>>;
+// Between B and C, which both have e8 and e9 in registers.
+using Fours = Array<Bits<8, 9>, Dimension<4, B::Lane>, Dimension<128, C::Warp>, Dimension<1024, B::Warp>>;
+static_assert(Rows::place(kTile - 1) < kExchangeFloats && Fours::place(kTile - 1) < kExchangeFloats);
+
+HSAID_DEVICE void a_to_b(float (&x)[kPerThread]) { change_layout<A, B, Rows, false>(exchange(), x); }
+HSAID_DEVICE void b_to_a(float (&x)[kPerThread]) { change_layout<A, B, Rows, true>(exchange(), x); }
+HSAID_DEVICE void b_to_c(float (&x)[kPerThread]) { change_layout<B, C, Fours, false>(exchange(), x); }
+HSAID_DEVICE void c_to_b(float (&x)[kPerThread]) { change_layout<B, C, Fours, true>(exchange(), x); }
 
 // --- transform
 
-template <int bit>
+// The bit of the position at which stage s is: 2 ... 13, 0, 1 (csrc/core/walsh_hadamard.h).
+HSAID_INLINE constexpr int stage_bit(int s) { return (s + 2) % kTileBits; }
+
+// Behind the last of the stages from s on that a thread can do in layout L by itself.
+template <class L>
+HSAID_INLINE constexpr int stages_end(int s) {
+  while (s < kTileBits && L::Register::kMask >> stage_bit(s) & 1) ++s;
+  return s;
+}
+constexpr int kEndA = stages_end<A>(0), kEndB = stages_end<B>(kEndA);
+static_assert(stages_end<C>(kEndB) == kTileBits, "A, B and C do all stages, in their order");
+
+template <int kApart>
 HSAID_DEVICE void butterflies(float (&x)[kPerThread]) {
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    if (i >> bit & 1) continue;
-    const float a = x[i], b = x[i | 1 << bit];
+    if (i & kApart) continue;
+    const float a = x[i], b = x[i | kApart];
     x[i] = a + b;
-    x[i | 1 << bit] = a - b;
+    x[i | kApart] = a - b;
   }
 }
 
-// Stages at bits 2 ... 7 of the position, as far as there are so many; and so on.
-HSAID_DEVICE void stages_a(float (&x)[kPerThread], int q) {
-  butterflies<0>(x);
-  butterflies<1>(x);
-  butterflies<2>(x);
-  if (q > 5) butterflies<3>(x);
-  if (q > 6) butterflies<4>(x);
-  if (q > 7) butterflies<5>(x);
-}
-HSAID_DEVICE void stages_b(float (&x)[kPerThread], int q) {
-  if (q > 8) butterflies<1>(x);
-  if (q > 9) butterflies<2>(x);
-  if (q > 10) butterflies<3>(x);
-  if (q > 11) butterflies<4>(x);
-  if (q > 12) butterflies<5>(x);
-}
-HSAID_DEVICE void stages_c(float (&x)[kPerThread], int q) {
-  if (q > 13) butterflies<5>(x);
-  butterflies<0>(x);
-  butterflies<1>(x);
-}
-
-// The same, last stage first.
-HSAID_DEVICE void stages_a_reversed(float (&x)[kPerThread], int q) {
-  if (q > 7) butterflies<5>(x);
-  if (q > 6) butterflies<4>(x);
-  if (q > 5) butterflies<3>(x);
-  butterflies<2>(x);
-  butterflies<1>(x);
-  butterflies<0>(x);
-}
-HSAID_DEVICE void stages_b_reversed(float (&x)[kPerThread], int q) {
-  if (q > 12) butterflies<5>(x);
-  if (q > 11) butterflies<4>(x);
-  if (q > 10) butterflies<3>(x);
-  if (q > 9) butterflies<2>(x);
-  if (q > 8) butterflies<1>(x);
-}
-HSAID_DEVICE void stages_c_reversed(float (&x)[kPerThread], int q) {
-  butterflies<1>(x);
-  butterflies<0>(x);
-  if (q > 13) butterflies<5>(x);
-}
-
-// --- exchanges
-
-// A row of the exchange is what a lane holds in A, a column what it holds in B. Begins by waiting until nobody in the
-// block uses the exchange any more.
-HSAID_DEVICE void a_to_b(float (&x)[kPerThread]) {
-  const Shared rows = exchange() + warp() * 32 * kRowFloats, row = rows + lane() * kRowFloats, column = rows + lane();
-  float y[kPerThread];
-  sync_block();
-#pragma unroll
-  for (int e7 = 0; e7 < 2; ++e7) {
-    if (e7) sync_warp();
-#pragma unroll
-    for (int i = 0; i < 32; i += 2) row.store(i, float2{x[e7 << 5 | i], x[e7 << 5 | i | 1]});
-    sync_warp();
-#pragma unroll
-    for (int j = 0; j < 32; ++j) y[j << 1 | e7] = column.load(j * kRowFloats);
+// Stages kFirst ... kEnd - 1, as far as blocks of 2^q have them; reversed: the last one first.
+template <class L, int kFirst, int kEnd, bool kReversed = false>
+HSAID_DEVICE void stages(float (&x)[kPerThread], int q) {
+  if constexpr (kFirst < kEnd) {
+    constexpr int bit = stage_bit(kReversed ? kEnd - 1 : kFirst);
+    if (bit < kMinWidthBits || q > bit) butterflies<L::Register::gather(1u << bit)>(x);
+    stages<L, kFirst + !kReversed, kEnd - kReversed, kReversed>(x, q);
   }
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) x[i] = y[i];
-}
-
-HSAID_DEVICE void b_to_a(float (&x)[kPerThread]) {
-  const Shared rows = exchange() + warp() * 32 * kRowFloats, row = rows + lane() * kRowFloats, column = rows + lane();
-  float y[kPerThread];
-  sync_block();
-#pragma unroll
-  for (int e7 = 0; e7 < 2; ++e7) {
-    if (e7) sync_warp();
-#pragma unroll
-    for (int j = 0; j < 32; ++j) column.store(j * kRowFloats, x[j << 1 | e7]);
-    sync_warp();
-#pragma unroll
-    for (int i = 0; i < 32; i += 2) {
-      const float2 pair = row.load<float2>(i);
-      y[e7 << 5 | i] = pair.x;
-      y[e7 << 5 | i | 1] = pair.y;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) x[i] = y[i];
-}
-
-// In the exchange [e13 e1 e0][e10 e11 e12][e2 ... e6][e8 e9]: vectors over e8 and e9, registers in both layouts.
-HSAID_DEVICE void b_to_c(float (&x)[kPerThread]) {
-  const Shared vectors = exchange() + lane() * 4, mine = vectors + warp() * 1024, theirs = vectors + warp() * 128;
-  float y[kPerThread];
-#pragma unroll
-  for (int e7 = 0; e7 < 2; ++e7) {
-    sync_block();
-#pragma unroll
-    for (int g = 0; g < 8; ++g) {
-      const int i = g << 3 | e7;
-      mine.store(g * 128, float4{x[i], x[i | 2], x[i | 4], x[i | 6]});
-    }
-    sync_block();
-#pragma unroll
-    for (int w = 0; w < 8; ++w) {
-      const int i = (w & 3) | e7 << 2 | w >> 2 << 5;
-      const float4 v = theirs.load<float4>(w * 1024);
-      y[i] = v.x;
-      y[i | 8] = v.y;
-      y[i | 16] = v.z;
-      y[i | 24] = v.w;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) x[i] = y[i];
-}
-
-HSAID_DEVICE void c_to_b(float (&x)[kPerThread]) {
-  const Shared vectors = exchange() + lane() * 4, mine = vectors + warp() * 1024, theirs = vectors + warp() * 128;
-  float y[kPerThread];
-#pragma unroll
-  for (int e7 = 0; e7 < 2; ++e7) {
-    sync_block();
-#pragma unroll
-    for (int w = 0; w < 8; ++w) {
-      const int i = (w & 3) | e7 << 2 | w >> 2 << 5;
-      theirs.store(w * 1024, float4{x[i], x[i | 8], x[i | 16], x[i | 24]});
-    }
-    sync_block();
-#pragma unroll
-    for (int g = 0; g < 8; ++g) {
-      const int i = g << 3 | e7;
-      const float4 v = mine.load<float4>(g * 128);
-      y[i] = v.x;
-      y[i | 2] = v.y;
-      y[i | 4] = v.z;
-      y[i | 6] = v.w;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) x[i] = y[i];
 }
 
 // H of every block of the tile, from A to C.
 HSAID_DEVICE void transform(float (&x)[kPerThread], int q) {
-  stages_a(x, q);
+  stages<A, 0, kEndA>(x, q);
   a_to_b(x);
-  stages_b(x, q);
+  stages<B, kEndA, kEndB>(x, q);
   b_to_c(x);
-  stages_c(x, q);
+  stages<C, kEndB, kTileBits>(x, q);
 }
 
 // H^T, from C to A.
 HSAID_DEVICE void transform_reversed(float (&x)[kPerThread], int q) {
-  stages_c_reversed(x, q);
+  stages<C, kEndB, kTileBits, true>(x, q);
   c_to_b(x);
-  stages_b_reversed(x, q);
+  stages<B, kEndA, kEndB, true>(x, q);
   b_to_a(x);
-  stages_a_reversed(x, q);
+  stages<A, 0, kEndA, true>(x, q);
 }
 
 // A value of every register of A, as 16 vectors over e4 and e5: vector v has e2 e3 e7 e6 for its bits, and component j
@@ -218,7 +107,7 @@ HSAID_DEVICE int vector_place(int v, int owner) { return (v * kThreads + owner) 
 HSAID_DEVICE int place_of(uint32_t k) { return (int)(k ^ (k >> 8 & 31)); }
 // That of what register i holds in A.
 HSAID_DEVICE int place_in_a(int i, uint32_t mask) {
-  const uint32_t own = (uint32_t)place_of(position_a(0) & mask), e = (uint32_t)i << 2 & mask;
+  const uint32_t own = (uint32_t)place_of(position<A>(0) & mask), e = (uint32_t)i << 2 & mask;
   return (int)((own ^ (e & 31)) + (e & ~31u));
 }
 
@@ -271,7 +160,7 @@ HSAID_DEVICE Normal draw_normal(uint32_t magic) {
 template <class Use>
 HSAID_DEVICE void draw_normals(const Draws& d, Use&& use) {
   const uint32_t magic = bits_from_float(tables().load(128));
-  const uint32_t own = position_a(0), k = own & ((1u << d.params.q) - 1);
+  const uint32_t own = position<A>(0), k = own & ((1u << d.params.q) - 1);
   const Stream s = stream_at(d, own);
   PhiloxPrefix prefix = philox_prefix(s.seed, counter(s.purpose, s.block, s.chunk, s.id, 0));
   prefix.word0 ^= (k & 15) | k >> 7 << 4 | (uint32_t)s.chunk << 16;
@@ -292,7 +181,7 @@ HSAID_DEVICE void draw_normals(const Draws& d, Use&& use) {
 
 template <class Use>
 HSAID_DEVICE void draw_signs(const Draws& d, Use&& use) {
-  const uint32_t own = position_a(0), k = own & ((1u << d.params.q) - 1);
+  const uint32_t own = position<A>(0), k = own & ((1u << d.params.q) - 1);
   const Stream s = stream_at(d, own);
   const PhiloxPrefix prefix = philox_prefix(s.seed, counter(s.purpose, s.block, s.chunk, s.id, 0));
   const PhiloxWords words = philox_from_prefix(prefix, s.seed, (k & 3) | k >> 9 << 2 | (uint32_t)s.chunk << 16);
@@ -321,7 +210,7 @@ HSAID_DEVICE void draw_slowly(const Draws& d, Use&& use) {
   for (int half = 0; half < 2; ++half) {
 #pragma unroll 1
     for (int i = 0; i < 32; ++i) {
-      const uint32_t e = position_a(a_register(half * 8 + i / 4, i % 4));
+      const uint32_t e = position<A>(a_register(half * 8 + i / 4, i % 4));
       own.store(i * kThreads, stream_value(stream_at(d, e), d.params.q, rademacher, e & mask));
     }
 #pragma unroll
@@ -473,14 +362,14 @@ HSAID_DEVICE void make_z(const Params& p, const float* theta, uint64_t stream, i
   for (int first = 0; first < kPerThread; first += kBatch) {
     uint32_t j[kBatch], k[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) j[i] = position_c(first + i) & mask;
+    for (int i = 0; i < kBatch; ++i) j[i] = position<C>(first + i) & mask;
     permute_back(j, p.q, k);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
-      if (position_c(first + i) <= mask) kept().store(place_of(k[i]), x[first + i]);
+      if (position<C>(first + i) <= mask) kept().store(place_of(k[i]), x[first + i]);
 #pragma unroll
     for (int i = 0; i < kBatch; i += 4)
-      if (position_c(first + i) <= mask) note(j[i], {k[i], k[i + 1], k[i + 2], k[i + 3]});
+      if (position<C>(first + i) <= mask) note(j[i], {k[i], k[i + 1], k[i + 2], k[i + 3]});
   }
   sync_block();
 }
