@@ -1,6 +1,9 @@
-// Where the bits of a position in a tile lie, among a block's threads and their registers, and how the block goes from
-// one such layout to another, by way of an array in shared memory. What an index computed by hand would leave to a
-// comment is asserted of the types: each bit lies in one place, vectors are aligned, no two lanes meet in a bank.
+// A tile lies in the registers of a block of threads. A layout says which bits of a value's position number the
+// register, which the lane and which the warp; here it is a type, which positions and addresses are computed from. The
+// obvious way, a formula for each layout and each exchange between two, repeats these bits in every formula, and what
+// must hold is left to comments. Here the compiler checks it: every bit has one place, every value of an exchange a
+// place of its own, vectors are aligned, and no two lanes meet in a bank of shared memory. The instructions are those
+// of formulas written by hand.
 #pragma once
 
 #include <type_traits>
@@ -15,7 +18,7 @@ constexpr int kThreads = 256, kTileBits = kMaxWidthBits, kTile = 1 << kTileBits,
 HSAID_DEVICE int lane() { return thread_index() & 31; }
 HSAID_DEVICE int warp() { return thread_index() >> 5 & (kThreads / 32 - 1); }  // the mask tells the compiler the range
 
-// These bits of a position, the first of them the lowest, as a number.
+// A number made of these bits of a position, lowest first. Neighbouring bits move together, with one shift.
 template <int... kBits>
 struct Bits {
   static constexpr uint32_t kMask = ((1u << kBits) | ...);
@@ -26,16 +29,15 @@ struct Bits {
     ((number |= position >> (kBits - i) & moved_by(kBits - i), ++i), ...);
     return number;
   }
-  // The position, of whose other bits `onto` says what they are.
-  HSAID_INLINE constexpr uint32_t spread(uint32_t number, uint32_t onto = 0) {
+  // The position with this number; its other bits are those of `rest`.
+  HSAID_INLINE constexpr uint32_t spread(uint32_t number, uint32_t rest = 0) {
     int i = 0;
-    ((onto |= (number & moved_by(kBits - i)) << (kBits - i), ++i), ...);
-    return onto;
+    ((rest |= (number & moved_by(kBits - i)) << (kBits - i), ++i), ...);
+    return rest;
   }
 
  private:
-  // Those of the number's bits that lie so much higher in the position, which move together.
-  HSAID_INLINE constexpr uint32_t moved_by(int distance) {
+  HSAID_INLINE constexpr uint32_t moved_by(int distance) {  // which bits of the number are
     uint32_t mask = 0;
     int i = 0;
     ((mask |= (uint32_t)(kBits - i == distance) << i, ++i), ...);
@@ -48,18 +50,18 @@ struct Layout {
   using Register = Register_;
   using Lane = Lane_;
   using Warp = Warp_;
-  static_assert(Register::gather(kTile - 1) == kPerThread - 1 && Lane::gather(kTile - 1) == 31 &&
-                Warp::gather(kTile - 1) == kThreads / 32 - 1);
-  static_assert((Register::kMask | Lane::kMask | Warp::kMask) == kTile - 1, "every bit has a place, and so only one");
+  static_assert(Register::gather(kTile - 1) == kPerThread - 1);
+  static_assert(Lane::gather(kTile - 1) == 31 && Warp::gather(kTile - 1) == kThreads / 32 - 1);
+  static_assert((Register::kMask | Lane::kMask | Warp::kMask) == kTile - 1, "every bit has a place, so only one");
 };
 
-// Where in the tile register i of this thread is.
+// The position in the tile of this thread's register i.
 template <class L>
 HSAID_DEVICE uint32_t position(int i) {
   return L::Warp::spread((uint32_t)warp(), L::Lane::spread((uint32_t)lane())) | L::Register::spread((uint32_t)i);
 }
 
-// Whether lanes that access 32 words together, kWidth side by side each, find them in as many banks.
+// Whether lanes that access 32 words together, kWidth neighbours each, find them in 32 banks.
 template <class Lane, int kWidth, class Place>
 HSAID_INLINE constexpr bool is_free_of_conflicts(Place place) {
   uint32_t banks = 0;
@@ -67,40 +69,47 @@ HSAID_INLINE constexpr bool is_free_of_conflicts(Place place) {
   return banks == ~0u;
 }
 
-// A dimension of an array: from one number of these bits to the next it is kStride_ floats.
+// A dimension of an array, indexed by these bits.
 template <int kStride_, class Bits>
 struct Dimension : Bits {
   static constexpr int kStride = kStride_;
 };
 
-// Half a tile in shared memory, as an array with the numbers of `Row` side by side. The bit in no dimension says which
-// half it is.
+// Half a tile as an array of floats in shared memory; the stride of `Row` is 1. The bit that is in no dimension tells
+// one half from the other.
 template <class Row, class... Dimensions>
 struct Array {
-  HSAID_INLINE constexpr int place(uint32_t position) {
-    return ((int)Row::gather(position) + ... + (Dimensions::kStride * (int)Dimensions::gather(position)));
-  }
   static constexpr uint32_t kHalf = (kTile - 1) & ~(Row::kMask | ... | Dimensions::kMask);
   static constexpr int kStrides = (Dimensions::kStride | ...);
 
-  // A thread's accesses in layout L, in vectors of what it has side by side and aligned.
+  HSAID_INLINE constexpr int place(uint32_t position) {
+    return ((int)Row::gather(position) + ... + (Dimensions::kStride * (int)Dimensions::gather(position)));
+  }
+  // In so many floats, no two values of a half in one place.
+  HSAID_INLINE constexpr bool fits(int floats) {
+    int last = Row::gather(kTile - 1);
+    bool apart = true;
+    ((apart &= last < Dimensions::kStride, last += Dimensions::kStride * Dimensions::gather(kTile - 1)), ...);
+    return apart && last < floats;
+  }
+
+  // How a thread in layout L accesses the array: in the widest vectors of which it holds all values.
   template <class L>
   struct Access {
     using Register = typename L::Register;
-    static constexpr int kOther = Register::gather(kHalf);  // what to add to a register for the one in the other half,
-    static constexpr int kSecond = Register::gather(Row::spread(1));  // for the next value of a vector, and for the one
-    static constexpr int kThird = kStrides % 4 ? 0 : Register::gather(Row::spread(2));  // after that; 0: there is none
-    static constexpr int kWidth = kThird    ? 4
-                                  : kSecond ? 2
-                                            : 1,
-                         kFirst = (kPerThread - 1) & ~(kOther | kSecond | kThird);
+    // Added to the number of a register: the register in the other half; of a vector, the second and the third value.
+    static constexpr int kOther = Register::gather(kHalf), kSecond = Register::gather(Row::spread(1));
+    static constexpr int kThird = kStrides % 4 ? 0 : Register::gather(Row::spread(2));
+    static constexpr int kWidth = 1 << !!kSecond << !!kThird;
+    static constexpr int kFirst = (kPerThread - 1) & ~(kOther | kSecond | kThird);
     static_assert(kOther, "a thread holds as much of both halves");
-    static_assert(kStrides % kWidth == 0, "vectors are aligned");
+    static_assert((kSecond || !kThird) && kStrides % kWidth == 0, "vectors are whole and aligned");
     static_assert(is_free_of_conflicts<typename L::Lane, kWidth>(place));
 
-    HSAID_DEVICE int of_warp() { return place(L::Warp::spread((uint32_t)warp())); }
-    HSAID_DEVICE int of_lane() { return place(L::Lane::spread((uint32_t)lane())); }
-    // use(i, where register i lies) for the first registers of all vectors.
+    HSAID_DEVICE int warp_place() { return place(L::Warp::spread((uint32_t)warp())); }
+    HSAID_DEVICE int lane_place() { return place(L::Lane::spread((uint32_t)lane())); }
+
+    // use(i, place): register i is the first of a vector, which lies so far from the thread's own place.
     template <class Use>
     HSAID_DEVICE void each(int half, Use&& use) {
 #pragma unroll
@@ -137,21 +146,21 @@ struct Array {
   };
 };
 
-// From layout L to M, or back, through an array in `memory`. Begins by waiting until nobody in the block uses that any
-// more; where both layouts have the same bits in warps, no warp waits for another after that.
+// From layout L to M, or back, through an array in `memory`, half a tile at a time. First waits until no thread of the
+// block uses this memory any more; from then on warps wait for each other only where values change warps.
 template <class L, class M, class Array, bool kBack>
 HSAID_DEVICE void change_layout(Shared memory, float (&x)[kPerThread]) {
   using InL = typename Array::template Access<L>;
   using InM = typename Array::template Access<M>;
   constexpr bool kWithinWarps = std::is_same_v<typename L::Warp, typename M::Warp>;
   static_assert(kWithinWarps || std::is_same_v<typename L::Lane, typename M::Lane>);
-  const Shared both = memory + (kWithinWarps ? InL::of_warp() : InL::of_lane());
-  const Shared l = both + (kWithinWarps ? InL::of_lane() : InL::of_warp());
-  const Shared m = both + (kWithinWarps ? InM::of_lane() : InM::of_warp());
+  const Shared both = memory + (kWithinWarps ? InL::warp_place() : InL::lane_place());
+  const Shared l = both + (kWithinWarps ? InL::lane_place() : InL::warp_place());
+  const Shared m = both + (kWithinWarps ? InM::lane_place() : InM::warp_place());
   float y[kPerThread];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    kWithinWarps&& half ? sync_warp() : sync_block();
+    half&& kWithinWarps ? sync_warp() : sync_block();
     kBack ? InM::store(m, x, half) : InL::store(l, x, half);
     kWithinWarps ? sync_warp() : sync_block();
     kBack ? InL::load(l, y, half) : InM::load(m, y, half);

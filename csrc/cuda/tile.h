@@ -37,7 +37,7 @@ static_assert(C::Register::spread(3) == 3, "16-byte accesses to memory");
 using Rows = Array<B::Lane, Dimension<kRowFloats, A::Lane>, Dimension<32 * kRowFloats, A::Warp>>;
 // Between B and C, which both have e8 and e9 in registers.
 using Fours = Array<Bits<8, 9>, Dimension<4, B::Lane>, Dimension<128, C::Warp>, Dimension<1024, B::Warp>>;
-static_assert(Rows::place(kTile - 1) < kExchangeFloats && Fours::place(kTile - 1) < kExchangeFloats);
+static_assert(Rows::fits(kExchangeFloats) && Fours::fits(kExchangeFloats));
 
 HSAID_DEVICE void a_to_b(float (&x)[kPerThread]) { change_layout<A, B, Rows, false>(exchange(), x); }
 HSAID_DEVICE void b_to_a(float (&x)[kPerThread]) { change_layout<A, B, Rows, true>(exchange(), x); }
@@ -97,17 +97,18 @@ HSAID_DEVICE void transform_reversed(float (&x)[kPerThread], int q) {
   stages<A, 0, kEndA, true>(x, q);
 }
 
-// A value of every register of A, as 16 vectors over e4 and e5: vector v has e2 e3 e7 e6 for its bits, and component j
-// of it is register a_register(v, j). vector_place says where `kept` has those of a thread.
+// The registers of A as 16 vectors of four: vector v has e2 e3 e7 e6 for its bits, its component j e4 and e5.
+// vector_place says where `kept` has those of a thread.
 HSAID_DEVICE constexpr int a_register(int v, int j) { return (v & 3) | j << 2 | (v >> 3 & 1) << 4 | (v >> 2 & 1) << 5; }
 HSAID_DEVICE int vector_place(int v, int owner) { return (v * kThreads + owner) * 4; }
 
-// The place in `kept` of value k of a block in its natural order, so that both 32 values in a row and what the lanes of
-// a warp have in A lie in banks of their own.
-HSAID_DEVICE int place_of(uint32_t k) { return (int)(k ^ (k >> 8 & 31)); }
+// The place in `kept` of value k of a block in its natural order: neither 32 values in a row nor what the lanes of a
+// warp have in A meet in a bank.
+HSAID_INLINE constexpr int place_of(uint32_t k) { return (int)(k ^ A::Lane::gather(k)); }
+static_assert(is_free_of_conflicts<Bits<0, 1, 2, 3, 4>, 1>(place_of) && is_free_of_conflicts<A::Lane, 1>(place_of));
 // That of what register i holds in A.
 HSAID_DEVICE int place_in_a(int i, uint32_t mask) {
-  const uint32_t own = (uint32_t)place_of(position<A>(0) & mask), e = (uint32_t)i << 2 & mask;
+  const uint32_t own = (uint32_t)place_of(position<A>(0) & mask), e = A::Register::spread((uint32_t)i) & mask;
   return (int)((own ^ (e & 31)) + (e & ~31u));
 }
 
