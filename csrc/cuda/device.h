@@ -1,5 +1,5 @@
-// The few things that only a device has. Everything else in csrc/cuda is plain C++: tests/csrc/emulator.h has these
-// same names on a CPU, so that the very kernels run, and are checked, where there is no GPU.
+// The few things that only a device has. Everything else in csrc/cuda is plain C++: tests/csrc/emulator.h has the same
+// names for a CPU, so that these very kernels run, and are checked, where there is no GPU.
 #pragma once
 
 #include <cstddef>
@@ -48,8 +48,8 @@ class Shared {
   // Byte i from here.
   HSAID_MEMBER uint32_t byte(uint32_t i) const { return ((const uint8_t*)at_)[i]; }
 
-  // Float i mod 64 of the 64-float window `kWindow`, where the first window begins on a multiple of 256 bytes: one
-  // instruction for the address, which the compiler does not find.
+  // Float i mod 64 of the 64-float window `kWindow`; the first window begins on a multiple of 256 bytes. The address
+  // takes one instruction, which the compiler does not find by itself.
   template <int kWindow>
   HSAID_MEMBER float look_up(uint32_t i) const {
     const uint32_t address = (uint32_t)__cvta_generic_to_shared(at_) | (i & 63) << 2;
@@ -67,7 +67,7 @@ HSAID_DEVICE Shared shared_memory() {
   return Shared((float*)hsaid_shared);
 }
 
-// Global memory that is read, or written, once: past the first-level cache, first to leave the second.
+// For global memory that is read or written once: goes past the first-level cache, and is first to leave the second.
 HSAID_DEVICE float4 load_once(const float4* p) { return __ldcs(p); }
 HSAID_DEVICE uint2 load_once(const uint2* p) { return __ldcs(p); }
 HSAID_DEVICE void store_once(float4* p, float4 v) { __stcs(p, v); }
@@ -76,26 +76,26 @@ HSAID_DEVICE void store_once(uint2* p, uint2 v) { __stcs(p, v); }
 HSAID_DEVICE int add_one(int* p) { return atomicAdd(p, 1); }
 HSAID_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// In a kernel that was started by launch_next: waits until the kernel in front of it has ended and what it wrote can be
-// read. In that one: the next kernel may start once every block of threads has come here or ended.
+// In a kernel that launch_next started: waits until the kernel before it has ended and what that wrote can be read.
 HSAID_DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+// In the kernel before it: the next one may start once every block of threads has come here or ended.
 HSAID_DEVICE void start_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
-// The low and the high half of a word below the halves of `top`: top << 16 | half.
+// top << 16 | the low (0) or the high (1) half of a word.
 HSAID_DEVICE uint32_t below(uint32_t top, uint32_t word, int half) {
   return __byte_perm(word, top, half ? 0x5432 : 0x5410);
 }
 
-// The same value, of which the compiler does not know that it is the same each time round a loop: what depends on it is
-// computed again instead of being kept in registers that are not there.
+// The same value, but the compiler takes it for another each time round a loop: what depends on it is computed again
+// instead of being kept in registers that are not there.
 HSAID_DEVICE uint32_t opaque(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -199,8 +199,8 @@ void launch(void (*kernel)(P), const char* name, dim3 grid, int threads, int sha
   launch_as(false, kernel, name, grid, threads, shared, stream, params);
 }
 
-// Behind the kernel that was launched last: calls wait_for_previous_kernel, in every thread, before it reads or writes
-// what others do.
+// For a kernel that may start before the one launched last has ended: each of its threads calls
+// wait_for_previous_kernel before it reads or writes what other kernels do.
 template <class P>
 void launch_next(void (*kernel)(P), const char* name, dim3 grid, int threads, int shared, cudaStream_t stream,
                  const P& params) {

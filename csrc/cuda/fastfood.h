@@ -1,6 +1,6 @@
-// The CUDA backend without torch: what the ops call. Pointers to values are the device's, tables are the host's; work
-// is queued on `stream` of the current device and nobody waits for it. Errors of the runtime are thrown as
-// std::runtime_error with the kernel's name and shape.
+// The CUDA backend without torch: what the ops call. Values lie on the device, tables on the host; work is queued on
+// `stream` of the current device, and no call waits for it. An error of the runtime is thrown as std::runtime_error
+// with the kernel's name and shape.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ struct DeviceTensor {
   Dtype dtype;
 };
 
-// Memory for the duration of a call, in the order of the stream.
+// Gives memory that is free again once the work that the call queues on the stream is done.
 using Workspace = std::function<float*(int64_t floats)>;
 
 struct Forward {
@@ -34,10 +34,10 @@ struct Forward {
   const DeviceTensor* base;  // per tensor; null: zeros
   void* out;
   Dtype out_dtype;
-  Listed listed{};  // on the device, with a tile of 2^14 values an entry: these tiles alone, side by side in `out`
+  Listed listed{};  // on the device, an entry for each tile of 2^14 values: only these are made, side by side in `out`
 };
 
-// Two launches for every kMaxPieces segments and holes, or for as many as have place for z in 44 MB.
+// Two launches for every kMaxPieces segments and holes, or for fewer where z of so many does not fit into 44 MB.
 void fastfood_forward(const Forward&, const Workspace&, cudaStream_t);
 
 struct Adjoint {
@@ -47,8 +47,8 @@ struct Adjoint {
   const Segment* segments;
   int64_t num_segments;
   const DeviceTensor* grads;  // per tensor
-  int64_t run_blocks;         // of the first of the sums (docs/rng.md)
-  Listed listed{};            // as in Forward: the only segment is of these tiles, which lie side by side
+  int64_t run_blocks;         // tiles that are added up first (docs/rng.md)
+  Listed listed{};            // as in Forward: the gradient of the only segment has these tiles, side by side
 };
 
 // dtheta [dim] and dfactors [num_segments]; the same bits on every device. Takes at most 68 MB, or what one group and
@@ -56,7 +56,7 @@ struct Adjoint {
 void fastfood_adjoint(const Adjoint&, float* dtheta, float* dfactors, const Workspace&, cudaStream_t);
 
 // rows x dim values with a row stride of dim -> scale * H x, in float32, bfloat16 or float16. Takes memory for
-// dim > 32,768 unless it is a power of two and float32.
+// dim > 32,768, unless it is a power of two and the values are float32.
 void hadamard_transform(const void* x, void* out, Dtype, int64_t rows, int64_t dim, double scale, const Workspace&,
                         cudaStream_t);
 

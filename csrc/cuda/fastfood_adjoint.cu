@@ -1,10 +1,10 @@
-// dtheta and dfactors from the gradients of all tensors. Each gradient is read once: a block of threads takes a group
-// of run_blocks tiles of a segment, adds up sum_b G_b H^T g_b for each of its 2^(14-q) runs side by side, then the
-// runs; other blocks meanwhile make z and Pi of each segment. Three small kernels then add the groups of each segment,
-// transform the sums, and add the segments, all in the order of the plan, so that the bits depend on nothing else
-// (docs/rng.md). Where tiles are listed, the only gradient is of these, side by side, and the random stream alone
-// knows which they are. Where a device can, each of these is started before the one in front of it has ended, and
-// waits.
+// dtheta and dfactors from the gradients of all tensors, each read once; the same bits on every device. Adding up with
+// atomics, in whatever order blocks of threads come to it, would give other bits each time, so every sum has the order
+// of the plan (docs/rng.md). A block of threads takes a group of run_blocks tiles of a segment, adds up
+// sum_b G_b H^T g_b for each of its 2^(14-q) runs side by side, then the runs; other blocks meanwhile make z and Pi of
+// each segment. Three small kernels then add the groups of each segment, transform the sums, and add the segments.
+// Where the device can, each kernel is started before the one in front of it has ended, and waits for its results.
+// Where tiles are listed, the only gradient has these side by side, and only the draws depend on which they are.
 
 #include <algorithm>
 #include <vector>
@@ -45,7 +45,7 @@ struct AdjointParams {
   int slots, num_pieces, whole_groups, groups;
   int finished;  // the first `finished` pieces are the last of their segments
   AdjointPiece pieces[kMaxPieces];
-  int first_slots[kMaxPieces];  // of the pieces, once more: a loop over them all is to find them beside each other
+  int first_slots[kMaxPieces];  // of the pieces, once more: side by side for a loop over them all
 };
 static_assert(sizeof(AdjointParams) <= kParameterBytes, "kMaxPieces is too large");
 
@@ -151,7 +151,7 @@ HSAID_DEVICE void read_tile(const Piece& p, int64_t first, float (&x)[kPerThread
     read_vectors<fp16, kWhole>(p, first, x);
 }
 
-// Asks for the thread's share of a tile.
+// Asks for the thread's share of a tile, 128 bytes at a time.
 HSAID_DEVICE void prefetch_tile(const Piece& p, int64_t first) {
   const int64_t e = first + (int64_t)(warp() * 32 + lane()) * kPerThread;
   if (e + kPerThread > p.count) return;
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kThreads) adjoint_sums_kernel(const __grid_con
 
 HSAID_DEVICE float4 sum_of(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
 
-// Of eight, those that differ in the highest bit of their number first.
+// The sum of eight: those whose numbers differ in the highest bit are added first.
 HSAID_DEVICE float4 folded(const float4 (&v)[8]) {
   float4 halves[4];
 #pragma unroll
@@ -263,10 +263,12 @@ HSAID_DEVICE float4 folded(const float4 (&v)[8]) {
   return sum_of(sum_of(halves[0], halves[2]), sum_of(halves[1], halves[3]));
 }
 
-// The sum of a tile's products, the upper half added to the lower until one is left; in thread 0. `halves` is what the
-// first step leaves of a thread's in layout C, where bit 13 lies in registers, 12 to 10 in warps, 9 to 7 in registers,
-// 6 to 2 in lanes.
+// The sum of a tile's products, in thread 0: the upper half is added to the lower until one is left. In layout C bit 13
+// of the position lies in registers, 12 to 10 in warps, 9 to 7 in registers, 6 to 2 in lanes; `halves` is what adding
+// at bit 13 left of the thread's products.
 HSAID_DEVICE float fold_tile(const float4 (&halves)[8]) {
+  static_assert(C::Register::spread(32) == 1 << 13 && C::Warp::spread(7) == 7 << 10);
+  static_assert(C::Register::spread(28) == 7 << 7 && C::Lane::spread(31) == 31 << 2);
   const Shared mine = exchange() + lane() * 4;
 #pragma unroll
   for (int i = 0; i < 8; ++i) mine.store((warp() * 8 + i) * 128, halves[i]);

@@ -1,7 +1,8 @@
-// W = W0 + factor * H(sum_c G_c z_c) for every tensor, in two launches: z of all pieces, then all tiles. The second is
-// a persistent grid: each block of threads takes a run of tiles, all of equal length, then tiles of a common pool,
-// because multiprocessors are not equally fast; and needs nothing of the other blocks. Where tiles are listed, there is
-// one piece, and tile t of the call is tile listed[t] of it.
+// W = W0 + factor * H(sum_c G_c z_c) for all tensors in two launches: z of all pieces, then all tiles, for which W0 is
+// read once and W written once. A launch for each tensor would be hundreds, many too small to fill a device; and tiles
+// in equal shares would wait for the slowest multiprocessor. So the second launch is a persistent grid, whose blocks of
+// threads, none of which waits for another, take equal shares of half the tiles and draw tickets for the other half.
+// Where tiles are listed, there is one piece, and tile t of the call is tile listed[t] of it.
 
 #include <algorithm>
 
@@ -11,15 +12,15 @@ namespace hsaid::cuda {
 
 namespace {
 
-constexpr int kTicket = kTableFloats - 1;  // where what a block takes from the pool waits in the window `tables`
+constexpr int kTicket = kTableFloats - 1;  // where in `tables` the ticket that a block drew lies
 
 struct ForwardPiece {
   Piece base;
   void* out;  // where its first element goes
   uint64_t stream;
   int factor;       // -1: a hole
-  int first_tile;   // tiles of the pieces before
-  int whole_tiles;  // the first ones, that are read and written in whole vectors
+  int first_tile;   // how many tiles the pieces before have
+  int whole_tiles;  // so many, the first ones, are read and written in vectors alone
 };
 
 struct ForwardParams {
@@ -29,8 +30,8 @@ struct ForwardParams {
   Dtype out_dtype;
   float* z;       // [pieces, chunks, n], as store_z leaves them
   int* taken;     // tickets so far
-  int pool;       // tiles that are taken by ticket, the first ones
-  int runs, run;  // the first tickets are for runs of so many tiles, the others for one
+  int pool;       // so many tiles, the first ones, are taken by ticket
+  int runs, run;  // the first `runs` tickets are for `run` tiles each, the others for one
   int num_tiles;
   int num_pieces;
   const int64_t* listed;  // of kernels for listed tiles
@@ -40,7 +41,7 @@ static_assert(sizeof(ForwardParams) <= kParameterBytes, "kMaxPieces is too large
 
 HSAID_INLINE int64_t num_tiles(const Piece& p) { return (p.count + kTile - 1) / kTile; }
 
-// W of a whole tile, in vectors of four values; its place in `out` is that of tile `to`.
+// W of whole tile t, in vectors of four values, to where `out` has tile `to`.
 template <class Out, class Base>
 HSAID_DEVICE void write_vectors(const ForwardPiece& piece, int t, int to, const float (&x)[kPerThread], float factor) {
   using Load = typename Quad<Base>::Bits;
@@ -64,8 +65,8 @@ HSAID_DEVICE void write_vectors(const ForwardPiece& piece, int t, int to, const 
   }
 }
 
-// Asks for W0 of a whole tile, 128 bytes a time. Early enough is between drawing and the transform: the further ahead,
-// the more of it has left the second-level cache again when it is wanted (docs/kernels.md).
+// Asks for W0 of a whole tile, 128 bytes at a time. Between drawing and the transform is early enough: any earlier, and
+// more of it has left the second-level cache again when it is wanted (docs/kernels.md).
 HSAID_DEVICE void prefetch_base(const ForwardPiece& piece, int t) {
   if (t >= piece.whole_tiles) return;
   const int size = item_size(piece.base.dtype);
@@ -74,8 +75,8 @@ HSAID_DEVICE void prefetch_base(const ForwardPiece& piece, int t) {
   if (size == 4) prefetch(share + 128);
 }
 
-// The same by elements, in fours where the piece allows it, in two halves that go through the exchange: ragged,
-// strided, misaligned or without a base.
+// W of any other tile, ragged, strided, misaligned or without a base: in two halves that go through the exchange, by
+// elements, or in fours where the piece allows it.
 template <bool kListed>
 HSAID_DEVICE void write_elements(const ForwardPiece& piece, Dtype dtype, int t, int to, const float (&x)[kPerThread],
                                  float factor) {

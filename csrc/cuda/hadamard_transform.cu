@@ -1,12 +1,13 @@
-// scale * H x along rows of any length, the stages in the order of csrc/core/walsh_hadamard.h. Up to n = 2^15 a row
-// lies in the registers of a block of threads, 64 values a thread, and is read and written once; longer rows take a
-// pass over memory for their first 15 bits and one for each four bits more.
+// scale * H x along rows of any length, the stages in the order of csrc/core/walsh_hadamard.h. Memory is what takes
+// time, so a pass over it for each stage would take log2 n times as long as needed. Up to n = 2^15 a row lies in the
+// registers of a block of threads, 64 values a thread, and is read and written once; longer rows take one pass for
+// their first 15 bits and one for each four bits more.
 //
 //           register (from its lowest bit)    lane        warp
 //   first   k0 k1 k7 k8 k9 k10                k2 ... k6   k11 k12 k13 k14    stages 2 ... 6 by shuffles, 7 ... 10
 //   then    k0 k1 k11 k12 k13 k14             k2 ... k6   k7 k8 k9 k10       stages 11 ... 14, 0, 1
 //
-// Of fewer warps, as many bits change places as there are bits of the warp's number.
+// With fewer warps, only as many of these bits change places as a warp's number has.
 
 #include <algorithm>
 #include <type_traits>
@@ -24,10 +25,10 @@ struct RowParams {
   const void* in;
   void* out;
   int64_t rows, in_dim, out_dim;  // rows lie without gaps
-  int q, row_bits, tile_bits;     // row_bits: at least 2, so that a vector is of one row
+  int q, row_bits, tile_bits;     // row_bits: q, but at least 2, so that a vector is of one row
   bool last;                      // does stages 0 and 1 and the scale
   bool vectors;                   // rows can be read and written four values at a time
-  bool whole;                     // and are as long as the transform: a tile is as many values in a row
+  bool whole;                     // and are as long as the transform: a tile has no gaps
   float scale;
 };
 
@@ -46,7 +47,7 @@ HSAID_DEVICE void store_value(T* p, float value) {
     p->bits = (uint16_t)narrow(value, 0.0f, T{});
 }
 
-// Four values from k on, of a row of `dim`; 0 behind it.
+// Four values of a row of `dim`, from k on; 0 behind its end.
 template <class T>
 HSAID_DEVICE void load_four(const T* row, int64_t k, int64_t dim, bool vectors, float* x) {
   if (vectors && k + 3 < dim) {

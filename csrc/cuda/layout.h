@@ -1,9 +1,9 @@
 // A tile lies in the registers of a block of threads. A layout says which bits of a value's position number the
-// register, which the lane and which the warp; here it is a type, which positions and addresses are computed from. The
-// obvious way, a formula for each layout and each exchange between two, repeats these bits in every formula, and what
-// must hold is left to comments. Here the compiler checks it: every bit has one place, every value of an exchange a
-// place of its own, vectors are aligned, and no two lanes meet in a bank of shared memory. The instructions are those
-// of formulas written by hand.
+// register, the lane and the warp. The obvious way, a formula for each layout and for each exchange between two, has
+// these bits in every formula and leaves to comments what must hold. Here a layout is a type: positions and addresses
+// come from it, and the compiler checks that every bit has one place, every value of an exchange a place of its own,
+// that vectors are aligned, and that no two lanes meet in a bank of shared memory. The machine code is that of the
+// formulas.
 #pragma once
 
 #include <type_traits>
@@ -148,6 +148,7 @@ struct Array {
 
 // From layout L to M, or back, through an array in `memory`, half a tile at a time. First waits until no thread of the
 // block uses this memory any more; from then on warps wait for each other only where values change warps.
+// How its addresses and loops are written decides what registers nvcc needs: after a change, compare the machine code.
 template <class L, class M, class Array, bool kBack>
 HSAID_DEVICE void change_layout(Shared memory, float (&x)[kPerThread]) {
   using InL = typename Array::template Access<L>;

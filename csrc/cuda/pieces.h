@@ -1,5 +1,5 @@
-// The plan as the kernels get it: their launch's rows of it, with the tensors' addresses, as kernel parameters. So
-// nothing is copied to the device and nothing outlives a launch.
+// The part of the plan that a launch works on, with the tensors' addresses, as kernel parameters. A table on the device
+// would have to be copied there, and waited for, whenever an address changes; this way nothing outlives a launch.
 #pragma once
 
 #include "fastfood.h"
@@ -9,7 +9,7 @@ namespace hsaid::cuda {
 
 // A piece of a tensor, whose element e is the row-major e-th.
 struct Piece {
-  const void* data;  // its first element; null: zeros
+  const void* data;  // the first element; null: all are 0
   int64_t count;
   int64_t cols, row_stride;  // cols 0: dense
   Dtype dtype;
@@ -22,7 +22,7 @@ constexpr int kMaxPieces = 384;         // in one launch
 constexpr int64_t kSegmentFloats = 6'000'000;     // of z and Pi in the adjoint, unless one segment's take more
 constexpr int64_t kWorkspaceFloats = 11'000'000;  // that a call takes, unless it cannot do with so few
 
-// Element e as an offset.
+// The offset of element e.
 HSAID_INLINE int64_t element(const Piece& p, int64_t e) {
   if (p.cols == 0) return e;
   if ((e | p.cols) >> 32 == 0) {  // a 64-bit division costs five of these
@@ -114,14 +114,14 @@ HSAID_DEVICE void store_four(void* data, Dtype dtype, int64_t i, float4 values) 
   }
 }
 
-// Where tile t of a dense piece begins, in 32-bit factors.
+// Where tile t of a dense piece begins; a product of 32-bit numbers is cheaper than one of 64-bit ones.
 template <class T>
 HSAID_DEVICE T* tile_address(T* data, int t) {
   return (T*)((uintptr_t)data + (uint64_t)(uint32_t)t * (uint32_t)(kTile * sizeof(T)));
 }
 
-// Vector v of z, the thread's share of a tile, in n floats of global memory: vectors side by side as threads read them;
-// natural order where n < 256.
+// Where in the n floats of z, in global memory, the thread's vector v of it lies: beside those that other threads read
+// with it. Only for n >= 256; below, z has its natural order.
 HSAID_DEVICE int dense_place(int v, int q) {
   const uint32_t k = position<A>(0) & ((1u << q) - 1);
   const int lane_bits = q - 8 < 5 ? q - 8 : 5;
@@ -137,7 +137,7 @@ HSAID_DEVICE float4 z_vector(const float* z, int v, int q) {
   return {x[0], x[1], x[2], x[3]};
 }
 
-// z from `kept` to there, by the threads of the first block of the tile.
+// Stores z there from `kept`; only threads that have values of the tile's first block do.
 HSAID_DEVICE void store_z(float* z, int q) {
   const uint32_t n = 1u << q;
   if (q < kFastDrawBits) {

@@ -1,5 +1,5 @@
 // The random streams of csrc/core as a device computes them: one thread a position, one block of n values a launch.
-// Slow on purpose: the projection's kernels make their streams in registers, and this is what they are compared with.
+// Slow on purpose: the projection's kernels draw their streams in registers, and are compared with this.
 
 #include "pieces.h"
 

@@ -1,13 +1,7 @@
-// A block of 256 threads holds a tile of 2^14 values in registers, 64 a thread: one transform of order 2^14, or
-// 2^(14-q) of order 2^q side by side. Bits e0 ... e13 of the position in the tile lie in three layouts:
-//
-//             register (from its lowest bit)    lane        warp
-//   A   x[i]  e2 e3 e4 e5 e6 e7                 e8 ... e12  e0 e1 e13      drawing; stages 2 ... 7
-//   B   x[i]  e7 e8 e9 e10 e11 e12              e2 ... e6   e0 e1 e13      stages 8 ... 12
-//   C   x[i]  e0 e1 e7 e8 e9 e13                e2 ... e6   e10 e11 e12    stages 13, 0, 1; 16-byte accesses to memory
-//
-// A and B exchange within a warp, B and C within the block, both in halves (e7 is a register in all three), so that
-// 34 KB of shared memory serve; every access is free of bank conflicts. docs/kernels.md counts what each costs.
+// A block of 256 threads holds a tile of 2^14 values in registers, 64 a thread, in one after the other of the layouts
+// A, B and C below: one transform of order 2^14, or 2^(14-q) of order 2^q side by side. In shared memory, the obvious
+// place, each of the 14 stages would read and write every value; here two exchanges do. A and B exchange within a warp,
+// B and C within the block, both in halves, so that 34 KB serve. docs/kernels.md counts what each costs.
 #pragma once
 
 #include "../core/permutation.h"
@@ -28,10 +22,12 @@ HSAID_DEVICE Shared tables() { return shared_memory() + (kTile + kExchangeFloats
 
 // --- layouts
 
-using A = Layout<Bits<2, 3, 4, 5, 6, 7>, Bits<8, 9, 10, 11, 12>, Bits<0, 1, 13>>;
-using B = Layout<Bits<7, 8, 9, 10, 11, 12>, Bits<2, 3, 4, 5, 6>, Bits<0, 1, 13>>;
-using C = Layout<Bits<0, 1, 7, 8, 9, 13>, Bits<2, 3, 4, 5, 6>, Bits<10, 11, 12>>;
-static_assert(C::Register::spread(3) == 3, "16-byte accesses to memory");
+// Which bits of the position, e0 ... e13, number the register, the lane and the warp.
+using A = Layout<Bits<2, 3, 4, 5, 6, 7>, Bits<8, 9, 10, 11, 12>, Bits<0, 1, 13>>;  // drawing; stages 2 ... 7
+using B = Layout<Bits<7, 8, 9, 10, 11, 12>, Bits<2, 3, 4, 5, 6>, Bits<0, 1, 13>>;  // stages 8 ... 12
+using C = Layout<Bits<0, 1, 7, 8, 9, 13>, Bits<2, 3, 4, 5, 6>, Bits<10, 11, 12>>;  // stages 13, 0, 1; memory
+static_assert(C::Register::spread(3) == 3, "registers in fours are vectors in memory");
+static_assert(C::Register::spread(32) == kTile / 2, "the first 32 registers are the first half of the tile");
 
 // Between A and B: a row is what a lane holds in A, a column what it holds in B.
 using Rows = Array<B::Lane, Dimension<kRowFloats, A::Lane>, Dimension<32 * kRowFloats, A::Warp>>;
@@ -46,18 +42,19 @@ HSAID_DEVICE void c_to_b(float (&x)[kPerThread]) { change_layout<B, C, Fours, tr
 
 // --- transform
 
-// The bit of the position at which stage s is: 2 ... 13, 0, 1 (csrc/core/walsh_hadamard.h).
+// Stage s adds and subtracts values whose positions differ in this bit: 2 ... 13, 0, 1 (csrc/core/walsh_hadamard.h).
 HSAID_INLINE constexpr int stage_bit(int s) { return (s + 2) % kTileBits; }
 
-// Behind the last of the stages from s on that a thread can do in layout L by itself.
+// From stage s on, the first one whose bit no register of layout L has.
 template <class L>
 HSAID_INLINE constexpr int stages_end(int s) {
   while (s < kTileBits && L::Register::kMask >> stage_bit(s) & 1) ++s;
   return s;
 }
 constexpr int kEndA = stages_end<A>(0), kEndB = stages_end<B>(kEndA);
-static_assert(stages_end<C>(kEndB) == kTileBits, "A, B and C do all stages, in their order");
+static_assert(stages_end<C>(kEndB) == kTileBits, "A, B and C do all stages, in order");
 
+// Of registers whose numbers differ by kApart, a power of two.
 template <int kApart>
 HSAID_DEVICE void butterflies(float (&x)[kPerThread]) {
 #pragma unroll
@@ -69,7 +66,7 @@ HSAID_DEVICE void butterflies(float (&x)[kPerThread]) {
   }
 }
 
-// Stages kFirst ... kEnd - 1, as far as blocks of 2^q have them; reversed: the last one first.
+// Stages kFirst ... kEnd - 1, those that blocks of 2^q values have; reversed: the last one first.
 template <class L, int kFirst, int kEnd, bool kReversed = false>
 HSAID_DEVICE void stages(float (&x)[kPerThread], int q) {
   if constexpr (kFirst < kEnd) {
@@ -97,8 +94,8 @@ HSAID_DEVICE void transform_reversed(float (&x)[kPerThread], int q) {
   stages<A, 0, kEndA, true>(x, q);
 }
 
-// The registers of A as 16 vectors of four: vector v has e2 e3 e7 e6 for its bits, its component j e4 and e5.
-// vector_place says where `kept` has those of a thread.
+// The registers of A as 16 vectors of four: e2 e3 e7 e6 number the vector, e4 e5 the component. vector_place says where
+// `kept` has vector v of a thread.
 HSAID_DEVICE constexpr int a_register(int v, int j) { return (v & 3) | j << 2 | (v >> 3 & 1) << 4 | (v >> 2 & 1) << 5; }
 HSAID_DEVICE int vector_place(int v, int owner) { return (v * kThreads + owner) * 4; }
 
@@ -114,7 +111,7 @@ HSAID_DEVICE int place_in_a(int i, uint32_t mask) {
 
 // --- random streams
 
-// Which tile of the segment tile t of a call is.
+// The tile of the segment that is tile t of the call.
 template <bool kListed>
 HSAID_DEVICE int tile_of(const int64_t* listed, int t) {
   return kListed ? (int)listed[t] : t;
@@ -130,7 +127,7 @@ struct Sign {
   HSAID_MEMBER float times(float x) const { return float_from_bits(bits_from_float(x) ^ (sign & 0x80000000u)); }
 };
 
-// Where the draws of a tile come from: its j-th block is block + j * block_step of the segment.
+// Names the draws of a tile, whose j-th block is block + j * block_step of the segment.
 struct Draws {
   Params params;
   uint64_t stream;
@@ -143,9 +140,9 @@ HSAID_DEVICE Stream stream_at(const Draws& d, uint32_t position) {
   return {d.params.seed, d.stream, d.purpose, d.block + (int64_t)(position >> d.params.q) * d.block_step, d.chunk};
 }
 
-// Of the windows `tables`, the first holds the 32 words of A and the second those of B, each in a bank of its own, so
-// that no look-ups of a warp collide. Then the top of kNormalMagic, which must come from memory: the compiler spends a
-// move a normal on a constant that it knows. Once, before the first draw, and before a barrier.
+// Fills `tables` for draw_normal, once, before a barrier: a window with the 32 words of the table's A, one with those
+// of B, each word in a bank of its own, so that no look-ups of a warp collide; then the top of kNormalMagic, which must
+// come from memory, because on a constant that it knows the compiler spends a move a normal.
 HSAID_DEVICE void prepare_normals() {
   const uint32_t i = thread_index(), s = kFirstLine + (i & 31);
   if (i < 64) tables().store((int)((i & 32) << 1 | (s & 63)), normal_table((i & 32) | (s & 31)));
@@ -157,9 +154,11 @@ HSAID_DEVICE Normal draw_normal(uint32_t magic) {
       magic, [](uint32_t s) { return tables().look_up<0>(s); }, [](uint32_t s) { return tables().look_up<1>(s); })};
 }
 
-// use(v, d) for vectors v = 0 ... 15 of A with the draws d[4] of their components. n >= 256: one block a thread.
+// Calls use(v, d) for each vector v of A, with the draws d[4] of its components. Only for n >= 256, where all values of
+// a thread are of one block.
 template <class Use>
 HSAID_DEVICE void draw_normals(const Draws& d, Use&& use) {
+  static_assert(A::Register::spread(a_register(8, 3)) == 7 << 4, "a call's eight normals are vectors v and v | 8");
   const uint32_t magic = bits_from_float(tables().load(128));
   const uint32_t own = position<A>(0), k = own & ((1u << d.params.q) - 1);
   const Stream s = stream_at(d, own);
@@ -186,6 +185,7 @@ HSAID_DEVICE void draw_signs(const Draws& d, Use&& use) {
   const Stream s = stream_at(d, own);
   const PhiloxPrefix prefix = philox_prefix(s.seed, counter(s.purpose, s.block, s.chunk, s.id, 0));
   const PhiloxWords words = philox_from_prefix(prefix, s.seed, (k & 3) | k >> 9 << 2 | (uint32_t)s.chunk << 16);
+  static_assert(A::Register::spread(63) == 63 << 2, "of a call's 128 signs, at e2 ... e8, a thread has 64");
   const bool e8 = k >> 8 & 1;
   const uint32_t halves[2] = {e8 ? words.w[2] : words.w[0], e8 ? words.w[3] : words.w[1]};  // at e7 = 0 and 1
 #pragma unroll
@@ -200,7 +200,8 @@ HSAID_DEVICE void draw_signs(const Draws& d, Use&& use) {
   }
 }
 
-// Any width, one call a value: for blocks smaller than what a thread holds. Goes through the exchange.
+// The same for any width, by way of the exchange: one call of Philox a value, because blocks may be smaller than what a
+// thread holds.
 template <class Use>
 HSAID_DEVICE void draw_slowly(const Draws& d, Use&& use) {
   const Shared own = exchange() + (int)thread_index();
@@ -227,8 +228,8 @@ HSAID_DEVICE void draw_slowly(const Draws& d, Use&& use) {
 
 constexpr int kFastDrawBits = 8;  // from here on a thread's values are all of one block
 
-// What a kernel is compiled for. n = 2^14: kTile where theta is one chunk, kChunks. k1024: n = 1024. kWide: other
-// n >= 256. In the last two theta is one chunk. kGeneral: everything.
+// What a kernel is compiled for: n = 2^14 where theta is one chunk (kTile) or several (kChunks); n = 1024 (k1024) and
+// other n >= 256 (kWide) where it is one; everything (kGeneral).
 enum class Kind { kTile, kChunks, k1024, kWide, kGeneral };
 
 inline Kind kind_of(const Params& p) {
@@ -248,7 +249,7 @@ HSAID_DEVICE Params specialised(Params p) {
   return p;
 }
 
-// kernel(rademacher, kind), both as integral constants, for these parameters.
+// What kernel(rademacher, kind) returns for the integral constants that fit these parameters.
 template <class P, class Kernel>
 auto choose(const Params& p, Kernel&& kernel) -> void (*)(P) {
   const auto of_kind = [&](auto rademacher) -> void (*)(P) {
@@ -268,7 +269,8 @@ auto choose(const Params& p, Kernel&& kernel) -> void (*)(P) {
   return p.rademacher ? of_kind(std::true_type{}) : of_kind(std::false_type{});
 }
 
-// The same for listed tiles. Kernels of their own, or all others would take longer (docs/kernels.md); of fewer kinds.
+// The same for listed tiles, of fewer kinds. They have kernels of their own, because asking whether tiles are listed
+// would make all others slower (docs/kernels.md).
 template <class P, class Kernel>
 auto choose_listed(const Params& p, Kernel&& kernel) -> void (*)(P) {
   const auto of_kind = [&](auto rademacher) -> void (*)(P) {
@@ -291,7 +293,7 @@ HSAID_DEVICE void draw(const Draws& d, Use&& use) {
 
 // --- z
 
-// The signs B of a segment's chunk times x, in A. Every block of the tile gets them, as if it were the segment's first.
+// x, in A, times the signs B of a segment's chunk: the same for every block of the tile.
 template <Kind kKind>
 HSAID_DEVICE void multiply_signs(const Params& p, uint64_t stream, int chunk, float (&x)[kPerThread]) {
   draw<true, kKind>({p, stream, kSigns, 0, 0, chunk}, [&](int v, const auto(&d)[4]) {
@@ -300,8 +302,9 @@ HSAID_DEVICE void multiply_signs(const Params& p, uint64_t stream, int chunk, fl
   });
 }
 
-// pi^-1 by `tables`: what each of its rounds adds, a byte for each of at most 128 halves. The words of a table lie in
-// banks of their own, so that no look-ups of a warp collide. Where no normals are drawn, and before a barrier.
+// Fills `tables` for permute_back, before a barrier, in kernels that draw no normals: what a round adds to one half of
+// the position, a byte for each of at most 128 values of the other half. The 32 words of a round lie in banks of their
+// own, so that no look-ups of a warp collide.
 HSAID_DEVICE void prepare_permutation(const PermutationKeys& keys, int q) {
   const uint32_t i = thread_index();
   if (i >= kTableFloats) return;
@@ -335,8 +338,8 @@ HSAID_DEVICE void permute_back(const uint32_t (&j)[kCount], int q, uint32_t (&k)
   for (int i = 0; i < kCount; ++i) k[i] = high[i] << q / 2 | low[i];
 }
 
-// z of a segment's chunk into `kept`, value k at place_of(k); note(j, k) of each four j in a row,
-// k being their pi^-1.
+// Leaves z of a segment's chunk in `kept`, value k at place_of(k). Calls note(j, k) for every fourth j, k being pi^-1
+// of j ... j + 3.
 template <Kind kKind, class Note>
 HSAID_DEVICE void make_z(const Params& p, const float* theta, uint64_t stream, int chunk, Note&& note) {
   const uint32_t mask = (1u << p.q) - 1;
