@@ -267,8 +267,7 @@ HSAID_DEVICE float4 folded(const float4 (&v)[8]) {
 // of the position lies in registers, 12 to 10 in warps, 9 to 7 in registers, 6 to 2 in lanes; `halves` is what adding
 // at bit 13 left of the thread's products.
 HSAID_DEVICE float fold_tile(const float4 (&halves)[8]) {
-  static_assert(C::Register::spread(32) == 1 << 13 && C::Warp::spread(7) == 7 << 10);
-  static_assert(C::Register::spread(28) == 7 << 7 && C::Lane::spread(31) == 31 << 2);
+  static_assert(std::is_same_v<C, Layout<Bits<0, 1, 7, 8, 9, 13>, Bits<2, 3, 4, 5, 6>, Bits<10, 11, 12>>>);
   const Shared mine = exchange() + lane() * 4;
 #pragma unroll
   for (int i = 0; i < 8; ++i) mine.store((warp() * 8 + i) * 128, halves[i]);

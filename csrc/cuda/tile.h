@@ -95,7 +95,8 @@ HSAID_DEVICE void transform_reversed(float (&x)[kPerThread], int q) {
 }
 
 // The registers of A as 16 vectors of four: e2 e3 e7 e6 number the vector, e4 e5 the component. vector_place says where
-// `kept` has vector v of a thread.
+// `kept` has vector v of a thread. A call of Philox gives the eight normals at e4 e5 e6, or 128 signs at e2 ... e8.
+static_assert(std::is_same_v<A::Register, Bits<2, 3, 4, 5, 6, 7>>, "a_register and the draws count on it");
 HSAID_DEVICE constexpr int a_register(int v, int j) { return (v & 3) | j << 2 | (v >> 3 & 1) << 4 | (v >> 2 & 1) << 5; }
 HSAID_DEVICE int vector_place(int v, int owner) { return (v * kThreads + owner) * 4; }
 
@@ -158,7 +159,6 @@ HSAID_DEVICE Normal draw_normal(uint32_t magic) {
 // a thread are of one block.
 template <class Use>
 HSAID_DEVICE void draw_normals(const Draws& d, Use&& use) {
-  static_assert(A::Register::spread(a_register(8, 3)) == 7 << 4, "a call's eight normals are vectors v and v | 8");
   const uint32_t magic = bits_from_float(tables().load(128));
   const uint32_t own = position<A>(0), k = own & ((1u << d.params.q) - 1);
   const Stream s = stream_at(d, own);
@@ -185,7 +185,6 @@ HSAID_DEVICE void draw_signs(const Draws& d, Use&& use) {
   const Stream s = stream_at(d, own);
   const PhiloxPrefix prefix = philox_prefix(s.seed, counter(s.purpose, s.block, s.chunk, s.id, 0));
   const PhiloxWords words = philox_from_prefix(prefix, s.seed, (k & 3) | k >> 9 << 2 | (uint32_t)s.chunk << 16);
-  static_assert(A::Register::spread(63) == 63 << 2, "of a call's 128 signs, at e2 ... e8, a thread has 64");
   const bool e8 = k >> 8 & 1;
   const uint32_t halves[2] = {e8 ? words.w[2] : words.w[0], e8 ? words.w[3] : words.w[1]};  // at e7 = 0 and 1
 #pragma unroll
