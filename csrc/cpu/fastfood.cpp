@@ -15,6 +15,7 @@
 
 #include "../core/half.h"
 #include "../core/walsh_hadamard.h"
+#include "subnormals.h"
 
 namespace hsaid {
 
@@ -148,6 +149,7 @@ void fastfood_adjoint(const Adjoint& a, float* dtheta, float* dfactors, const Th
     });
     // Running sums in the order of the groups; a segment's whole sum ends up in the place of its last group.
     threads.parallel_for(slices, [&](int64_t from, int64_t to) {
+      const KeepSubnormals keep;
       const int64_t first = from * kSliceElements, last = std::min(size, to * kSliceElements);
       for (int64_t g = 0; g < count; ++g) {
         float* sum = &partial[g * size];
@@ -162,6 +164,7 @@ void fastfood_adjoint(const Adjoint& a, float* dtheta, float* dfactors, const Th
       if (in_wave[g].last) dfactors[i] = kernel.adjoint_segment(a, a.segments[i], a.factors[i], &partial[g * size]);
     });
     threads.parallel_for(slices, [&](int64_t from, int64_t to) {
+      const KeepSubnormals keep;
       const int64_t first = from * kSliceElements, last = std::min(size, to * kSliceElements);
       for (int64_t g = 0; g < count; ++g)
         if (in_wave[g].last)
@@ -178,6 +181,7 @@ void hadamard_transform(const T* x, T* out, int64_t rows, int64_t dim, double sc
   while (((int64_t)1 << q) < dim) ++q;
   const int64_t n = (int64_t)1 << q;
   threads.parallel_for(rows, [&](int64_t begin, int64_t end) {
+    const KeepSubnormals keep;
     std::vector<Compute> row(n);
     for (int64_t r = begin; r < end; ++r) {
       for (int64_t k = 0; k < dim; ++k) {

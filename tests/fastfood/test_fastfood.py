@@ -368,6 +368,23 @@ def test_subnormals_are_kept(diagonal, isa):
     assert_same_bits(flushed[1], rounded)
 
 
+def test_gradients_and_transforms_of_a_process_without_subnormals(isa):
+    """The sums over groups, segments and tensors too, of which some are subnormal here."""
+    plan = Plan({"a": (3000,), "b": (40, 50), "c": (7,)}, 300)
+    theta, factors = inputs(plan)
+    grads = [values(shape) * 1e-38 for shape in plan.shapes.values()]
+    rows = values((3, 300)) * 1e-38
+    expected = *adjoint(plan, theta, factors, grads), ops.hadamard_transform(rows)
+    assert 0 < expected[0].abs().min() < torch.finfo(torch.float32).smallest_normal
+    assert torch.set_flush_denormal(True)
+    try:
+        got = *adjoint(plan, theta, factors, grads), ops.hadamard_transform(rows)
+    finally:
+        torch.set_flush_denormal(False)
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a, b)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_rounding_to_16_bits(dtype, isa):
     """Every float that lies halfway between two neighbours goes to the even one, up to and past the largest."""
