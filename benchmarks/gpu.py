@@ -37,7 +37,7 @@ from hsaid_kernels.app import training
 from hsaid_kernels.fastfood import ops
 from hsaid_kernels.fastfood.plan import Plan, Segment, whole
 from hsaid_kernels.fastfood.projection import Part
-from hsaid_kernels.wrapper.weights.blocks import joined
+from hsaid_kernels.wrapper.weights.launches import joined
 
 ROUNDS = 21
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

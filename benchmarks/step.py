@@ -38,8 +38,8 @@ def wrapped(method: str) -> HSAID:
     memory = "block" if method == "block" else "step"
     hsaid = HSAID(model, 1000, dtype=torch.bfloat16 if method == "mixed" else None, memory=memory)
     if method == "held":
-        hsaid._projected.parts = [[name for part in hsaid._projected.parts for name in part]]
-        hsaid._projected.forget_groups()
+        maker = hsaid._source.maker
+        maker.parts, maker._launches = [[name for part in maker.parts for name in part]], (None, [])
     return hsaid
 
 

@@ -31,8 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hsaid_kernels import HSAID
-from hsaid_kernels.checkpoint import last_checkpoint
+from hsaid_kernels import HSAID, last_checkpoint
 
 Row = tuple[str, str]  # text, label
 READERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}

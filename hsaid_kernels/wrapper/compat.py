@@ -6,13 +6,12 @@ for them runs after changing the import. docs/migrating.md lists the differences
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import re
 import warnings
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from hsaid_kernels.wrapper.checkpoint.compare import check_state
 from hsaid_kernels.wrapper.hsaid import HSAID
 from hsaid_kernels.wrapper.reads.properties import class_for
 from hsaid_kernels.wrapper.tasks import key_of
-from hsaid_kernels.wrapper.w0.packed import warn_of_packed
+from hsaid_kernels.wrapper.w0.quantized import warn_of_packed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -163,7 +162,7 @@ def _carry(module: nn.Module, hsaid: HSAID) -> None:
     module.__dict__["hsaid"] = hsaid  # not as a submodule, because the HSAID in turn refers to the module
     for name, own in NAMES.items():
         if (parameter := getattr(hsaid, own)).numel():  # DID has no multipliers
-            hsaid._projected.others.add(name)
+            hsaid._source.attachment.others.add(name)
             module.register_parameter(name, parameter)
 
 
@@ -222,7 +221,7 @@ class _InPlace(HSAID):
             module.__class__ = _plain_class(module)  # type: ignore[assignment]
         return module
 
-    def unwrapped(self) -> contextlib.AbstractContextManager[nn.Module]:
+    def unwrapped(self) -> NoReturn:
         raise RuntimeError(
             "unwrapped(): expected an HSAID, got a module in a subspace: unwrap() it for good, or merge()"
         )
@@ -262,7 +261,7 @@ class _InSubspace(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         if mode != self.training:
-            self.hsaid._projected.drop_cache()  # as in HSAID.train, which cannot be called: it would call this method
+            self.hsaid._source.drop_cache()  # as in HSAID.train, which cannot be called: it would call this method
         return super().train(mode)
 
     def get_extra_state(self) -> Tensor:
@@ -275,7 +274,7 @@ class _InSubspace(nn.Module):
         if (key := f"{prefix}_extra_state") in state_dict:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # warnings about another W0: this state_dict contains W0 itself
-                check_state(state_dict[key], self.hsaid)
+                check_state(state_dict[key], self.hsaid.configuration())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

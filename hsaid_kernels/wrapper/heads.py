@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from hsaid_kernels.hierarchy.attention import Attention, find_attention, find_attentions
-from hsaid_kernels.wrapper.reads.link import place_of
-from hsaid_kernels.wrapper.w0.quantized import whole
+from hsaid_kernels.wrapper.reads.link import link_of
+from hsaid_kernels.wrapper.w0.values import value_of
 
 # {layer: heads}
 Heads = Mapping[int | str, Iterable[int]] | Mapping[int, Iterable[int]] | Mapping[str, Iterable[int]]
@@ -43,10 +43,11 @@ REMOVABLE = {
 class HeadSlice:
     """A part of a parameter that belongs to a head: `model.get_parameter(name)[slices]`.
 
-    role    "query", "key" or "value" for outputs of these layers; "output" for inputs of the output layer
-    name    name of the parameter
-    slices  a slice for each of the first dimensions of the parameter
-    heads   all heads that use this part; in grouped-query attention several heads share key and value
+    Attributes:
+        role: "query", "key" or "value" for outputs of these layers; "output" for inputs of the output layer.
+        name: of the parameter.
+        slices: a slice for each of the first dimensions of the parameter.
+        heads: all heads that use this part; in grouped-query attention several heads share key and value.
     """
 
     role: str
@@ -104,8 +105,9 @@ def prune_heads(model: Model, heads: Heads) -> Model:
 class HeadStructured:
     """Prunes the heads of a layer with the smallest L_n norm, as `torch.nn.utils.prune.ln_structured` prunes channels.
 
-    amount  float: the fraction, from 0 to below 1, of the heads that are not pruned yet; int: their number
-    n       order of the norm over the weights and biases that belong to the head alone; any number, also inf and -inf
+    Attributes:
+        amount: float: the fraction, from 0 to below 1, of the heads that are not pruned yet; int: their number.
+        n: order of the norm over the weights and biases that belong to the head alone; any number, also inf and -inf.
 
     Raises TypeError if `amount` or `n` is not a number, ValueError if it is out of range or NaN.
     """
@@ -164,7 +166,7 @@ def pruned_heads(model: nn.Module) -> dict[str, list[int]]:
         dead = set(range(attention.heads))
         for bands in attention.bands:
             if dead and bands.count == attention.heads and len(bands.shape) > 1:
-                used = (whole(_masked(model, bands.tensor)) != 0).any(dim=1 - bands.dim).tolist()
+                used = (value_of(_masked(model, bands.tensor)) != 0).any(dim=1 - bands.dim).tolist()
                 dead -= {head for head in dead if any(used[bands.slices(head)[-1]])}
         if 0 < len(dead) < attention.heads:
             found[attention.name] = sorted(dead)
@@ -189,7 +191,9 @@ def remove_heads(model: Model, heads: Heads | None = None) -> Model:
 
     The model computes the same function as with these heads pruned, up to rounding.
 
-    heads   {layer: [heads]}; None means the pruned heads. Masks in these layers are made permanent first.
+    Args:
+        model: the model, which is changed in place.
+        heads: {layer: [heads]}; None means the pruned heads. Masks in these layers are made permanent first.
 
     The remaining heads are renumbered from 0. The model's configuration cannot store a number of heads for each layer:
     to load a saved model, create a new one, remove the same heads from it, and then call `load_state_dict`. Supports
@@ -222,7 +226,7 @@ def remove_heads(model: Model, heads: Heads | None = None) -> Model:
 
 def _refuse_wrapped(model: nn.Module, call: str) -> None:
     """Raises RuntimeError for a model whose weights an HSAID answers for."""
-    if isinstance(model, nn.Module) and any(place_of(module) is not None for module in model.modules()):
+    if isinstance(model, nn.Module) and any(link_of(module) is not None for module in model.modules()):
         raise RuntimeError(
             f"{call}: expected a plain model, got one that an HSAID wraps: unwrap() it first, or merge()"
         )

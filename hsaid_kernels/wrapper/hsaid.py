@@ -11,31 +11,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
-from hsaid_kernels.fastfood.plan import check_choice
 from hsaid_kernels.fastfood.selection import Patterns
-from hsaid_kernels.wrapper.basis import as_json, basis_of
-from hsaid_kernels.wrapper.checkpoint.compare import check_active_ranks, check_sharded_ranks
-from hsaid_kernels.wrapper.checkpoint.configuration import TASK, w0_checks
+from hsaid_kernels.wrapper.basis import CHOICE, Settings, basis_of
+from hsaid_kernels.wrapper.checkpoint.configuration import TASK
 from hsaid_kernels.wrapper.heads import Heads
 from hsaid_kernels.wrapper.isolation import runs_eagerly
 from hsaid_kernels.wrapper.merging import merged_copy
-from hsaid_kernels.wrapper.multitask import MultiTask
-from hsaid_kernels.wrapper.tasks import Tasks, check_task
-from hsaid_kernels.wrapper.w0.checks import check_layers, check_parameters, plain
-from hsaid_kernels.wrapper.w0.fsdp2 import is_fsdp
-from hsaid_kernels.wrapper.w0.packed import warn_of_packed
-from hsaid_kernels.wrapper.w0.quantized import dequantized, is_quantized
+from hsaid_kernels.wrapper.stand_in import StandIn
+from hsaid_kernels.wrapper.state import State
+from hsaid_kernels.wrapper.tasks import Tasks
+from hsaid_kernels.wrapper.w0.checks import check_layers, check_parameters, check_plain, plain
+from hsaid_kernels.wrapper.w0.quantized import floats_of_rest, warn_of_packed
 from hsaid_kernels.wrapper.weights.attachment import unwrapped_before
-from hsaid_kernels.wrapper.weights.launches import MEMORY
 from hsaid_kernels.wrapper.weights.outside import TRACED
-from hsaid_kernels.wrapper.weights.source import ProjectedWeights
+from hsaid_kernels.wrapper.weights.source import WeightSource
+from hsaid_kernels.wrapper.weights.traced import call_traced, prepare_tracing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
 
 TASKS_IN_GRAPHS = (
     "torch.compile: expected one task in all threads, got different ones (use_task(), or set_task() in several "
@@ -43,7 +39,7 @@ TASKS_IN_GRAPHS = (
 )
 
 
-class HSAID(MultiTask):
+class HSAID(State, StandIn):
     """Wraps a model for fine-tuning inside a random subspace: DID, SAID or H-SAID (docs/method.md).
 
     Args:
@@ -97,8 +93,8 @@ class HSAID(MultiTask):
     From wrapping to `unwrap()`, every read of a weight in the model, such as `hsaid.model.encoder.weight`, gives the
     projected weight of that moment (inside a call of the HSAID, of the beginning of the call), in any thread,
     differentiable where gradients are enabled. So submodules, methods and generators of the model, and recomputation in
-    backward, run on it. `hsaid.w0()`,
-    `hsaid.model.named_parameters()` and `hsaid.model.state_dict()` have W0, which does not require gradients meanwhile.
+    backward, run on it. `hsaid.w0()`, `hsaid.model.named_parameters()` and `hsaid.model.state_dict()` have W0, which
+    does not require gradients meanwhile.
 
     `modules()`, `buffers()`, `apply()`, `train()` and `to()` reach the model. `parameters()` returns the parameters of
     the current task; `state_dict()` returns them, the configuration, and the model's buffers (the statistics of
@@ -125,7 +121,6 @@ class HSAID(MultiTask):
     `frozen` is given.
     """
 
-    _w0_checks: str | None = None
     _own_full = False  # whether the fully trained tensors are the model's own parameters, not copies
 
     def __init__(
@@ -154,55 +149,39 @@ class HSAID(MultiTask):
         task: str = TASK,
     ):
         super().__init__()
-        check_choice("memory", memory, MEMORY)
+        options: dict[str, Any] = dict(intrinsic_dim=intrinsic_dim, partition=partition, seed=seed, skip=skip)
+        options |= dict(merge=merge, combine=combine, normalize=normalize, diagonal=diagonal, width=width)
+        options |= dict(include=include, exclude=exclude, train_fully=train_fully, frozen=frozen, heads=heads)
+        options |= dict(pruned=pruned, padding_rows=padding_rows, dtype=dtype, backend=backend, memory=memory)
+        settings = Settings(**options, task=task)
         if isinstance(model, nn.Module) and any(isinstance(module, HSAID) for module in model.modules()):
             raise TypeError("model: expected a plain module, got one that is or holds an HSAID")
         model = plain(model)
-        if dtype is not None and dtype not in WEIGHT_DTYPES:
-            raise TypeError(f"dtype: expected torch.float32, bfloat16, float16 or None, got {dtype}")
         if isinstance(model, nn.Module):
             unwrapped_before(model, self)
-        self.include, self.exclude, self.train_fully = map(as_json, (include, exclude, train_fully))
-        named: dict[str, Any] = dict(skip=skip, merge=merge, combine=combine, heads=heads, pruned=pruned)
-        named |= dict(normalize=normalize, diagonal=diagonal, width=width, frozen=frozen)
-        named |= dict(include=self.include, exclude=self.exclude, train_fully=self.train_fully)
-        named |= dict(padding_rows=padding_rows)
-        basis = basis_of(model, intrinsic_dim, partition, seed, **named)
+        basis = self._basis = basis_of(model, settings)
         check_layers(model, basis.plan.names, basis.full)
         if not self._own_full:
             check_parameters(model, (*basis.plan.names, *basis.full))
-        self.padding_rows = basis.padding_rows
         if include is None and frozen is None:  # otherwise it has been said what is projected
             warn_of_packed(model)
-        self.hierarchy, self.partition = basis.hierarchy, basis.partition
-        self.plan, self.pruned, self.frozen = basis.plan, basis.pruned, basis.frozen
-        self._tasks = Tasks(check_task(task), basis.full, self._parameters)
-        self._projected = ProjectedWeights(
-            model,
-            self._tasks,
-            basis.full,
-            basis.plan,
-            basis.partition,
-            dtype,
-            backend,
-            memory=memory,
-            padding_rows=basis.padding_rows,
-            own_full=self._own_full,
-        )
-        self._buffers_of = {}
-        self._ranks_agree = False
-        self._agreed: set[str] = set()  # tasks that all ranks of a sharded model have alike
+        self.hierarchy, self.partition, self.plan = basis.hierarchy, basis.partition, basis.plan
+        self.pruned, self.padding_rows, self.frozen = basis.pruned, basis.padding_rows, basis.frozen
+        self.include, self.exclude, self.train_fully = (getattr(basis.settings, key) for key in CHOICE)
+        self._tasks = Tasks(task, basis.full, self._parameters)
+        self._source = WeightSource(model, self._tasks, basis, self._own_full)
+        self._compare_anew()
         self.training = model.training
         self._stand_in_for(model)  # from here on, a new attribute that the model also has is set on the model
         self._new_task(task)
-        self._projected.upload()  # raises for incompatible dtypes and devices
+        self._source.maker.upload()  # raises for incompatible dtypes and devices
         self._claim()
-        if self._projected.ranks is not None:
-            self.w0_checks()
 
     def _claim(self) -> None:
-        self._projected.belongs_to(self)
-        self._projected.attach()
+        self._source.attachment.belongs_to(self)
+        self._source.attachment.attach()
+        if self._source.attachment.ranks is not None:
+            self.w0_checks()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model with the projected weights and returns its output."""
@@ -210,7 +189,7 @@ class HSAID(MultiTask):
             if self._tasks.threaded:
                 raise RuntimeError(TASKS_IN_GRAPHS)
             self._traced()
-            return self._projected.call_traced(self.training, args, kwargs)
+            return call_traced(self._source.maker, self.training, args, kwargs)
         if torch.jit.is_tracing():
             raise RuntimeError(TRACED)
         with self._computing():
@@ -222,30 +201,16 @@ class HSAID(MultiTask):
         Each has the shape of W0_i, and its dtype unless `dtype` was given. They are views of buffers that later calls
         use, so they are read only. Of a sharded model, all ranks must call this together.
         """
-        return self._projected.now()
+        return self._source.now()
 
     def w0(self) -> dict[str, Tensor]:
         """{name: W0_i} for the projected tensors: the model's own parameters, not copies."""
-        return self._projected.w0()
-
-    def w0_checks(self) -> str:
-        """Hashes of some values of each W0_i, as they are in checkpoints; see `configuration.w0_checks`."""
-        if self._projected.ranks is None:
-            return w0_checks(self._known_w0())
-        # All ranks compute these together, when they have wrapped the model or at the first step, and one may save.
-        if self._w0_checks is None:
-            self._w0_checks = w0_checks(self._known_w0())
-        return self._w0_checks
-
-    def _known_w0(self) -> dict[str, Tensor]:
-        """As `w0`, but a model that somebody has changed does not keep what was trained from being saved."""
-        own: Mapping[str, Tensor] = self._projected.kept or self._projected.known()
-        return {name: own[name] for name in self.plan.names}
+        return self._source.attachment.w0()
 
     @property
     def merged(self) -> bool:
         """Whether the model holds the projected weights: True from `merge(inplace=True)` until `unmerge()`."""
-        return self._projected.kept is not None
+        return self._source.attachment.merged is not None
 
     def merge(self, inplace: bool = False) -> nn.Module:
         """Returns a model whose parameters are the projected weights and `full`.
@@ -259,35 +224,29 @@ class HSAID(MultiTask):
         this HSAID can run the model, but training, `add_task`, `set_task`, `load_state_dict` and `to` raise
         RuntimeError, and so does another `merge`.
         """
-        projected = self._projected
-        projected.check_on_w0("merge()")
-        if projected.ranks is not None:
+        source, attachment = self._source, self._source.attachment
+        attachment.check_on_w0("merge()")
+        if attachment.ranks is not None:
             raise RuntimeError(
                 "merge(): expected a whole model, got one that FSDP2 has sharded: save_pretrained(), load that into a "
                 "whole model by from_pretrained(), and merge this"
             )
-        if inplace and any(map(is_quantized, projected.w0().values())):
-            raise RuntimeError(
-                "merge(): expected plain parameters for inplace=True, got quantized ones, which cannot hold projected "
-                "weights: merge() makes an ordinary model"
-            )
         with torch.no_grad():
-            values = projected.now() | self.full
             if inplace:
-                projected.merged_task = self.task
-                projected.merge(values)
+                hint = "they cannot hold projected weights, and merge() makes an ordinary model"
+                check_plain("merge()", self.w0().values(), "which inplace=True can write to", hint)
+            values = source.now() | self.full
+            source.drop_cache()
+            if inplace:
+                attachment.merge(values)
                 return self.model
-            projected.drop_cache()
-            own = projected.own()
-            quantized = {name: parameter for name, parameter in own.items() if is_quantized(parameter)}
-            flags = projected.flags | {name: True for name in quantized if name in values}  # which they could not have
-            for name in quantized.keys() - values.keys():
-                values[name] = dequantized(quantized[name]).to(self.given_dtype or quantized[name].dtype)
-            return merged_copy(self.model, own, values, flags)
+            own = attachment.own()
+            rest, trained = floats_of_rest(own, values, self.given_dtype)
+            return merged_copy(self.model, own, values | rest, attachment.flags | trained)
 
     def unmerge(self) -> None:
         """Restores W0 bit for bit after `merge(inplace=True)`. Raises RuntimeError if nothing is merged in place."""
-        self._projected.unmerge()
+        self._source.attachment.unmerge()
 
     def unwrap(self) -> nn.Module:
         """Gives back the plain model as it was: W0, its buffers, and whether its parameters require gradients.
@@ -296,30 +255,25 @@ class HSAID(MultiTask):
         and saved, with the buffers that training changed; calls and changes raise RuntimeError. Does nothing if the
         model has been unwrapped already.
         """
-        if self._projected.attached:
+        if self._source.attachment.attached:
             with self._tasks.using(self._tasks.registered):  # whatever has become of this thread's
                 self._described = self.configuration()
-            self._buffers_of[self._tasks.registered] = self.buffers_changed()
-            self._projected.detach()
+            self._tasks.buffers[self._tasks.registered] = self.buffers_changed()
+            self._source.drop_cache()
+            self._source.attachment.detach()
         return self.model
 
-    def unwrapped(self) -> contextlib.AbstractContextManager[nn.Module]:
-        """A context manager for the time of which the model is the plain one, as `unwrap` gives it back."""
-        return self._unwrapped()
-
     @contextlib.contextmanager
-    def _unwrapped(self) -> Iterator[nn.Module]:
+    def unwrapped(self) -> Iterator[nn.Module]:
+        """A context manager for the time of which the model is the plain one, as `unwrap` gives it back."""
         model = self.unwrap()
         try:
             yield model
         finally:
             unwrapped_before(model, self)
-            self._ranks_agree, self._w0_checks = False, None
-            self._agreed.clear()
+            self._compare_anew()
             self._claim()
-            if self._projected.ranks is not None:
-                self.w0_checks()
-            self._projected.buffers.put(model, self._buffers_of.pop(self._tasks.registered, {}))
+            self._source.attachment.buffers.put(model, self._tasks.buffers.pop(self._tasks.registered, {}))
 
     def __enter__(self) -> Self:
         return self
@@ -330,45 +284,36 @@ class HSAID(MultiTask):
     @property
     def intrinsic_dim(self) -> int:
         """d = len(theta) + len(multipliers)."""
-        return self.plan.dim + self.partition.num_multipliers
+        return self._basis.settings.intrinsic_dim
 
     @property
     def given_dtype(self) -> torch.dtype | None:
         """The argument `dtype`, which may be None."""
-        return self._projected.given_dtype
+        return self._basis.settings.dtype
 
     @property
     def backend(self) -> str:
         """The argument `backend`."""
-        return self._projected.backend
+        return self._basis.settings.backend
 
     @property
     def memory(self) -> str:
         """The argument `memory`."""
-        return self._projected.memory
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the projected weights; of the first one, if W0 has several."""
-        return self.given_dtype or next(iter(self._known_w0().values())).dtype
+        return self._basis.settings.memory
 
     def train(self, mode: bool = True) -> Self:
         if mode != self.training:
-            self._projected.drop_cache()
+            self._source.drop_cache()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._projected.check_on_w0("to()")
+        self._source.attachment.check_on_w0("to()")
         if recurse:
             self.model._apply(fn)
-        every: list[Mapping[str, nn.Parameter | None]] = [self._parameters, *self._tasks.others()]
-        for parameters in every:
-            held = nn.Module()
-            held.__dict__["_parameters"] = parameters
-            held._apply(_float32_of(parameters, fn))
-        self._projected.drop_cache()
+        self._tasks.apply(fn)
+        self._source.drop_cache()
         with contextlib.suppress(TypeError, ValueError):  # which the next read raises: dtypes may be changed once more
-            self._projected.upload()
+            self._source.maker.upload()
         return self
 
     def _replicate_for_data_parallel(self) -> Self:
@@ -379,8 +324,8 @@ class HSAID(MultiTask):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._ranks_agree, self._agreed = False, set()
-        self._projected.belongs_to(self)
+        self._compare_anew()
+        self._source.attachment.belongs_to(self)
 
     def __repr__(self) -> str:
         full = f", {len(self._tasks.full)} trained fully" if self._tasks.full else ""
@@ -391,53 +336,27 @@ class HSAID(MultiTask):
             f"seed={self.plan.seed}, dtype={self.dtype})"
         )
 
-    def _check_ranks(self) -> None:
-        """At the first training step of several ranks, or call of a sharded model, checks their basis and W0.
-
-        DistributedDataParallel and FSDP2 themselves broadcast neither. Raises ValueError if they differ.
-        """
-        if self._ranks_agree:
-            return
-        if self._projected.ranks is None and (is_fsdp(self) or is_fsdp(self.model)):
-            self._projected.own()  # sees that it has been sharded since
-        if (ranks := self._projected.ranks) is not None:
-            if self.task not in self._agreed:
-                check_sharded_ranks(self, ranks, self._projected.own())
-                self._agreed.add(self.task)
-        elif torch.is_grad_enabled():  # under DistributedDataParallel evaluation may run on a single rank
-            self._ranks_agree = check_active_ranks(self, {self, self.model})
-
     def _checked(self) -> None:
-        self._check_buffers()
-        self._check_ranks()
+        if self._tasks.current != self._tasks.registered:
+            self._check_buffers()
+        if dist.is_available() and dist.is_initialized():
+            self._check_ranks()
 
     @runs_eagerly
     def _computing(self) -> contextlib.AbstractContextManager[None]:
         self._checked()
-        if torch.is_grad_enabled():
-            self._projected.reduced_once.expect(self, (self.theta, self.multipliers))
-        return self._projected.inside(self.training)
+        once = self._source.around.reduced_once
+        if torch.is_grad_enabled() and (once.applies or (dist.is_available() and dist.is_initialized())):
+            once.expect(self, self._tasks.trained())
+        return self._source.call(self.training)
 
     def _traced(self) -> bool:
         """What `_computing` checks, for torch.compile, which calls this once, while tracing."""
         if torch.compiler.is_exporting():  # asked here, because torch.compile of torch 2.11 answers with True
             raise RuntimeError(TRACED)
         self._checked()
-        self._projected.prepare_tracing()
+        prepare_tracing(self._source.maker)
         return True
 
     # Sets what torch.compiler.assume_constant_result sets. The decorator itself would import all of torch._dynamo here.
     _traced.__dict__["_dynamo_marked_constant"] = True
-
-
-def _float32_of(
-    parameters: Mapping[str, nn.Parameter | None], fn: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
-    """`fn`, but theta and the multipliers of a task, which move to the new device, always stay float32."""
-    kept = [parameters["theta"], parameters["multipliers"]]
-
-    def apply(tensor: Tensor) -> Tensor:
-        keeps = any(own is not None and (tensor is own or tensor is own.grad) for own in kept)
-        return tensor.to(fn(tensor).device) if keeps else fn(tensor)
-
-    return apply

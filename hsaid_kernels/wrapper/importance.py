@@ -65,7 +65,7 @@ def _shares(hsaid: HSAID, batch: Mapping[str, Any]) -> Tensor:
     try:
         with torch.inference_mode(False), torch.enable_grad(), hsaid._computing():
             loss = getattr(hsaid.model(**batch), "loss", None)
-            factors = hsaid._projected.factors()
+            factors = hsaid._source.factors()
         if loss is None:
             raise ValueError(f"batches: expected what the model makes a loss of (labels), got {', '.join(batch)}")
         (gradient,) = torch.autograd.grad(loss, factors)

@@ -66,13 +66,6 @@ class StandIn(nn.Module):
             inner = f"{prefix}.model" if prefix else "model"
             yield from self.model.named_modules(memo, inner, remove_duplicate)
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in self._parameters.items():
-            if parameter is not None:
-                yield (f"{prefix}.{name}" if prefix else name), parameter
-
     def add_module(self, name: str, module: nn.Module | None) -> None:
         if name == "model" and module is self.model:  # as code does that converts the modules of a tree in place
             return

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hsaid_kernels.wrapper.w0.quantized import whole
+from hsaid_kernels.wrapper.isolation import runs_eagerly
+from hsaid_kernels.wrapper.w0.values import value_of
 
 # Prefix of the parameter name of a fully trained tensor. Parameter names cannot contain dots, so these become slashes.
 FULL = "full/"
@@ -25,6 +31,12 @@ Own = dict[str, nn.Parameter | None]  # `module._parameters`
 # {number of a `Tasks`: the task that this thread, or coroutine, has set}. Never changed, only replaced.
 _SET: ContextVar[Mapping[int, str | None]] = ContextVar("hsaid_kernels.tasks", default={})  # noqa: B039
 _numbers = itertools.count()
+
+
+class Listener(Protocol):
+    """What hears of steps that train other parameters. `weights.outside.Surroundings` implements it."""
+
+    def others_stepped(self, parameters: Sequence[object]) -> None: ...
 
 
 class Tasks:
@@ -41,17 +53,23 @@ class Tasks:
     Attributes:
         registered: the name of the task that was set last, by any thread.
         threaded: whether threads have had different tasks.
+        buffers: {task: {name: buffer of the model}} that training changed, of tasks that are not in the model.
+        steps: how many steps optimizers have made that train theta or the multipliers of a task.
     """
 
     def __init__(self, first: str, full: Sequence[str], own: Own):
         self.registered, self.full, self.own = first, tuple(full), own
-        self.threaded = False
+        self.threaded, self.steps = False, 0
+        self.buffers: dict[str, dict[str, Tensor]] = {}
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         self._start()
 
     def _start(self) -> None:
         self._number = next(_numbers)
-        self._set_by = threading.get_ident()
+        self._set_by: set[tuple[int, int]] = set()  # the threads and coroutines that have called `switch`
+        self._others: weakref.ref[Any] | None = None
+        _watch_optimizers()
+        _every.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.current != self.registered:
@@ -59,7 +77,7 @@ class Tasks:
                 f"copy: expected the task of this thread, {self.current!r}, to be the one that was set last, got "
                 f"{self.registered!r}: call set_task() in place of use_task()"
             )
-        return {key: value for key, value in self.__dict__.items() if key not in ("_number", "_set_by")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_number", "_set_by", "_others")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -98,6 +116,13 @@ class Tasks:
             )
         return self._parameters[name]
 
+    def trained(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """theta and the multipliers of this thread's task. Raises as `now`."""
+        now = self.now()
+        theta, multipliers = now["theta"], now["multipliers"]
+        assert theta is not None and multipliers is not None
+        return theta, multipliers
+
     def check(self, name: str) -> str:
         """Returns `name`. Raises ValueError if there is no such task, TypeError if it is not a non-empty string."""
         if check_task(name) not in self._parameters:
@@ -122,34 +147,49 @@ class Tasks:
         """
         if check_task(name) in self._parameters:
             raise ValueError(f"name: expected a new task, got {name!r}, which is there already")
-        full = {key_of(tensor): nn.Parameter(whole(w0[tensor].detach()).clone()) for tensor in self.full}
+        full = {key_of(tensor): nn.Parameter(value_of(w0[tensor].detach()).clone()) for tensor in self.full}
         self._parameters[name] = {**parameters, **full}
         if name == self.registered:
             # Written into the dict directly. Attribute assignment and register_parameter() would clash with an
             # attribute of the same name in the model.
             self.own.update(self._parameters[name])
 
-    def has(self, parameters: Iterable[object]) -> bool:
-        """Whether theta or the multipliers of a task are among these."""
+    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        """Counts a step if it trains theta or the multipliers of a task: a fused one increases no version."""
         every: list[Mapping[str, object]] = [self.own, *self._parameters.values()]
         trained = {id(own[key]) for own in every for key in ("theta", "multipliers") if key in own}
-        return any(id(parameter) in trained for parameter in parameters)
+        changed = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if any(id(parameter) in trained for parameter in changed):
+            self.steps += 1
+        elif self._others is not None and (others := self._others()) is not None:
+            others.others_stepped(changed)
 
-    def thetas(self) -> list[Tensor]:
-        """Those of all tasks."""
+    def hear_others(self, listener: Listener) -> None:
+        """Lets `listener` hear of steps that train other parameters, as long as it lives."""
+        self._others = weakref.ref(listener)
+
+    def have_moved(self) -> bool:
+        """Whether theta of any task is not 0, and so moves the weights."""
         every: list[Mapping[str, Any]] = [self.own, *self.others()]
-        return [own["theta"] for own in every]
+        return any(bool(value_of(own["theta"].detach()).any()) for own in every)
 
     def others(self) -> list[dict[str, nn.Parameter]]:
         """The parameters of the tasks that are not registered."""
         return [parameters for name, parameters in self._parameters.items() if name != self.registered]
 
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """As `nn.Module._apply` for all parameters; theta and the multipliers only move, and always stay float32."""
+        every: list[Mapping[str, nn.Parameter | None]] = [self.own, *self.others()]
+        for parameters in every:
+            kept = [parameters["theta"], parameters["multipliers"]]
+            held = nn.Module()
+            held.__dict__["_parameters"] = parameters
+            held._apply(functools.partial(_apply, fn, kept))
+
     def switch(self, name: str) -> None:
         """Makes `name`, which must exist, this thread's task and the registered one."""
-        thread = threading.get_ident()
-        if thread != self._set_by and name != self.registered:
-            self.threaded = True
-        self._set_by = thread
+        self._set_by.add(who := _who())
+        self.threaded = self.threaded or (name != self.registered and self._set_by != {who})
         self._parameters[self.registered] = _present(self.own)
         self.own.update(self._parameters[name])
         self.registered = name
@@ -171,6 +211,36 @@ class Tasks:
         if self.check(name) in (self.current, self.registered):
             raise ValueError(f"name: expected a task that is not set, got {name!r}: set_task() another one first")
         del self._parameters[name]
+        self.buffers.pop(name, None)
+
+
+def _apply(fn: Callable[[Tensor], Tensor], kept: Sequence[Tensor | None], tensor: Tensor) -> Tensor:
+    keeps = any(own is not None and (tensor is own or tensor is own.grad) for own in kept)
+    return tensor.to(fn(tensor).device) if keeps else fn(tensor)
+
+
+def _who() -> tuple[int, int]:
+    """The thread and the coroutine that run now."""
+    asyncio = sys.modules.get("asyncio")
+    running = None if asyncio is None or asyncio._get_running_loop() is None else asyncio.current_task()
+    return threading.get_ident(), id(running)
+
+
+_every: weakref.WeakSet[Tasks] = weakref.WeakSet()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    hook: Callable[..., Any] = _on_step
+    register_optimizer_step_post_hook(hook)
+
+
+@runs_eagerly
+def _on_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():  # a compiled step counts versions
+        return
+    for tasks in list(_every):
+        tasks.stepped(optimizer)
 
 
 def groups_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
@@ -35,18 +36,13 @@ class Weight(nn.Parameter):
     Writes in place increase the version counter, also those through `data`, so that the next read of the model refuses
     to go on with them. Operations on it give ordinary tensors.
 
-    w0      the parameter of the model
-    source  gives what answers for the model's weights (`place.Source`), as long as that lives
+    Attributes:
+        w0: the parameter of the model.
+        changes: gives what hears of changes in the model (`reads.link.Changes`), as long as that lives.
     """
 
     w0: nn.Parameter
-    source: Callable[[], Any]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Self:
-        """`tensor` as a Weight, which shares its memory and its version counter. Has no graph."""
-        made: Self = torch.Tensor._make_subclass(cls, tensor, False)
-        return made
+    changes: Callable[[], Any]
 
     def __new__(cls, data: Tensor, requires_grad: bool = True) -> Any:
         return nn.Parameter(data, requires_grad)  # as nn.Parameter's own copies and pickles call it
@@ -103,6 +99,10 @@ class Weight(nn.Parameter):
 
     def register_post_accumulate_grad_hook(self, hook: Any) -> NoReturn:
         raise RuntimeError(HOOKS)
+
+
+# A tensor as a Weight, which shares its memory and its version counter. Has no graph.
+as_weight: Callable[[Tensor], Weight] = functools.partial(torch.Tensor._make_subclass, Weight)
 
 
 @runs_eagerly

@@ -121,9 +121,8 @@ def rewrite(directory, change) -> None:
 
 
 def keys() -> list[str]:
-    from hsaid_kernels.wrapper.checkpoint.configuration import describe
 
-    return sorted(packed(describe(HSAID(bert(), 40))))
+    return sorted(packed(HSAID(bert(), 40).configuration()))
 
 
 @pytest.mark.parametrize("key", keys())

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from few_bits import quantized
 from helpers import assert_same_bits
 from models import BACKENDS, IDS, bert, family, moved, same, snapshot
-from test_quantized import quantized
 from torch import nn
 
 from hsaid_kernels.heads import head_importance, head_slices, prune_heads, pruned_heads, remove_heads

@@ -18,9 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hsaid_kernels import HSAID, Projection
 from hsaid_kernels.compat import FastfoodWrap, intrinsic_dimension
-from hsaid_kernels.wrapper.checkpoint.compare import check_ranks
-from hsaid_kernels.wrapper.checkpoint.configuration import describe
 from hsaid_kernels.wrapper.checkpoint.files import CONFIG_FILE, VALUES_FILE, read_config
+from hsaid_kernels.wrapper.checkpoint.ranks import check_ranks
 from hsaid_kernels.wrapper.weights import launches
 
 TABLES = [1, 2**20]  # SMALLEST_TABLE: single rows are made, or the whole table
@@ -413,7 +412,7 @@ def test_a_checkpoint_without_such_rows_does_not_mention_them(make, tmp_path):
 
 
 def test_ranks_are_compared():
-    found = [describe(HSAID(Words(padding_idx=0), 20, padding_rows=rows)) for rows in (None, {})]
+    found = [HSAID(Words(padding_idx=0), 20, padding_rows=rows).configuration() for rows in (None, {})]
     with pytest.raises(ValueError, match="padding_rows: expected the same on all ranks, got .* on rank 0, {} on rank"):
         check_ranks(found)
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from models import IDS, bert, mlp, moved, same, snapshot
+from models import IDS, bert, mlp, moved, normed, same, snapshot
 from torch import nn
 
 from hsaid_kernels import HSAID
@@ -195,6 +195,29 @@ def test_a_task_is_removed():
     assert not hsaid.theta.any()
     hsaid.remove_task("default")
     assert hsaid.tasks == ("other",)
+
+
+def test_a_task_that_is_removed_leaves_no_statistics():
+    hsaid = HSAID(normed(), 40)
+    hsaid.add_task("other")
+    hsaid.set_task("other")
+    hsaid.train()(torch.randn(4, 8))
+    assert hsaid.buffers_changed()
+    hsaid.set_task("default")
+    hsaid.remove_task("other")
+    hsaid.add_task("other")
+    hsaid.set_task("other")
+    assert not hsaid.buffers_changed()
+
+
+def test_a_state_dict_of_another_task_is_refused():
+    hsaid = moved(HSAID(mlp(), 24))
+    hsaid.add_task("other")
+    with hsaid.use_task("other"):
+        state = copy.deepcopy(hsaid.state_dict())
+    with pytest.raises(RuntimeError, match="state_dict: expected task 'default', which is set, got 'other'"):
+        hsaid.load_state_dict(state)
+    assert hsaid.theta.any()
 
 
 def test_an_optimizer_stays_with_its_task():

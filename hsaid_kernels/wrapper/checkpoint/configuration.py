@@ -8,31 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
-from hsaid_kernels.fastfood.plan import GENERATOR, Plan
-from hsaid_kernels.fastfood.selection import Patterns
-from hsaid_kernels.hierarchy import Hierarchy, Partition
-from hsaid_kernels.hierarchy.paths import HEADS
-from hsaid_kernels.wrapper.w0.fsdp2 import sampled
-from hsaid_kernels.wrapper.w0.quantized import dequantized
+from hsaid_kernels.fastfood.plan import GENERATOR
+from hsaid_kernels.wrapper.basis import BASIS, CHOICE, Basis
+from hsaid_kernels.wrapper.w0.values import samples_of
 
 Config = dict[str, Any]
 Shapes = Mapping[str, Sequence[int]]
 
 FORMAT = 1
 TASK = "default"
-# Keys that define the basis. Each is also an argument of HSAID.
-BASIS = (
-    *("intrinsic_dim", "partition", "combine", "skip", "merge", "heads", "pruned", "padding_rows"),
-    *("normalize", "diagonal", "width", "seed"),
-)
-CHOICE = ("include", "exclude", "train_fully")  # keys that select tensors; arguments of HSAID too
 SHAPES = ("tensors", "full", "frozen")  # keys with {name: shape}
 # Values for keys that are missing in configurations from older versions.
 FIRST: Config = {"task": TASK, "train_fully": None, "full": {}, "frozen": {}, "heads": False, "pruned": {}}
@@ -42,37 +33,7 @@ DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
 SAMPLES = 16  # number of values of each W0 tensor that enter its hash in "w0_checks"
 
 
-class Described(Protocol):
-    """What a configuration is computed from. `HSAID` implements it."""
-
-    plan: Plan
-    partition: Partition
-    hierarchy: Hierarchy
-    pruned: dict[str, list[int]]
-    padding_rows: dict[str, int]
-    frozen: dict[str, tuple[int, ...]]
-
-    @property
-    def task(self) -> str: ...
-    @property
-    def given_dtype(self) -> torch.dtype | None: ...
-    @property
-    def include(self) -> Patterns: ...
-    @property
-    def exclude(self) -> Patterns: ...
-    @property
-    def train_fully(self) -> Patterns: ...
-    @property
-    def intrinsic_dim(self) -> int: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def full(self) -> dict[str, nn.Parameter]: ...
-    def w0_checks(self) -> str: ...
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-
-def describe(hsaid: Described) -> Config:
+def describe(basis: Basis, task: str, dtype: torch.dtype, full: Mapping[str, Tensor], w0_checks: str) -> Config:
     """The configuration as a dict.
 
     "tensors" is {name: shape} of the projected tensors, "full" the same for the fully trained ones, "frozen" for those
@@ -80,30 +41,19 @@ def describe(hsaid: Described) -> Config:
     The other keys are the arguments of `HSAID`, the dtype of the weights and the versions of the format and of the
     random generator.
     """
-    plan, partition = hsaid.plan, hsaid.partition
+    settings = basis.settings
     return {
         "format": FORMAT,
         "generator": GENERATOR,
-        "intrinsic_dim": hsaid.intrinsic_dim,
-        "partition": partition.spec,
-        "combine": partition.combine,
-        "skip": hsaid.hierarchy.skip,
-        "merge": hsaid.hierarchy.merge,
-        "heads": HEADS in hsaid.hierarchy.levels,
-        "pruned": hsaid.pruned,
-        "padding_rows": hsaid.padding_rows,
-        "normalize": plan.normalize,
-        "diagonal": plan.diagonal,
-        "width": plan.width,
-        "seed": plan.seed,
-        "task": hsaid.task,
-        **{key: getattr(hsaid, key) for key in CHOICE},
-        "dtype": str(hsaid.dtype).removeprefix("torch."),
-        "dtype_given": hsaid.given_dtype is not None,
-        "tensors": plan.shapes,
-        "full": {name: tuple(parameter.shape) for name, parameter in hsaid.full.items()},
-        "frozen": hsaid.frozen,
-        "w0_checks": hsaid.w0_checks(),
+        **{key: getattr(settings, key) for key in BASIS},
+        "task": task,
+        **{key: getattr(settings, key) for key in CHOICE},
+        "dtype": str(dtype).removeprefix("torch."),
+        "dtype_given": settings.dtype is not None,
+        "tensors": basis.plan.shapes,
+        "full": {name: tuple(parameter.shape) for name, parameter in full.items()},
+        "frozen": basis.frozen,
+        "w0_checks": w0_checks,
     }
 
 
@@ -112,7 +62,7 @@ def w0_checks(w0: Mapping[str, Tensor]) -> str:
 
     Of W0 in shards, all ranks must call this together.
     """
-    values = sampled(map(dequantized, w0.values()), SAMPLES)
+    values = samples_of(w0.values(), SAMPLES)
     return " ".join(hashlib.blake2b(bytes_of(value), digest_size=2).hexdigest() for value in values)
 
 

@@ -13,33 +13,20 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from hsaid_kernels.fastfood.selection import split_tensors
 from hsaid_kernels.files import read_file, replace_files
 from hsaid_kernels.hierarchy import Hierarchy
 from hsaid_kernels.hierarchy.attention import pieces_of
-from hsaid_kernels.wrapper.checkpoint.compare import check_config, check_tensors, check_w0, shapes_of
-from hsaid_kernels.wrapper.checkpoint.configuration import (
-    BASIS,
-    CHOICE,
-    Config,
-    Described,
-    bytes_of,
-    packed,
-    parse,
-    text_of_state,
-)
-from hsaid_kernels.wrapper.w0.beside import PREFIX
-from hsaid_kernels.wrapper.w0.checks import plain
-from hsaid_kernels.wrapper.w0.fsdp2 import gathered
+from hsaid_kernels.wrapper.basis import CHOICE
+from hsaid_kernels.wrapper.callers import stacklevel
+from hsaid_kernels.wrapper.checkpoint.compare import check_tensors, shapes_of
+from hsaid_kernels.wrapper.checkpoint.configuration import Config, bytes_of, packed, parse, text_of_state
 
 VALUES_FILE, CONFIG_FILE = "hsaid.safetensors", "hsaid_config.json"
 # Written by transformers.Trainer; of all files of a checkpoint it writes trainer_state.json last.
@@ -47,43 +34,23 @@ TRAINER_FILE, TRAINER_STATE_FILE = "model.safetensors", "trainer_state.json"
 ABOUT = f"for reading: what is loaded is the copy in {VALUES_FILE}"
 
 
-class Trained(Described, Protocol):
-    """What is saved and loaded. `HSAID` implements it."""
+def write(directory: str | os.PathLike[str], config: Config, values: Mapping[str, Tensor]) -> None:
+    """Writes a checkpoint to `directory`, which is created if needed.
 
-    def configuration(self) -> Config: ...
-    def buffers_changed(self) -> dict[str, Tensor]: ...
-    def put_buffers(self, values: Mapping[str, Tensor]) -> None: ...
+    Both files are written completely under temporary names before either gets its final name. After an error no
+    temporary file remains.
 
-
-class WithTasks(Trained, Protocol):
-    """What another task can be loaded into. `HSAID` implements it."""
-
-    def add_task(self, name: str) -> None: ...
-    def remove_task(self, name: str) -> None: ...
-    def set_task(self, name: str) -> None: ...
-
-
-Made = TypeVar("Made", bound=Trained)
-
-
-def save_pretrained(hsaid: Trained, directory: str | os.PathLike[str], *, write: bool = True) -> None:
-    """Writes the current task's parameters and the configuration to `directory`, which is created if needed.
-
-    `write=False` is for the other ranks where FSDP2 has sharded theta, which all gather together. Both files are
-    written completely under temporary names before either gets its final name. After an error no temporary file
-    remains.
+    Args:
+        config: see `configuration.describe`.
+        values: the tensors, {name: tensor}.
 
     Raises:
         OSError: the directory cannot be written to (PermissionError, NotADirectoryError, no space left, ...).
     """
     import safetensors.torch  # imported here because the kernels can be used without safetensors
 
-    values = {name: gathered(parameter.detach()) for name, parameter in hsaid.named_parameters()}
-    config = packed(hsaid.configuration())
-    if not write:
-        return
+    config = packed(config)
     text = json.dumps(config, separators=(",", ":"))
-    values |= {f"{PREFIX}{name}": buffer for name, buffer in hsaid.buffers_changed().items()}
     values = {name: value.cpu().contiguous() for name, value in values.items()}
     metadata = {"config": text, "digest": _digest(text, values)}
     readable = json.dumps({"about": ABOUT, **dict(sorted(config.items()))}, indent=1)
@@ -98,118 +65,16 @@ def save_pretrained(hsaid: Trained, directory: str | os.PathLike[str], *, write:
         raise refusal from error
 
 
-def from_pretrained(
-    make: Callable[..., Made], directory: str | os.PathLike[str], model: nn.Module, **options: Any
-) -> Made:
-    """Returns `make(model, ...)` with the configuration and parameters of a checkpoint.
+def read(directory: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:
+    """Returns (configuration, {"theta": ..., "multipliers": ..., ...}) after verifying digest, format and types.
 
-    Given the same W0, the projected weights are the same as when saved, bit for bit. Warns if the model's W0 differs
-    from the W0 of training, for example if a classification head was newly initialized.
-
-    Args:
-        make: the class `HSAID`.
-        directory: what `save_pretrained` or transformers' Trainer wrote.
-        model: the module to wrap.
-        options: `backend` and `memory`, as of `HSAID`.
+    `directory` is what `HSAID.save_pretrained` or transformers' Trainer wrote.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: the checkpoint has an unknown format or generator version, or is truncated or corrupted; or the
-            names, shapes or order of the model's tensors differ from the saved ones (the message lists the first).
-        OSError: the checkpoint cannot be read.
+        ValueError: it has an unknown format or generator version, or is truncated or corrupted.
+        OSError: it cannot be read.
     """
-    config, values = _read(directory)
-    model = plain(model)
-    frozen = [name for name in config["frozen"] if name in dict(model.named_parameters())]
-    projected, full = split_tensors(model, **{key: config[key] for key in CHOICE}, frozen=frozen)
-    check_tensors(config, {"tensors": shapes_of(projected), "full": shapes_of(full)})
-    basis = {key: config[key] for key in (*BASIS, *CHOICE, "task")}
-    dtype = getattr(torch, config["dtype"]) if config["dtype_given"] else None
-    hsaid = make(model, dtype=dtype, frozen=frozen, **basis, **options)
-    _fill(hsaid, values)
-    check_w0(config, hsaid)
-    return hsaid
-
-
-def load_task(hsaid: WithTasks, directory: str | os.PathLike[str]) -> str:
-    """Adds the task of a checkpoint to an HSAID with the same basis, and makes it current; see `HSAID.load_task`."""
-    config, values = _read(directory)
-    check_config("directory", config, hsaid)
-    before, task = hsaid.task, config["task"]
-    hsaid.add_task(task)
-    hsaid.set_task(task)
-    try:
-        _fill(hsaid, values)
-    except ValueError:
-        hsaid.set_task(before)
-        hsaid.remove_task(task)
-        raise
-    return task
-
-
-def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
-    """The path of the newest complete checkpoint in the output directory of transformers' Trainer, or None.
-
-    Use it as `trainer.train(resume_from_checkpoint=last_checkpoint(directory))` after a run was killed. Trainer writes
-    the files of "checkpoint-<step>" one after the other, so a run killed while saving leaves an incomplete checkpoint.
-    Trainer's own `resume_from_checkpoint=True` takes the newest one without checking that it is complete.
-    """
-    steps = {int(p.name.rpartition("-")[2]): p for p in Path(directory).glob("checkpoint-*") if p.name[11:].isdigit()}
-    for _, path in sorted(steps.items(), reverse=True):
-        with contextlib.suppress(OSError, ValueError):
-            json.loads(read_file(path / TRAINER_STATE_FILE))
-            _read(path)
-            return str(path)
-    return None
-
-
-def read_config(directory: str | os.PathLike[str]) -> Config:
-    """The configuration of a checkpoint in the form of `describe`. Raises as `from_pretrained` for a bad checkpoint."""
-    return _read(directory)[0]
-
-
-def hierarchy_of(config: Config, model: nn.Module) -> Hierarchy:
-    """The hierarchy of a checkpoint's tensors, given the architecture that was trained (on any device, also "meta").
-
-    The first dimension of a tensor may differ in size from the model's, because it may be the number of labels or of
-    tokens. Raises ValueError for any other difference in names, shapes or order. Parameters that were masked in
-    training are masked in `model` too.
-    """
-    modules = dict(model.named_modules())
-    for name in config["tensors"]:
-        prefix, _, key = name.removesuffix("_orig").rpartition(".")
-        if name.endswith("_orig") and prefix in modules and key in modules[prefix]._parameters:
-            prune.identity(modules[prefix], key)  # it was masked in training; creates "<key>_orig" in the model
-    saved, shapes = config["tensors"], shapes_of(dict(model.named_parameters()))
-    chosen = saved if any(config[key] for key in CHOICE) else shapes
-    found = {name: (*saved.get(name, shape)[:1], *shape[1:]) for name, shape in shapes.items() if name in chosen}
-    check_tensors({"tensors": saved, "full": {}}, {"tensors": found, "full": {}})
-    hierarchy = Hierarchy.from_model(model, config["skip"], config["merge"], config["heads"])
-    return replace(hierarchy.select(saved, without=pieces_of(model, config["pruned"])), shapes=saved)
-
-
-def _fill(hsaid: Trained, values: Mapping[str, Tensor]) -> None:
-    """Copies a checkpoint's values into the parameters.
-
-    First checks that each parameter has a value of its shape and dtype, and each other value is of a buffer; otherwise
-    raises ValueError and changes nothing.
-    """
-    parameters = dict(hsaid.named_parameters())
-    for name, parameter in parameters.items():
-        value = values.get(name)
-        if value is None or (value.dtype, value.shape) != (parameter.dtype, parameter.shape):
-            got = "none" if value is None else f"shape {list(value.shape)} ({value.dtype})"
-            raise ValueError(
-                f"directory: expected {name} of shape {list(parameter.shape)} ({parameter.dtype}), got {got}"
-            )
-    hsaid.put_buffers({name.removeprefix(PREFIX): v for name, v in values.items() if name.startswith(PREFIX)})
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(values[name])
-
-
-def _read(directory: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:
-    """Returns (configuration, {"theta": ..., "multipliers": ..., ...}) after verifying digest, format and types."""
     import safetensors.torch
 
     path = Path(directory, VALUES_FILE)
@@ -244,6 +109,47 @@ def _read(directory: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]
     return config, values
 
 
+def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
+    """The path of the newest complete checkpoint in the output directory of transformers' Trainer, or None.
+
+    Use it as `trainer.train(resume_from_checkpoint=last_checkpoint(directory))` after a run was killed. Trainer writes
+    the files of "checkpoint-<step>" one after the other, so a run killed while saving leaves an incomplete checkpoint.
+    Trainer's own `resume_from_checkpoint=True` takes the newest one without checking that it is complete.
+    """
+    steps = {int(p.name.rpartition("-")[2]): p for p in Path(directory).glob("checkpoint-*") if p.name[11:].isdigit()}
+    for _, path in sorted(steps.items(), reverse=True):
+        with contextlib.suppress(OSError, ValueError):
+            json.loads(read_file(path / TRAINER_STATE_FILE))
+            read(path)
+            return str(path)
+    return None
+
+
+def read_config(directory: str | os.PathLike[str]) -> Config:
+    """The configuration of a checkpoint in the form of `describe`. Raises as `read`."""
+    return read(directory)[0]
+
+
+def hierarchy_of(config: Config, model: nn.Module) -> Hierarchy:
+    """The hierarchy of a checkpoint's tensors, given the architecture that was trained (on any device, also "meta").
+
+    The first dimension of a tensor may differ in size from the model's, because it may be the number of labels or of
+    tokens. Raises ValueError for any other difference in names, shapes or order. Parameters that were masked in
+    training are masked in `model` too.
+    """
+    modules = dict(model.named_modules())
+    for name in config["tensors"]:
+        prefix, _, key = name.removesuffix("_orig").rpartition(".")
+        if name.endswith("_orig") and prefix in modules and key in modules[prefix]._parameters:
+            prune.identity(modules[prefix], key)  # it was masked in training; creates "<key>_orig" in the model
+    saved, shapes = config["tensors"], shapes_of(dict(model.named_parameters()))
+    chosen = saved if any(config[key] for key in CHOICE) else shapes
+    found = {name: (*saved.get(name, shape)[:1], *shape[1:]) for name, shape in shapes.items() if name in chosen}
+    check_tensors({"tensors": saved, "full": {}}, {"tensors": found, "full": {}})
+    hierarchy = Hierarchy.from_model(model, config["skip"], config["merge"], config["heads"])
+    return replace(hierarchy.select(saved, without=pieces_of(model, config["pruned"])), shapes=saved)
+
+
 def _compare_readable(path: Path, text: str) -> None:
     if path.exists():
         try:
@@ -252,7 +158,8 @@ def _compare_readable(path: Path, text: str) -> None:
             same = False
         if not same:
             warnings.warn(
-                f"directory: {str(path)!r} is not what {VALUES_FILE} says, which is what is loaded", stacklevel=5
+                f"directory: {str(path)!r} is not what {VALUES_FILE} says, which is what is loaded",
+                stacklevel=stacklevel(),
             )
 
 

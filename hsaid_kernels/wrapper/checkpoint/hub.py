@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from hsaid_kernels.hierarchy import Partition
-from hsaid_kernels.wrapper.checkpoint.files import CONFIG_FILE, VALUES_FILE
+from torch import nn
 
-
-class Pushed(Protocol):
-    """What is uploaded. `HSAID` implements it."""
-
-    partition: Partition
-    model: Any
-
-    @property
-    def intrinsic_dim(self) -> int: ...
-    @property
-    def task(self) -> str: ...
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None: ...
+from hsaid_kernels.wrapper.checkpoint.files import CONFIG_FILE, VALUES_FILE, read_config
 
 
 def push(
-    hsaid: Pushed,
+    save: Callable[[str], None],
+    model: nn.Module,
     repo_id: str,
     *,
     commit_message: str = "Upload HSAID checkpoint",
@@ -39,6 +29,8 @@ def push(
     The model itself is not uploaded. `HSAID.from_pretrained(repo_id, model)` loads the checkpoint.
 
     Args:
+        save: writes the checkpoint into a directory.
+        model: the model that was trained.
         repo_id: "name" or "user/name". The repository is created if there is none.
         private: whether a new repository is private. None means the hub's default.
         commit_message, token, revision, create_pr: as in `huggingface_hub.HfApi.upload_folder`.
@@ -47,8 +39,8 @@ def push(
     """
     api = _hub().HfApi(token=token)
     with tempfile.TemporaryDirectory() as directory:
-        hsaid.save_pretrained(directory)
-        Path(directory, "README.md").write_text(card(hsaid, repo_id, Path(directory, VALUES_FILE)), encoding="utf-8")
+        save(directory)
+        Path(directory, "README.md").write_text(card(directory, model, repo_id), encoding="utf-8")
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         done = api.upload_folder(
             repo_id=repo_id,
@@ -60,11 +52,13 @@ def push(
     return str(done)
 
 
-def card(hsaid: Pushed, repo_id: str, checkpoint: Path) -> str:
-    """The model card: what this is, of which model, and how to load it."""
-    base = getattr(getattr(hsaid.model, "config", None), "_name_or_path", "") or ""
+def card(directory: str, model: nn.Module, repo_id: str) -> str:
+    """The model card of a checkpoint: what this is, of which model, and how to load it."""
+    config, size = read_config(directory), Path(directory, VALUES_FILE).stat().st_size
+    d = config["intrinsic_dim"]
+    base = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
     known = bool(base) and not os.path.isabs(base) and not Path(base).is_dir()
-    kind = type(hsaid.model).__name__
+    kind = type(model).__name__
     header = ["library_name: hsaid_kernels", *([f"base_model: {base}"] if known else []), "tags:", "- hsaid"]
     load = f'{kind}.from_pretrained("{base}")' if known else f"...  # the {kind} that was trained, with its weights"
     header_text = "\n".join(header)
@@ -74,15 +68,15 @@ def card(hsaid: Pushed, repo_id: str, checkpoint: Path) -> str:
 
 # {repo_id}
 
-The {hsaid.intrinsic_dim:,} values that fine-tune {f"[{base}](https://huggingface.co/{base})" if known else f"a {kind}"}
-inside a random subspace (H-SAID), a file of {checkpoint.stat().st_size:,} bytes. The model's own weights are not here.
+The {d:,} values that fine-tune {f"[{base}](https://huggingface.co/{base})" if known else f"a {kind}"}
+inside a random subspace (H-SAID), a file of {size:,} bytes. The model's own weights are not here.
 
 | | |
 |---|---|
-| task | {hsaid.task} |
+| task | {config["task"]} |
 | model | {kind} |
-| intrinsic dimension d | {hsaid.intrinsic_dim:,} |
-| partition | `{hsaid.partition.spec}` |
+| intrinsic dimension d | {config["intrinsic_dim"]:,} |
+| partition | `{config["partition"]}` |
 
 ```python
 from hsaid_kernels import HSAID

@@ -1,6 +1,6 @@
 """Modules inside a wrapped model that are compiled by themselves, as by `layer.compile()`.
 
-A compiled graph takes its weights as inputs, from the attribute `graph` of the module's `Place`. They are put there
+A compiled graph takes its weights as inputs, from the attribute `graph` of the module's `Link`. They are put there
 before each call, by ordinary Python. torch.compile cannot look into a thread's own storage, so one thread runs such
 modules at a time.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hsaid_kernels.wrapper.isolation import calls_eagerly
-from hsaid_kernels.wrapper.reads.link import Place, place_of
+from hsaid_kernels.wrapper.reads.link import Link, link_of
 from hsaid_kernels.wrapper.weight import as_tensor
 
 _one_thread = threading.RLock()
@@ -31,21 +31,21 @@ class CurrentWeights:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # inside a larger graph
             return self.compiled(*args, **kwargs)
-        inside = [(module, place) for module in self.module.modules() if (place := place_of(module)) is not None]
+        inside = [(module, link) for module in self.module.modules() if (link := link_of(module)) is not None]
         with _one_thread:
             return self._call(inside, args, kwargs)
 
     @calls_eagerly
-    def _call(self, inside: list[tuple[nn.Module, Place]], args: Any, kwargs: Any) -> Any:
-        before = [place.graph for _, place in inside]
-        for module, place in inside:
-            now = {key: getattr(module, key) for key in (*place.names, *place.masks)}
-            place.graph = {key: as_tensor(weight) for key, weight in now.items()}
+    def _call(self, inside: list[tuple[nn.Module, Link]], args: Any, kwargs: Any) -> Any:
+        before = [link.graph for _, link in inside]
+        for module, link in inside:
+            now = {key: getattr(module, key) for key in (*link.names, *link.masks)}
+            link.graph = {key: as_tensor(weight) for key, weight in now.items()}
         try:
             return self.compiled(*args, **kwargs)
         finally:
-            for (_, place), graph in zip(inside, before, strict=True):
-                place.graph = graph
+            for (_, link), graph in zip(inside, before, strict=True):
+                link.graph = graph
 
 
 def keep_compiled_current(modules: Iterable[nn.Module]) -> None:

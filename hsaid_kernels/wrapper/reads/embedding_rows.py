@@ -1,29 +1,23 @@
-"""`Table`: the weight of an embedding, of which only the rows are made that a batch looks up."""
+"""`EmbeddingRows`: the weight of an embedding, of which only the rows are made that a batch looks up."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hsaid_kernels.fastfood.rows import place_among
+from hsaid_kernels.wrapper.reads.link import Source
 from hsaid_kernels.wrapper.weight import READ_ONLY
 
 _SIGNATURES = {function: inspect.signature(function) for function in (F.embedding, F.embedding_bag)}
 
 
-class Source(Protocol):
-    """What makes the weights. `ProjectedWeights` implements it."""
-
-    def rows(self, name: str, parameter: nn.Parameter, rows: Tensor) -> Tensor: ...
-    def read(self, name: str | None, parameter: nn.Parameter) -> Tensor: ...
-
-
-class Table:
+class EmbeddingRows:
     """What `nn.Embedding.forward` and `nn.EmbeddingBag.forward` get for their weight, and pass on to a lookup.
 
     Not a tensor: torch calls `__torch_function__` of any object that its functions are given in the place of one. So
@@ -48,7 +42,7 @@ class Table:
         if function in _SIGNATURES:
             bound = _SIGNATURES[function].bind(*args, **(kwargs or {}))
             table, ids = bound.arguments["weight"], bound.arguments["input"]
-            if isinstance(table, Table) and table._has_rows_for(ids):
+            if isinstance(table, EmbeddingRows) and table._has_rows_for(ids):
                 return table._look_up(function, bound, ids)
         whole = {key: _whole(value) for key, value in (kwargs or {}).items()}
         return function(*map(_whole, args), **whole)
@@ -76,4 +70,4 @@ class Table:
 
 
 def _whole(value: Any) -> Any:
-    return value.source.read(value.name, value.parameter) if isinstance(value, Table) else value
+    return value.source.read(value.name, value.parameter) if isinstance(value, EmbeddingRows) else value

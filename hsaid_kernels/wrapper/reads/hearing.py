@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hsaid_kernels.wrapper.callers import module_of, stacklevel
 from hsaid_kernels.wrapper.isolation import runs_eagerly
-from hsaid_kernels.wrapper.reads.link import place_of
+from hsaid_kernels.wrapper.reads.link import link_of
 
 # What is said at the first call; the others only when they are repeated after theta has changed.
 AT_ONCE = ("zero_grad()", "save_pretrained()")
@@ -30,7 +31,7 @@ _HANDING_ON = {method.__code__ for method in (nn.Module.parameters, nn.Module.st
 _CLIPPING = "clip_grad"  # functions of these libraries for what somebody hands over
 
 
-def said_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+def use_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
     """Methods for a subclass of `cls`, the class of a module in a wrapped model, that tell its source of such calls."""
 
     def named_parameters(self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -62,24 +63,47 @@ def said_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
 
 @runs_eagerly
 def _tell(module: nn.Module, call: str) -> None:
-    if (place := place_of(module)) is None or torch.compiler.is_compiling():
+    if (link := link_of(module)) is None or torch.compiler.is_compiling():
         return
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and (frame.f_globals.get("__name__") == __name__ or frame.f_code in _HANDING_ON):
-        frame = frame.f_back  # of what takes what a generator yields
-    where = str(frame.f_globals.get("__name__")) if frame is not None else "hsaid_kernels."
+    while frame is not None and (module_of(frame) == __name__ or frame.f_code in _HANDING_ON):
+        frame = frame.f_back  # to the one that iterates over the generator
+    where = module_of(frame) if frame is not None else "hsaid_kernels."
     clips = frame is not None and frame.f_code.co_name.startswith(_CLIPPING)
     if call in AT_ONCE or clips or not where.startswith(_LIBRARIES):
-        place.source.hear(module, call, frame)
+        link.source.hear(module, call, frame)
 
 
-def warn(what: str, frame: FrameType | None) -> None:
-    """Warns that `what` acts on W0, at the place of `frame`."""
-    message = (
-        f"hsaid.model: {what} W0, which is not trained: hand over the HSAID itself, whose parameters() are what is "
-        "trained. hsaid.model is for inference and for its modules; W0 is hsaid.w0() (docs/integration.md)"
-    )
-    if frame is None:
-        warnings.warn(message, stacklevel=3)
-    else:
-        warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)
+class Hearing:
+    """Says once, of one wrapped model, that something acts on W0 in place of theta."""
+
+    def __init__(self) -> None:
+        self._said = False
+        self._before: tuple[object, ...] | None = None  # theta's state when W0 was last asked for
+
+    def call(self, call: str, of_model: bool, frame: FrameType | None, state: Callable[[], tuple[object, ...]]) -> None:
+        """A call, made at `frame`, of the model itself (`of_model`) or of a part. `state` gives theta's."""
+        if self._said or (call in (*AT_ONCE, "state_dict()") and not of_model):
+            return
+        if call not in AT_ONCE:
+            before, self._before = self._before, (now := state())
+            if before is None or (before[0] is now[0] and before[1:] == now[1:]):
+                return
+        acts = {"zero_grad()": "zero_grad() acts on", "save_pretrained()": "save_pretrained() saves"}
+        self._say(acts.get(call, f"{call} gives"), frame)
+
+    def optimizer(self) -> None:
+        """An optimizer has stepped that trains W0, though gradients reach theta."""
+        if not self._said:
+            self._say("an optimizer has", None)
+
+    def _say(self, what: str, frame: FrameType | None) -> None:
+        self._said = True
+        message = (
+            f"hsaid.model: {what} W0, which is not trained: hand over the HSAID itself, whose parameters() are what is "
+            "trained. hsaid.model is for inference and for its modules; W0 is hsaid.w0() (docs/integration.md)"
+        )
+        if frame is None:
+            warnings.warn(message, stacklevel=stacklevel())
+        else:
+            warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)

@@ -12,7 +12,6 @@ import copy
 import copyreg
 import functools
 import sys
-import threading
 from collections.abc import Mapping
 from typing import Any, SupportsIndex
 
@@ -20,26 +19,28 @@ import torch
 from torch import Tensor, nn
 
 from hsaid_kernels.wrapper.isolation import calls_eagerly, runs_eagerly
-from hsaid_kernels.wrapper.reads.hearing import said_methods
-from hsaid_kernels.wrapper.reads.link import Place, Source, place_of, plain_type
-from hsaid_kernels.wrapper.reads.registration import heard_methods
-from hsaid_kernels.wrapper.w0.fsdp2 import is_of_fsdp, is_sharded
+from hsaid_kernels.wrapper.reads.hearing import use_methods
+from hsaid_kernels.wrapper.reads.link import Changes, Link, Source, link_of, plain_type
+from hsaid_kernels.wrapper.reads.registration import change_methods
+from hsaid_kernels.wrapper.w0.fsdp2 import is_read_by_fsdp2
 from hsaid_kernels.wrapper.weight import LOOKUPS, Weight, as_tensor, is_given
 
 
-def attach(module: nn.Module, source: Source, names: Mapping[str, str | None], masks: Mapping[str, Any]) -> None:
-    """Lets `source` answer reads of the attributes `names` and `masks` of the module; see `Place`."""
-    place = place_of(module)
-    if place is None or place.source is not source:
-        place = module.__dict__["_hsaid"] = Place(source)
+def attach(
+    module: nn.Module, source: Source, changes: Changes, names: Mapping[str, str | None], masks: Mapping[str, Any]
+) -> None:
+    """Lets `source` answer reads of the attributes `names` and `masks` of the module; see `Link`."""
+    link = link_of(module)
+    if link is None or link.source is not source:
+        link = module.__dict__["_hsaid"] = Link(source, changes)
         computed = {key.removesuffix(end) for key in module._parameters for end in ("_orig", "_g") if key.endswith(end)}
-        place.before = {key: module.__dict__[key] for key in computed if key in module.__dict__}
+        link.before = {key: module.__dict__[key] for key in computed if key in module.__dict__}
         _give_back(module)
-    place.names, place.masks = dict(names), dict(masks)
-    place.tables = frozenset(key for key, name in names.items() if name in source.tables)
-    keys = (*place.names, *place.masks)
-    heard = _is_made(type(module)) or not (keys or module._modules)
-    if not heard or any(not isinstance(getattr(type(module), key, None), _Reading) for key in keys):
+    link.names, link.masks = dict(names), dict(masks)
+    link.tables = frozenset(key for key, name in names.items() if name in source.tables)
+    keys = (*link.names, *link.masks)
+    done = _is_made(type(module)) or not (keys or module._modules)  # a leaf without parameters needs no class
+    if not done or any(not isinstance(getattr(type(module), key, None), _Reading) for key in keys):
         module.__class__ = class_for(type(module), keys)  # type: ignore[arg-type]  # classes are hashable
 
 
@@ -52,8 +53,8 @@ def _give_back(module: nn.Module) -> None:
 
 def detach(module: nn.Module) -> None:
     """Gives the module its own class back. It reads its own parameters then."""
-    if (place := module.__dict__.pop("_hsaid", None)) is not None:
-        module.__dict__.update(place.before)
+    if (link := module.__dict__.pop("_hsaid", None)) is not None:
+        module.__dict__.update(link.before)
     while "_hsaid_keys" in type(module).__dict__:
         module.__class__ = type(module).__bases__[0]
 
@@ -72,17 +73,17 @@ def _reading(key: str) -> _Reading:
     @calls_eagerly
     def read(module: nn.Module) -> Any:
         parameter = module._parameters.get(key)
-        if type(parameter) is not nn.Parameter and is_given(parameter):
-            return parameter  # put there by torch.func.functional_call for the time of a call
-        if parameter is not None and is_sharded(parameter) and is_of_fsdp(sys._getframe(1)):
-            return parameter  # which FSDP2 looks for, having put it there
-        place = module.__dict__.get("_hsaid")
-        if place is not None and (parameter is None or key in place.names):
+        if parameter is not None and type(parameter) is not nn.Parameter:
+            # put there by torch.func.functional_call for the time of a call, or by FSDP2, which looks for it
+            if is_given(parameter) or is_read_by_fsdp2(parameter, sys._getframe(1)):
+                return parameter
+        link = module.__dict__.get("_hsaid")
+        if link is not None and (parameter is None or key in link.names):
             if torch.compiler.is_compiling():
-                return place.graph[key] if place.graph is not None else _eagerly(place, key, parameter, module)
-            if key in place.tables and sys._getframe(1).f_code in LOOKUPS.values():
-                return place.source.table(place.names[key], parameter)
-            return _answer(place, key, parameter, module)
+                return link.graph[key] if link.graph is not None else _eagerly(link, key, parameter, module)
+            if key in link.tables and sys._getframe(1).f_code in LOOKUPS.values():
+                return link.source.table(link.names[key], parameter)
+            return _answer(link, key, parameter, module)
         if parameter is not None:
             return parameter
         if key in module.__dict__:
@@ -92,13 +93,13 @@ def _reading(key: str) -> _Reading:
     def write(module: nn.Module, value: Any) -> None:
         # nn.Module.__setattr__ comes first and has taken parameters, buffers and modules. A masked weight is what
         # prune's hook computes before each forward pass; reads compute it themselves.
-        place = place_of(module)
-        if place is None or key not in place.masks:
+        link = link_of(module)
+        if link is None or key not in link.masks:
             module.__dict__[key] = value
 
     def delete(module: nn.Module) -> None:
-        place = place_of(module)
-        if place is not None and key in place.masks:
+        link = link_of(module)
+        if link is not None and key in link.masks:
             raise RuntimeError(
                 f"model: expected the mask of {key!r} to stay while an HSAID wraps the model: call unwrap() before "
                 "prune.remove(), or remove masks from a merge()"
@@ -111,24 +112,24 @@ def _reading(key: str) -> _Reading:
 
 
 @runs_eagerly
-def _answer(place: Place, key: str, parameter: nn.Parameter | None, module: nn.Module) -> Any:
+def _answer(link: Link, key: str, parameter: nn.Parameter | None, module: nn.Module) -> Any:
     try:
-        if (weight := place.source.quickly(place.names.get(key), parameter)) is not None:
+        if (weight := link.source.quickly(link.names.get(key), parameter)) is not None:
             return weight
-        if key in place.masks:
-            return place.masks[key].apply_mask(module)  # which reads "<key>_orig"
+        if key in link.masks:
+            return link.masks[key].apply_mask(module)  # which reads "<key>_orig"
         if parameter is None:
-            place.source.tree_changed()
-            raise RuntimeError(f"model: expected the parameter {place.names[key]!r}, got a module without it")
-        return place.source.read(place.names[key], parameter)
+            link.changes.note_change()
+            raise RuntimeError(f"model: expected the parameter {link.names[key]!r}, got a module without it")
+        return link.source.read(link.names[key], parameter)
     except AttributeError as error:  # after which Python would ask nn.Module.__getattr__, which would answer with W0
-        raise RuntimeError(f"model: {place.names.get(key)!r} cannot be read: {error}") from error
+        raise RuntimeError(f"model: {link.names.get(key)!r} cannot be read: {error}") from error
 
 
 @runs_eagerly
-def _eagerly(place: Place, key: str, parameter: nn.Parameter | None, module: nn.Module) -> Any:
+def _eagerly(link: Link, key: str, parameter: nn.Parameter | None, module: nn.Module) -> Any:
     """`_answer` as an ordinary tensor, for a module that is compiled with others around it: ends the graph."""
-    return as_tensor(_answer(place, key, parameter, module))
+    return as_tensor(_answer(link, key, parameter, module))
 
 
 # What torch.compiler.disable sets, for functions that are called inside a graph.
@@ -138,7 +139,7 @@ _eagerly.__dict__["_torchdynamo_disable_msg"] = "a weight of an HSAID is read: c
 
 def _swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Sets the class of a module, as libraries of kernels do. The module keeps the properties of `attach`."""
-    if place_of(module) is not None and not _is_made(cls):
+    if link_of(module) is not None and not _is_made(cls):
         cls = class_for(cls, type(module)._hsaid_keys)  # type: ignore[arg-type, attr-defined]
     object.__dict__["__class__"].__set__(module, cls)
 
@@ -153,8 +154,8 @@ def class_for(cls: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
     members |= {
         "_hsaid_keys": keys,
         "__class__": property(type, _swap_class),
-        **heard_methods(cls),
-        **said_methods(cls),
+        **change_methods(cls),
+        **use_methods(cls),
     }
     # torch.jit.trace would compile properties
     members["__jit_unused_properties__"] = [*getattr(cls, "__jit_unused_properties__", ()), "__class__", *keys]
@@ -175,22 +176,26 @@ def class_for(cls: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
     def __setstate__(self: nn.Module, state: dict[str, Any]) -> None:
         # Some classes, such as nn.LSTM, read their weights here, when the rest of the model is not there yet.
         own = dict(state)
-        place = own.pop("_hsaid", None)
+        link = own.pop("_hsaid", None)
         super(made, self).__setstate__(own)
-        if place is not None:
-            self.__dict__["_hsaid"] = place
+        if link is not None:
+            self.__dict__["_hsaid"] = link
 
     def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> Any:
-        place = place_of(self)
+        link = link_of(self)
+        merges = link is not None and memo.get(id(link), link) is None  # as `merging.merged_copy` has it
         # A memo with something in it is that of a larger copy, which the wrapper may be a part of.
-        if place is not None and not memo and not merging.active and (part := place.source.part_copy(self)) is not None:
+        if link is not None and not memo and (part := link.source.part_copy(self)) is not None:
             return part
         if hasattr(cls, "__deepcopy__"):
-            if not _is_parametrized(cls):
+            if not (merges or _is_parametrized(cls)):
                 _refuse_copy(self)
             return cls.__deepcopy__(self, memo)
-        reduced = self.__reduce_ex__(4)
-        assert isinstance(reduced, tuple)
+        reduced: Any = super(made, self).__reduce_ex__(4)
+        if reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+            reduced = self.__reduce_ex__(4)
+        elif not merges:
+            _refuse_copy(self)
         return copy._reconstruct(self, memo, *reduced)  # type: ignore[attr-defined]  # as deepcopy does without this method
 
     members |= {"__reduce_ex__": __reduce_ex__, "__setstate__": __setstate__, "__deepcopy__": __deepcopy__}
@@ -204,18 +209,9 @@ def _is_parametrized(cls: type) -> bool:
     return cls.__name__.startswith("Parametrized") and "__deepcopy__" in cls.__dict__
 
 
-class _Merging(threading.local):
-    """Whether the thread copies a model that `merged_copy` corrects afterwards."""
-
-    active = False
-
-
-merging = _Merging()
-
-
 def _refuse_copy(module: nn.Module) -> None:
     """Raises RuntimeError for a module whose class makes copies by itself, which would not read the weights of now."""
-    if not merging.active and place_of(module) is not None:
+    if link_of(module) is not None:
         raise RuntimeError(
             f"model: expected modules that torch copies, got a {plain_type(module).__name__} with copies of its own "
             "(__deepcopy__ or __reduce__), which would have W0: copy a merge(), or unwrap() the model first"

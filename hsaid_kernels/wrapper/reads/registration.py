@@ -16,43 +16,43 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from hsaid_kernels.wrapper.reads.link import Place, place_of, plain_type
+from hsaid_kernels.wrapper.reads.link import Link, link_of, plain_type
 from hsaid_kernels.wrapper.weight import Weight
 
 
-def heard_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+def change_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
     """Methods for a subclass of `cls`, the class of a module in a wrapped model, that hear of changes to it."""
 
     def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if (place := place_of(self)) is not None:
+        if (link := link_of(self)) is not None:
             if param is None:
-                _check_stays(place, self, name)
+                _check_stays(link, self, name)
             else:  # torch itself refuses a weight with a graph, before its hooks are called
-                param = _accepted(place, self, name, param)
+                param = _accepted(link, self, name, param)
         cls.register_parameter(self, name, param)
 
     def __delattr__(self: nn.Module, name: str) -> None:
-        if (place := place_of(self)) is not None:
-            _check_stays(place, self, name)
+        if (link := link_of(self)) is not None:
+            _check_stays(link, self, name)
         cls.__delattr__(self, name)
 
     def load_state_dict(self: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         for prefix, module in self.named_modules():
-            if (place := place_of(module)) is not None:
-                for key in place.names:
+            if (link := link_of(module)) is not None:
+                for key in link.names:
                     name = f"{prefix}.{key}" if prefix else key
                     own, value = module._parameters.get(key), state_dict.get(name)
                     if own is not None and isinstance(value, Tensor):
-                        place.source.check_set("load_state_dict()", own, value)
+                        link.changes.check_set("load_state_dict()", own, value)
         return cls.load_state_dict(self, state_dict, *args, **kwargs)
 
     def _load_from_state_dict(self: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
-        place = place_of(self)  # as a part of a larger module, which has checked nothing
+        link = link_of(self)  # as a part of a larger module, which has checked nothing
         try:
-            for key in () if place is None else place.names:
+            for key in () if link is None else link.names:
                 own, value = self._parameters.get(key), state_dict.get(f"{prefix}{key}")
-                if place is not None and own is not None and isinstance(value, Tensor):
-                    place.source.check_set("load_state_dict()", own, value)
+                if link is not None and own is not None and isinstance(value, Tensor):
+                    link.changes.check_set("load_state_dict()", own, value)
         except (RuntimeError, ValueError) as error:
             args[-1].append(str(error))  # which load_state_dict() raises
         else:
@@ -66,66 +66,66 @@ def heard_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
     }
 
 
-def _check_stays(place: Place, module: nn.Module, name: str) -> None:
+def _check_stays(link: Link, module: nn.Module, name: str) -> None:
     """Raises RuntimeError if `name` is a parameter of the model, or a module with parameters of the model."""
     inside = module._modules.get(name)
-    taken = [] if inside is None else [own for own in inside.parameters() if place.source.owns(own)]
-    if (name in place.names and module._parameters.get(name) is not None) or taken:
-        place.source.put_back(module)
-        what = f"the module {name!r}" if taken else f"the parameter {place.names[name] or name!r}"
+    taken = [] if inside is None else [own for own in inside.parameters() if link.changes.owns(own)]
+    if (name in link.names and module._parameters.get(name) is not None) or taken:
+        link.changes.put_back(module)
+        what = f"the module {name!r}" if taken else f"the parameter {link.names[name] or name!r}"
         raise RuntimeError(f"model: expected {what} to stay while an HSAID wraps the model: unwrap() it first")
 
 
 def _on_registration(module: nn.Module, name: str, value: Any) -> Any:
     """Torch calls this before a module or parameter is put into any module, and puts there what it returns, if any."""
-    place = place_of(module)
-    if place is None:
+    link = link_of(module)
+    if link is None:
         return _tied(module, name, value) if isinstance(value, Weight) else None
     if value is None:
-        return _check_stays(place, module, name)
-    accepted = _accepted(place, module, name, value)
-    place.source.tree_changed()
+        return _check_stays(link, module, name)
+    accepted = _accepted(link, module, name, value)
+    link.changes.note_change()
     if isinstance(value, nn.Module):
-        # Its reads are ours from now on. `source` learns the names of its parameters at the first read.
+        # Its reads are ours from now on. The next look at the model gives its parameters names.
         for inner in value.modules():
-            if place_of(inner) is None:
-                place.source.adopt(inner, [key for key, own in inner._parameters.items() if own is not None])
+            if link_of(inner) is None:
+                link.changes.adopt(inner, [key for key, own in inner._parameters.items() if own is not None])
         return None
     return accepted if accepted is not value else None
 
 
 def _tied(module: nn.Module, name: str, value: Weight) -> nn.Parameter:
     """Ties a module outside of the model to a weight of it, as tied modules inside are: both read the weight of now."""
-    if (source := value.source()) is not None:
-        source.adopt(module, [name])
+    if (changes := value.changes()) is not None:
+        changes.adopt(module, [name])
     return value.w0
 
 
-def _accepted(place: Place, module: nn.Module, name: str, value: Any) -> Any:
+def _accepted(link: Link, module: nn.Module, name: str, value: Any) -> Any:
     """`value`, or W0 in the place of a weight of the model. Raises, and puts back what was taken out, if it is refused.
 
     ValueError if `value` would give the model other tensors, or belongs to another wrapped model; RuntimeError if it
     would become W0 although it may have been computed from a weight.
     """
     try:
-        _check(place, module, name, value)
+        _check(link, module, name, value)
     except (ValueError, RuntimeError):
-        place.source.put_back(module)
+        link.changes.put_back(module)
         raise
     return value.w0 if isinstance(value, Weight) else value
 
 
-def _check(place: Place, module: nn.Module, name: str, value: nn.Module | Tensor) -> None:
+def _check(link: Link, module: nn.Module, name: str, value: nn.Module | Tensor) -> None:
     before = module._modules.get(name) if isinstance(value, nn.Module) else module._parameters.get(name)
     modules = [] if isinstance(value, Tensor) else list(value.modules())
-    if any((other := place_of(inner)) is not None and other.source is not place.source for inner in modules):
+    if any((other := link_of(inner)) is not None and other.changes is not link.changes for inner in modules):
         raise ValueError(f"model: expected {name!r} to be a plain module, got one that is wrapped in another model")
     own, others = _tensors(before), _tensors(value)
     inside = set(map(id, map(_w0, others.values())))
-    stay = all(id(parameter) in inside for parameter in own.values() if place.source.owns(parameter))
-    if isinstance(value, nn.Module) and others and stay and all(map(place.source.owns, others.values())):
+    stay = all(id(parameter) in inside for parameter in own.values() if link.changes.owns(parameter))
+    if isinstance(value, nn.Module) and others and stay and all(map(link.changes.owns, others.values())):
         return  # another name for a module of the model
-    if name not in place.source.others and _shapes(own) != _shapes(others):
+    if name not in link.changes.others and _shapes(own) != _shapes(others):
         raise ValueError(
             f"model: expected {name!r} in a {plain_type(module).__name__} to keep its tensors "
             f"({_shapes(own) or 'none'}) while an HSAID wraps the model, got others ({_shapes(others) or 'none'}): "
@@ -133,7 +133,7 @@ def _check(place: Place, module: nn.Module, name: str, value: nn.Module | Tensor
         )
     for key, parameter in own.items():
         if key in others and isinstance(parameter, nn.Parameter):
-            place.source.check_set("model", parameter, others[key])
+            link.changes.check_set("model", parameter, others[key])
 
 
 def _tensors(of: nn.Module | Tensor | None) -> dict[str, Tensor]:

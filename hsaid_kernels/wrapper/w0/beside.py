@@ -1,20 +1,19 @@
-"""`Buffers`: the buffers of a model that training changes, such as the statistics of BatchNorm."""
+"""What a model has beside its parameters: buffers that training changes, masks, tensors derived from weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-
-from hsaid_kernels.wrapper.w0.snapshot import masks
+from torch.nn.utils.prune import BasePruningMethod
 
 LARGEST = 2**24  # bytes; larger buffers, such as quantized weights, are taken for constants
 PREFIX = "model."  # of their names in an HSAID's state_dict
 
 
 class Buffers:
-    """Remembers the persistent buffers of a model as they were when it was wrapped.
+    """The persistent buffers of a model as they were when it was wrapped, such as the statistics of BatchNorm.
 
     Prune's masks and buffers of more than 16 MB are taken for constants.
     """
@@ -65,3 +64,27 @@ def _persistent(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if not left_out and id(buffer) not in seen and buffer.numel() * buffer.element_size() <= LARGEST:
                 seen.add(id(buffer))
                 yield (f"{prefix}.{key}" if prefix else key), buffer
+
+
+def forget_derived(model: nn.Module) -> None:
+    """Lets modules forget what they have derived from their weights for evaluation, such as LeViT's attention biases.
+
+    These are modules that keep tensors in a dict, and have a `train` of their own, which clears it. Their modes stay.
+    """
+    for module in model.modules():
+        if type(module).train is not nn.Module.train and any(map(_has_tensors, module.__dict__.items())):
+            modes = [(inner, inner.training) for inner in module.modules()]
+            module.train(True)
+            for inner, mode in modes:
+                inner.training = mode
+
+
+def _has_tensors(item: tuple[str, object]) -> bool:
+    key, value = item
+    return isinstance(value, dict) and key[0] != "_" and any(isinstance(inner, Tensor) for inner in value.values())
+
+
+def masks(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, BasePruningMethod]]:
+    """(module, hook) for each parameter masked by torch.nn.utils.prune, which does so in a forward pre-hook."""
+    hooks = ((module, hook) for module in modules for hook in module._forward_pre_hooks.values())
+    return [(module, hook) for module, hook in hooks if isinstance(hook, BasePruningMethod)]

@@ -1,20 +1,22 @@
 """W0 in shards: models of which FSDP2 (`torch.distributed.fsdp.fully_shard`) keeps a part on each rank.
 
 FSDP2 gathers the parameters of a block before it runs, in forward and again in backward, and frees them afterwards.
-Meanwhile the module has an ordinary parameter in the place of its shard, a DTensor. The weights of the block are made
-from that, so memory="block" is what a sharded model needs. Gradients of weights never leave their rank: only those of
+Meanwhile the module holds an ordinary parameter in place of its shard, which is a DTensor. The weights of the block are
+made from that one, so a sharded model needs memory="block". Gradients of weights never leave their rank: only those of
 theta, the multipliers and the fully trained tensors are averaged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from hsaid_kernels.wrapper.callers import is_inside_module, module_of
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -47,32 +49,28 @@ def is_fsdp(module: nn.Module) -> bool:
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
-def is_of_fsdp(frame: FrameType) -> bool:
-    """Whether this is code of FSDP2 itself."""
-    return str(frame.f_globals.get("__name__")).startswith("torch.distributed.fsdp")
+def is_applied(*modules: nn.Module) -> bool:
+    """Whether `fully_shard` has been applied to one of these modules itself."""
+    return any(map(is_fsdp, modules))
 
 
-def check_sharding(parameters: Mapping[str, Tensor]) -> None:
-    """Raises TypeError for a parameter that is sharded in another way than FSDP2 shards, by name."""
-    for name, parameter in parameters.items():
-        if is_sharded(parameter):
-            dtensor: Any = parameter
-            *replicated, shard = dtensor.placements
-            if len(replicated) > 1 or not shard.is_shard() or not all(p.is_replicate() for p in replicated):
-                raise TypeError(
-                    f"model: expected parameters that FSDP2 (fully_shard) alone has sharded, got {name!r} with "
-                    f"placements {dtensor.placements}"
-                )
+def is_read_by_fsdp2(parameter: Tensor, frame: FrameType) -> bool:
+    """Whether FSDP2 itself looks for a shard that it has put into a module. `frame` is the reader's."""
+    return is_sharded(parameter) and module_of(frame).startswith("torch.distributed.fsdp")
 
 
-def check_partitioned(parameters: Mapping[str, Tensor]) -> None:
-    """Raises TypeError for a parameter that DeepSpeed's ZeRO-3 has partitioned."""
-    for name, parameter in parameters.items():
-        if hasattr(parameter, "ds_id"):
-            raise TypeError(
-                f"model: expected whole parameters or those of FSDP2 (fully_shard), got {name!r}, which DeepSpeed's "
-                "ZeRO-3 has partitioned"
-            )
+def check_gathered(name: str | None, parameter: Tensor) -> None:
+    """Raises RuntimeError if a weight of a shard is read while no module runs: other ranks may not read it."""
+    if is_sharded(parameter) and torch._C._current_graph_task_id() == -1 and not is_inside_module():
+        raise RuntimeError(
+            f"model: expected weights in shards to be read while the model runs, got a read of {name!r} elsewhere, "
+            "which would wait for all ranks: call hsaid.weights() on all of them"
+        )
+
+
+def whole_ones(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
+    """Those of which each rank has all values."""
+    return {name: parameter for name, parameter in parameters if not is_sharded(parameter)}
 
 
 def owners_of(model: nn.Module, around: nn.Module | None) -> dict[str, nn.Module | None]:
@@ -91,29 +89,26 @@ def owners_of(model: nn.Module, around: nn.Module | None) -> dict[str, nn.Module
     return owners
 
 
-def gathered_dtype(owner: nn.Module | None, parameter: Tensor) -> torch.dtype:
-    """The dtype in which FSDP2 gathers a parameter, by its `MixedPrecisionPolicy`."""
-    if owner is None or not is_sharded(parameter):
-        return parameter.dtype
-    state: Any = owner._get_fsdp_state()  # type: ignore[operator]
-    return state._mp_policy.param_dtype or parameter.dtype
+def gathering_of(
+    model: nn.Module, around: nn.Module | None, w0: Mapping[str, Tensor]
+) -> tuple[dict[str, int], dict[str, torch.dtype]]:
+    """What FSDP2 gathers at one time, and in which dtype, by its `MixedPrecisionPolicy`.
 
-
-def divided(parts: Iterable[Sequence[str]], owners: Mapping[str, int]) -> list[list[str]]:
-    """The parts, divided where parameters are not gathered at the same time."""
-    found: list[list[str]] = []
-    for part in parts:
-        by_owner: dict[int, list[str]] = {}
-        for name in part:
-            by_owner.setdefault(owners[name], []).append(name)
-        found += by_owner.values()
-    return found
+    Returns ({name: number, equal for what is gathered together}, {name: dtype}).
+    """
+    owners = owners_of(model, around)
+    dtypes = {}
+    for name, tensor in w0.items():
+        state: Any = None if owners[name] is None or not is_sharded(tensor) else owners[name]._get_fsdp_state()  # type: ignore
+        dtypes[name] = tensor.dtype if state is None else state._mp_policy.param_dtype or tensor.dtype
+    return {name: id(owners[name]) for name in w0}, dtypes  # by number: these modules are not kept alive by it
 
 
 class Ranks:
     """The ranks that have shards of the same model.
 
-    groups  process groups, one for each dimension of the device mesh: a sum over all of them is one over all ranks
+    Attributes:
+        groups: process groups, one for each dimension of the device mesh: a sum over all of them is one over all ranks.
     """
 
     def __init__(self, shard: Tensor):
@@ -121,6 +116,12 @@ class Ranks:
         self.groups = self.mesh.get_all_groups()
         self._hooked = WeakTensorKeyDictionary()
         self._versions: dict[str, int] = {}
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> Ranks | None:
+        """Those that share these tensors; None if no tensor is sharded."""
+        shard = next(filter(is_sharded, tensors), None)
+        return None if shard is None else cls(shard)
 
     def average(self, *parameters: nn.Parameter) -> None:
         """Lets backward average the gradients of these parameters over all ranks, from now on."""

@@ -1,20 +1,23 @@
 """W0 in few bits: tensors of torchao, or like them, which look like float tensors and store integers and scales.
 
-The weights of a block are made from their dequantized values, which are freed again.
+Their weights are made from their dequantized values, block by block, and these are freed again. Other libraries keep
+their codes in integers or in objects (GPTQ, HQQ, BitNet, ...), which no projection can be added to: an HSAID leaves
+such modules as they are, and `warn_of_packed` says so.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Mapping
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from hsaid_kernels.wrapper.w0.fsdp2 import gathered, is_sharded
-
-BITSANDBYTES = ("Params4bit", "Int8Params")  # its layers read more than the values of a weight
+from hsaid_kernels.wrapper.callers import stacklevel
+from hsaid_kernels.wrapper.w0.fsdp2 import is_sharded
 
 
 def is_quantized(tensor: Tensor) -> bool:
@@ -26,13 +29,8 @@ def dequantized(tensor: Tensor) -> Tensor:
     return tensor.dequantize() if is_quantized(tensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The values of a tensor as an ordinary one: gathered and dequantized where it is sharded or quantized."""
-    return dequantized(gathered(tensor))
-
-
 def stamp_of(tensor: Tensor) -> tuple[object, object]:
-    """Address and version of what a tensor stores."""
+    """Addresses and versions of what a tensor stores."""
     if is_quantized(tensor):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         inner: list[Any] = [stamp_of(getattr(tensor, name)) for name in names]
@@ -40,73 +38,111 @@ def stamp_of(tensor: Tensor) -> tuple[object, object]:
     return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
-def check_quantized(model: nn.Module) -> None:
-    """Raises TypeError for weights in few bits over which no HSAID can compute, by name.
+def floats_of_rest(
+    own: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], dict[str, bool]]:
+    """What an ordinary copy of a quantized model needs beside `values`, {name: projected weight}.
 
-    These are parameters of bitsandbytes, layers of compressed-tensors that have not been dequantized, whose parameters
-    the first forward replaces, and tensors whose `dequantize()` does not give their values.
+    Returns {name: its values in `dtype`, or in its own} of the other quantized parameters, and {name: True} for those
+    in `values`, which could not require gradients before. Both are empty of a model without quantized parameters.
     """
-    judged: set[type] = set()
-    for name, module in model.named_modules():
-        scheme = getattr(module, "quantization_scheme", None)
-        if hasattr(module, "quantization_status") and getattr(scheme, "weights", None) is not None:
-            raise TypeError(
-                f"model: expected plain parameters or tensors of torchao, got {name!r}, a {type(module).__name__} of "
-                "compressed-tensors: load the model with quantization_config=CompressedTensorsConfig(dequantize=True)"
-            )
-    for name, parameter in model.named_parameters():
-        if type(parameter).__name__ in BITSANDBYTES:
-            raise TypeError(
-                f"model: expected plain parameters or tensors of torchao, got {name!r}, a {type(parameter).__name__}, "
-                "of bitsandbytes: quantize the model by torchao.quantization.quantize_"
-            )
-        if type(parameter) not in judged and is_quantized(parameter) and parameter.device.type != "meta":
-            judged.add(type(parameter))
-            _check_dequantizes(name, parameter)
+    quantized = {name: parameter for name, parameter in own.items() if is_quantized(parameter)}
+    rest = {name: dequantized(p).to(dtype or p.dtype) for name, p in quantized.items() if name not in values}
+    return rest, {name: True for name in quantized if name in values}
 
 
-def _check_dequantizes(name: str, parameter: nn.Parameter) -> None:
-    values: object = None
-    with contextlib.suppress(Exception):  # whatever the library raises
-        values = parameter.dequantize()
-    if isinstance(values, Tensor) and values.is_floating_point() and values.shape == parameter.shape:
+def forget_quantizer(model: nn.Module, replaced: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Removes what transformers and torchao note in a model of quantized tensors, and in its configurations.
+
+    `replaced` are pairs (tensor of before, tensor in this model). Does nothing if weights in few bits are left.
+    """
+    if packed_modules(model) or any(map(is_quantized, model.parameters())):
         return
-    got = f"gives {tuple(values.shape)} in {values.dtype}" if isinstance(values, Tensor) else "fails"
-    raise TypeError(
-        f"model: expected quantized tensors whose dequantize() gives their values, got {name!r}, a "
-        f"{type(parameter).__name__} of shape {tuple(parameter.shape)} whose dequantize() {got}: quantize the model by "
-        "another configuration, such as torchao's Int8WeightOnlyConfig"
+    once = {id(now) for before, now in replaced if is_quantized(before)}
+    for module in model.modules():
+        own = module.__dict__
+        for name in ("is_quantized", "quantization_method", "hf_quantizer"):
+            own.pop(name, None)
+        for name in ("quantization_config", "_is_quantized"):
+            getattr(own.get("config"), "__dict__", {}).pop(name, None)
+        if own.get("_weight_conversions"):  # from the checkpoint, which save_pretrained reverses
+            own["_weight_conversions"] = [one for one in own["_weight_conversions"] if not _quantizes(one)]
+        if any(id(parameter) in once for parameter in module._parameters.values()):
+            own.pop("extra_repr", None)  # torchao's, which names the tensor's class, and cannot be pickled
+
+
+def _quantizes(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", ())
+    return any(getattr(operation, "hf_quantizer", None) is not None for operation in operations)
+
+
+# --- codes that are no float parameters
+
+
+def packed_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules with packed weights, without those inside them."""
+    if _is_packed(model):
+        return [model]
+    return list(dict.fromkeys(module for child in model.children() for module in packed_modules(child)))
+
+
+def warn_of_packed(model: nn.Module) -> None:
+    """Warns of packed weights. Not where peft's adapters are trained, over weights that are meant to stay."""
+    found: dict[str, list[nn.Module]] = defaultdict(list)
+    for module in packed_modules(model):
+        found[f"{type(module).__module__}.{type(module).__name__}"].append(module)
+    adapted = any("base_layer" in module._modules or hasattr(module, "peft_config") for module in model.modules())
+    if not found or adapted:
+        return
+    what = " and ".join(f"{len(modules)} {name}{_size(modules)}" for name, modules in found.items())
+    warnings.warn(
+        f"model: expected weights in float parameters or in tensors of torchao, got {what} with packed ones, which are "
+        "not projected and stay as they are: dequantize the model before wrapping, or name what is projected by "
+        "include=, which also silences this",
+        stacklevel=stacklevel(),
     )
 
 
-def check_read(model: nn.Module, projected: Collection[str]) -> None:
-    """Raises TypeError for a layer that would quantize a projected weight once more, as optimum-quanto's do.
+def _is_packed(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    if any(map(_is_codes, module._parameters.values())):
+        return True
+    # Index tables and masks are buffers too, but of modules that have float weights.
+    held = any(map(_is_codes, module._buffers.values()))
+    held = held or any(isinstance(value, torch.ScriptObject) for value in vars(module).values())  # of torch.ao
+    if held and not _has_matrix(module.parameters()):
+        return True
+    if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
+        return False
+    attributes = [value for value in vars(module).values() if isinstance(value, Tensor)]
+    return not any(map(_has_matrix, (module.parameters(), module.buffers(), attributes)))
 
-    Where their weights are float parameters, as in quantization-aware training, this is what they are meant to do.
-    """
-    weights = {id(parameter) for name, parameter in model.named_parameters() if name in projected}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if hasattr(type(module), "qweight") and weight is not None and is_quantized(weight) and id(weight) in weights:
-            raise TypeError(
-                f"model: expected layers that compute with their weight as it is, got {name!r}, a "
-                f"{type(module).__name__}, which would quantize the projected weight once more: quantize the model by "
-                "torchao.quantization.quantize_, or leave the layer out (exclude=)"
-            )
+
+def _is_codes(tensor: Tensor | None) -> bool:
+    """Whether this is a matrix of integers, or of floats of one byte, that is neither a mask nor of torch's indices."""
+    if tensor is None or is_lazy(tensor) or tensor.dim() < 2 or is_quantized(tensor):
+        return False
+    if tensor.is_floating_point():
+        return tensor.dtype.itemsize == 1
+    if tensor.is_complex() or tensor.dtype in (torch.bool, torch.int64):
+        return False
+    return tensor.device.type == "meta" or not bool(((tensor == 0) | (tensor == 1)).all())
 
 
-def check_labels(parameters: Mapping[str, Tensor]) -> None:
-    """Raises TypeError if quantized tensors stand for float32, and all others have been converted to fewer bits.
+def _has_matrix(tensors: Iterable[Tensor]) -> bool:
+    return any(
+        is_lazy(tensor) or (tensor.dim() > 1 and tensor.is_floating_point() and tensor.dtype.itemsize > 1)
+        for tensor in tensors
+    )
 
-    `.to(dtype)` does not reach torchao's tensors of 8 bits. Their own layers run nevertheless.
-    """
-    floats = {p.dtype for p in parameters.values() if p.is_floating_point() and not is_quantized(p)}
-    labels = {name: p.dtype for name, p in parameters.items() if is_quantized(p)}
-    if len(floats) == 1 and not floats & set(labels.values()) and torch.float32 in labels.values():
-        name = next(name for name, dtype in labels.items() if dtype == torch.float32)
-        (dtype,) = floats
-        raise TypeError(
-            f"dtype: expected {dtype}, which all other parameters have, because {name!r}, a "
-            f"{type(parameters[name]).__name__}, still stands for torch.float32 after to(), got None: wrap the model "
-            f"with dtype={dtype}"
-        )
+
+def _size(modules: Iterable[nn.Module]) -> str:
+    """How many weights these have, where they tell."""
+    sizes = [(getattr(module, "in_features", None), getattr(module, "out_features", None)) for module in modules]
+    weights = [rows * columns for rows, columns in sizes if isinstance(rows, int) and isinstance(columns, int)]
+    if len(weights) == len(sizes):
+        return f" ({sum(weights):,} weights)"
+    own = [tensor for module in modules for tensor in (*module._parameters.values(), *module._buffers.values())]
+    codes = [tensor.numel() for tensor in own if tensor is not None and _is_codes(tensor)]
+    return f" ({sum(codes):,} codes)" if codes else ""

@@ -1,163 +1,189 @@
-"""`Made`: the projected weights of one theta, and what they were computed from."""
+"""`WeightCache`: the projected weights of one theta, and the one place that decides whether they are those of now.
+
+It is asked at every read, so it compares what can be compared quickly. Version counters alone are not enough: a fused
+optimizer writes to theta without increasing them, so values are compared too, where that does not wait for a GPU.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from hsaid_kernels.wrapper.isolation import undisturbed
-from hsaid_kernels.wrapper.w0.quantized import is_quantized, stamp_of
-from hsaid_kernels.wrapper.weight import READ_ONLY, Weight
+from hsaid_kernels.wrapper.isolation import is_disturbed, isolated
+from hsaid_kernels.wrapper.w0.values import W0
+from hsaid_kernels.wrapper.weight import READ_ONLY, Weight, as_weight
+from hsaid_kernels.wrapper.weights.attachment import Attachment
 from hsaid_kernels.wrapper.weights.graph import Graph
-from hsaid_kernels.wrapper.weights.launches import Group
+from hsaid_kernels.wrapper.weights.launches import Launch
 
 
-class Made:
-    """Weights, and the tensors they were computed from, to notice when they are out of date.
+class Trained:
+    """theta and the multipliers, as they were when weights were made from them.
 
-    theta and the multipliers are compared by value too, because fused optimizers write to them without increasing
-    torch's version counter. W0 is compared by layout (`layout_of`) and version counter. References to these tensors are
-    kept, so no new tensor can get the same address.
+    Args:
+        theta, multipliers: the parameters of a task.
+        steps: `Tasks.steps`.
 
-    source    gives the object that these weights answer reads of, as long as it lives
-    values    theta and the multipliers, as they were: the weights are made from these
-    factors   of all segments, multiplied by the plan's scales, once they have been needed
-    flats     {group: its weights, as one buffer}, those made last at the end
-    written   {group: the version of its buffer}, as long as nobody writes to it
-    room      bytes of buffers that are kept; None means all
-    weights   {name: weight} without a graph, made group by group when one is asked for (`weight`)
-    graph     the weights with a graph that reads outside of calls get
-    graphs    all those that there are, also of calls and of layers that backward recomputes
-    tracked   whether torch counts the versions of theta and the multipliers; it does not for inference tensors
-    tracks_w0 the same of W0; nor for W0 in shards
-    sharded   whether FSDP2 has sharded W0
-    stored    {name: address and version of what is stored} of quantized W0
-    seen      names read from outside a call since everything was last compared
-    stepped   whether an optimizer has changed theta or the multipliers since
+    Attributes:
+        values: their values of then, from which the weights are made.
+        tracked: whether torch counts their versions; it does not for inference tensors.
+    """
+
+    def __init__(self, theta: nn.Parameter, multipliers: nn.Parameter, steps: int):
+        self.theta, self.multipliers, self._steps = theta, multipliers, steps
+        self.tracked = not (theta.is_inference() or multipliers.is_inference())
+        self.values = [tensor.detach().clone() for tensor in (theta, multipliers)]
+        self.versions = self._versions()
+
+    def _versions(self) -> tuple[int, int]:
+        return (self.theta._version, self.multipliers._version) if self.tracked else (0, 0)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to train."""
+        return self.theta.requires_grad or self.multipliers.requires_grad
+
+    def same(self, theta: nn.Parameter, multipliers: nn.Parameter, steps: int) -> bool:
+        """Whether these are the parameters, and neither torch nor the number of optimizer steps tells of a change."""
+        own = theta is self.theta and multipliers is self.multipliers and steps == self._steps
+        return own and self.versions == self._versions()
+
+    def has(self, values: Sequence[Tensor]) -> bool:
+        """Whether the parameters had these values."""
+        if values is self.values:
+            return True
+        if is_disturbed():
+            with isolated():
+                return all(map(_same_bits, values, self.values))
+        return all(map(_same_bits, values, self.values))
+
+
+class WeightCache:
+    """The weights of one theta.
+
+    Args:
+        attachment: has the model of now, and the tasks with the theta of now, to compare with.
+        trained, w0: what the weights are made from.
+        launches: which are made together.
+        room: bytes of buffers that are kept; None means all. The oldest one goes first.
+
+    Attributes:
+        launch_of: {name: launch}.
+        buffers: {launch: (its weights in one buffer, the version of that as long as nobody writes to it)}, those made
+            last at the end.
+        weights: {name: weight} without a graph, made for a whole launch when one is asked for (`weight`).
+        graph: the weights with a graph that reads outside of calls get.
+        graphs: all graphs that there are, also of calls and of layers that backward recomputes.
+        factors: of all segments, multiplied by the plan's scales, once they have been needed.
     """
 
     def __init__(
         self,
-        theta: nn.Parameter,
-        multipliers: nn.Parameter,
-        w0: Mapping[str, nn.Parameter],
-        groups: Sequence[Group],
+        attachment: Attachment,
+        trained: Trained,
+        w0: W0,
+        launches: Sequence[Launch],
         room: int | None,
-        sharded: bool,
-        source: Callable[[], Any],
     ):
-        self.source = source
-        self.theta, self.multipliers, self.w0, self.room = theta, multipliers, w0, room
-        self.stepped = False
-        self.tracked = not (theta.is_inference() or multipliers.is_inference())
-        self.tracks_w0 = not sharded and not any(tensor.is_inference() for tensor in w0.values())
-        self.values = [tensor.detach().clone() for tensor in (theta, multipliers)]
-        self.versions = [tensor._version if self.tracked else 0 for tensor in (theta, multipliers)]
-        self.group_of = {name: group for group in groups for name in group.names}
-        self.stamps = {
-            name: (tensor, None if sharded else layout_of(tensor), tensor._version if self.tracks_w0 else 0)
-            for name, tensor in w0.items()
-        }
-        self.sharded = sharded
-        self.stored = {name: stamp_of(tensor) for name, tensor in w0.items() if is_quantized(tensor)}
-        self.kept = [] if sharded else [tensor.detach() for tensor in w0.values()]
-        self.factors: Tensor | None = None
-        self.flats: dict[Group, Tensor] = {}
-        self.written: dict[Group, int] = {}
-        self.quick: dict[Any, Any] = {}  # {name: what to compare} of the weights that there are
+        self.attachment, self.trained, self.w0, self.room = attachment, trained, w0, room
+        self.changes = weakref.ref(attachment)  # of the weights: who keeps one does not keep theta
+        self.launch_of = {name: launch for launch in launches for name in launch.names}
+        self.buffers: dict[Launch, tuple[Tensor, int]] = {}
         self.weights: dict[str, Weight] = {}
-        self.storages: dict[int, Group] = {}
-        self.seen: set[str] = set()
         self.graph: Graph | None = None
         self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
+        self.factors: Tensor | None = None
+        self._launch_at: dict[int, Launch] = {}  # by the address of its buffer
+        self._seen: set[str] = set()  # names read outside of calls since everything was last compared
+        self._spoiled = False  # whether somebody has written to a weight
 
-    @property
-    def wanted(self) -> bool:
-        """Whether the weights have anything to train."""
-        return self.theta.requires_grad or self.multipliers.requires_grad
+    def current(self, name: str, parameter: object, in_call: bool) -> bool:
+        """Whether a weight is that of now. `parameter` is what the model has under its name.
 
-    def changed(self, names: Sequence[str]) -> str | None:
-        """The first of these tensors whose W0 has changed."""
-        for name in names:
-            tensor, layout, before = self.stamps[name]
-            same = self.sharded or (layout_of(tensor) == layout and (not self.tracks_w0 or tensor._version == before))
-            if not same or (name in self.stored and stamp_of(tensor) != self.stored[name]):
-                return name
-        return None
+        At a read inside a call of the HSAID (`in_call`), whose theta stays, W0 is compared; elsewhere theta and the
+        multipliers too, on a GPU their values only at a second read of a weight. Raises RuntimeError, once, if somebody
+        has written to a weight.
+        """
+        if self._spoiled:
+            return False
+        launch = self.launch_of[name]
+        made = self.buffers.get(launch)
+        if made is None:  # all of it will be made
+            if self.w0.changed(launch.names) is not None:
+                return False
+        elif made[0]._version != made[1]:
+            self.check_unwritten(*made)
+        same = self.w0.holds(name, parameter)
+        if in_call or not same:
+            return same
+        now, steps = self.attachment.tasks.trained(), self.attachment.tasks.steps
+        if not self.trained.same(*now, steps):
+            return False
+        if name in self._seen:
+            self._seen.clear()
+            same = self.all_current()
+        elif now[0].device.type == "cpu" or self.w0.sharded:  # FSDP2 writes to a theta in shards behind torch's back
+            same = self.trained.has(now)
+        self._seen.add(name)
+        return same
 
-    def make(self, group: Group, scaled: Tensor, base: Sequence[Tensor]) -> Tensor:
-        """Makes the weights of a group of these W0, where they are not there. `scaled` is of `values`."""
-        if group in self.flats:
-            return self.flats[group]
-        while self.room is not None and self.flats and self.nbytes() + group.nbytes > self.room:
-            self._drop(next(iter(self.flats)))  # before the new ones need the memory
-        flat = group.projection.flat(self.values[0], group.whole.own(scaled), base)
-        self.flats[group], self.written[group] = flat, flat._version
-        self.storages[flat.untyped_storage().data_ptr()] = group
-        if self.tracked and self.tracks_w0:
-            self.quick |= {name: (*self.stamps[name], flat, flat._version) for name in group.names}
-        return flat
+    def all_current(self) -> bool:
+        """Whether all weights are those of now. Compares everything, and raises as `current`."""
+        if self._spoiled:
+            return False
+        for made in list(self.buffers.values()):
+            self.check_unwritten(*made)
+        now, steps = self.attachment.tasks.trained(), self.attachment.tasks.steps
+        if not (self.trained.tracked and self.w0.tracked and self.trained.same(*now, steps)):
+            return False
+        return self.w0.is_all_of(self.attachment.verified()) and self.trained.has(now)
 
-    def nbytes(self) -> int:
-        """Of the buffers that are kept."""
-        return sum(group.nbytes for group in self.flats)
-
-    def _drop(self, group: Group) -> None:
-        self.check_unwritten(group)
-        flat = self.flats.pop(group)
-        del self.storages[flat.untyped_storage().data_ptr()]
-        for held in (self.quick, self.weights, *(graph.nodes for graph in self.graphs)):
-            for name in group.names:
-                held.pop(name, None)
-
-    def check_unwritten(self, group: Group) -> None:
-        """Raises RuntimeError if somebody has written to a weight of this group."""
-        if group in self.flats and self.flats[group]._version != self.written[group]:
+    def check_unwritten(self, buffer: Tensor, version: int) -> None:
+        """Raises RuntimeError if somebody has written to weights in this buffer. The next read makes them again."""
+        if buffer._version != version:
+            self._spoiled = True
             raise RuntimeError(f"model: one of its weights was written to in place, but {READ_ONLY}")
 
+    def fill(self, launch: Launch, factors: Tensor, base: Sequence[Tensor]) -> None:
+        """Makes the weights of a launch from these values of W0, and first the room that they need."""
+        used = sum(kept.nbytes for kept in self.buffers)
+        for kept in list(self.buffers):
+            if self.room is None or used + launch.nbytes <= self.room:
+                break
+            used -= kept.nbytes
+            self._drop(kept)
+        buffer = launch.projection.flat(self.trained.values[0], launch.whole.own(factors), base)
+        self.buffers[launch] = buffer, buffer._version
+        self._launch_at[buffer.untyped_storage().data_ptr()] = launch
+
+    def _drop(self, launch: Launch) -> None:
+        self.check_unwritten(*self.buffers[launch])
+        buffer, _ = self.buffers.pop(launch)
+        del self._launch_at[buffer.untyped_storage().data_ptr()]
+        for held in (self.weights, *(graph.nodes for graph in self.graphs)):
+            for name in launch.names:
+                held.pop(name, None)
+
+    def launch_at(self, address: int) -> Launch | None:
+        """The launch whose buffer begins at this address."""
+        return self._launch_at.get(address)
+
     def weight(self, name: str) -> Weight:
-        """A weight without a graph. The first call makes those of its whole group, which must have been made."""
+        """A weight without a graph. The first call makes those of its whole launch, which must have been filled."""
         if name not in self.weights:
-            group = self.group_of[name]
-            with torch.inference_mode(False), torch.no_grad(), undisturbed():
-                views = map(Weight.of, group.whole.plan.views(self.flats[group]))
-                made = dict(zip(group.names, views, strict=True))
+            launch = self.launch_of[name]
+            with isolated():
+                views = map(as_weight, launch.whole.plan.views(self.buffers[launch][0]))
+                made = dict(zip(launch.names, views, strict=True))
             for own, weight in made.items():
-                weight.w0, weight.source = self.w0[own], self.source
+                weight.w0, weight.changes = self.w0.parameters[own], self.changes
             self.weights |= made
         return self.weights[name]
-
-    def has(self, values: Sequence[Tensor]) -> bool:
-        """Whether the weights were made from these values of theta and the multipliers."""
-        return values is self.values or all(map(_same_bits, values, self.values))
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two float32 tensors are equal, NaN included, which no comparison finds equal to itself."""
     return torch.equal(a.detach().view(torch.int32), b.view(torch.int32))
-
-
-def layout_of(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    """Address, shape and strides: where a tensor's elements lie.
-
-    `w.data = w.data.t()` changes neither the address nor the version, `w.data = w.data[:n]` not even the strides.
-    """
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
-
-
-def check_w0(w0: Mapping[str, Tensor], theta: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError if W0 is not on theta's device, or no longer of these shapes."""
-    if elsewhere := {tensor.device for tensor in w0.values()} - {theta.device}:
-        raise ValueError(
-            f"model: expected its tensors on {theta.device}, where theta is, got some on {elsewhere.pop()}: "
-            "hsaid.to(device) moves both"
-        )
-    if other := next((name for name, tensor in w0.items() if tensor.shape != shapes[name]), None):
-        raise ValueError(
-            f"model: expected {other!r} of shape {shapes[other]}, as it was when it was wrapped, got one of shape "
-            f"{tuple(w0[other].shape)}: unwrap() the model before changing it"
-        )

@@ -1,4 +1,4 @@
-"""`Maker`: computes the projected weights of a wrapped model."""
+"""`WeightMaker`: computes W0_i + factor_i * P_i theta, and attaches the results to the autograd graph."""
 
 from __future__ import annotations
 
@@ -8,216 +8,200 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from hsaid_kernels.fastfood import ops
-from hsaid_kernels.fastfood.plan import Plan
-from hsaid_kernels.hierarchy import Partition
-from hsaid_kernels.wrapper.isolation import runs_eagerly, undisturbed
-from hsaid_kernels.wrapper.tasks import Tasks, key_of
-from hsaid_kernels.wrapper.w0.fsdp2 import divided, gathered_dtype, owners_of
-from hsaid_kernels.wrapper.w0.quantized import check_labels, whole
-from hsaid_kernels.wrapper.weight import Weight
-from hsaid_kernels.wrapper.weights.attachment import WatchedModel
-from hsaid_kernels.wrapper.weights.blocks import blocks_of, joined
-from hsaid_kernels.wrapper.weights.cache import Made, check_w0
+from hsaid_kernels.wrapper.basis import Basis
+from hsaid_kernels.wrapper.isolation import isolated, runs_eagerly
+from hsaid_kernels.wrapper.tasks import Tasks
+from hsaid_kernels.wrapper.w0.checks import check_labels, check_w0
+from hsaid_kernels.wrapper.w0.fsdp2 import gathering_of
+from hsaid_kernels.wrapper.w0.values import W0
+from hsaid_kernels.wrapper.weight import Weight, as_weight
+from hsaid_kernels.wrapper.weights.attachment import Attachment
+from hsaid_kernels.wrapper.weights.cache import Trained, WeightCache
 from hsaid_kernels.wrapper.weights.graph import Graph, late_graph, root_graph, scaled_factors
-from hsaid_kernels.wrapper.weights.launches import Group, divide, tables_of
+from hsaid_kernels.wrapper.weights.launches import Launch, divided, launches_of, parts_of, tables_of
 from hsaid_kernels.wrapper.weights.outside import ReducedOnce
-from hsaid_kernels.wrapper.weights.saved_tensors import BlockWeight
+from hsaid_kernels.wrapper.weights.saved_tensors import BlockWeight, as_block_weight
 
 UNWRAPPED = "backward(): expected a call before unwrap(), because a part of the model may be recomputed"
 
 
-class Maker(WatchedModel):
-    """Computes W0_i + factor_i * P_i theta for the tensors of a plan.
+class WeightMaker:
+    """Computes the projected weights of a model.
 
     Args:
-        model, plan, full, own_full: see `WatchedModel`.
-        tasks: where "theta", "multipliers" and the fully trained tensors are.
-        partition: defines, with the plan, what theta and the multipliers mean.
-        dtype: of the weights. None means for each tensor the dtype of its W0.
-        backend: "auto", or one of `available_backends()`.
-        memory: "step" or "block", see `HSAID`.
-        padding_rows: {name: row} that stay W0.
+        basis: which tensors are projected, and how; the options of the HSAID.
+        tasks: has theta and the multipliers, which are asked for anew each time, because tasks change.
+        attachment: has the model.
+        reduced_once: knows whether DistributedDataParallel reduces theta's gradient.
 
     Attributes:
         tables: names of the tensors of which single rows are made, for embeddings.
         parts: [names], the other tensors of each call of the adjoint in backward.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tasks: Tasks,
-        full: Collection[str],
-        plan: Plan,
-        partition: Partition,
-        dtype: torch.dtype | None,
-        backend: str,
-        *,
-        memory: str = "step",
-        padding_rows: Mapping[str, int],
-        own_full: bool = False,
-    ):
-        super().__init__(model, plan, full, own_full)
-        self.memory = memory
-        self.tasks, self.partition, self.given_dtype, self.backend = tasks, partition, dtype, backend
-        self.full = {name: key_of(name) for name in full}
-        self.tables, self.padding_rows = tables_of(model, plan), padding_rows
-        others = [name for name in plan.names if name not in self.tables]
-        self.parts = joined(blocks_of(model, others), plan.shapes) if others else []
-        self._start()
-
-    def _start(self) -> None:
-        super()._start()
-        self._groups: tuple[Any, list[Group]] = (None, [])
-        self.reduced_once = ReducedOnce()
+    def __init__(self, basis: Basis, tasks: Tasks, attachment: Attachment, reduced_once: ReducedOnce):
+        self.basis, self.tasks, self.attachment, self.reduced_once = basis, tasks, attachment, reduced_once
+        plan = basis.plan
+        self.tables: Collection[str] = tables_of(attachment.model, plan)
+        self.parts = parts_of(attachment.model, [name for name in plan.names if name not in self.tables], plan.shapes)
+        self._launches: tuple[Any, list[Launch]] = (None, [])
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_groups", "reduced_once")
-        return {key: value for key, value in super().__getstate__().items() if key not in made_again}
+        return self.__dict__ | {"_launches": (None, [])}
 
-    def trained(self, key: str) -> nn.Parameter:
-        parameter = self.tasks.now()[key]
-        assert parameter is not None
-        return parameter
+    # --- launches
 
-    def thetas(self) -> list[Tensor]:
-        return self.tasks.thetas()
-
-    def groups(self, w0: Mapping[str, Tensor], theta: Tensor) -> list[Group]:
-        """The tensors by the dtype of their weights. Raises as `divide` and `check_labels`."""
+    def launches(self, w0: Mapping[str, nn.Parameter], theta: Tensor) -> list[Launch]:
+        """Which tensors are made together. Raises as `launches_of`, `check_w0` and `check_labels`."""
+        basis, attachment = self.basis, self.attachment
+        found: Any = [(tensor.dtype, tensor.device, tensor.shape) for tensor in w0.values()]
+        together: dict[str, int] = {}
         dtypes = {name: tensor.dtype for name, tensor in w0.items()}
-        check_w0(w0, theta, self.plan.shapes)
-        owners: dict[str, int] = {}  # by number, as these modules are not to be kept alive from here
-        if self.ranks is not None:
-            modules = owners_of(self.model, self.owner() if self.owner else None)
-            owners = {name: id(module) for name, module in modules.items()}
-            dtypes = {name: gathered_dtype(modules[name], tensor) for name, tensor in w0.items()}
-        if self._groups[0] != (dtypes, owners):
-            if self.given_dtype is None:
-                check_labels(self._own)
-            parts = divided(self.parts, owners) if owners else self.parts
-            given = (self.given_dtype, self.backend, self.memory, self.padding_rows)
-            self._groups = ((dtypes, owners), divide(self.plan, parts, self.tables, dtypes, *given))
-        return self._groups[1]
+        if attachment.ranks is not None:
+            together, dtypes = gathering_of(attachment.model, attachment.owner, w0)
+        key = found, theta.device, dtypes, together
+        if self._launches[0] != key:
+            check_w0(w0, theta, basis.plan.shapes)
+            options = basis.settings
+            if options.dtype is None:
+                check_labels(attachment.parameters)
+            parts = divided(self.parts, together) if together else self.parts
+            given = options.dtype, options.backend, options.memory, basis.padding_rows
+            self._launches = key, launches_of(basis.plan, parts, self.tables, dtypes, *given)
+        return self._launches[1]
 
     def upload(self) -> None:
         """Copies small index and scale tables to the device of theta and the multipliers before the first call.
 
-        If the first call did this, torch.compile would see attributes change and compile again. Raises as `groups`.
+        If the first call did this, torch.compile would see attributes change and compile again. Raises as `launches`.
         """
-        own, multipliers = dict(self.model.named_parameters()), self.trained("multipliers")
-        device = multipliers.device
-        groups = self.groups({name: own[name] for name in self.plan.names}, self.trained("theta"))
+        own = dict(self.attachment.model.named_parameters())
+        theta, multipliers = self.tasks.trained()
+        launches = self.launches({name: own[name] for name in self.basis.plan.names}, theta)
         with torch.no_grad():
-            scaled = scaled_factors(self.plan, self.partition, multipliers)
-        for group in groups:
-            group.whole.own(scaled)
-            ops.prepare(group.whole.plan, device, self.backend)
-            for part in group.parts:
-                part.rows_on(device)
-                ops.prepare(part.plan, device, self.backend)
+            factors = scaled_factors(self.basis.plan, self.basis.partition, multipliers)
+        for launch in launches:
+            launch.whole.own(factors)
+            ops.prepare(launch.whole.plan, multipliers.device, self.basis.settings.backend)
+            for part in launch.parts:
+                part.rows_on(multipliers.device)
+                ops.prepare(part.plan, multipliers.device, self.basis.settings.backend)
 
-    def forget_groups(self) -> None:
-        """Lets the next read divide the tensors again, by `parts`."""
-        self._groups = (None, [])
-        self.drop_cache()
+    # --- values
 
-    def new_made(self, own: Mapping[str, nn.Parameter]) -> Made:
+    def new_cache(self, own: Mapping[str, nn.Parameter]) -> WeightCache:
         """The weights of now, but those that are made when they are read. `own` are the parameters of the model."""
-        w0, theta = {name: own[name] for name in self.plan.names}, self.trained("theta")
-        groups = self.groups(w0, theta)
-        blocks = (group.nbytes for group in groups if group.names[0] not in self.tables)
-        # A little more than the largest block: what runs after the last layer leaves it there for backward.
-        room = max(blocks, default=0) * 5 // 4 if self.memory == "block" else None
-        made = Made(theta, self.trained("multipliers"), w0, groups, room, self.ranks is not None, weakref.ref(self))
-        for group in groups:
-            if not group.on_read:
-                self.fill(made, group)
-        return made
+        theta, multipliers = self.tasks.trained()
+        if any(map(torch._C._functorch.is_functorch_wrapped_tensor, (theta, multipliers))):
+            raise RuntimeError(
+                "theta: expected an ordinary tensor, got one inside a transform of torch.func, which cannot "
+                "differentiate a projection: use torch.autograd"
+            )
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(theta).tangent is not None:
+            raise RuntimeError(
+                "theta: expected a tensor without a tangent, because a projection has no forward-mode derivative"
+            )
+        parameters = {name: own[name] for name in self.basis.plan.names}
+        launches = self.launches(parameters, theta)
+        blocks = (launch.nbytes for launch in launches if launch.names[0] not in self.tables)
+        # A quarter more than the largest block, so that small tensors that are read after the last block do not push it
+        # out before backward.
+        room = max(blocks, default=0) * 5 // 4 if self.basis.settings.memory == "block" else None
+        w0 = W0(parameters, self.attachment.parameter_now if self.attachment.ranks is not None else None)
+        cache = WeightCache(self.attachment, Trained(theta, multipliers, self.tasks.steps), w0, launches, room)
+        for launch in launches:
+            if not launch.on_read:
+                self.fill(cache, launch)
+        return cache
 
-    def scaled(self, made: Made) -> Tensor:
-        """The factors of all segments, without a graph."""
-        if made.factors is None:
-            made.factors = scaled_factors(self.plan, self.partition, made.values[1])
-        return made.factors
+    def factors(self, cache: WeightCache) -> Tensor:
+        """Those of all segments, multiplied by the plan's scales, without a graph."""
+        if cache.factors is None:
+            cache.factors = scaled_factors(self.basis.plan, self.basis.partition, cache.trained.values[1])
+        return cache.factors
 
-    def fill(self, made: Made, group: Group) -> Tensor:
-        """Computes the weights of a group, where they are not there."""
-        if (flat := made.flats.get(group)) is not None:
-            return flat
-        if not self.attached:
+    def fill(self, cache: WeightCache, launch: Launch) -> Tensor:
+        """Computes the weights of a launch, where they are not there, and returns their buffer."""
+        if (made := cache.buffers.get(launch)) is not None:  # without the lock: another thread may drop it meanwhile
+            cache.check_unwritten(*made)
+            return made[0]
+        if not self.attachment.attached:
             raise RuntimeError(UNWRAPPED)
-        with self.lock, torch.inference_mode(False), torch.no_grad(), undisturbed():
-            if (name := made.changed(group.names)) is not None:
+        with self.attachment.lock, isolated():
+            if (name := cache.w0.changed(launch.names)) is not None:
                 raise RuntimeError(
                     f"model: expected {name!r} to stay as it is between forward and backward, which makes its weight "
                     "again (memory='block'), got one that has been changed"
                 )
-            if made.sharded:
-                tree = self.snapshot()
-                base = [whole(tree.now(name)) for name in group.names]
-            else:
-                base = [whole(made.w0[name]) for name in group.names]
-            return made.make(group, self.scaled(made), base)
+            if launch not in cache.buffers:  # another thread may have been faster
+                cache.fill(launch, self.factors(cache), cache.w0.values(launch.names))
+            return cache.buffers[launch][0]
+
+    # --- gradients
 
     @runs_eagerly
-    def new_graph(self, made: Made) -> Graph:
+    def new_graph(self, cache: WeightCache) -> Graph:
         """theta and the factors with a graph, on which weights can hang."""
-        with torch.inference_mode(False), torch.enable_grad(), undisturbed():
-            if self.ranks is not None:
-                self.ranks.average(made.theta, made.multipliers)
-            graph = root_graph(made.theta, made.multipliers, self.plan, self.partition)
-        with self.lock:
-            made.graphs.add(graph)
+        trained = cache.trained
+        with isolated(grad=True):
+            if self.attachment.ranks is not None:
+                self.attachment.ranks.average(trained.theta, trained.multipliers)
+            graph = root_graph(trained.theta, trained.multipliers, self.basis.plan, self.basis.partition)
+        with self.attachment.lock:
+            cache.graphs.add(graph)
         return graph
 
-    def late_graph(self, made: Made) -> Graph:
-        """The same for layers that backward recomputes. The gradients reach theta with those of the rest."""
+    def late_graph(self, cache: WeightCache) -> Graph:
+        """As `new_graph`, for layers that backward recomputes: the gradients reach theta with those of the rest."""
 
         def deliver(grads: list[Tensor | None]) -> None:
-            if self.ranks is not None and self.trained("theta") is not made.theta:
+            if self.attachment.ranks is not None and self.tasks.trained()[0] is not cache.trained.theta:
                 raise RuntimeError(
                     "theta: expected it to be gathered until backward ends, which recomputes all of the model, got a "
                     "shard again: checkpoint parts of the model with use_reentrant=False"
                 )
-            graph = self.new_graph(made)
+            graph = self.new_graph(cache)
             found = {end: grad for end, grad in zip((graph.theta, graph.factors), grads) if grad is not None}
             torch.autograd.backward(list(found), list(found.values()))
 
-        graph = late_graph(made, made.theta, (made.values[0], self.scaled(made)), deliver)
-        with self.lock:
-            made.graphs.add(graph)
+        values = cache.trained.values[0], self.factors(cache)
+        graph = late_graph(cache, cache.trained.theta, values, deliver)
+        with self.attachment.lock:
+            cache.graphs.add(graph)
         return graph
 
-    def delivers_once(self, made: Made) -> bool:
+    def delivers_once(self, cache: WeightCache) -> bool:
         """Whether it makes a difference in how many parts the gradients of theta and the multipliers arrive."""
-        if self.reduced_once.reduces or self.reduced_once.at_end:
-            return self.reduced_once.reduces
-        for parameter in (made.theta, made.multipliers):
-            averages = self.ranks is not None and self.ranks.averages(parameter)  # which may be done in parts
+        once, ranks = self.reduced_once, self.attachment.ranks
+        if once.reduces or once.at_end:
+            return once.reduces
+        for parameter in (cache.trained.theta, cache.trained.multipliers):
+            averages = ranks is not None and ranks.averages(parameter)  # which may be done in parts
             if len(parameter._backward_hooks or ()) > averages:
                 return True
-            if len(parameter._post_accumulate_grad_hooks or ()) > self.reduced_once.counts(parameter):
+            if len(parameter._post_accumulate_grad_hooks or ()) > once.counts(parameter):
                 return True
         return False
 
-    def join(self, made: Made, graph: Graph, name: str, check: Callable[[], None]) -> Weight:
+    def join(self, cache: WeightCache, graph: Graph, name: str, check: Callable[[], None]) -> Weight:
         """Adds the part of this tensor to the graph, where it is not there, and returns the tensor.
 
         `check` is that of `Projection.part`.
         """
         if name in graph.nodes:
             return graph.nodes[name]
-        group = made.group_of[name]
-        part = next(part for part in group.parts if name in part.plan.shapes)
-        kind = Weight if self.memory == "step" else BlockWeight
-        with torch.inference_mode(False), torch.enable_grad(), undisturbed():
-            weights = group.projection.part(graph.theta, graph.factors, part, made.flats[group], kind.of, check)
+        launch = cache.launch_of[name]
+        part = launch.part_of[name]
+        kind = as_weight if self.basis.settings.memory == "step" else as_block_weight
+        with isolated(grad=True):
+            buffer = cache.buffers[launch][0]
+            weights = launch.projection.part(graph.theta, graph.factors, part, buffer, kind, check)
         for tensor, weight in zip(part.plan.names, cast(Sequence[Weight], weights), strict=True):
             graph.nodes[tensor] = weight
-            weight.w0, weight.source = made.w0[tensor], made.source
+            weight.w0, weight.changes = cache.w0.parameters[tensor], cache.changes
             if isinstance(weight, BlockWeight):
-                weight.of_model = weakref.ref(made), tensor
+                weight.of_model = weakref.ref(cache), tensor
         return graph.nodes[name]

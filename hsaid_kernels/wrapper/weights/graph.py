@@ -1,10 +1,13 @@
-"""`Graph`: the node of the autograd graph by which the gradients of all weights reach theta and the multipliers.
+"""`Graph`: the one node of the autograd graph by which the gradients of all weights reach theta and the multipliers.
 
-A call of the HSAID makes its node before all others, so that backward reaches it last. Layers that backward recomputes
-may run a backward pass of their own, inside of the one that recomputes them: reentrant checkpoints and reversible
-layers do. In an ordinary model each such pass reaches parameters of its own. Here all reach theta, one after the other:
-a hook on theta would run once for each, and DistributedDataParallel would reduce the first and leave out the others.
-There, their gradients are collected (`late_graph`), and reach theta with the rest.
+A call of the HSAID makes this node before all others. Autograd runs nodes in reverse order of creation, so backward
+reaches it last, when the gradients of all weights are there.
+
+Reentrant checkpoints and reversible layers run a backward pass of their own for each part that they recompute, inside
+of the one that the user has started. In an ordinary model each of these passes reaches parameters of its own. Here they
+would all reach theta, one after the other: a hook on theta would run once for each, and DistributedDataParallel would
+reduce the first gradient and leave out the others. Where that makes a difference, their gradients are collected
+(`late_graph`), and reach theta with the rest.
 """
 
 from __future__ import annotations
@@ -32,11 +35,12 @@ def scaled_factors(plan: Plan, partition: Partition, multipliers: Tensor) -> Ten
 class Graph:
     """theta and the factors with a graph, and weights that hang on them.
 
-    theta    [d - m], a copy of its values
-    factors  [segments], multiplied by the plan's scales
-    wanting  which of theta and the multipliers required gradients when it was made
-    nodes    {name: weight}, made part by part when a weight of the part is first read. Autograd runs the most recently
-             made nodes first: one made when its first block runs is reached as soon as backward has left that block
+    Attributes:
+        theta: [d - m], a copy of its values.
+        factors: [segments], multiplied by the plan's scales.
+        wanting: which of theta and the multipliers required gradients when it was made.
+        nodes: {name: weight}, added part by part when a weight of the part is first read in this forward pass. So
+            backward runs a part's node as soon as it has left the part, and the gradients of its weights can be freed.
     """
 
     def __init__(self, theta: Tensor, factors: Tensor, wanting: Sequence[bool]):
@@ -46,7 +50,7 @@ class Graph:
 
 def root_graph(theta: nn.Parameter, multipliers: nn.Parameter, plan: Plan, partition: Partition) -> Graph:
     """A graph that ends in theta and the multipliers."""
-    of_theta, factors = _Trained.apply(theta, multipliers, plan, partition)
+    of_theta, factors = _FromTrained.apply(theta, multipliers, plan, partition)
     return Graph(of_theta, factors, (theta.requires_grad, multipliers.requires_grad))
 
 
@@ -77,7 +81,7 @@ class _Running:
 
 
 class _Pass:
-    """What layers hang on that a backward pass recomputes, and the gradients that it collects, by theta's id."""
+    """A backward pass: graphs of the layers that it recomputes, and gradients that it collects, by theta's id."""
 
     def __init__(self, running: _Running):
         self._running, self._ended = weakref.ref(running), False
@@ -121,16 +125,16 @@ def late_graph(
     values: tuple[Tensor, Tensor],
     deliver: Callable[[list[Tensor | None]], None],
 ) -> Graph:
-    """What layers hang on that the backward pass running now recomputes: one graph for each `key`.
+    """A graph for layers that the backward pass running now recomputes: one for each `key`.
 
-    The gradients reach `theta` with those of a root's graph in this pass, or, where it has none, at its end by
-    `deliver`. `values` are theta and the factors.
+    The gradients reach `theta` together with those of a graph made by `root_graph`, if this pass reaches one, or else
+    when the pass ends, by `deliver`. `values` are theta and the factors.
     """
     running = begin_pass()
     if key not in running.graphs:
         collected = running.collected.setdefault(id(theta), _Collected(theta, deliver, running))
         anchor = torch.zeros((), device=theta.device, requires_grad=True)
-        of_theta, factors = _Collect.apply(anchor, *values, collected)
+        of_theta, factors = _FromCopies.apply(anchor, *values, collected)
         running.graphs[key] = Graph(of_theta, factors, (True, True))
     return running.graphs[key]
 
@@ -146,7 +150,7 @@ def begin_pass() -> _Pass:
     return begun
 
 
-class _Trained(torch.autograd.Function):
+class _FromTrained(torch.autograd.Function):
     """(theta, multipliers) -> `Graph.theta`, `Graph.factors`. Saves nothing that one backward would free.
 
     So the weights of now can be used by several forward passes, each with a backward of its own.
@@ -181,7 +185,7 @@ class _Trained(torch.autograd.Function):
         return dtheta, found, None, None
 
 
-class _Collect(torch.autograd.Function):
+class _FromCopies(torch.autograd.Function):
     """theta and factors as they are. Backward collects their gradients."""
 
     @staticmethod

@@ -1,12 +1,16 @@
-"""What runs around an HSAID: uses of its weights that could only train theta wrongly are refused."""
+"""What runs around an HSAID: DistributedDataParallel, traces, pipelines, other models, what is handed hsaid.model.
+
+Uses of its weights that could only train theta wrongly are refused.
+"""
 
 from __future__ import annotations
 
-import sys
+import functools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +19,12 @@ from torch.autograd.graph import _engine_run_backward
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hsaid_kernels.wrapper.reads.link import place_of
+from hsaid_kernels.wrapper.callers import CALL_OF_MODULE, callers, module_of
+from hsaid_kernels.wrapper.reads.hearing import Hearing
+from hsaid_kernels.wrapper.reads.link import link_of
+from hsaid_kernels.wrapper.tasks import Tasks
+from hsaid_kernels.wrapper.w0.fsdp2 import check_gathered
+from hsaid_kernels.wrapper.weights.attachment import Attachment
 
 TRACED = "HSAID: expected a call, got tracing for an export: trace or export hsaid.merge()"
 
@@ -40,16 +49,11 @@ def check_outside_of_calls(owner: nn.Module | None, trains: bool) -> None:
             "model: expected DistributedDataParallel around the HSAID, or a module that holds it, got it around a part "
             "of hsaid.model, where theta's gradient would not be averaged: hand over hsaid in the place of hsaid.model"
         )
-    if any(str(frame.f_globals.get("__name__")).startswith("torch.distributed.pipelining") for frame in _callers()):
+    if any(module_of(frame).startswith("torch.distributed.pipelining") for frame in callers()):
         raise RuntimeError(
             "model: expected a model that each rank runs whole, got a part of hsaid.model as a stage of a pipeline "
             "(torch.distributed.pipelining), where each rank would have a part of theta's gradient: use FSDP2"
         )
-
-
-def inside_module() -> bool:
-    """Whether a module is being called, which all ranks of a sharded model do together."""
-    return any(frame.f_code is nn.Module._call_impl.__code__ for frame in _callers())
 
 
 def other_model(model: nn.Module, owner: nn.Module | None) -> tuple[nn.Module, FrameType] | None:
@@ -58,19 +62,19 @@ def other_model(model: nn.Module, owner: nn.Module | None) -> tuple[nn.Module, F
     Not where the whole of `model` runs, or where the other one holds its HSAID, `owner`, too.
     """
     found = None
-    for frame in _callers():
-        if frame.f_code is nn.Module._call_impl.__code__:
+    for frame in callers():
+        if frame.f_code is CALL_OF_MODULE:
             module = frame.f_locals["self"]
             if module is model or module is owner:
                 return None
-            if place_of(module) is None and not hasattr(type(module), "_hsaid_keys"):  # as slices of ours have
+            if link_of(module) is None and not hasattr(type(module), "_hsaid_keys"):  # as slices of ours have
                 found = module, frame
     return found if found is not None and (owner is None or owner not in set(found[0].modules())) else None
 
 
 def warn_of_other_model(module: nn.Module, frame: FrameType, name: str | None) -> None:
     """Warns that `module`, which is not of the wrapped model, runs the weight `name` of it."""
-    while frame.f_back is not None and frame.f_globals.get("__name__") == "torch.nn.modules.module":
+    while frame.f_back is not None and module_of(frame) == "torch.nn.modules.module":
         frame = frame.f_back
     message = (
         f"model: {name!r} is a weight of the wrapped model, and a {type(module).__name__} that neither is a part of it "
@@ -78,13 +82,6 @@ def warn_of_other_model(module: nn.Module, frame: FrameType, name: str | None) -
         "it copies (copy.deepcopy of its modules before wrapping), or the HSAID as an attribute, if this is meant"
     )
     warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)
-
-
-def _callers() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def _is_exporting() -> bool:
@@ -110,27 +107,29 @@ def _holds(ddp: nn.Module, owner: nn.Module) -> bool:
 class ReducedOnce:
     """Sees to it that no gradient of theta reaches DistributedDataParallel after it has reduced theta's gradient.
 
-    It reduces what arrives first. Of a backward pass inside of another that is a part, and what arrives later in the
-    outer one is left out without a word.
+    It reduces the first gradient that arrives. If that is from a backward pass inside of another, it is only a part,
+    and the rest is left out silently.
 
-    reduces  whether it does so in the backward pass of the last call
-    at_end   whether it reduces at the end of backward, as with static_graph=True
+    Attributes:
+        applies: whether DistributedDataParallel was around the last call.
+        reduces: whether it does so in the backward pass of the last call.
+        at_end: whether it reduces at the end of backward, as with static_graph=True.
     """
 
-    def __init__(self) -> None:
-        self.reduces = self.at_end = False
+    def __init__(self, tasks: Tasks):
+        self.tasks = tasks
+        self.applies = self.reduces = self.at_end = False
         self._ddp: Callable[[], nn.Module | None] = lambda: None
-        self._arrived = WeakTensorKeyDictionary()  # {parameter: whether its gradient has, and by an inner pass}
+        # {parameter: (the optimizer's step in which its gradient has arrived last, whether by an inner pass)}
+        self._arrived = WeakTensorKeyDictionary()
         self._theirs: set[int] = set()
+
+    def __reduce__(self) -> Any:
+        return ReducedOnce, (self.tasks,)  # a copy begins anew
 
     def counts(self, parameter: Tensor) -> bool:
         """Whether the parameter has a hook of this object."""
         return parameter in self._arrived
-
-    def step(self) -> None:
-        """A new step begins: no gradient has arrived in it."""
-        for parameter in list(self._arrived):
-            self._arrived[parameter] = None
 
     def expect(self, owner: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         """A part of the HSAID `owner` is called, which trains these parameters.
@@ -139,8 +138,10 @@ class ReducedOnce:
         """
         ddp = DistributedDataParallel._get_active_ddp_module()
         if ddp is None or not _holds(ddp, owner):
-            self.reduces, self.at_end, self._ddp = False, False, lambda: None
+            self.applies = self.reduces = self.at_end = False
+            self._ddp = lambda: None
             return
+        self.applies = True
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         if self._ddp() is not ddp:
             self._ddp = weakref.ref(ddp)
@@ -154,15 +155,17 @@ class ReducedOnce:
         self.reduces = ddp.require_backward_grad_sync and not self.at_end
         for parameter in trained:
             if parameter not in self._arrived:
-                parameter.register_post_accumulate_grad_hook(self._count)
-            self._arrived[parameter] = None
+                # torch holds the hook, where the garbage collector sees no circle
+                parameter.register_post_accumulate_grad_hook(functools.partial(_count, weakref.ref(self)))
+            self._arrived[parameter] = (-1, False)
 
     def _count(self, parameter: Tensor) -> None:
         if not self.reduces or self._ddp() is None:
             return
-        before, inner = self._arrived.get(parameter), _inside_backward(parameter)
-        self._arrived[parameter] = inner or before is True
-        if before is not None and self._arrived[parameter]:
+        (step, inner), again = self._arrived[parameter], _inside_backward(parameter)
+        arrived = step == self.tasks.steps
+        self._arrived[parameter] = self.tasks.steps, again or (arrived and inner)
+        if arrived and (again or inner):
             raise RuntimeError(
                 "theta: expected its gradient once in a step, because DistributedDataParallel reduces it when it first "
                 "arrives, got another part of it later, from a backward pass inside of backward: checkpoint with "
@@ -170,7 +173,76 @@ class ReducedOnce:
             )
 
 
+def _count(once: weakref.ref[ReducedOnce], parameter: Tensor) -> None:
+    if (counting := once()) is not None:
+        counting._count(parameter)
+
+
 def _inside_backward(parameter: Tensor) -> bool:
     """Whether the backward pass that runs now runs inside of another one. The parameter is one that it has reached."""
-    passes = sum(frame.f_code is _engine_run_backward.__code__ for frame in _callers())
+    passes = sum(frame.f_code is _engine_run_backward.__code__ for frame in callers())
     return passes > (parameter.device.type == "cpu")  # a device's backward runs in a thread of its own
+
+
+class Surroundings:
+    """Watches what runs around an HSAID: DistributedDataParallel, other models, and code that takes W0 for theta.
+
+    Attributes:
+        reduced_once: whether DistributedDataParallel reduces theta's gradient.
+        reached: at which step of an optimizer gradients have reached theta last.
+    """
+
+    def __init__(self, tasks: Tasks, attachment: Attachment):
+        self.tasks, self.attachment = tasks, attachment
+        self.reduced_once = ReducedOnce(tasks)
+        self._start()
+
+    def _start(self) -> None:
+        self.reached: int | None = None
+        self._hearing = Hearing()
+        self._other_model = False  # whether one that runs parts of this model has been warned of
+        self.tasks.hear_others(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"tasks": self.tasks, "attachment": self.attachment, "reduced_once": self.reduced_once}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def check_read(self, name: str | None, parameter: nn.Parameter) -> None:
+        """Raises RuntimeError for a read of the parameter `name`, outside of calls, that cannot be right."""
+        attachment, owner = self.attachment, self.attachment.owner
+        theta, multipliers = self.tasks.trained()
+        trains = theta.requires_grad or multipliers.requires_grad
+        check_outside_of_calls(owner, trains)
+        if owner is not None and trains and torch._C._current_graph_task_id() == -1:
+            self.reduced_once.expect(owner, (theta, multipliers))
+        if (model := attachment.model_in_use()) is not None:
+            if (link := link_of(model)) is None or link.snapshot is None:  # after a change that was accepted
+                with attachment.lock:
+                    attachment.snapshot()  # what a refusal of the next one puts back
+            if not self._other_model and (other := other_model(model, owner)) is not None:
+                self._other_model = True
+                warn_of_other_model(*other, name)
+        if attachment.merged is None:
+            check_gathered(name, parameter)
+
+    def hear(self, module: nn.Module, call: str, frame: FrameType | None) -> None:
+        """Notes a call, made at `frame`, that acts on W0, and may have been meant for theta."""
+        if self._hears():
+            self._hearing.call(call, module is self.attachment.model_in_use(), frame, self._state)
+
+    def _state(self) -> tuple[object, ...]:
+        """theta, its version, and the number of steps that have trained it."""
+        theta, _ = self.tasks.trained()
+        return theta, None if theta.is_inference() else theta._version, self.tasks.steps
+
+    def others_stepped(self, parameters: Sequence[object]) -> None:
+        """Warns if an optimizer has changed W0 in place of theta, though gradients reach theta."""
+        if self.reached == self.tasks.steps and any(map(self.attachment.owns, parameters)) and self._hears():
+            self._hearing.optimizer()
+
+    def _hears(self) -> bool:
+        attachment = self.attachment
+        return attachment.attached and attachment.merged is None and not attachment.own_full

@@ -1,11 +1,15 @@
 """What autograd keeps of a model whose weights live while their block runs (memory="block").
 
-Backward needs most weights once more. In place of each, autograd is given a `Place`: which weight it was. Backward then
-makes the weights of that block again, from the same values, so with the same bits.
+Backward needs most weights once more. In place of each, autograd is given a `SavedWeight`, which says which weight
+it was. Backward then makes the weights of that block again, from the same values, so with the same bits.
+
+FSDP2 frees and refills one storage instead (`resize_`), which needs no records of views. But whoever has read
+`w = layer.weight`, or another thread, would then hold a tensor whose memory is gone.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,56 +22,67 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from hsaid_kernels.wrapper.isolation import runs_eagerly
-from hsaid_kernels.wrapper.w0.quantized import is_quantized
+from hsaid_kernels.wrapper.w0.values import has_own_memory
 from hsaid_kernels.wrapper.weight import Weight
-from hsaid_kernels.wrapper.weights.cache import Made
-from hsaid_kernels.wrapper.weights.launches import Group
+from hsaid_kernels.wrapper.weights.cache import WeightCache
+from hsaid_kernels.wrapper.weights.launches import Launch
 
 
 @dataclass
-class Place:
-    """A tensor that shares the memory of a group's weights, or of what autocast takes in the place of one.
+class SavedWeight:
+    """Stands in for a tensor that autograd saves, and that shares the memory of a launch's weights.
 
-    name, dtype  the weight, and autocast's dtype; None where the memory is the group's own
+    Or of the copy of a weight with which autocast computes.
+
+    Attributes:
+        again: `WeightMaker.fill`.
+        cache, launch: where the memory is from.
+        layout: (size, stride, offset) of the tensor in that memory.
+        name, dtype: of what autocast takes: the weight that it was cast from, and its own dtype; None of others.
     """
 
-    again: Callable[[Made, Group], Tensor]
-    made: Made
-    group: Group
-    layout: tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset
+    again: Callable[[WeightCache, Launch], Tensor]
+    cache: WeightCache
+    launch: Launch
+    layout: tuple[tuple[int, ...], tuple[int, ...], int]
     name: str | None = None
     dtype: torch.dtype | None = None
 
     @classmethod
-    def of(cls, tensor: Tensor, made: Made, again: Callable[[Made, Group], Tensor]) -> Place | None:
+    def of(
+        cls, tensor: Tensor, cache: WeightCache, again: Callable[[WeightCache, Launch], Tensor]
+    ) -> SavedWeight | None:
         """None if the tensor is no weight, or a view of one as another dtype."""
-        plain = tensor.layout == torch.strided and not (tensor.is_neg() or tensor.is_conj())
-        plain = plain and not is_quantized(tensor)  # which has no memory of its own
+        plain = tensor.layout == torch.strided and not (tensor.is_neg() or tensor.is_conj()) and has_own_memory(tensor)
         if not plain or tensor.device.type == "meta" or tensor.numel() == 0:
             return None
         address = tensor.untyped_storage().data_ptr()
         layout = (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
-        group = made.storages.get(address)
-        if group is not None and tensor.dtype == group.projection.dtype:
-            return cls(again, made, group, layout)
+        launch = cache.launch_at(address)
+        if launch is not None and tensor.dtype == launch.projection.dtype:
+            return cls(again, cache, launch, layout)
         lowered = _lowered.get(address)
-        if lowered is None or lowered[0].expired() or lowered[1]() is not made or tensor.dtype != lowered[3]:
+        if lowered is None or lowered[0].expired() or lowered[1]() is not cache or tensor.dtype != lowered[3]:
             return None
-        return cls(again, made, made.group_of[lowered[2]], layout, *lowered[2:])
+        return cls(again, cache, cache.launch_of[lowered[2]], layout, *lowered[2:])
 
     def tensor(self) -> Tensor:
         """The tensor, once more."""
-        flat = self.again(self.made, self.group)
+        buffer = self.again(self.cache, self.launch)
         size, stride, offset = self.layout
         if self.name is None:
-            return flat.as_strided(size, stride, offset)
-        (weight,) = self.group.whole.plan.views(flat, [self.name])
+            return buffer.as_strided(size, stride, offset)
+        (weight,) = self.launch.whole.plan.views(buffer, [self.name])
         return weight.to(self.dtype).as_strided(size, stride, offset)
 
 
 @dataclass
-class Saved:
-    """Any other tensor, as autograd would have kept it: it refuses one that has been written to since."""
+class SavedTensor:
+    """Any other tensor that autograd saves.
+
+    Autograd itself refuses one that has been written to since, but not where hooks have taken it: so the version is
+    compared here.
+    """
 
     tensor: Tensor
     version: int | None
@@ -82,11 +97,6 @@ class Saved:
         return self.tensor
 
 
-def has_hooks() -> bool:
-    """Whether hooks for saved tensors are active, as those of activation offloading."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 def recomputes_what_was_saved() -> bool:
     """Whether hooks of torch.utils.checkpoint(use_reentrant=False) take what a recomputation would save: only that."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -94,12 +104,14 @@ def recomputes_what_was_saved() -> bool:
 
 
 @contextmanager
-def keeping_places(made: Callable[[], Made | None], again: Callable[[Made, Group], Tensor]) -> Iterator[None]:
-    """While this is active, autograd keeps places of weights in place of the weights.
+def keeping_no_weights(
+    cache: Callable[[], WeightCache | None], again: Callable[[WeightCache, Launch], Tensor]
+) -> Iterator[None]:
+    """While this is active, autograd keeps a `SavedWeight` in place of each weight.
 
     Args:
-        made: gives the weights of now, if there are any.
-        again: makes the weights of a group once more.
+        cache: gives the weights of now, if there are any.
+        again: `WeightMaker.fill`.
 
     Hooks for saved tensors that were active before, such as `torch.autograd.graph.save_on_cpu`, get all other tensors.
     """
@@ -109,19 +121,19 @@ def keeping_places(made: Callable[[], Made | None], again: Callable[[Made, Group
     outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def pack(tensor: Tensor) -> Any:
-        now = made()
-        place = None if now is None else Place.of(tensor, now, again)
-        if place is not None:
-            return place
+        now = cache()
+        saved = None if now is None else SavedWeight.of(tensor, now, again)
+        if saved is not None:
+            return saved
         if outer is not None:
             return outer[0](tensor)
-        return Saved(tensor.detach(), None if tensor.is_inference() else tensor._version)
+        return SavedTensor(tensor.detach(), None if tensor.is_inference() else tensor._version)
 
     def unpack(kept: Any) -> Tensor:
-        if type(kept) is Place:
+        if type(kept) is SavedWeight:
             with torch.no_grad():
                 return kept.tensor()
-        if type(kept) is Saved:
+        if type(kept) is SavedTensor:
             return kept.unpacked()
         assert outer is not None
         unpacked: Tensor = outer[1](kept)
@@ -138,7 +150,7 @@ _LOWERED |= {Tensor.__matmul__, Tensor.__rmatmul__, F.linear}
 _LOWERED |= {getattr(F, f"{name}{d}d") for name in ("conv", "conv_transpose") for d in (1, 2, 3)}
 
 # {address: (what lives there, whose weight it is, its name, dtype)}
-_lowered: dict[int, tuple[StorageWeakRef, weakref.ref[Made], str, torch.dtype]] = {}
+_lowered: dict[int, tuple[StorageWeakRef, weakref.ref[WeightCache], str, torch.dtype]] = {}
 
 
 class BlockWeight(Weight):
@@ -148,7 +160,7 @@ class BlockWeight(Weight):
     by their addresses.
     """
 
-    of_model: tuple[weakref.ref[Made], str]  # and its name there
+    of_model: tuple[weakref.ref[WeightCache], str]  # and its name there
 
     @classmethod
     @runs_eagerly
@@ -159,6 +171,9 @@ class BlockWeight(Weight):
                 args = tuple(map(_lower, args))
                 kwargs = {key: _lower(value) for key, value in kwargs.items()}
             return function(*args, **kwargs)
+
+
+as_block_weight: Callable[[Tensor], BlockWeight] = functools.partial(torch.Tensor._make_subclass, BlockWeight)
 
 
 def _lower(value: Any) -> Any:

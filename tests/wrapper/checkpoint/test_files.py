@@ -18,9 +18,9 @@ from torch import nn
 
 from hsaid_kernels.wrapper.checkpoint import configuration
 from hsaid_kernels.wrapper.checkpoint import files as checkpoint
-from hsaid_kernels.wrapper.checkpoint.compare import differences
 from hsaid_kernels.wrapper.checkpoint.files import CONFIG_FILE, VALUES_FILE, read_config
 from hsaid_kernels.wrapper.hsaid import HSAID
+from hsaid_kernels.wrapper.w0.checks import differences
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def rewrite(directory, config: dict | None = None, **tensors: torch.Tensor) -> N
         {},
         dict(partition="did"),
         dict(partition="L1|L4", combine="sum"),
-        dict(seed=2**64 - 1, width=32, diagonal="rademacher", normalize="global"),
+        dict(seed=2**64 - 1, width=32, diagonal="rademacher", normalize="tensor"),
         dict(skip=["L4:bias"], merge={"both": ["0", "2"]}, include=["0", "2"], exclude=r"2\.bias"),
     ],
 )
@@ -84,7 +84,7 @@ def test_the_same_weights_bit_for_bit(tmp_path, backend, options):
     assert loaded.backend == backend and values(loaded) == values(hsaid)
     expected, got = hsaid.weights(), loaded.weights()
     assert list(got) == list(expected) and all(torch.equal(got[name], w) for name, w in expected.items())
-    assert configuration.describe(loaded) == configuration.describe(hsaid)
+    assert loaded.configuration() == hsaid.configuration()
     assert all(p.requires_grad for p in loaded.parameters() if len(p))
 
 
@@ -399,6 +399,10 @@ def test_values_that_do_not_fit(tmp_path, tensors, reason):
     rewrite(tmp_path, **tensors)
     with pytest.raises(ValueError, match=reason):
         load(tmp_path, copy.deepcopy(model))
+    other = HSAID(copy.deepcopy(model), 24, backend="reference", task="own")
+    with pytest.raises(ValueError, match=reason):
+        other.load_task(tmp_path)
+    assert other.task == "own" and other.tasks == ("own",)
 
 
 def test_a_foreign_file(tmp_path):

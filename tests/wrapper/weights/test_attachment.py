@@ -46,6 +46,19 @@ def test_unwrap_gives_the_model_back_as_it_was():
     assert torch.equal(hsaid.theta, theta)
 
 
+def test_unwrap_takes_merged_weights_back():
+    model = mlp()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    hsaid = moved(HSAID(model, 24, train_fully=r"2\.bias"))
+    with torch.no_grad():
+        hsaid.full["2.bias"].add_(1.0)
+    hsaid.merge(inplace=True)
+    assert not any(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    plain = hsaid.unwrap()
+    assert plain is model and not hsaid.merged
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
 def test_other_attributes_are_left_alone():
     model = mlp()
     model.seen = torch.zeros(2)
@@ -158,3 +171,21 @@ def test_copies_of_the_model_alone_are_tuned_too(way):
     change(hsaid)
     assert torch.equal(other(x), expected) and torch.equal(layer.weight, weight)
     assert not torch.equal(hsaid(x), expected)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"intrinsic_dim": -1}, {"seed": -1}, {"memory": "x"}, {"combine": "x"}, {"normalize": "x"}, {"backend": "x"}),
+        *({"diagonal": "x"}, {"dtype": torch.int8}, {"task": ""}, {"heads": 3}),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_refused_leave_the_model_as_it_was(wrong):
+    """Tuned, where its HSAID is gone and another one would begin with the plain model."""
+    model = mlp()
+    tuned = moved(HSAID(model, 20)).weights()["0.weight"].detach().clone()
+    gc.collect()
+    with pytest.raises((TypeError, ValueError), match=f"{next(iter(wrong))}: expected"):
+        HSAID(model, **{"intrinsic_dim": 20, **wrong})
+    assert torch.equal(model[0].weight, tuned)

@@ -134,8 +134,8 @@ def test_a_pass_that_fails_leaves_nothing_behind(way, call):
 def test_nothing_is_kept_alive(way):
     hsaid = moved(HSAID(Net(way), 60, "did"))
     hsaid(X.clone()).sum().backward()
-    made, model = weakref.ref(hsaid._projected._made), weakref.ref(hsaid.model)
-    hsaid._projected.drop_cache()
+    made, model = weakref.ref(hsaid._source._cache), weakref.ref(hsaid.model)
+    hsaid._source.drop_cache()
     gc.collect()
     assert made() is None
     del hsaid

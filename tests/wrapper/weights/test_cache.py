@@ -8,6 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hsaid_kernels import HSAID
 from hsaid_kernels.fastfood import ops
+from hsaid_kernels.wrapper.weights.cache import Trained
 
 
 @pytest.fixture(params=BACKENDS)
@@ -99,6 +100,17 @@ def test_w0_of_another_shape_is_refused_by_name(change, read):
         read(hsaid)
 
 
+def test_a_new_mode_takes_w0_that_was_written_to_behind_torchs_back():
+    """By `.data`, of which torch counts no version."""
+    hsaid, x = HSAID(mlp(), 24, backend="reference"), torch.ones(1, 4)
+    for mode in (False, True):
+        hsaid(x)
+        hsaid.w0()["0.weight"].data.add_(1.0)
+        hsaid.train(mode)
+        hsaid(x)
+        assert torch.equal(hsaid.model[0].weight, hsaid.w0()["0.weight"])
+
+
 def test_inference_weights_made_first_serve_training_later(backend):
     hsaid = HSAID(bert(), 60, backend=backend)
     with torch.inference_mode():
@@ -117,6 +129,22 @@ def test_without_anything_to_train_the_weights_are_kept(calls):
     hsaid.multipliers.requires_grad_()
     hsaid(torch.ones(1, 4)).sum().backward()
     assert len(calls) == 1 and hsaid.theta.grad is None and hsaid.multipliers.grad is not None
+
+
+@pytest.mark.parametrize("first", ["theta", "multipliers"])
+def test_what_is_trained_may_change_between_reads(calls, first):
+    """The weights stay, and hang on what requires gradients now."""
+    hsaid = HSAID(mlp(), 24, backend="reference")
+    trained = {"theta": hsaid.theta, "multipliers": hsaid.multipliers}
+    chosen = trained.pop(first)
+    (other,) = trained.values()
+    for tensor, left_out in ((chosen, other), (other, chosen)):
+        left_out.requires_grad_(False)
+        tensor.requires_grad_()
+        hsaid.model(torch.ones(1, 4)).sum().backward()
+        assert tensor.grad is not None and left_out.grad is None
+        tensor.grad = None
+    assert len(calls) == 1
 
 
 def test_parameters_without_version_are_not_relied_on(calls):
@@ -150,7 +178,7 @@ def test_steps_of_optimizers_are_heard_outside_of_calls(memory, monkeypatch):
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     model[2].weight = model[0].weight
     hsaid, x = moved(HSAID(model, 24, backend="reference", memory=memory)), torch.ones(1, 4)
-    monkeypatch.setattr(hsaid._projected, "_equal", lambda *_: True)
+    monkeypatch.setattr(Trained, "has", lambda *_: True)
     optimizer, other = (torch.optim.AdamW(of, lr=0.1, fused=True) for of in (hsaid.parameters(), [nn.Parameter(x)]))
     for _ in range(3):
         hsaid(x).sum().backward()
@@ -160,9 +188,9 @@ def test_steps_of_optimizers_are_heard_outside_of_calls(memory, monkeypatch):
         read = model[2].weight.detach().clone()
         assert not torch.equal(read, before) and torch.equal(model(x), hsaid.merge()(x))
         assert torch.equal(model[0].weight, read)
-        made = hsaid._projected._made
+        made = hsaid._source._cache
         other.step()  # of another model
-        assert torch.equal(model[0].weight, read) and hsaid._projected._made is made is not None
+        assert torch.equal(model[0].weight, read) and hsaid._source._cache is made is not None
 
 
 def test_the_weights_of_one_theta_are_kept(calls):
@@ -189,3 +217,26 @@ def test_the_weights_of_one_theta_are_kept(calls):
     assert alive == [[True]] and len(calls) == 2
     hsaid.merge()
     assert calls.pop().expired()
+
+
+class Twice(nn.Module):
+    """Runs a layer without gradients, and then with."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.layer(x)
+        with torch.enable_grad():
+            return self.layer(x)
+
+
+@pytest.mark.parametrize("memory", ["step", "block"])
+def test_gradients_that_are_enabled_inside_a_call(memory):
+    hsaid = moved(HSAID(Twice(), 24, memory=memory))
+    with torch.no_grad():
+        out = hsaid(torch.ones(1, 4))
+    out.sum().backward()
+    assert hsaid.theta.grad.any()

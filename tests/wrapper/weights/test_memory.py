@@ -210,7 +210,7 @@ if __name__ == "__main__":
     hsaid(IDS, labels=torch.tensor([0, 1])).loss.backward()
     size = of_weights.itemsize
     numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    largest = max(sum(numels[name] for name in names) for names in hsaid._projected.parts) * size
+    largest = max(sum(numels[name] for name in names) for names in hsaid._source.maker.parts) * size
     print(
         memory("VmHWM") - before,
         sum(numels.values()) * of_w0.itemsize,

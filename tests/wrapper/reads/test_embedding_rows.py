@@ -151,7 +151,7 @@ def test_a_tied_head_reads_the_whole_table(kind, memory, launched):
     torch.manual_seed(0)
     hsaid = moved(HSAID(tied_models()[kind]().eval(), 80, memory=memory))
     ids = IDS % 40
-    (table,) = [name for name in hsaid._projected.tables if hsaid.w0()[name].shape[0] == 50]
+    (table,) = [name for name in hsaid._source.maker.tables if hsaid.w0()[name].shape[0] == 50]
     launched.clear()
     hsaid(input_ids=ids, labels=ids).loss.backward()
     of_table = [blocks for names, blocks in launched if names == (table,)]
@@ -243,7 +243,7 @@ def test_small_tables_are_made_with_the_others(monkeypatch, launched):
     monkeypatch.setattr(launches, "SMALLEST_TABLE", 2**20)
     hsaid, *_ = pair(embedding, "step")
     hsaid(IDS)
-    assert all(blocks is None for _, blocks in launched) and not hsaid._projected.tables
+    assert all(blocks is None for _, blocks in launched) and not hsaid._source.maker.tables
 
 
 def test_checkpoints_do_not_depend_on_how_weights_are_made(tmp_path):
@@ -269,7 +269,7 @@ def test_tables_that_are_computed_are_made_whole(what):
     model = embedding()
     MASKED[what](model.table)
     hsaid = moved(HSAID(model, 60))
-    assert "table.weight" not in hsaid._projected.tables
+    assert "table.weight" not in hsaid._source.maker.tables
     assert gradient(hsaid, lambda: hsaid(IDS)).any()
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from few_bits import Int8, quantized
 from models import IDS, bert, moved
 from test_packed import Packed, replaced
-from test_quantized import Int8, quantized
 from torch import nn
 
 from hsaid_kernels import HSAID

@@ -155,8 +155,45 @@ def test_buffers_are_of_one_task():
         pytest.raises(RuntimeError, match="task: expected 'b' to be set for all threads, because"),
     ):
         hsaid(x)
+    with (
+        hsaid.use_task("b"),
+        pytest.raises(RuntimeError, match="task: expected 'b' to be set for all threads, because"),
+    ):
+        hsaid.state_dict()
     hsaid.set_task("b")
     assert hsaid(x).shape == (4, 2)
+
+
+def test_buffers_are_of_one_task_of_coroutines_too():
+    """Which set tasks one after the other in one thread; and of a thread that sets what another has set already."""
+    hsaid, x = HSAID(normed(), 40, task="a"), torch.randn(4, 8)
+    hsaid.add_task("b")
+    refused = pytest.raises(RuntimeError, match="task: expected 'a' to be set for all threads, because")
+
+    async def first(ready, done):
+        hsaid.set_task("a")
+        hsaid.train()(x)
+        ready.set()
+        await done.wait()
+        with refused:
+            hsaid(x)
+
+    async def second(ready, done):
+        await ready.wait()
+        hsaid.set_task("b")
+        done.set()
+
+    async def both():
+        ready, done = asyncio.Event(), asyncio.Event()
+        await asyncio.gather(first(ready, done), second(ready, done))
+
+    asyncio.run(both())
+    hsaid.set_task("a")
+    run(lambda: [hsaid.set_task(task) for task in ("a", "b")])
+    with refused:
+        hsaid(x)
+    with pytest.raises(RuntimeError, match=r"torch.compile: expected one task in all threads"):
+        torch.compile(hsaid, backend="eager", fullgraph=True)(x)
 
 
 def test_tasks_are_not_changed_inside_a_call():
@@ -169,9 +206,10 @@ def test_tasks_are_not_changed_inside_a_call():
     assert hsaid.task == "a" and torch.equal(hsaid(X), hsaid.merge()(X))
 
 
-def test_one_call_one_theta():
+@pytest.mark.parametrize("memory", ["step", "block"])
+def test_one_call_one_theta(memory):
     """Another thread steps while a forward runs, which keeps its theta to the end; the next call has the new one."""
-    hsaid = moved(HSAID(mlp(), 24))
+    hsaid = moved(HSAID(mlp(), 24, memory=memory))
     before, merged = hsaid(X).detach(), hsaid.merge()
 
     def step(*_):
@@ -369,6 +407,8 @@ def test_merged_weights_are_of_one_task():
 
 def test_what_other_threads_set_does_not_reach_into_a_call():
     hsaid = two_tasks(train_fully="2.bias")
+    with hsaid.use_task("b"), torch.no_grad():
+        hsaid.full["2.bias"].add_(1.0)
     expected = expected_of(hsaid)
     handle = hsaid.model[0].register_forward_hook(lambda *_: run(lambda: hsaid.set_task("b")) and None)
     with torch.no_grad():

@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from hsaid_kernels import HSAID
 from hsaid_kernels.fastfood import ops
 from hsaid_kernels.wrapper.weights import launches
+from hsaid_kernels.wrapper.weights.saved_tensors import Lowered, SavedWeight, _lowered
 
 LABELS = torch.tensor([0, 1])
 
@@ -120,7 +121,7 @@ def test_about_one_block_lives_at_a_time(alive, autocast, checkpointed):
     assert alive() <= 1.25 and alive.most <= 1.25
     loss.backward()
     assert alive.most <= 1.25 and block.theta.grad.any()
-    assert len(block._projected.parts) >= 5
+    assert len(block._source.maker.parts) >= 5
 
 
 def test_evaluation_keeps_about_one_block(alive):
@@ -156,6 +157,23 @@ def test_autocast_keeps_no_copies_of_weights(dtype):
         loss.backward()
         losses.append(loss.detach())
     assert torch.equal(*losses) and torch.equal(step.theta.grad, block.theta.grad)
+
+
+def test_what_comes_to_lie_where_a_copy_of_a_weight_was_is_no_weight():
+    """Such as an activation in autocast's dtype, which is as large."""
+    hsaid = moved(HSAID(mlp(), 24, memory="block"))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = hsaid(torch.randn(2, 4))
+        weight = hsaid.model[0].weight
+        lowered = Lowered.apply(weight, torch.bfloat16)
+    cache, address = weight.of_model[0](), lowered.untyped_storage().data_ptr()
+    assert SavedWeight.of(lowered, cache, lambda *_: None).name == "0.weight"
+    assert SavedWeight.of(weight.detach(), cache, lambda *_: None).name is None
+    assert SavedWeight.of(weight.detach().view(torch.int32), cache, lambda *_: None) is None
+    note, other = _lowered.pop(address), torch.zeros_like(lowered)
+    del lowered, out
+    _lowered[other.untyped_storage().data_ptr()] = note  # as if it had got the same address
+    assert note[0].expired() and SavedWeight.of(other, cache, lambda *_: None) is None
 
 
 def test_several_graphs_at_once():
@@ -298,6 +316,16 @@ def test_a_weight_written_to_is_refused():
     assert block(torch.ones(1, 4)).isfinite().all()
 
 
+def test_a_weight_written_to_before_backward_is_refused():
+    for hsaid, said in zip(both(mlp), ("inplace operation", "read only"), strict=True):
+        loss = hsaid(torch.ones(1, 4)).sum()
+        with torch.no_grad():
+            hsaid.model[-1].weight.add_(1.0)
+        with pytest.raises(RuntimeError, match=said):
+            loss.backward()
+        assert hsaid.theta.grad is None
+
+
 def test_no_memory_in_backward_leaves_theta_untouched(monkeypatch):
     step, block = both(lambda: deep_bert().eval())
     expected = gradient(step, lambda: step(IDS).logits)
@@ -369,7 +397,7 @@ def measure(kind: str, autocast: str) -> None:
     config = transformers.BertConfig(**SIZES | WIDE | TABLE, max_position_embeddings=16)
     model = transformers.BertForSequenceClassification(config)
     hsaid = HSAID(model, 200, memory=kind)
-    groups_of = hsaid._projected.parts
+    groups_of = hsaid._source.maker.parts
     numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
     layer = 4 * max(sum(numels[name] for name in names) for names in groups_of)
     table = 4 * max(numels.values())

@@ -20,6 +20,7 @@ from models import bert, moved, relative
 from torch import nn
 
 from hsaid_kernels import HSAID
+from hsaid_kernels.wrapper.checkpoint.files import read_config
 from hsaid_kernels.wrapper.weights import launches
 
 # Neither 3 divides 50 rows of words, nor 16 positions, nor 20 columns; 2 labels are fewer than 3 ranks.
@@ -214,12 +215,14 @@ def run_elsewhere(rank: int, world: int, folder: str, kind: str) -> dict:
             hsaid.theta.sub_(hsaid.theta.grad, alpha=10.0)
             assert not torch.equal(hsaid.model.bert(ids).pooler_output, before)
         hsaid.zero_grad()
-    projected, looks = hsaid._projected, []
-    verified = projected._verified
-    projected._verified = lambda: (looks.append(1), verified())[1]
+    attachment, looks = hsaid._source.attachment, []
+    verified = attachment.verified
+    attachment.verified = lambda: (looks.append(1), verified())[1]
     hsaid(ids, labels=labels).loss.backward()
-    del projected._verified
-    assert len(looks) == 1 and len(projected.parts) > 3  # a step looks at the whole model once, not for every block
+    del attachment.verified
+    assert (
+        len(looks) == 1 and len(hsaid._source.maker.parts) > 3
+    )  # a step looks at the whole model once, not for every block
     hsaid.zero_grad()
     loss = hsaid(ids, labels=labels).loss
     hsaid.model.tag = nn.Identity()  # the tree is looked at again, in backward
@@ -317,6 +320,7 @@ def test_trains_as_one_process(kind, world, tmp_path):
     files = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
     assert files == ["hsaid.safetensors", "hsaid_config.json"]
     loaded = HSAID.from_pretrained(tmp_path / "checkpoint", model())
+    assert read_config(tmp_path / "checkpoint")["w0_checks"] == loaded.w0_checks()  # or loading would warn
     with torch.no_grad():
         weights = loaded.weights()
         assert all(torch.equal(weights[name], value) for name, value in ranks[0]["weights"].items())

@@ -97,9 +97,16 @@ def statistics(around: bool, rank: int) -> dict:
     return {"own": own, "after": module.hsaid.model[1].running_mean.clone(), "theta": module.hsaid.theta.detach()}
 
 
-def refusal(make, rank: int, compiled: bool = False) -> str:
+def two_tasks(rank: int) -> HSAID:
+    hsaid = HSAID(bert(), 60, task="a")
+    hsaid.add_task("b")
+    return hsaid
+
+
+def refusal(make, rank: int, compiled: bool = False, then=lambda rank, hsaid: None) -> str:
     hsaid = make(rank)
     ddp = DistributedDataParallel(torch.compile(hsaid, backend="aot_eager") if compiled else hsaid)
+    then(rank, hsaid)
     if rank == 0 and not compiled:
         with torch.no_grad():  # a rank may evaluate alone
             ddp(torch.ones(1, 4, dtype=torch.long))
@@ -153,6 +160,11 @@ def test_ranks_that_differ_are_named_at_the_first_step(ranks, what):
     assert all(found[what].startswith(DIFFERENT[what][1]) for found in ranks), ranks[0][what]
 
 
+def test_a_task_that_one_rank_sets_later_is_named_on_both(ranks):
+    """And neither waits for the other, which has been refused by itself."""
+    assert all(found["later"].startswith(DIFFERENT["task"][1]) for found in ranks), ranks[0]["later"]
+
+
 def test_ranks_that_differ_are_named_under_compilation_too(ranks):
     assert all(DIFFERENT["seed"][1] in found["compiled"] for found in ranks), ranks[0]["compiled"]
 
@@ -163,6 +175,7 @@ if __name__ == "__main__":
     found = {kind: train_in_parallel(kind, rank) for kind in KINDS}
     found |= {what: refusal(make, rank) for what, (make, _) in DIFFERENT.items()}
     found |= {f"statistics {around}": statistics(around, rank) for around in (False, True)}
+    found["later"] = refusal(two_tasks, rank, then=lambda rank, hsaid: hsaid.set_task("ab"[rank]))
     found["compiled"] = refusal(DIFFERENT["seed"][0], rank, compiled=True)
     torch.save(found, Path(sys.argv[1], f"{rank}.pt"))
     dist.destroy_process_group()

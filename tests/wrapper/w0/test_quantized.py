@@ -1,60 +1,16 @@
-"""W0 in few bits: the weights are those over its dequantized values. The tensor here is one as torchao's are made."""
+"""W0 in few bits: the weights are those over its dequantized values."""
 
 import copy
 
 import pytest
 import torch
+from few_bits import Int8, quantized
 from models import IDS, bert, moved
 from torch import nn
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from hsaid_kernels import HSAID
 
 LABELS = torch.tensor([0, 1])
-DETACH = torch.ops.aten.detach.default
-UNCHANGED = (DETACH, torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
-
-
-class Int8(torch.Tensor):
-    """A float32 matrix as int8 [rows, columns] and a scale [rows, 1]."""
-
-    @staticmethod
-    def __new__(cls, data, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.float32, device=data.device)
-
-    def __init__(self, data, scale):
-        self.values, self.scale = data, scale
-
-    @classmethod
-    def of(cls, dense: torch.Tensor) -> "Int8":
-        scale = dense.abs().amax(1, keepdim=True) / 127
-        return cls((dense / scale).round().to(torch.int8), scale)
-
-    def __tensor_flatten__(self):
-        return ["values", "scale"], None
-
-    @classmethod
-    def __tensor_unflatten__(cls, inner, *_):
-        return cls(inner["values"], inner["scale"])
-
-    def dequantize(self) -> torch.Tensor:
-        return self.values.float() * self.scale
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        if function in UNCHANGED:  # also by .to(dtype), as torchao's tensors of 8 bits
-            own = args[0]
-            made = cls(own.values.clone(), own.scale.clone()) if function is not DETACH else cls(own.values, own.scale)
-            return return_and_correct_aliasing(function, args, kwargs or {}, made)
-        dense = [arg.dequantize() if isinstance(arg, Int8) else arg for arg in args]
-        return function(*dense, **(kwargs or {}))
-
-
-def quantized(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.weight = nn.Parameter(Int8.of(module.weight.detach()), requires_grad=False)
-    return model
 
 
 def pair(**options) -> tuple[HSAID, HSAID]:
@@ -126,9 +82,14 @@ def test_what_is_refused():
 
 def test_what_a_quantized_matrix_cannot_hold():
     few, many = pair(train_fully="classifier")
-    with pytest.raises(RuntimeError, match=r"merge\(\): expected plain parameters for inplace=True, got quantized"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"merge\(\): expected plain parameters, which inplace=True can write to, got quantized ones: ",
+    ):
         few.merge(inplace=True)
     assert not few.merged
+    with pytest.raises(Exception, match="torch.compile: expected plain parameters"):
+        torch.compile(few, backend="eager")(IDS)
     for hsaid in (few, many):  # what is trained fully is an ordinary copy
         optimizer = torch.optim.SGD(hsaid.parameters(), lr=0.1)
         hsaid(IDS, labels=LABELS).loss.backward()

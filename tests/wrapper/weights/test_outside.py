@@ -1,7 +1,9 @@
 """What runs around a wrapped model and could only train theta wrongly, or keep old weights, is refused."""
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -190,3 +192,28 @@ def test_ddp_around_a_module_that_runs_the_model_itself(way, one_rank):
         ddp(X).sum().backward()
         hsaid.weights()["0.weight"].square().sum().backward()  # a penalty of its own
         assert len(seen) == 2 * (step + 1)
+
+
+def test_distributed_data_parallel_keeps_nothing_alive(one_rank):
+    """torch holds hooks of parameters where the garbage collector does not look."""
+
+    def train():
+        hsaid = HSAID(mlp(), 24, train_fully="2.bias")
+        DistributedDataParallel(hsaid)(X).sum().backward()
+        return [weakref.ref(held) for held in (hsaid.theta, *hsaid.full.values(), hsaid._tasks, hsaid.model)]
+
+    kept = [ref for _ in range(2) for ref in train()]
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 8
+
+
+def test_what_distributed_data_parallel_has_done_ends_with_it(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    hsaid = HSAID(mlp(), 24)
+    around = DistributedDataParallel(hsaid)
+    around(X).sum().backward()
+    assert hsaid._source.around.reduced_once.reduces
+    dist.destroy_process_group()
+    for _ in range(2):  # without an optimizer's step in between
+        hsaid(X).sum().backward()
+    assert not hsaid._source.around.reduced_once.reduces and around is not None

@@ -8,7 +8,7 @@ from models import mlp, moved, same, snapshot
 from torch import nn
 
 from hsaid_kernels import HSAID
-from hsaid_kernels.wrapper.checkpoint.configuration import FIRST, describe
+from hsaid_kernels.wrapper.checkpoint.configuration import FIRST
 
 
 def test_frozen_parameters_stay_unless_they_are_named(tmp_path):
@@ -44,7 +44,7 @@ def test_checkpoints_from_before_frozen_tensors_were_left_out(tmp_path):
         return model
 
     hsaid = moved(HSAID(net(), 24, frozen=()))  # as all were projected then, and "frozen" is empty in their checkpoints
-    assert len(hsaid.plan.names) == 4 and describe(hsaid)["frozen"] == FIRST["frozen"] == {}
+    assert len(hsaid.plan.names) == 4 and hsaid.configuration()["frozen"] == FIRST["frozen"] == {}
     hsaid.save_pretrained(tmp_path)
     assert same(HSAID.from_pretrained(tmp_path, net()).weights(), hsaid.weights())
 
@@ -71,6 +71,17 @@ def test_what_would_not_be_heard_is_refused_by_name():
     hsaid.model[2].bias.requires_grad_(True)
     with pytest.raises(RuntimeError, match="expected '2.bias' to stay frozen, because the HSAID leaves it out"):
         hsaid(torch.ones(1, 4))
+
+
+def test_another_parameter_that_was_put_there_in_silence_is_refused():
+    hsaid = moved(HSAID(mlp(), 24))
+    own = hsaid.model[0]._parameters["weight"]
+    hsaid.model[0]._parameters["weight"] = nn.Parameter(own.detach().clone(), requires_grad=False)
+    for read in (lambda: hsaid(torch.ones(1, 4)), lambda: hsaid.model[0].weight):
+        with pytest.raises(RuntimeError, match="expected the parameter '0.weight' of the model, got another nn.Param"):
+            read()
+    hsaid.model[0]._parameters["weight"] = own
+    assert torch.equal(hsaid(torch.ones(1, 4)), hsaid.merge()(torch.ones(1, 4)))
 
 
 def test_shared_memory_is_refused_by_name():
