@@ -118,8 +118,8 @@ class W0:
 
     def is_all_of(self, own: Mapping[str, nn.Parameter]) -> bool:
         """Whether the parameters `own` of the model are these tensors, unchanged."""
-        same = all(own[name] is tensor for name, tensor in self.parameters.items())
-        return same and self.changed(tuple(self.parameters)) is None
+        same = all(self.holds(name, own[name]) for name in self.parameters)
+        return same and self.changed(tuple(self._stored)) is None
 
 
 def layout_of(tensor: Tensor) -> tuple[int, Size, tuple[int, ...]]:
