@@ -88,6 +88,7 @@ def test_what_a_quantized_matrix_cannot_hold():
     ):
         few.merge(inplace=True)
     assert not few.merged
+    torch.compiler.reset()  # after many HSAIDs in a process torch gives up compiling, and this one runs as it is
     with pytest.raises(Exception, match="torch.compile: expected plain parameters"):
         torch.compile(few, backend="eager")(IDS)
     for hsaid in (few, many):  # what is trained fully is an ordinary copy

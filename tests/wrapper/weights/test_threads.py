@@ -192,6 +192,7 @@ def test_buffers_are_of_one_task_of_coroutines_too():
     run(lambda: [hsaid.set_task(task) for task in ("a", "b")])
     with refused:
         hsaid(x)
+    torch.compiler.reset()
     with pytest.raises(RuntimeError, match=r"torch.compile: expected one task in all threads"):
         torch.compile(hsaid, backend="eager", fullgraph=True)(x)
 
