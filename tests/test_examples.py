@@ -188,6 +188,12 @@ def check_quiet(said):
     assert not re.search(r"warn|deprecat|\[transformers\]", said, re.IGNORECASE), said
 
 
+def by_rank(pattern, said):
+    """The figures of each rank, in the order of the ranks: the processes print when they are ready."""
+    found = {int(rank): int(figure.replace(",", "")) for rank, figure in re.findall(pattern, said)}
+    return [found[rank] for rank in sorted(found)]
+
+
 def check_ranks(out):
     first, second = (torch.load(out / f"{rank}.pt") for rank in (0, 1))
     assert first.keys() == second.keys()
@@ -377,8 +383,8 @@ def test_sharded_in_two_processes(run, files, tmp_path):
     assert size(tmp_path / "two") == size(tmp_path / "one") < 7000
 
     whole = load_file(files / "still" / "model.safetensors")
-    held = [int(own.replace(",", "")) for own in re.findall(r"rank \d: ([\d,]+) bytes of W0", two)]
-    assert re.findall(r"read by rank \d: (\d+) bytes", "\n".join(sorted(two.splitlines()))) == list(map(str, held))
+    held = by_rank(r"rank (\d): ([\d,]+) bytes of W0", two)
+    assert by_rank(r"read by rank (\d): (\d+) bytes", two) == held
     assert sum(held) == sum(tensor.nbytes for tensor in whole.values())
     rows = sum(tensor[0].nbytes for tensor in whole.values())  # where their number is odd
     assert abs(held[0] - held[1]) <= rows < held[0] / 4
