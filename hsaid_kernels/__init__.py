@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hsaid_kernels.hierarchy import Hierarchy
     from hsaid_kernels.wrapper.checkpoint.files import last_checkpoint
     from hsaid_kernels.wrapper.hsaid import HSAID
+    from hsaid_kernels.wrapper.w0.kinds import register_quantized
 
 __all__ = [
     "HSAID",
@@ -21,6 +22,7 @@ __all__ = [
     "empty_cache",
     "hadamard_transform",
     "last_checkpoint",
+    "register_quantized",
 ]
 
 # Imported on first access, so that `hsaid --help` does not wait for torch to load.
@@ -32,6 +34,7 @@ _MODULES = {
     "empty_cache": "fastfood.ops",
     "hadamard_transform": "fastfood.ops",
     "last_checkpoint": "wrapper.checkpoint.files",
+    "register_quantized": "wrapper.w0.kinds",
 }
 
 

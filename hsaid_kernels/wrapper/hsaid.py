@@ -24,7 +24,8 @@ from hsaid_kernels.wrapper.stand_in import StandIn
 from hsaid_kernels.wrapper.state import State
 from hsaid_kernels.wrapper.tasks import Tasks
 from hsaid_kernels.wrapper.w0.checks import check_layers, check_parameters, check_plain, plain
-from hsaid_kernels.wrapper.w0.quantized import floats_of_rest, warn_of_packed
+from hsaid_kernels.wrapper.w0.quantized import as_floats, check_packed
+from hsaid_kernels.wrapper.w0.stored import showing
 from hsaid_kernels.wrapper.weights.attachment import unwrapped_before
 from hsaid_kernels.wrapper.weights.outside import TRACED
 from hsaid_kernels.wrapper.weights.source import WeightSource
@@ -159,22 +160,23 @@ class HSAID(State, StandIn):
         model = plain(model)
         if isinstance(model, nn.Module):
             unwrapped_before(model, self)
-        basis = self._basis = basis_of(model, settings)
-        check_layers(model, basis.plan.names, basis.full)
-        if not self._own_full:
-            check_parameters(model, (*basis.plan.names, *basis.full))
-        if include is None and frozen is None:  # otherwise it has been said what is projected
-            warn_of_packed(model)
-        self.hierarchy, self.partition, self.plan = basis.hierarchy, basis.partition, basis.plan
-        self.pruned, self.padding_rows, self.frozen = basis.pruned, basis.padding_rows, basis.frozen
-        self.include, self.exclude, self.train_fully = (getattr(basis.settings, key) for key in CHOICE)
-        self._tasks = Tasks(task, basis.full, self._parameters)
-        self._source = WeightSource(model, self._tasks, basis, self._own_full)
-        self._compare_anew()
-        self.training = model.training
-        self._stand_in_for(model)  # from here on, a new attribute that the model also has is set on the model
-        self._new_task(task)
-        self._source.maker.upload()  # raises for incompatible dtypes and devices
+        with showing(model, stay=True):
+            if include is None and frozen is None and isinstance(model, nn.Module):
+                check_packed(model)  # otherwise it has been said what is projected
+            basis = self._basis = basis_of(model, settings)
+            check_layers(model, basis.full)
+            if not self._own_full:
+                check_parameters(model, (*basis.plan.names, *basis.full))
+            self.hierarchy, self.partition, self.plan = basis.hierarchy, basis.partition, basis.plan
+            self.pruned, self.padding_rows, self.frozen = basis.pruned, basis.padding_rows, basis.frozen
+            self.include, self.exclude, self.train_fully = (getattr(basis.settings, key) for key in CHOICE)
+            self._tasks = Tasks(task, basis.full, self._parameters)
+            self._source = WeightSource(model, self._tasks, basis, self._own_full)
+            self._compare_anew()
+            self.training = model.training
+            self._stand_in_for(model)  # from here on, a new attribute that the model also has is set on the model
+            self._new_task(task)
+            self._source.maker.upload()  # raises for incompatible dtypes and devices
         self._claim()
 
     def _claim(self) -> None:
@@ -241,8 +243,8 @@ class HSAID(State, StandIn):
                 attachment.merge(values)
                 return self.model
             own = attachment.own()
-            rest, trained = floats_of_rest(own, values, self.given_dtype)
-            return merged_copy(self.model, own, values | rest, attachment.flags | trained)
+            floats, trained = as_floats(own, values, self.given_dtype)
+            return merged_copy(self.model, own, floats, attachment.flags | trained)
 
     def unmerge(self) -> None:
         """Restores W0 bit for bit after `merge(inplace=True)`. Raises RuntimeError if nothing is merged in place."""

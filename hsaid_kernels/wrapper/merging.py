@@ -14,6 +14,7 @@ from hsaid_kernels.wrapper.reads.link import link_of
 from hsaid_kernels.wrapper.reads.properties import detach
 from hsaid_kernels.wrapper.w0.beside import forget_derived, masks
 from hsaid_kernels.wrapper.w0.quantized import forget_quantizer
+from hsaid_kernels.wrapper.w0.stored import hide
 
 
 @torch.no_grad()
@@ -41,6 +42,7 @@ def merged_copy(
     merged = copy.deepcopy(model, memo)
     for module in merged.modules():
         compiled_as_before(module)
+        hide(module, for_good=True)
         detach(module)
     forget_quantizer(merged, ((own[name], parameter) for name, parameter in replaced.items()))
     for name, parameter in merged.named_parameters():

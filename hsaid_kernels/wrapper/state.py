@@ -26,6 +26,7 @@ from hsaid_kernels.wrapper.tasks import Tasks, groups_of
 from hsaid_kernels.wrapper.w0.beside import PREFIX
 from hsaid_kernels.wrapper.w0.checks import plain
 from hsaid_kernels.wrapper.w0.fsdp2 import is_applied
+from hsaid_kernels.wrapper.w0.stored import showing
 from hsaid_kernels.wrapper.w0.values import value_of
 from hsaid_kernels.wrapper.weights.source import WeightSource
 
@@ -234,8 +235,9 @@ class State(nn.Module):
         """
         config, values = files.read(hub.local_directory(directory, **of_hub))
         model = plain(model)
-        frozen = [name for name in config["frozen"] if name in dict(model.named_parameters())]
-        projected, full = split_tensors(model, **{key: config[key] for key in CHOICE}, frozen=frozen)
+        with showing(model):
+            frozen = [name for name in config["frozen"] if name in dict(model.named_parameters())]
+            projected, full = split_tensors(model, **{key: config[key] for key in CHOICE}, frozen=frozen)
         check_tensors(config, {"tensors": shapes_of(projected), "full": shapes_of(full)})
         options: dict[str, Any] = {key: config[key] for key in (*BASIS, *CHOICE, "task")}
         options |= dict(frozen=frozen, backend=backend, memory=memory)

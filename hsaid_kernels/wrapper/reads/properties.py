@@ -21,8 +21,15 @@ from torch import Tensor, nn
 from hsaid_kernels.wrapper.isolation import calls_eagerly, runs_eagerly
 from hsaid_kernels.wrapper.reads.hearing import use_methods
 from hsaid_kernels.wrapper.reads.link import Changes, Link, Source, link_of, plain_type
+from hsaid_kernels.wrapper.reads.quantized_layers import (
+    float_copy,
+    float_forward,
+    is_read_by_library,
+    library_value,
+)
 from hsaid_kernels.wrapper.reads.registration import change_methods
 from hsaid_kernels.wrapper.w0.fsdp2 import is_read_by_fsdp2
+from hsaid_kernels.wrapper.w0.stored import SHOWN, hide
 from hsaid_kernels.wrapper.weight import LOOKUPS, Weight, as_tensor, is_given
 
 
@@ -41,7 +48,7 @@ def attach(
     keys = (*link.names, *link.masks)
     done = _is_made(type(module)) or not (keys or module._modules)  # a leaf without parameters needs no class
     if not done or any(not isinstance(getattr(type(module), key, None), _Reading) for key in keys):
-        module.__class__ = class_for(type(module), keys)  # type: ignore[arg-type]  # classes are hashable
+        module.__class__ = class_for(type(module), keys, SHOWN in module.__dict__)  # type: ignore[arg-type]  # hashable
 
 
 def _give_back(module: nn.Module) -> None:
@@ -53,6 +60,7 @@ def _give_back(module: nn.Module) -> None:
 
 def detach(module: nn.Module) -> None:
     """Gives the module its own class back. It reads its own parameters then."""
+    hide(module)
     if (link := module.__dict__.pop("_hsaid", None)) is not None:
         module.__dict__.update(link.before)
     while "_hsaid_keys" in type(module).__dict__:
@@ -72,7 +80,12 @@ class _Reading(property):
 def _reading(key: str) -> _Reading:
     @calls_eagerly
     def read(module: nn.Module) -> Any:
-        parameter = module._parameters.get(key)
+        own = module._parameters
+        if (shown := module.__dict__.get(SHOWN)) is not None:
+            if is_read_by_library(module, sys._getframe(1)):
+                return library_value(module, key)
+            own = shown
+        parameter = own.get(key)
         if parameter is not None and type(parameter) is not nn.Parameter:
             # put there by torch.func.functional_call for the time of a call, or by FSDP2, which looks for it
             if is_given(parameter) or is_read_by_fsdp2(parameter, sys._getframe(1)):
@@ -140,25 +153,29 @@ _eagerly.__dict__["_torchdynamo_disable_msg"] = "a weight of an HSAID is read: c
 def _swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Sets the class of a module, as libraries of kernels do. The module keeps the properties of `attach`."""
     if link_of(module) is not None and not _is_made(cls):
-        cls = class_for(cls, type(module)._hsaid_keys)  # type: ignore[arg-type, attr-defined]
+        made: Any = type(module)
+        cls = class_for(cls, made._hsaid_keys, made._hsaid_quantized)  # type: ignore[arg-type]
     object.__dict__["__class__"].__set__(module, cls)
 
 
 @functools.cache
-def class_for(cls: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of `cls`, under its name, with a property for each of `keys`."""
+def class_for(cls: type[nn.Module], keys: tuple[str, ...], quantized: bool = False) -> type[nn.Module]:
+    """A subclass of `cls`, under its name, with a property for each of `keys`; of a quantized layer, a float forward."""
     if "_hsaid_keys" in cls.__dict__:  # more attributes than before
-        return class_for(cls.__bases__[0], tuple(dict.fromkeys((*cls.__dict__["_hsaid_keys"], *keys))))
+        return class_for(cls.__bases__[0], tuple(dict.fromkeys((*cls.__dict__["_hsaid_keys"], *keys))), quantized)
     members: dict[str, Any] = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     members |= {key: _reading(key) for key in keys}
     members |= {
         "_hsaid_keys": keys,
+        "_hsaid_quantized": quantized,
         "__class__": property(type, _swap_class),
         **change_methods(cls),
         **use_methods(cls),
     }
     # torch.jit.trace would compile properties
     members["__jit_unused_properties__"] = [*getattr(cls, "__jit_unused_properties__", ()), "__class__", *keys]
+    if quantized:
+        members["forward"] = float_forward(cls)
     if issubclass(cls, nn.RNNBase):
         # A list of the weights that torch keeps for itself, and moves into one buffer for cuDNN
         members["_flat_weights"] = property(_flat_weights, lambda module, value: None)
@@ -169,7 +186,7 @@ def class_for(cls: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
         # pickle looks a class up by its name, but this one is made at run time
         reduced = super(made, self).__reduce_ex__(protocol)
         if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-            return (_blank, (cls, keys), *reduced[2:])
+            return (_blank, (cls, keys, quantized), *reduced[2:])
         _refuse_copy(self)
         return reduced
 
@@ -187,6 +204,11 @@ def class_for(cls: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
         # A memo with something in it is that of a larger copy, which the wrapper may be a part of.
         if link is not None and not memo and (part := link.source.part_copy(self)) is not None:
             return part
+        if merges and SHOWN in self.__dict__:
+            return float_copy(self, memo)
+        if SHOWN in self.__dict__:  # hqq's layers have a bias with a graph, which deepcopy refuses
+            tensors = [value for value in self.__dict__.values() if isinstance(value, Tensor) and not value.is_leaf]
+            memo.update({id(tensor): tensor.detach().clone() for tensor in tensors})
         if hasattr(cls, "__deepcopy__"):
             if not (merges or _is_parametrized(cls)):
                 _refuse_copy(self)
@@ -222,6 +244,6 @@ def _flat_weights(module: nn.RNNBase) -> list[Tensor | None]:
     return [getattr(module, name, None) for name in module._flat_weights_names]
 
 
-def _blank(cls: type[nn.Module], keys: tuple[str, ...]) -> nn.Module:
-    made: Any = class_for(cls, keys)  # type: ignore[arg-type]  # classes are hashable
+def _blank(cls: type[nn.Module], keys: tuple[str, ...], quantized: bool) -> nn.Module:
+    made: Any = class_for(cls, keys, quantized)  # type: ignore[arg-type]  # classes are hashable
     return made.__new__(made)

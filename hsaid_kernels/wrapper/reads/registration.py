@@ -17,6 +17,7 @@ from torch.nn.modules.module import (
 )
 
 from hsaid_kernels.wrapper.reads.link import Link, link_of, plain_type
+from hsaid_kernels.wrapper.w0.stored import shown_in
 from hsaid_kernels.wrapper.weight import Weight
 
 
@@ -41,7 +42,7 @@ def change_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
             if (link := link_of(module)) is not None:
                 for key in link.names:
                     name = f"{prefix}.{key}" if prefix else key
-                    own, value = module._parameters.get(key), state_dict.get(name)
+                    own, value = shown_in(module).get(key), state_dict.get(name)
                     if own is not None and isinstance(value, Tensor):
                         link.changes.check_set("load_state_dict()", own, value)
         return cls.load_state_dict(self, state_dict, *args, **kwargs)
@@ -50,7 +51,7 @@ def change_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
         link = link_of(self)  # as a part of a larger module, which has checked nothing
         try:
             for key in () if link is None else link.names:
-                own, value = self._parameters.get(key), state_dict.get(f"{prefix}{key}")
+                own, value = shown_in(self).get(key), state_dict.get(f"{prefix}{key}")
                 if link is not None and own is not None and isinstance(value, Tensor):
                     link.changes.check_set("load_state_dict()", own, value)
         except (RuntimeError, ValueError) as error:
@@ -70,7 +71,7 @@ def _check_stays(link: Link, module: nn.Module, name: str) -> None:
     """Raises RuntimeError if `name` is a parameter of the model, or a module with parameters of the model."""
     inside = module._modules.get(name)
     taken = [] if inside is None else [own for own in inside.parameters() if link.changes.owns(own)]
-    if (name in link.names and module._parameters.get(name) is not None) or taken:
+    if (name in link.names and shown_in(module).get(name) is not None) or taken:
         link.changes.put_back(module)
         what = f"the module {name!r}" if taken else f"the parameter {link.names[name] or name!r}"
         raise RuntimeError(f"model: expected {what} to stay while an HSAID wraps the model: unwrap() it first")

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from hsaid_kernels.fastfood.selection import ON_META
 from hsaid_kernels.wrapper.w0.fsdp2 import is_fsdp, is_sharded
-from hsaid_kernels.wrapper.w0.quantized import is_quantized
+from hsaid_kernels.wrapper.w0.quantized import dequantized, is_quantized
 from hsaid_kernels.wrapper.w0.values import can_compare, same_values
 
 # Wrappers that split a model's parameters or make replicas of them. By name: importing them takes a second.
 PARALLEL = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
-BITSANDBYTES = ("Params4bit", "Int8Params")  # its layers read more than the values of a weight
 
 
 # --- before a model is wrapped
@@ -81,25 +80,9 @@ def _check_partitioned(parameters: Mapping[str, Tensor]) -> None:
 
 
 def _check_quantized(model: nn.Module) -> None:
-    """Raises TypeError for weights in few bits over which no HSAID can compute, by name.
-
-    These are parameters of bitsandbytes, layers of compressed-tensors that have not been dequantized, whose parameters
-    the first forward replaces, and tensors whose `dequantize()` does not give their values.
-    """
+    """Raises TypeError, by name, for quantized tensors that cannot be dequantized."""
     judged: set[type] = set()
-    for name, module in model.named_modules():
-        scheme = getattr(module, "quantization_scheme", None)
-        if hasattr(module, "quantization_status") and getattr(scheme, "weights", None) is not None:
-            raise TypeError(
-                f"model: expected plain parameters or tensors of torchao, got {name!r}, a {type(module).__name__} of "
-                "compressed-tensors: load the model with quantization_config=CompressedTensorsConfig(dequantize=True)"
-            )
     for name, parameter in model.named_parameters():
-        if type(parameter).__name__ in BITSANDBYTES:
-            raise TypeError(
-                f"model: expected plain parameters or tensors of torchao, got {name!r}, a {type(parameter).__name__}, "
-                "of bitsandbytes: quantize the model by torchao.quantization.quantize_"
-            )
         if type(parameter) not in judged and is_quantized(parameter) and parameter.device.type != "meta":
             judged.add(type(parameter))
             _check_dequantizes(name, parameter)
@@ -108,7 +91,7 @@ def _check_quantized(model: nn.Module) -> None:
 def _check_dequantizes(name: str, parameter: nn.Parameter) -> None:
     values: object = None
     with contextlib.suppress(Exception):  # whatever the library raises
-        values = parameter.dequantize()
+        values = dequantized(parameter)
     if isinstance(values, Tensor) and values.is_floating_point() and values.shape == parameter.shape:
         return
     got = f"gives {tuple(values.shape)} in {values.dtype}" if isinstance(values, Tensor) else "fails"
@@ -119,13 +102,12 @@ def _check_dequantizes(name: str, parameter: nn.Parameter) -> None:
     )
 
 
-def check_layers(model: nn.Module, projected: Collection[str], full: Collection[str]) -> None:
+def check_layers(model: nn.Module, full: Collection[str]) -> None:
     """Raises for layers that would not run on projected weights; `full` are the names of the fully trained tensors.
 
     TypeError for a ScriptModule, whose reads of parameters are compiled, and for a layer that quantizes what it reads.
     ValueError for an embedding with max_norm, which writes to its own weight in forward.
     """
-    _check_read(model, projected)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) and module._parameters:
             raise TypeError(f"model: expected Python modules, got {name!r}, which is a torch.jit.ScriptModule")
@@ -135,22 +117,6 @@ def check_layers(model: nn.Module, projected: Collection[str], full: Collection[
                 f"model: expected layers that do not write to their own weights, got {name!r}, a "
                 f"{type(module).__name__} with max_norm={module.max_norm}: set max_norm to None, or train it fully "
                 "(train_fully=)"
-            )
-
-
-def _check_read(model: nn.Module, projected: Collection[str]) -> None:
-    """Raises TypeError for a layer that would quantize a projected weight once more, as optimum-quanto's do.
-
-    Where their weights are float parameters, as in quantization-aware training, this is what they are meant to do.
-    """
-    weights = {id(parameter) for name, parameter in model.named_parameters() if name in projected}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if hasattr(type(module), "qweight") and weight is not None and is_quantized(weight) and id(weight) in weights:
-            raise TypeError(
-                f"model: expected layers that compute with their weight as it is, got {name!r}, a "
-                f"{type(module).__name__}, which would quantize the projected weight once more: quantize the model by "
-                "torchao.quantization.quantize_, or leave the layer out (exclude=)"
             )
 
 
@@ -183,10 +149,10 @@ def _check_captured(model: nn.Module, trained: Iterable[str]) -> None:
     """
     parameters = dict(model.named_parameters())
     names = {id(parameters[name]): name for name in trained}
-    own = {"_parameters", "_buffers", "_modules", "_flat_weights", "_hsaid"}
+    own = {"_parameters", "_buffers", "_modules", "_flat_weights"}
     for prefix, module in model.named_modules():
         for key, value in module.__dict__.items():
-            if key in own:
+            if key in own or key.startswith("_hsaid"):
                 continue
             held = [value]
             if isinstance(value, functools.partial):
@@ -242,23 +208,6 @@ def check_w0(w0: Mapping[str, Tensor], theta: Tensor, shapes: Mapping[str, tuple
         raise ValueError(
             f"model: expected {other!r} of shape {shapes[other]}, as it was when it was wrapped, got one of shape "
             f"{tuple(w0[other].shape)}: unwrap() the model before changing it"
-        )
-
-
-def check_labels(parameters: Mapping[str, Tensor]) -> None:
-    """Raises TypeError if quantized tensors stand for float32, and all others have been converted to fewer bits.
-
-    `.to(dtype)` does not reach torchao's tensors of 8 bits. Their own layers run nevertheless.
-    """
-    floats = {p.dtype for p in parameters.values() if p.is_floating_point() and not is_quantized(p)}
-    labels = {name: p.dtype for name, p in parameters.items() if is_quantized(p)}
-    if len(floats) == 1 and not floats & set(labels.values()) and torch.float32 in labels.values():
-        name = next(name for name, dtype in labels.items() if dtype == torch.float32)
-        (dtype,) = floats
-        raise TypeError(
-            f"dtype: expected {dtype}, which all other parameters have, because {name!r}, a "
-            f"{type(parameters[name]).__name__}, still stands for torch.float32 after to(), got None: wrap the model "
-            f"with dtype={dtype}"
         )
 
 

@@ -1,13 +1,12 @@
-"""W0 in few bits: tensors of torchao, or like them, which look like float tensors and store integers and scales.
+"""W0 in few bits: tensors that look like float tensors, and store integers and scales.
 
-Their weights are made from their dequantized values, block by block, and these are freed again. Other libraries keep
-their codes in integers or in objects (GPTQ, HQQ, BitNet, ...), which no projection can be added to: an HSAID leaves
-such modules as they are, and `warn_of_packed` says so.
+These are torchao's, or like them, and those of quantized layers (stored.py). Their weights are made from their
+dequantized values, block by block, and these are freed again. A model with codes of any other kind is refused
+(`check_packed`): no projection can be added to them.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,39 +15,99 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hsaid_kernels.wrapper.callers import stacklevel
 from hsaid_kernels.wrapper.w0.fsdp2 import is_sharded
+from hsaid_kernels.wrapper.w0.kinds import float_values, is_registered
+from hsaid_kernels.wrapper.w0.stored import SHOWN, Stored, is_adapted
 
 
 def is_quantized(tensor: Tensor) -> bool:
     # Tensors that are made of others have this method, by which torch.compile takes them apart.
-    return hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor)
+    made = hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor)
+    return made or isinstance(tensor, Stored) or is_registered(tensor)
 
 
 def dequantized(tensor: Tensor) -> Tensor:
-    return tensor.dequantize() if is_quantized(tensor) else tensor
+    return float_values(tensor) if is_quantized(tensor) else tensor
+
+
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a quantized one consists of."""
+    if isinstance(tensor, Stored):
+        return tensor.stored()
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
 
 
 def stamp_of(tensor: Tensor) -> tuple[object, object]:
     """Addresses and versions of what a tensor stores."""
-    if is_quantized(tensor):
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        inner: list[Any] = [stamp_of(getattr(tensor, name)) for name in names]
+    if isinstance(tensor, Stored) or hasattr(tensor, "__tensor_flatten__"):
+        inner: list[Any] = list(map(stamp_of, parts_of(tensor)))
         return tuple(address for address, _ in inner), tuple(version for _, version in inner)
     return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
-def floats_of_rest(
-    own: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], dtype: torch.dtype | None
-) -> tuple[dict[str, Tensor], dict[str, bool]]:
-    """What an ordinary copy of a quantized model needs beside `values`, {name: projected weight}.
+def weight_dtypes(
+    w0: Mapping[str, Tensor], parameters: Mapping[str, Tensor], given: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """{name: dtype of the weight}: that of W0, but of quantized tensors the dtype that their layers compute in.
 
-    Returns {name: its values in `dtype`, or in its own} of the other quantized parameters, and {name: True} for those
-    in `values`, which could not require gradients before. Both are empty of a model without quantized parameters.
+    This is `given`, or what the layer says (bitsandbytes, HQQ), or that of all other parameters of the model, for
+    layers, which convert what they compute from to the dtype of their input. The same for tensors that still stand
+    for float32 after `.to(dtype)`, which does not reach torchao's of 8 bits.
     """
-    quantized = {name: parameter for name, parameter in own.items() if is_quantized(parameter)}
-    rest = {name: dequantized(p).to(dtype or p.dtype) for name, p in quantized.items() if name not in values}
-    return rest, {name: True for name in quantized if name in values}
+    dtypes = {name: tensor.dtype for name, tensor in w0.items()}
+    quantized = {name: tensor for name, tensor in w0.items() if is_quantized(tensor)}
+    if not quantized:
+        return dtypes
+    others = _others_dtype(parameters)
+    for name, tensor in quantized.items():
+        own = tensor.kind.computes_in(tensor.layer) if isinstance(tensor, Stored) else None
+        follows = isinstance(tensor, Stored) or tensor.dtype == torch.float32
+        dtypes[name] = given or own or (others if follows else None) or tensor.dtype
+    return dtypes
+
+
+def as_floats(
+    own: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], given: torch.dtype | None
+) -> tuple[dict[str, Tensor], dict[str, bool]]:
+    """What the parameters of an ordinary copy of a model are: `values`, {name: weight}, and more of a quantized model.
+
+    Returns {name: tensor}, `values` and the other quantized parameters, these all in `given`, or in the dtype of the
+    model's other parameters if that is one, because ordinary layers convert nothing; and {name: True} for the quantized
+    ones in `values`, which could not require gradients before.
+    """
+    quantized, layers = [name for name, parameter in own.items() if is_quantized(parameter)], _layers_of(own)
+    dtype = given or _others_dtype(own)
+    found = {name: values.get(name, own[name]) for name in own if name in quantized or _module(name) in layers}
+    floats = {name: dequantized(value) for name, value in found.items()}
+    changed = {name: value.to(dtype or value.dtype) for name, value in floats.items()}
+    return {**values, **changed}, {name: True for name in quantized if name in values}
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _layers_of(parameters: Mapping[str, Tensor]) -> set[str]:
+    """The names of the quantized layers. bitsandbytes converts their biases to the dtype that they compute in."""
+    return {_module(name) for name, parameter in parameters.items() if isinstance(parameter, Stored)}
+
+
+def _others_dtype(parameters: Mapping[str, Tensor]) -> torch.dtype | None:
+    """The dtype of all parameters that are neither quantized nor of a quantized layer, if it is one."""
+    layers = _layers_of(parameters)
+    others = [p for name, p in parameters.items() if not is_quantized(p) and _module(name) not in layers]
+    found = {parameter.dtype for parameter in others if parameter.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
+
+
+# What transformers notes in a model.
+_NOTES = (
+    *("is_quantized", "quantization_method", "hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit"),
+    "ct_decompress_hook",
+)
 
 
 def forget_quantizer(model: nn.Module, replaced: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -61,7 +120,7 @@ def forget_quantizer(model: nn.Module, replaced: Iterable[tuple[Tensor, Tensor]]
     once = {id(now) for before, now in replaced if is_quantized(before)}
     for module in model.modules():
         own = module.__dict__
-        for name in ("is_quantized", "quantization_method", "hf_quantizer"):
+        for name in _NOTES:
             own.pop(name, None)
         for name in ("quantization_config", "_is_quantized"):
             getattr(own.get("config"), "__dict__", {}).pop(name, None)
@@ -86,25 +145,23 @@ def packed_modules(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(module for child in model.children() for module in packed_modules(child)))
 
 
-def warn_of_packed(model: nn.Module) -> None:
-    """Warns of packed weights. Not where peft's adapters are trained, over weights that are meant to stay."""
+def check_packed(model: nn.Module) -> None:
+    """Raises TypeError for packed weights. Not where peft's adapters are trained, over weights that are meant to stay."""
     found: dict[str, list[nn.Module]] = defaultdict(list)
     for module in packed_modules(model):
         found[f"{type(module).__module__}.{type(module).__name__}"].append(module)
-    adapted = any("base_layer" in module._modules or hasattr(module, "peft_config") for module in model.modules())
-    if not found or adapted:
+    if not found or is_adapted(model):
         return
     what = " and ".join(f"{len(modules)} {name}{_size(modules)}" for name, modules in found.items())
-    warnings.warn(
-        f"model: expected weights in float parameters or in tensors of torchao, got {what} with packed ones, which are "
-        "not projected and stay as they are: dequantize the model before wrapping, or name what is projected by "
-        "include=, which also silences this",
-        stacklevel=stacklevel(),
+    raise TypeError(
+        f"model: expected float weights, or quantized ones of a kind that is known (docs/integration.md), got {what} "
+        "with others, which would not be projected: say how they are dequantized (hsaid_kernels.register_quantized), "
+        "or name what is projected, to leave them as they are (include=)"
     )
 
 
 def _is_packed(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, torch.jit.ScriptModule) or SHOWN in module.__dict__:
         return False
     if any(map(_is_codes, module._parameters.values())):
         return True
@@ -132,7 +189,7 @@ def _is_codes(tensor: Tensor | None) -> bool:
 
 def _has_matrix(tensors: Iterable[Tensor]) -> bool:
     return any(
-        is_lazy(tensor) or (tensor.dim() > 1 and tensor.is_floating_point() and tensor.dtype.itemsize > 1)
+        is_lazy(tensor) or (tensor.dim() > 1 and (tensor.is_floating_point() or tensor.is_complex()) and tensor.itemsize > 1)
         for tensor in tensors
     )
 

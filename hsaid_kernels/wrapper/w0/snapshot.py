@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from hsaid_kernels.wrapper.w0.stored import parameters_of, shown_in
 from hsaid_kernels.wrapper.w0.values import stands_for
 from hsaid_kernels.wrapper.weight import is_given
 
@@ -26,12 +27,12 @@ class Snapshot:
     def __init__(self, model: nn.Module):
         everything = list(model.modules())
         self.modules = everything[1:]
-        self.parameters = dict(model.named_parameters())
+        self.parameters = parameters_of(model)
         names = self.names()
         self.aliases = {}
         self.places: dict[str, tuple[weakref.ref[nn.Module], str]] = {}
         for prefix, module in model.named_modules():
-            for key, parameter in module._parameters.items():
+            for key, parameter in shown_in(module).items():
                 if parameter is not None:
                     place = f"{prefix}.{key}" if prefix else key
                     self.places.setdefault(names[id(parameter)], (weakref.ref(module), key))
@@ -51,8 +52,9 @@ class Snapshot:
 
     def now(self, name: str) -> nn.Parameter:
         """The parameter that is in the model now, which may be a shard or what FSDP2 has gathered."""
-        module, key = self.places[name]
-        parameter = getattr(module(), "_parameters", {}).get(key)
+        place, key = self.places[name]
+        module = place()
+        parameter = None if module is None else shown_in(module).get(key)
         if parameter is None:
             raise RuntimeError(f"model: expected {name!r} to be in use, but its module is gone")
         return parameter

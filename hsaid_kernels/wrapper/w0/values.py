@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import torch
 from torch import Size, Tensor, nn
 
 from hsaid_kernels.wrapper.w0.fsdp2 import gathered, is_gathered, is_sharded, sampled
-from hsaid_kernels.wrapper.w0.quantized import dequantized, is_quantized, stamp_of
+from hsaid_kernels.wrapper.w0.quantized import dequantized, is_quantized, parts_of, stamp_of
 
 
 def value_of(tensor: Tensor) -> Tensor:
@@ -81,18 +82,21 @@ class W0:
         others = {name: tensor for name, tensor in parameters.items() if type(tensor) is not nn.Parameter}
         self._stored = {name: stamp_of(tensor) for name, tensor in others.items() if is_quantized(tensor)}
         self._plain = not (others or sharded)
-        self._memory = [] if sharded else [tensor.detach() for tensor in parameters.values()]
+        held = [] if sharded else list(parameters.values())
+        self._memory = [tensor.detach() for tensor in (*held, *(t for n in self._stored for t in parts_of(others[n])))]
 
     @property
     def sharded(self) -> bool:
         return self._gathered is not None
 
-    def values(self, names: Iterable[str]) -> list[Tensor]:
-        """The values of these tensors as ordinary ones."""
+    def values(self, names: Iterable[str], dtype: torch.dtype) -> list[Tensor]:
+        """The values of these tensors as ordinary ones. Quantized ones in `dtype`, unless they are in float32."""
         if self._plain:
             return [self.parameters[name] for name in names]
         now = self.parameters.__getitem__ if self._gathered is None else self._gathered
-        return [value_of(now(name)) for name in names]
+        values = [(name, value_of(now(name))) for name in names]
+        lower = {name for name, value in values if name in self._stored and value.dtype != torch.float32}
+        return [value.to(dtype) if name in lower else value for name, value in values]
 
     def holds(self, name: str, parameter: object) -> bool:
         """Whether `parameter` is this tensor, unchanged as far as can be told quickly. Runs at every read."""

@@ -30,6 +30,7 @@ from hsaid_kernels.wrapper.w0.checks import (
 )
 from hsaid_kernels.wrapper.w0.fsdp2 import Ranks
 from hsaid_kernels.wrapper.w0.snapshot import Snapshot
+from hsaid_kernels.wrapper.w0.stored import Stored, parameters_of, show, shown_in
 from hsaid_kernels.wrapper.w0.values import can_compare, stands_for
 from hsaid_kernels.wrapper.weight import Weight, is_given
 
@@ -248,7 +249,11 @@ class Attachment:
     def own(self) -> dict[str, nn.Parameter]:
         """The model's own parameters by name, where a tied parameter appears once."""
         with self.lock:
-            return self.verified() if self.attached else dict(self.model.named_parameters())
+            return self.verified() if self.attached else parameters_of(self.model) | self._of_layers()
+
+    def _of_layers(self) -> dict[str, nn.Parameter]:
+        """The weights of quantized layers, which these show no longer after `detach`."""
+        return {name: parameter for name, parameter in self.parameters.items() if isinstance(parameter, Stored)}
 
     def known_w0(self) -> dict[str, Tensor]:
         """{name: W0_i}; of a model that has been changed so that it cannot be called, those of before that."""
@@ -265,6 +270,7 @@ class Attachment:
     def _scan(self) -> Snapshot:
         """Looks at the model again. Raises ValueError if it has other tensors than when it was wrapped."""
         model = self.model
+        show(model)
         for module in model.modules():
             if (link := link_of(module)) is None or link.changes is not self:
                 self._attach(module, {}, {})
@@ -278,7 +284,7 @@ class Attachment:
         for module, hook in masks([model, *snapshot.modules]):
             masked[module][hook._tensor_name] = hook
         for module in (model, *snapshot.modules):
-            own = {key: names[id(p)] for key, p in module._parameters.items() if p is not None}
+            own = {key: names[id(p)] for key, p in shown_in(module).items() if p is not None}
             self._attach(module, {key: name for key, name in own.items() if name in self._answered}, masked[module])
         for name, parameter in now.items():
             if parameter.requires_grad and name in self.flags and not (self.own_full and name in self._full):
@@ -326,7 +332,7 @@ class Attachment:
         """Restores the data that `merge` replaced. Raises RuntimeError if nothing is merged."""
         if self.merged is None:
             raise RuntimeError("unmerge(): expected weights that merge(inplace=True) has merged, found none")
-        own = dict(self.model.named_parameters())
+        own = parameters_of(self.model)
         for name, value in self.merged.items():
             own[name].data = value
         self.merged = None

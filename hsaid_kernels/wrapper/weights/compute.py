@@ -14,8 +14,10 @@ from hsaid_kernels.fastfood import ops
 from hsaid_kernels.wrapper.basis import Basis
 from hsaid_kernels.wrapper.isolation import isolated, runs_eagerly
 from hsaid_kernels.wrapper.tasks import Tasks
-from hsaid_kernels.wrapper.w0.checks import check_labels, check_w0
+from hsaid_kernels.wrapper.w0.checks import check_w0
 from hsaid_kernels.wrapper.w0.fsdp2 import gathering_of
+from hsaid_kernels.wrapper.w0.quantized import weight_dtypes
+from hsaid_kernels.wrapper.w0.stored import parameters_of
 from hsaid_kernels.wrapper.w0.values import W0
 from hsaid_kernels.wrapper.weight import Weight, as_weight
 from hsaid_kernels.wrapper.weights.attachment import Attachment
@@ -55,19 +57,17 @@ class WeightMaker:
     # --- launches
 
     def launches(self, w0: Mapping[str, nn.Parameter], theta: Tensor) -> list[Launch]:
-        """Which tensors are made together. Raises as `launches_of`, `check_w0` and `check_labels`."""
+        """Which tensors are made together. Raises as `launches_of` and `check_w0`."""
         basis, attachment = self.basis, self.attachment
         found: Any = [(tensor.dtype, tensor.device, tensor.shape) for tensor in w0.values()]
         together: dict[str, int] = {}
-        dtypes = {name: tensor.dtype for name, tensor in w0.items()}
+        dtypes = weight_dtypes(w0, attachment.parameters, basis.settings.dtype)
         if attachment.ranks is not None:
             together, dtypes = gathering_of(attachment.model, attachment.owner, w0)
         key = found, theta.device, dtypes, together
         if self._launches[0] != key:
             check_w0(w0, theta, basis.plan.shapes)
             options = basis.settings
-            if options.dtype is None:
-                check_labels(attachment.parameters)
             parts = divided(self.parts, together) if together else self.parts
             given = options.dtype, options.backend, options.memory, basis.padding_rows
             self._launches = key, launches_of(basis.plan, parts, self.tables, dtypes, *given)
@@ -78,7 +78,7 @@ class WeightMaker:
 
         If the first call did this, torch.compile would see attributes change and compile again. Raises as `launches`.
         """
-        own = dict(self.attachment.model.named_parameters())
+        own = parameters_of(self.attachment.model)
         theta, multipliers = self.tasks.trained()
         launches = self.launches({name: own[name] for name in self.basis.plan.names}, theta)
         with torch.no_grad():
@@ -137,7 +137,7 @@ class WeightMaker:
                     "again (memory='block'), got one that has been changed"
                 )
             if launch not in cache.buffers:  # another thread may have been faster
-                cache.fill(launch, self.factors(cache), cache.w0.values(launch.names))
+                cache.fill(launch, self.factors(cache), cache.w0.values(launch.names, launch.projection.dtype))
             return cache.buffers[launch][0]
 
     # --- gradients

@@ -26,6 +26,7 @@ from hsaid_kernels.wrapper.merging import merged_copy
 from hsaid_kernels.wrapper.reads.embedding_rows import EmbeddingRows
 from hsaid_kernels.wrapper.tasks import Tasks
 from hsaid_kernels.wrapper.w0.beside import forget_derived
+from hsaid_kernels.wrapper.w0.stored import parameters_of
 from hsaid_kernels.wrapper.weight import Weight
 from hsaid_kernels.wrapper.weights.attachment import Attachment
 from hsaid_kernels.wrapper.weights.cache import WeightCache
@@ -158,7 +159,8 @@ class WeightSource:
     def rows(self, name: str, parameter: nn.Parameter, rows: Tensor) -> Tensor:
         with self._lock, self._task_of_forward():
             cache = self._now(name, parameter)
-            launch, (base,) = cache.launch_of[name], cache.w0.values([name])
+            launch = cache.launch_of[name]
+            (base,) = cache.w0.values([name], launch.projection.dtype)
             if not (torch.is_grad_enabled() and cache.trained.wanted):
                 factors = self.maker.factors(cache)
                 return rows_of(launch.projection, cache.trained.values[0], factors, launch.whole, base, rows)
@@ -172,7 +174,7 @@ class WeightSource:
             return None
         cache = self._cache
         with torch.no_grad():
-            own, names = dict(module.named_parameters()), {id(p): name for name, p in self.attachment.own().items()}
+            own, names = parameters_of(module), {id(p): name for name, p in self.attachment.own().items()}
             inside = {key: names[id(parameter)] for key, parameter in own.items() if id(parameter) in names}
             now = {key: self.read(name, own[key]).detach() for key, name in inside.items()}
             copied = merged_copy(module, own, now, {key: self.attachment.flags[name] for key, name in inside.items()})
