@@ -20,7 +20,7 @@ from hsaid_kernels.wrapper.checkpoint.compare import check_state
 from hsaid_kernels.wrapper.hsaid import HSAID
 from hsaid_kernels.wrapper.reads.properties import class_for
 from hsaid_kernels.wrapper.tasks import key_of
-from hsaid_kernels.wrapper.w0.quantized import check_packed
+from hsaid_kernels.wrapper.w0.quantized import check_known
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -187,7 +187,7 @@ def _choice(module: nn.Module, str_filter: Collection[str]) -> tuple[list[str] |
     if taken == names:
         return None, others
     if not str_filter:  # HSAID takes what is given to `include` for the caller's own choice
-        check_packed(module)
+        check_known(module)
     return include, others
 
 
@@ -316,5 +316,5 @@ def _plain_class(module: nn.Module | type[nn.Module]) -> type[nn.Module]:
 
 
 def _blank(cls: type[nn.Module], keys: tuple[str, ...]) -> nn.Module:
-    reading: Any = class_for(cls, keys)  # type: ignore[arg-type]  # classes are hashable
+    reading: Any = class_for(cls, keys, False)  # type: ignore[arg-type]  # classes are hashable
     return object.__new__(_class_in_subspace(reading))

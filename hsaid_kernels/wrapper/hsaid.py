@@ -24,7 +24,7 @@ from hsaid_kernels.wrapper.stand_in import StandIn
 from hsaid_kernels.wrapper.state import State
 from hsaid_kernels.wrapper.tasks import Tasks
 from hsaid_kernels.wrapper.w0.checks import check_layers, check_parameters, check_plain, plain
-from hsaid_kernels.wrapper.w0.quantized import as_floats, check_packed
+from hsaid_kernels.wrapper.w0.quantized import as_floats, check_known
 from hsaid_kernels.wrapper.w0.stored import showing
 from hsaid_kernels.wrapper.weights.attachment import unwrapped_before
 from hsaid_kernels.wrapper.weights.outside import TRACED
@@ -162,9 +162,9 @@ class HSAID(State, StandIn):
             unwrapped_before(model, self)
         with showing(model, stay=True):
             if include is None and frozen is None and isinstance(model, nn.Module):
-                check_packed(model)  # otherwise it has been said what is projected
+                check_known(model)  # otherwise it has been said what is projected
             basis = self._basis = basis_of(model, settings)
-            check_layers(model, basis.full)
+            check_layers(model, basis.plan.names, basis.full)
             if not self._own_full:
                 check_parameters(model, (*basis.plan.names, *basis.full))
             self.hierarchy, self.partition, self.plan = basis.hierarchy, basis.partition, basis.plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 
@@ -60,8 +61,10 @@ def warn_of_other_w0(config: Config, own: str) -> None:
     pairs = zip(config["w0_checks"].split(), own.split(), config["tensors"], strict=True)
     if other := [name for saved, now, name in pairs if saved != now]:
         names = ", ".join(map(repr, other[:3])) + (", ..." if len(other) > 3 else "")
+        sizes = {name: math.prod(shape) for name, shape in config["tensors"].items()}
+        share = sum(sizes[name] for name in other) / sum(sizes.values())
         warnings.warn(
-            f"model: W0 is not what was trained from in {len(other)} of {len(config['tensors'])} tensors ({names}), so "
-            "their weights will not be the trained ones",
+            f"model: W0 is not what was trained from in {len(other)} of {len(config['tensors'])} tensors ({names}), "
+            f"{share:.1%} of the weights, so these will not be the trained ones",
             stacklevel=stacklevel(),
         )

@@ -46,9 +46,10 @@ def attach(
     link.names, link.masks = dict(names), dict(masks)
     link.tables = frozenset(key for key, name in names.items() if name in source.tables)
     keys = (*link.names, *link.masks)
-    done = _is_made(type(module)) or not (keys or module._modules)  # a leaf without parameters needs no class
+    shows = SHOWN in module.__dict__
+    done = _is_made(type(module)) or not (keys or module._modules or shows)  # a leaf without parameters needs no class
     if not done or any(not isinstance(getattr(type(module), key, None), _Reading) for key in keys):
-        module.__class__ = class_for(type(module), keys, SHOWN in module.__dict__)  # type: ignore[arg-type]  # hashable
+        module.__class__ = class_for(type(module), keys, shows and bool(names))  # type: ignore[arg-type]  # hashable
 
 
 def _give_back(module: nn.Module) -> None:
@@ -159,8 +160,8 @@ def _swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 @functools.cache
-def class_for(cls: type[nn.Module], keys: tuple[str, ...], quantized: bool = False) -> type[nn.Module]:
-    """A subclass of `cls`, under its name, with a property for each of `keys`; of a quantized layer, a float forward."""
+def class_for(cls: type[nn.Module], keys: tuple[str, ...], quantized: bool) -> type[nn.Module]:
+    """A subclass of `cls`, under its name, with a property for each of `keys`. `quantized`: with a float forward."""
     if "_hsaid_keys" in cls.__dict__:  # more attributes than before
         return class_for(cls.__bases__[0], tuple(dict.fromkeys((*cls.__dict__["_hsaid_keys"], *keys))), quantized)
     members: dict[str, Any] = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from hsaid_kernels.wrapper.reads.link import plain_type
 from hsaid_kernels.wrapper.w0.stored import is_read_as_stored, shown_in
 
-
 _DERIVED = ("_reversed_padding_repeated_twice",)  # of convolutions, beside what their __constants__ names
 
 

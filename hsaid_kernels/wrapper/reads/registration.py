@@ -17,7 +17,7 @@ from torch.nn.modules.module import (
 )
 
 from hsaid_kernels.wrapper.reads.link import Link, link_of, plain_type
-from hsaid_kernels.wrapper.w0.stored import shown_in
+from hsaid_kernels.wrapper.w0.stored import SHOWN, shown_in
 from hsaid_kernels.wrapper.weight import Weight
 
 
@@ -132,6 +132,9 @@ def _check(link: Link, module: nn.Module, name: str, value: nn.Module | Tensor) 
             f"({_shapes(own) or 'none'}) while an HSAID wraps the model, got others ({_shapes(others) or 'none'}): "
             "unwrap() it first"
         )
+    stands_for = module.__dict__.get(SHOWN, {}).get("weight")
+    if stands_for is not None and value is not before and isinstance(value, Tensor) and name != "bias":
+        link.changes.check_set("model", stands_for, value)  # codes, from which the weight is computed
     for key, parameter in own.items():
         if key in others and isinstance(parameter, nn.Parameter):
             link.changes.check_set("model", parameter, others[key])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hsaid_kernels.fastfood.selection import ON_META
 from hsaid_kernels.wrapper.w0.fsdp2 import is_fsdp, is_sharded
 from hsaid_kernels.wrapper.w0.quantized import dequantized, is_quantized
+from hsaid_kernels.wrapper.w0.stored import SHOWN
 from hsaid_kernels.wrapper.w0.values import can_compare, same_values
 
 # Wrappers that split a model's parameters or make replicas of them. By name: importing them takes a second.
@@ -102,12 +103,13 @@ def _check_dequantizes(name: str, parameter: nn.Parameter) -> None:
     )
 
 
-def check_layers(model: nn.Module, full: Collection[str]) -> None:
+def check_layers(model: nn.Module, projected: Collection[str], full: Collection[str]) -> None:
     """Raises for layers that would not run on projected weights; `full` are the names of the fully trained tensors.
 
     TypeError for a ScriptModule, whose reads of parameters are compiled, and for a layer that quantizes what it reads.
     ValueError for an embedding with max_norm, which writes to its own weight in forward.
     """
+    _check_read(model, projected)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) and module._parameters:
             raise TypeError(f"model: expected Python modules, got {name!r}, which is a torch.jit.ScriptModule")
@@ -117,6 +119,23 @@ def check_layers(model: nn.Module, full: Collection[str]) -> None:
                 f"model: expected layers that do not write to their own weights, got {name!r}, a "
                 f"{type(module).__name__} with max_norm={module.max_norm}: set max_norm to None, or train it fully "
                 "(train_fully=)"
+            )
+
+
+def _check_read(model: nn.Module, projected: Collection[str]) -> None:
+    """Raises TypeError for a layer of an unknown kind that would quantize a projected weight once more.
+
+    Where their weights are float parameters, as in quantization-aware training, this is what they are meant to do.
+    """
+    weights = {id(parameter) for name, parameter in model.named_parameters() if name in projected}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        known = SHOWN in module.__dict__ or weight is None or id(weight) not in weights
+        if not known and hasattr(type(module), "qweight") and is_quantized(weight):
+            raise TypeError(
+                f"model: expected layers that compute with their weight as it is, got {name!r}, a "
+                f"{type(module).__name__}, which would quantize the projected weight once more: say how it is "
+                "dequantized (hsaid_kernels.register_quantized), or leave the layer out (exclude=)"
             )
 
 

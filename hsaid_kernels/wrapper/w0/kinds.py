@@ -24,7 +24,7 @@ class Kind:
         dequantize: gives the weight of such a layer, in floats: [out_features, in_features], or an embedding's table.
         stored: gives the tensors that it is computed from.
         shape, dtype: those of what `dequantize` gives; None if only dequantizing tells.
-        computes_in: gives the dtype that the layer's forward computes in, whatever its input has; None if there is none.
+        computes_in: gives the dtype that the layer's forward computes in; None if that is the dtype of its input.
         has_own_forward: whether the library sets `forward` on each layer, and not in the class.
         unfit: says why such a layer cannot be dequantized; "" if it can, None if its weight is an ordinary one.
     """
@@ -261,16 +261,22 @@ def _of_compressed(layer: Any) -> Tensor:
 
 
 def _held(layer: Any) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in (*layer._parameters.items(), *layer._buffers.items()) if tensor is not None}
+    return {
+        name: tensor for name, tensor in (*layer._parameters.items(), *layer._buffers.items()) if tensor is not None
+    }
 
 
 def _unfit_of_compressed(layer: Any) -> str | None:
     if getattr(getattr(layer, "quantization_scheme", None), "weights", None) is None:
         return None
     status = getattr(layer.quantization_status, "value", layer.quantization_status)
-    return "" if status == "compressed" else (
-        f"of compressed-tensors that is {status}: load the model anew and wrap it before its first forward, which "
-        "decompresses all of it, or load it with quantization_config=CompressedTensorsConfig(dequantize=True)"
+    return (
+        ""
+        if status == "compressed"
+        else (
+            f"of compressed-tensors that is {status}: load the model anew and wrap it before its first forward, which "
+            "decompresses all of it, or load it with quantization_config=CompressedTensorsConfig(dequantize=True)"
+        )
     )
 
 

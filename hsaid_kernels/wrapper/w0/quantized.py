@@ -2,7 +2,7 @@
 
 These are torchao's, or like them, and those of quantized layers (stored.py). Their weights are made from their
 dequantized values, block by block, and these are freed again. A model with codes of any other kind is refused
-(`check_packed`): no projection can be added to them.
+(`check_known`): no projection can be added to them.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def forget_quantizer(model: nn.Module, replaced: Iterable[tuple[Tensor, Tensor]]
 
     `replaced` are pairs (tensor of before, tensor in this model). Does nothing if weights in few bits are left.
     """
-    if packed_modules(model) or any(map(is_quantized, model.parameters())):
+    if unknown_layers(model) or any(map(is_quantized, model.parameters())):
         return
     once = {id(now) for before, now in replaced if is_quantized(before)}
     for module in model.modules():
@@ -135,20 +135,20 @@ def _quantizes(conversion: Any) -> bool:
     return any(getattr(operation, "hf_quantizer", None) is not None for operation in operations)
 
 
-# --- codes that are no float parameters
+# --- layers of other kinds
 
 
-def packed_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules with packed weights, without those inside them."""
-    if _is_packed(model):
+def unknown_layers(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold codes of an unknown kind, without those inside them."""
+    if _is_unknown(model):
         return [model]
-    return list(dict.fromkeys(module for child in model.children() for module in packed_modules(child)))
+    return list(dict.fromkeys(module for child in model.children() for module in unknown_layers(child)))
 
 
-def check_packed(model: nn.Module) -> None:
-    """Raises TypeError for packed weights. Not where peft's adapters are trained, over weights that are meant to stay."""
+def check_known(model: nn.Module) -> None:
+    """Raises TypeError for quantized layers of an unknown kind. peft's adapters are trained over any kind."""
     found: dict[str, list[nn.Module]] = defaultdict(list)
-    for module in packed_modules(model):
+    for module in unknown_layers(model):
         found[f"{type(module).__module__}.{type(module).__name__}"].append(module)
     if not found or is_adapted(model):
         return
@@ -160,7 +160,7 @@ def check_packed(model: nn.Module) -> None:
     )
 
 
-def _is_packed(module: nn.Module) -> bool:
+def _is_unknown(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or SHOWN in module.__dict__:
         return False
     if any(map(_is_codes, module._parameters.values())):
@@ -189,7 +189,8 @@ def _is_codes(tensor: Tensor | None) -> bool:
 
 def _has_matrix(tensors: Iterable[Tensor]) -> bool:
     return any(
-        is_lazy(tensor) or (tensor.dim() > 1 and (tensor.is_floating_point() or tensor.is_complex()) and tensor.itemsize > 1)
+        is_lazy(tensor)
+        or (tensor.dim() > 1 and (tensor.is_floating_point() or tensor.is_complex()) and tensor.itemsize > 1)
         for tensor in tensors
     )
 

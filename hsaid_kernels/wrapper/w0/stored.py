@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +36,9 @@ class Stored(Tensor):
     _kind: Kind | None
 
     @staticmethod
-    def __new__(cls, layer: nn.Module, kind: Kind | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device):
+    def __new__(
+        cls, layer: nn.Module, kind: Kind | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ):
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made._layer, made._kind = weakref.ref(layer), kind
         return made
@@ -70,7 +72,7 @@ class Stored(Tensor):
         with as_stored(self.layer):
             return list(self.kind.stored(self.layer))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Stored({tuple(self.shape)}, {self.dtype}, of a {type(self.layer).__name__})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -135,6 +137,14 @@ def shown_in(module: nn.Module) -> dict[str, nn.Parameter | None]:
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """`dict(model.named_parameters())`, as of the float model."""
     return dict(model._named_members(lambda module: shown_in(module).items()))
+
+
+def needs_all(module: nn.Module, answered: Collection[str]) -> bool:
+    """Whether all that a module shows has to be given at reads, and not only what the HSAID projects, `answered`.
+
+    A quantized layer runs either as its library has it or as a float layer.
+    """
+    return SHOWN in module.__dict__ and (bool(answered) or _ASIDE in module.__dict__)
 
 
 def show(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ from hsaid_kernels.wrapper.w0.checks import (
 )
 from hsaid_kernels.wrapper.w0.fsdp2 import Ranks
 from hsaid_kernels.wrapper.w0.snapshot import Snapshot
-from hsaid_kernels.wrapper.w0.stored import Stored, parameters_of, show, shown_in
+from hsaid_kernels.wrapper.w0.stored import Stored, needs_all, parameters_of, show, shown_in
 from hsaid_kernels.wrapper.w0.values import can_compare, stands_for
 from hsaid_kernels.wrapper.weight import Weight, is_given
 
@@ -285,7 +285,8 @@ class Attachment:
             masked[module][hook._tensor_name] = hook
         for module in (model, *snapshot.modules):
             own = {key: names[id(p)] for key, p in shown_in(module).items() if p is not None}
-            self._attach(module, {key: name for key, name in own.items() if name in self._answered}, masked[module])
+            answered = {key: name for key, name in own.items() if name in self._answered}
+            self._attach(module, own if needs_all(module, answered) else answered, masked[module])
         for name, parameter in now.items():
             if parameter.requires_grad and name in self.flags and not (self.own_full and name in self._full):
                 parameter.requires_grad_(False)
