@@ -459,7 +459,7 @@ def test_another_w0_is_warned_of_by_name(tmp_path):
     other = copy.deepcopy(hsaid).unwrap()
     other[2].reset_parameters()
     with pytest.warns(
-        UserWarning, match=r"in 2 of 4 tensors \('2.weight', '2.bias'\), so their weights will"
+        UserWarning, match=r"in 2 of 4 tensors \('2.weight', '2.bias'\), 41.2% of the weights, so these will"
     ) as caught:
         loaded = HSAID.from_pretrained(tmp_path, other)
     assert values(loaded) == values(hsaid) and caught[0].filename == __file__
