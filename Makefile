@@ -15,10 +15,10 @@
 #
 #   make arm      the C++ tests of the CPU kernels, built for 64-bit Arm and run in an emulator
 #
-# With 200 MB of packages more:
+# With 350 MB of packages more:
 #
 #   make clients  other people's training loops on an HSAID: Lightning, sentence-transformers, timm, PEFT, Accelerate,
-#                 TRL, torchao
+#                 TRL; models that other people's libraries have quantized
 #
 # Measure (docs/benchmarks.md):
 #
@@ -129,8 +129,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 # torchvision for CUDA breaks the import of transformers (tests/clients/conftest.py).
 build/clients/.installed: $(VENV)/.installed-test
 	@$(PIP) lightning peft sentence-transformers pillow 'psycopg[binary]' optuna-dashboard
-	@$(PIP) --no-deps --upgrade --target build/clients timm torchvision torchao \
+	@$(PIP) --no-deps --upgrade --target build/clients timm torchvision torchao bitsandbytes gguf \
 	  hqq termcolor optimum-quanto compressed-tensors loguru 'trl; python_version >= "3.11"'
+	@$(PIP) --no-deps --no-build-isolation --upgrade --target build/clients gptqmodel defuser device-smi logbar pypcre tokenicer \
+	  requests urllib3 charset-normalizer certifi || echo "gptqmodel does not install here: the tests with it are skipped."
 	@touch $@
 
 build/cmake/test_core: $(VENV)/.installed $(wildcard tests/csrc/*)

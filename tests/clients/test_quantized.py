@@ -196,6 +196,7 @@ def test_trains_as_over_the_float_model(name, tmp_path):
     if state:
         assert {key: str(value) for key, value in model.state_dict().items()} == state
     assert [key for key, _ in model.named_parameters()] == names
+    assert not any(key.startswith("model.") for key in few.state_dict())  # codes are in no checkpoint
     few.save_pretrained(tmp_path)
     assert few.unwrap() is model and "hsaid" not in "".join(key for m in model.modules() for key in vars(m))
     again = HSAID.from_pretrained(tmp_path, model, memory="block")

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-LARGEST = 2**24  # bytes; larger buffers, such as quantized weights, are taken for constants
+from hsaid_kernels.wrapper.w0.stored import SHOWN
+
+LARGEST = 2**24  # bytes; larger buffers are taken for constants
 PREFIX = "model."  # of their names in an HSAID's state_dict
 
 
 class Buffers:
     """The persistent buffers of a model as they were when it was wrapped, such as the statistics of BatchNorm.
 
-    Prune's masks and buffers of more than 16 MB are taken for constants.
+    Prune's masks, what quantized layers hold, and buffers of more than 16 MB are taken for constants.
     """
 
     def __init__(self, model: nn.Module):
@@ -58,6 +60,8 @@ class Buffers:
 def _persistent(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     for prefix, module in model.named_modules():
+        if SHOWN in module.__dict__:  # whose buffers are codes
+            continue
         constant = {f"{hook._tensor_name}_mask" for _, hook in masks([module])}
         for key, buffer in module._buffers.items():
             left_out = buffer is None or key in module._non_persistent_buffers_set or key in constant or buffer.is_meta
