@@ -91,8 +91,8 @@ class Snapshot:
 
 
 def _is_lost(now: nn.Module | nn.Parameter | None, before: object) -> bool:
-    """Whether nothing is in its place, or a parameter without values."""
-    return now is None or (isinstance(before, nn.Parameter) and now is not before and getattr(now, "is_meta", False))
+    """Whether nothing is in its place, or a parameter without values in that of one with them."""
+    return now is None or (isinstance(now, nn.Parameter) and now.is_meta and not getattr(before, "is_meta", True))
 
 
 def _has_one_of(known: Mapping[int, str], value: nn.Module | nn.Parameter | None) -> bool:
