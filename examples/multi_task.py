@@ -2,7 +2,7 @@
 
 Three tasks about the names of things in the languages of Europe: what kind of thing is it, which family of languages,
 which language? Each trains a theta and a head of its own; pretrained MiniLM (from a PyPI package: nothing is
-downloaded) is in memory once. The loop is one of accelerate's:
+downloaded) is in memory once, on a CPU also for several processes. The loop is one of accelerate's:
 
     python examples/multi_task.py
     torchrun --nproc_per_node 2 examples/multi_task.py

@@ -70,6 +70,20 @@ def reset_peak() -> int:
     return memory("VmRSS")
 
 
+def mapping(tensor: Tensor) -> dict[str, int]:
+    """Of the mapping of this process, by Linux, that a tensor lies in: bytes that are in memory (Rss), its share of
+    these (Pss: divided by how many processes map a page) and its own copies of them (Anonymous)."""
+    found: dict[str, int] = {}
+    with open("/proc/self/smaps") as lines:
+        for first, *rest in map(str.split, lines):
+            if not first.endswith(":"):
+                begin, end = (int(address, 16) for address in first.split("-"))
+                inside = begin <= tensor.data_ptr() < end
+            elif inside and first in ("Rss:", "Pss:", "Anonymous:"):
+                found[first[:-1]] = int(rest[0]) * 1024
+    return found
+
+
 def assert_same_bits(got: Tensor, expected: Tensor, what: str = "") -> None:
     """Equal to the last bit; any NaN equals any other. Says where the first difference is, with both values."""
     assert got.dtype == expected.dtype, f"{what}: {got.dtype}, expected {expected.dtype}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 Patterns = str | Iterable[str] | None
 ON_META = (
     "which has not been loaded yet, or which hooks of accelerate offload (cpu_offload, disk_offload, device_map): load "
-    "the model whole, or name what is offloaded in exclude="
+    "the model whole (on the CPU from_pretrained only maps its file into memory), or name what is offloaded in exclude="
 )
 
 

@@ -166,7 +166,11 @@ def pruned_heads(model: nn.Module) -> dict[str, list[int]]:
         dead = set(range(attention.heads))
         for bands in attention.bands:
             if dead and bands.count == attention.heads and len(bands.shape) > 1:
-                used = (value_of(_masked(model, bands.tensor)) != 0).any(dim=1 - bands.dim).tolist()
+                weight = value_of(_masked(model, bands.tensor))
+                if weight.is_meta:  # offloaded, so that no update is written to it anyway
+                    dead = set()
+                    break
+                used = (weight != 0).any(dim=1 - bands.dim).tolist()
                 dead -= {head for head in dead if any(used[bands.slices(head)[-1]])}
         if 0 < len(dead) < attention.heads:
             found[attention.name] = sorted(dead)

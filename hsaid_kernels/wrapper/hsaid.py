@@ -308,6 +308,16 @@ class HSAID(State, StandIn):
             self._source.drop_cache()
         return super().train(mode)
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As `nn.Module.to`, but W0 that is on the CPU stays where it is, and shared with other processes if it is.
+
+        To "cpu:0", the device of Accelerate's processes without a GPU, `Tensor.to` would copy it.
+        """
+        device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None and device.type == "cpu":
+            device = torch.device("cpu")
+        return super().to(device, dtype, non_blocking, memory_format=memory_format)  # type: ignore[call-overload]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._source.attachment.check_on_w0("to()")
         if recurse:

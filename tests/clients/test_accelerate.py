@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import bert, same, snapshot
+from models import IDS, bert, same, snapshot
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -123,3 +123,66 @@ def test_the_model_is_saved_alone(tmp_path):
     loaded = HSAID.from_pretrained(tmp_path / "model", bert())
     assert same(loaded.merge().state_dict(), run.hsaid.merge().state_dict())
     assert same(run.accelerator.get_state_dict(run.model), run.hsaid.state_dict())
+
+
+# --- weights that Accelerate offloads
+
+
+def offloaded(model: nn.Module, how: str, directory: Path) -> nn.Module:
+    if how == "cpu_offload":
+        return accelerate.cpu_offload(model, "cpu")
+    if how == "disk_offload":
+        return accelerate.disk_offload(model, directory, "cpu")
+    places = {name.rpartition(".")[0]: "cpu" for name, _ in model.named_parameters()}
+    places |= {name: "disk" for name in places if ".layer.0." in name}
+    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=directory)
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch_model"])
+@pytest.mark.parametrize("memory", ["step", "block"])
+def test_an_offloaded_model_is_refused(tmp_path, how, memory):
+    model = offloaded(bert(), how, tmp_path)
+    with pytest.raises(ValueError, match=r"hooks of accelerate offload \(cpu_.* whole .* or name .* in exclude="):
+        HSAID(model, 60, memory=memory)
+    torch.manual_seed(0)
+    assert torch.equal(model.eval()(IDS).logits, bert().eval()(IDS).logits)
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch_model"])
+def test_offloading_a_wrapped_model_is_refused(tmp_path, how):
+    model = bert().eval()
+    expected = model(IDS).logits
+    hsaid = HSAID(model, 60)
+    with torch.no_grad():
+        hsaid.theta.fill_(1.0)
+    with pytest.raises(RuntimeError, match="to keep its values, got a tensor on the meta device, .* of accelerate"):
+        offloaded(model, how, tmp_path)
+        hsaid(IDS)
+    assert torch.equal(hsaid.unwrap()(IDS).logits, expected)
+
+
+def test_offloading_an_hsaid_is_refused():
+    hsaid = HSAID(bert().eval(), 60)
+    with torch.no_grad():
+        hsaid.theta.fill_(1.0)
+    expected = hsaid(IDS).logits
+    with pytest.raises(ValueError, match="theta: expected a tensor with values, .*remove_hook_from_module"):
+        accelerate.cpu_offload(hsaid, "cpu")
+        hsaid(IDS)
+    accelerate.hooks.remove_hook_from_module(hsaid, recurse=True)
+    assert torch.equal(hsaid(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("memory", ["step", "block"])
+def test_what_is_left_out_may_be_offloaded(tmp_path, memory):
+    """Gradients go through it, and theta's are the same bits as where it is in memory."""
+    grads = []
+    for place in (lambda model: model, lambda model: offloaded(model, "dispatch_model", tmp_path)):
+        torch.manual_seed(0)
+        hsaid = HSAID(place(bert(num_hidden_layers=2).eval()), 60, exclude=r"layer\.0", memory=memory)
+        with torch.no_grad():
+            hsaid.theta.fill_(1.0)
+        for _ in range(2):
+            hsaid(**next(iter(DataLoader(ROWS, batch_size=8)))).loss.backward()
+        grads.append(hsaid.theta.grad)
+    assert torch.equal(*grads) and grads[0].all()

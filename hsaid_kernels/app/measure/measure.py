@@ -81,7 +81,8 @@ def measure(
         storage: where Optuna keeps the study: a SQLAlchemy URL such as "postgresql://user@host/database", or
             "journal:" and a file on a disk that all machines share. None means an SQLite file in `out`.
         name: the study's name in the storage.
-        workers: number of processes to train in. More than 1 needs a `train` at the top level of a module.
+        workers: number of processes to train in. More than 1 needs a `train` at the top level of a module; tensors that
+            it holds, such as those of a pretrained model, get into shared memory.
         threads: CPU threads of each worker. None means all for one worker, else an equal share.
         title: of the picture.
         labels: {method: what it is called in table and picture}, where it has a name of its own.

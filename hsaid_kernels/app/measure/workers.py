@@ -148,15 +148,10 @@ def _folder(run: Run) -> str:
 def work_in_processes(job: Job, workers: int, report: Report) -> None:
     """Does what `work` does in several processes; this one only watches.
 
-    A worker that is killed does not end the others. Raises what a worker raises, RuntimeError if none is left,
+    A worker that is killed does not end the others. Tensors that the training function holds, such as a model's, get
+    into shared memory, and are not copied for each worker. Raises what a worker raises, RuntimeError if none is left,
     ValueError if the training function cannot be sent to another process.
     """
-    try:
-        pickle.dumps(job.train)
-    except Exception as error:
-        raise ValueError(
-            f"workers: expected 1, or a training function at the top level of a module, got {workers}: {error}"
-        ) from error
     context = multiprocessing.get_context("spawn")
     processes: list[tuple[SpawnProcess, Connection]] = []
     study, known = Study(job.storage, job.name, None), -1
@@ -166,7 +161,13 @@ def work_in_processes(job: Job, workers: int, report: Report) -> None:
             # Not daemons: these could not have processes of their own, as for a DataLoader.
             process = context.Process(target=_worker, args=(job, os.getpid(), sender), daemon=False)
             with _without_interrupts():
-                process.start()
+                try:
+                    process.start()
+                except (pickle.PicklingError, AttributeError, TypeError) as error:
+                    raise ValueError(
+                        "workers: expected 1, or a training function at the top level of a module, got "
+                        f"{workers}: {error}"
+                    ) from error
             sender.close()
             processes.append((process, receiver))
         while True:

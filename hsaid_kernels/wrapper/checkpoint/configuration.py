@@ -66,8 +66,9 @@ def w0_checks(w0: Mapping[str, Tensor]) -> str:
     return " ".join(hashlib.blake2b(bytes_of(value), digest_size=2).hexdigest() for value in values)
 
 
-def bytes_of(tensor: Tensor) -> bytes:
-    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, which are not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def encode_state(config: Config) -> Tensor:

@@ -219,6 +219,12 @@ def _check_separate(tensors: Mapping[str, Tensor]) -> None:
 def check_w0(w0: Mapping[str, Tensor], theta: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises ValueError if W0 is not on theta's device, or no longer of these shapes."""
     if elsewhere := {tensor.device for tensor in w0.values()} - {theta.device}:
+        if theta.is_meta:
+            raise ValueError(
+                "theta: expected a tensor with values, got one on the meta device, where hooks of accelerate "
+                "(cpu_offload, disk_offload) leave it: accelerate.hooks.remove_hook_from_module(hsaid, recurse=True) "
+                "gives it back"
+            )
         raise ValueError(
             f"model: expected its tensors on {theta.device}, where theta is, got some on {elsewhere.pop()}: "
             "hsaid.to(device) moves both"

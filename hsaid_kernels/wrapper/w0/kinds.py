@@ -128,6 +128,12 @@ def _of_4_bits(layer: Any) -> Tensor:
     codes, state = layer._parameters["weight"].data, _state(layer)
     if _is_reordered(state):
         codes, state = _in_order(codes, state)
+    if state.absmax.dim() > 1:
+        raise RuntimeError(
+            f"model: expected scales in the order of their blocks, got a {type(layer).__name__} in which bitsandbytes "
+            "has left them in another one (state_dict() after an evaluation on this CPU), so that its own forward is "
+            "wrong too: load the model anew"
+        )
     return dequantize_4bit(codes, state)
 
 

@@ -62,12 +62,13 @@ class Snapshot:
     def put_back(self, changed: nn.Module | None) -> None:
         """Gives modules the parameters, and the modules with parameters, that were taken out of them, in their order.
 
-        And `changed` its buffers: other modules may have dropped theirs by themselves.
+        Also those in whose place is one on the meta device. And `changed` its buffers: other modules may have dropped
+        theirs by themselves.
         """
         known = self.names()
         for holder, whole, _ in self._seen:
-            if any(holder.get(key) is None and _has_one_of(known, value) for key, value in whole.items()):
-                now = {key: value for key, value in holder.items() if value is not None}
+            if any(_is_lost(holder.get(key), value) and _has_one_of(known, value) for key, value in whole.items()):
+                now = {key: value for key, value in holder.items() if not _is_lost(value, whole.get(key))}
                 holder.clear()
                 holder.update(whole | now)
         if changed is not None:
@@ -89,6 +90,11 @@ class Snapshot:
             )
             for holder, seen, _ in self._seen
         )
+
+
+def _is_lost(now: nn.Module | nn.Parameter | None, before: object) -> bool:
+    """Whether nothing is in its place, or a parameter without values in that of one with them."""
+    return now is None or (isinstance(now, nn.Parameter) and now.is_meta and not getattr(before, "is_meta", True))
 
 
 def _has_one_of(known: Mapping[int, str], value: nn.Module | nn.Parameter | None) -> bool:

@@ -8,13 +8,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import measuring
 import pytest
+import torch
+from helpers import mapping
+from torch import nn
 
-from hsaid_kernels.measure import Scores, measure
+from hsaid_kernels.measure import Run, Scores, measure
+from hsaid_kernels.training import build_classifier
 
 PROGRAM = Path(measuring.__file__)
 
@@ -109,6 +114,52 @@ def processes(run):
 def test_a_training_function_may_have_processes(tmp_path):
     options = {"methods": ("did",), "dims": (100,), "seeds": 1, "refine": 0, "rates": measuring.RATES}
     assert measure(measuring.MODEL, processes, out=tmp_path, workers=2, **options).runs == 6
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """A training function of two workers that measures, in a run of each at the same time, what they hold of W0.
+
+    `source` is the model, or the directory that each loads it from.
+    """
+
+    out: Path
+    source: nn.Module | str
+
+    def __call__(self, run: Run) -> Scores:
+        mine = self.out / f"{os.getpid()}.json"
+        if run.dim is not None and not mine.exists():
+            loaded = isinstance(self.source, nn.Module)
+            model = self.source if loaded else build_classifier(self.source, ("a", "b"), run.seed, 16).model
+            with run.wrap(model) as hsaid:
+                sum(weight.sum() for weight in hsaid.weights().values()).backward()
+                self.meet("trained")
+                found = mapping(next(iter(hsaid.w0().values())))
+                mine.write_text(json.dumps(found))
+                self.meet("json")
+        return Scores(0.9, 0.9)
+
+    def meet(self, what: str) -> None:
+        (self.out / f"{os.getpid()}.{what}").touch()
+        for _ in range(1200):
+            if len(list(self.out.glob(f"*.{what}"))) == 2:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"the other worker has not {what} for a minute")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="smaps: expected Linux")
+@pytest.mark.parametrize("where", ["file", "memory"])
+def test_workers_share_w0(files, tmp_path, where):
+    """Of a model that all of them load from its file, and of one that the training function holds."""
+    source = nn.Sequential(nn.Linear(256, 256)) if where == "memory" else str(files / "model")
+    before = [weight.clone() for weight in source.parameters()] if where == "memory" else []
+    options = {"methods": ("did",), "dims": (100,), "seeds": 1, "refine": 0, "rates": measuring.RATES}
+    measure(measuring.MODEL, Sharing(tmp_path, source), out=tmp_path / "out", workers=2, **options)
+    found = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert len(found) == 2 and all(one["Rss"] > 0 and one["Anonymous"] == 0 for one in found)
+    assert sum(one["Pss"] for one in found) < 1.05 * max(one["Rss"] for one in found)
+    assert not before or all(map(torch.equal, before, source.parameters()))
 
 
 def test_a_script_without_a_guard(tmp_path):
