@@ -25,7 +25,7 @@ from hsaid_kernels.wrapper.state import State
 from hsaid_kernels.wrapper.tasks import Tasks
 from hsaid_kernels.wrapper.w0.checks import check_layers, check_parameters, check_plain, plain
 from hsaid_kernels.wrapper.w0.quantized import as_floats, check_known
-from hsaid_kernels.wrapper.w0.stored import showing
+from hsaid_kernels.wrapper.w0.stored import show, showing
 from hsaid_kernels.wrapper.weights.attachment import unwrapped_before
 from hsaid_kernels.wrapper.weights.outside import TRACED
 from hsaid_kernels.wrapper.weights.source import WeightSource
@@ -324,7 +324,9 @@ class HSAID(State, StandIn):
             self.model._apply(fn)
         self._tasks.apply(fn)
         self._source.drop_cache()
+        self._source.attachment.note_change()  # quantized layers may have moved
         with contextlib.suppress(TypeError, ValueError):  # which the next read raises: dtypes may be changed once more
+            show(self.model)
             self._source.maker.upload()
         return self
 

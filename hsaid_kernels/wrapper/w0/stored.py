@@ -232,7 +232,7 @@ def showing(model: nn.Module, stay: bool = False) -> Iterator[None]:
     if not isinstance(model, nn.Module):  # which is refused where the argument is checked
         yield
         return
-    already = {module for module in model.modules() if SHOWN in module.__dict__}
+    already = {module for module in model.modules() if module.__dict__.keys() & {SHOWN, _ASIDE}}
     try:
         show(model)
         layers = [module for module in model.modules() if SHOWN in module.__dict__]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import hsaid_kernels
 from hsaid_kernels import HSAID
-from hsaid_kernels.wrapper.w0 import kinds
+from hsaid_kernels.wrapper.w0 import kinds, stored
 
 LABELS = torch.tensor([0, 1])
 
@@ -332,3 +332,20 @@ def test_tensors_are_registered_too():
     hsaid = HSAID(model, 100, memory="block")
     assert torch.equal(hsaid.weights()["classifier.weight"], Int8.dequantize(weight))
     assert relative(hsaid.merge().classifier.weight, weight.dequantize()) == 0.5
+
+
+def test_a_layer_that_moves_shows_where_it_is(monkeypatch):
+    model = model_of(Codes)
+    hsaid = moved(HSAID(model, 100, memory="block"))
+    expected, name = hsaid(IDS).logits, "bert.encoder.layer.0.attention.self.query.weight"
+    layer = model.bert.encoder.layer[0].attention.self.query
+    on = {layer: "meta"}  # as if it were another device
+    look = stored._look_of
+    monkeypatch.setattr(
+        stored, "_look_of", lambda n, of, kind: (*look(n, of, kind)[:2], torch.device(on.get(of, "cpu")))
+    )
+    hsaid.to("cpu")
+    assert stored.shown_in(layer)["weight"].device.type == "meta"
+    on.clear()
+    hsaid.to("cpu")
+    assert hsaid.w0()[name].device.type == "cpu" and torch.equal(hsaid(IDS).logits, expected)
