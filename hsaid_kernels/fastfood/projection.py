@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from hsaid_kernels.fastfood import ops
-from hsaid_kernels.fastfood.plan import Plan, check_choice, check_int
+from hsaid_kernels.fastfood.plan import Plan, check_choice, check_int, whole
 from hsaid_kernels.fastfood.selection import Patterns, check_tensor, select_tensors
 
 if TYPE_CHECKING:
@@ -294,6 +295,33 @@ class Projection:
                 (weight,) = self.plan.views(flat, [name])
                 weight[row] = base[self.plan.names.index(name)][row] if base else 0
             return flat
+
+    @torch.no_grad()
+    def pieces(self, theta: Tensor, scaled: Tensor, base: Tensor, most: int) -> Iterator[Tensor]:
+        """The weights of the plan's only tensor, one after another, about `most` of them at a time, without a graph.
+
+        A tensor that is divided into segments comes as a whole. `base` is its base, `theta` and `scaled` are those of
+        `flat`. Yields tensors [count]. Does not check its arguments.
+        """
+        plan, size = self.plan, base.numel()
+        if size <= most or plan.pieces != tuple(itertools.starmap(whole, plan.shapes.items())):
+            yield self.flat(theta, scaled, [base])[:size]
+            return
+        backend = ops.choose_backend(self.backend, theta.device)
+        span = ops.row_span(plan, backend)
+        values = plan.width * span  # of an entry of `listed`
+        step, end = max(1, most // values), -(-size // values)
+        for first in range(0, end, step):
+            listed = torch.arange(first, min(first + step, end), device=theta.device)
+            flat = ops.fastfood_forward(plan, theta, scaled, [base], self.dtype, backend, listed, span)
+            flat = flat[: size - first * values]
+            own = base.reshape(-1)[first * values :][: len(flat)]
+            for row in self.kept.values():
+                columns = size // base.shape[0]
+                begin = row * columns - first * values
+                kept = slice(max(0, begin), max(0, begin + columns))
+                flat[kept] = own[kept]
+            yield flat
 
     def part(
         self,

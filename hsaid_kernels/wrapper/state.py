@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hsaid_kernels.fastfood.selection import split_tensors
-from hsaid_kernels.wrapper.basis import BASIS, CHOICE, Basis
+from hsaid_kernels.wrapper.basis import Basis
 from hsaid_kernels.wrapper.checkpoint import files, hub
-from hsaid_kernels.wrapper.checkpoint.compare import (
-    check_config,
-    check_state,
-    check_tensors,
-    shapes_of,
-    warn_of_other_w0,
+from hsaid_kernels.wrapper.checkpoint.compare import arguments_of, check_config, check_state, warn_of_other_w0
+from hsaid_kernels.wrapper.checkpoint.configuration import (
+    Config,
+    architecture_of,
+    describe,
+    encode_state,
+    w0_checks,
 )
-from hsaid_kernels.wrapper.checkpoint.configuration import Config, describe, encode_state, w0_checks
 from hsaid_kernels.wrapper.checkpoint.ranks import check_active_ranks, check_sharded_ranks
 from hsaid_kernels.wrapper.tasks import Tasks, groups_of
 from hsaid_kernels.wrapper.w0.beside import PREFIX
@@ -234,12 +233,7 @@ class State(nn.Module):
         """
         config, values = files.read(hub.local_directory(directory, **of_hub))
         model = plain(model)
-        frozen = [name for name in config["frozen"] if name in dict(model.named_parameters())]
-        projected, full = split_tensors(model, **{key: config[key] for key in CHOICE}, frozen=frozen)
-        check_tensors(config, {"tensors": shapes_of(projected), "full": shapes_of(full)})
-        options: dict[str, Any] = {key: config[key] for key in (*BASIS, *CHOICE, "task")}
-        options |= dict(frozen=frozen, backend=backend, memory=memory)
-        hsaid = cls(model, dtype=getattr(torch, config["dtype"]) if config["dtype_given"] else None, **options)
+        hsaid = cls(model, **arguments_of(config, model), backend=backend, memory=memory)
         hsaid._fill(values)
         warn_of_other_w0(config, hsaid.w0_checks())
         return hsaid
@@ -293,7 +287,9 @@ class State(nn.Module):
         """What a checkpoint says beside its values, see `configuration.describe`; after `unwrap()`, as before."""
         if not self._source.attachment.attached:
             return self._described | {"task": self.task}
-        return describe(self._basis, self.task, self.dtype, self.full, self.w0_checks())
+        attachment, architecture = self._source.attachment, architecture_of(self.model)
+        own = {**attachment.parameters, **attachment.known_w0(), **attachment.buffers.tracked(self.model)}
+        return describe(self._basis, self.task, self.dtype, self.full, self.w0_checks(), own, architecture)
 
     @property
     def dtype(self) -> torch.dtype:
