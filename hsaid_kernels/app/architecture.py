@@ -37,25 +37,31 @@ def build_architecture(source: str) -> nn.Module:
             return AutoModel.from_config(config)
 
 
-def build_trained(architecture: Mapping[str, Any], where: str) -> nn.Module:
+def build_trained(architecture: Mapping[str, Any]) -> nn.Module:
     """The model that a checkpoint describes (`architecture_of`), with zeros that take no memory.
 
-    Raises ValueError, with a message that begins with `where`, if transformers does not have it.
+    Raises ValueError if transformers does not have it.
     """
     import transformers
 
-    (name,) = architecture["architectures"]
+    name = str((architecture.get("architectures") or [None])[0])
     own: Any = getattr(transformers, name, None)
-    if own is None:
-        raise ValueError(f"{where}: expected a model of transformers {transformers.__version__}, got a {name}")
-    if "id2label" in architecture and "label2id" not in architecture:
-        labels = {label: int(number) for number, label in architecture["id2label"].items()}
-        architecture = {**architecture, "label2id": labels}
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(architecture))
-        config = own.config_class.from_pretrained(folder)
-    with torch.device("meta"):
-        return _without_memory(own(config))
+    if getattr(own, "config_class", None) is None:
+        raise ValueError(
+            f"directory: expected one of a model of transformers {transformers.__version__}, got one of a {name}: "
+            "merge it by HSAID.from_pretrained(directory, model).merge()"
+        )
+    try:
+        if "id2label" in architecture and "label2id" not in architecture:
+            labels = {label: int(number) for number, label in architecture["id2label"].items()}
+            architecture = {**architecture, "label2id": labels}
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(architecture))
+            config = own.config_class.from_pretrained(folder)
+        with torch.device("meta"):
+            return _without_memory(own(config))
+    except Exception as error:  # whatever a model raises for a configuration that is not its own
+        raise ValueError(f"directory: expected the configuration of a {name}, got another one: {error}") from error
 
 
 def guess_trained(names: Collection[str], source: str, labels: Sequence[str] | None) -> nn.Module:

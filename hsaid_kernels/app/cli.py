@@ -59,7 +59,7 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"hsaid: {sentence.encode(errors='backslashreplace').decode()}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt as interrupt:
-        print(f"\nhsaid: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"\nhsaid: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 

@@ -77,7 +77,7 @@ def _read_one(directory: str, weight: float) -> Trained:
 def _architecture(checkpoint: Trained, source: str, run: Run) -> nn.Module:
     config = checkpoint.config
     if config["architecture"] is not None:
-        return build_trained(config["architecture"], checkpoint.where)
+        return build_trained(config["architecture"])
     return guess_trained([name for key in SHAPES for name in config[key]], source, run.get("labels"))
 
 

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from hsaid_kernels.wrapper.basis import Basis
 from hsaid_kernels.wrapper.checkpoint import files, hub
-from hsaid_kernels.wrapper.checkpoint.compare import arguments_of, check_config, check_state, warn_of_other_w0
+from hsaid_kernels.wrapper.checkpoint.compare import (
+    arguments_of,
+    check_config,
+    check_state,
+    check_value,
+    warn_of_other_w0,
+)
 from hsaid_kernels.wrapper.checkpoint.configuration import (
     Config,
     architecture_of,
@@ -270,12 +276,7 @@ class State(nn.Module):
         """
         parameters, attachment = dict(self.named_parameters()), self._source.attachment
         for name, parameter in parameters.items():
-            value = values.get(name)
-            if value is None or (value.dtype, value.shape) != (parameter.dtype, parameter.shape):
-                got = "none" if value is None else f"shape {list(value.shape)} ({value.dtype})"
-                raise ValueError(
-                    f"directory: expected {name} of shape {list(parameter.shape)} ({parameter.dtype}), got {got}"
-                )
+            check_value(values, name, parameter.shape, parameter.dtype)
         buffers = {name.removeprefix(PREFIX): value for name, value in values.items() if name.startswith(PREFIX)}
         attachment.buffers.check("buffers", self.model, buffers)
         attachment.buffers.put(self.model, buffers)

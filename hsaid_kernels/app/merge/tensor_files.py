@@ -55,7 +55,7 @@ class TensorFile:
 
     Attributes:
         entries: {name: `Entry`}, in the order of the file.
-        metadata: {key: text}.
+        metadata: {key: text}, or None.
 
     Raises OSError if the file cannot be read, ValueError if it is not a whole safetensors file.
     """
@@ -64,7 +64,7 @@ class TensorFile:
         self.path = path
         try:
             with safe_open(path, framework="pt") as checked:
-                self.metadata: dict[str, str] = checked.metadata() or {}
+                self.metadata: dict[str, str] | None = checked.metadata()
         except SafetensorError as error:
             raise ValueError(f"expected a whole safetensors file, got {str(path)!r}: {error}") from None
         with open(path, "rb") as file:
@@ -108,10 +108,10 @@ class NewFiles:
 
     Args:
         files: {path: {name: what the tensor is}}; none of these files exists.
-        metadata: {path: {key: text}}.
+        metadata: {path: {key: text}, or None}.
     """
 
-    def __init__(self, files: Mapping[Path, Mapping[str, About]], metadata: Mapping[Path, Mapping[str, str]]):
+    def __init__(self, files: Mapping[Path, Mapping[str, About]], metadata: Mapping[Path, Mapping[str, str] | None]):
         self._files, self._metadata = files, metadata
 
     def __enter__(self) -> NewFiles:
@@ -125,9 +125,9 @@ class NewFiles:
             self._begin(handle, tensors, self._metadata[path])
         return self
 
-    def _begin(self, handle: int, tensors: Mapping[str, About], metadata: Mapping[str, str]) -> None:
+    def _begin(self, handle: int, tensors: Mapping[str, About], metadata: Mapping[str, str] | None) -> None:
         """Writes the header of a file."""
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
         end = 0
         for name, (dtype, shape, size) in sorted(tensors.items(), key=lambda item: (_rank(item[1][0]), item[0])):
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from hsaid_kernels.fastfood.projection import Part, Projection
-from hsaid_kernels.wrapper.basis import Settings, basis_of
-from hsaid_kernels.wrapper.checkpoint.compare import arguments_of, check_config
+from hsaid_kernels.wrapper.basis import Basis, Settings, basis_of
+from hsaid_kernels.wrapper.checkpoint.compare import arguments_of, check_config, check_value
 from hsaid_kernels.wrapper.checkpoint.configuration import Config, w0_checks
 from hsaid_kernels.wrapper.tasks import key_of
-from hsaid_kernels.wrapper.w0.beside import PREFIX
+from hsaid_kernels.wrapper.w0.beside import PREFIX, Buffers
 from hsaid_kernels.wrapper.weights.graph import scaled_factors
 
 PIECE = 2**18  # weights that a thread makes at a time: they are still in its cache when they are written
@@ -62,7 +62,7 @@ class Weights:
         w0_dtypes: {name: dtype} of W0 in training, where "*" stands for those that are not named; None as long as it
             is not known, because the checkpoint is of an older version.
 
-    Raises ValueError if the model's tensors are not those that were trained.
+    Raises ValueError if the model's tensors are not those that were trained, or a checkpoint lacks one of its own.
     """
 
     def __init__(self, trained: Sequence[Trained], model: nn.Module):
@@ -70,12 +70,22 @@ class Weights:
         basis = basis_of(model, Settings(**arguments_of(self._config, model), backend="auto", memory="block"))
         self._plan, self._kept, self._given = basis.plan, basis.padding_rows, basis.settings.dtype
         self.projected, self.full = frozenset(basis.plan.names), frozenset(basis.full)
+        for each in trained:
+            self._check_values(each.values, model, basis)
         self._tasks = []  # (theta, factors multiplied by the plan's scales and the weight of the task)
         for each in trained:
             factors = scaled_factors(basis.plan, basis.partition, each.values["multipliers"])
             self._tasks.append((each.values["theta"], factors * each.weight))
         self._hashes = dict(zip(self._config["tensors"], self._config["w0_checks"].split(), strict=True))
         self.w0_dtypes: Mapping[str, str] | None = self._config["w0_dtypes"]
+
+    def _check_values(self, values: Mapping[str, Tensor], model: nn.Module, basis: Basis) -> None:
+        check_value(values, "theta", [basis.plan.dim], torch.float32)
+        check_value(values, "multipliers", [basis.partition.num_multipliers], torch.float32)
+        for name in self.full:
+            check_value(values, key_of(name), self._config["full"][name], None)
+        buffers = {name.removeprefix(PREFIX): value for name, value in values.items() if name.startswith(PREFIX)}
+        Buffers(model).check("buffers", model, buffers)
 
     def w0_dtype(self, name: str) -> torch.dtype:
         """The dtype of this tensor of W0 in training."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,15 @@ def arguments_of(config: Config, model: nn.Module) -> dict[str, Any]:
     check_tensors(config, {"tensors": shapes_of(projected), "full": shapes_of(full)})
     dtype = getattr(torch, config["dtype"]) if config["dtype_given"] else None
     return {key: config[key] for key in (*BASIS, *CHOICE, "task")} | {"frozen": frozen, "dtype": dtype}
+
+
+def check_value(values: Mapping[str, Tensor], name: str, shape: Sequence[int], dtype: torch.dtype | None) -> None:
+    """Raises ValueError if a checkpoint's tensor `name` is missing, or has another shape or dtype (None means any)."""
+    value = values.get(name)
+    if value is None or tuple(value.shape) != tuple(shape) or value.dtype != (dtype or value.dtype):
+        got = "none" if value is None else f"shape {list(value.shape)} ({value.dtype})"
+        kind = "" if dtype is None else f" ({dtype})"
+        raise ValueError(f"directory: expected {name} of shape {list(shape)}{kind}, got {got}")
 
 
 def check_tensors(config: Config, got: Mapping[str, Shapes]) -> None:

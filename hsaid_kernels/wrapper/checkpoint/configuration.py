@@ -47,12 +47,12 @@ def describe(
 
     "tensors" is {name: shape} of the projected tensors, "full" the same for the fully trained ones, "frozen" for those
     that are left out because they did not require gradients. "w0_checks" (`w0_checks`) serves to detect a different W0.
-    "w0_dtypes" is {name: dtype} of the tensors in `own`, where "*" stands for those that are not named;
+    "w0_dtypes" is {name: dtype} of the float tensors in `own`, where "*" stands for those that are not named;
     "architecture" what transformers builds the model from (`architecture_of`). The other keys are the arguments of
     `HSAID`, the dtype of the weights and the versions of the format and of the random generator.
     """
     settings = basis.settings
-    dtypes = {name: _name(tensor.dtype) for name, tensor in own.items() if tensor.is_floating_point()}
+    dtypes = {name: _name(tensor.dtype) for name, tensor in own.items() if tensor.dtype in WEIGHT_DTYPES}
     ((usual, _),) = Counter(dtypes.values()).most_common(1)
     return {
         "format": FORMAT,
@@ -141,6 +141,10 @@ def _is_dict_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
 
 
+def _is_dtypes(value: Any) -> bool:
+    return value is None or (_is_dict_of(lambda dtype: dtype in DTYPES)(value) and "*" in value)
+
+
 def _is_choice(value: Any) -> bool:
     return value is None or isinstance(value, str) or _is_list_of(str)(value)
 
@@ -156,7 +160,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("heads", "dtype_given"), ("true or false", _is(bool))),
     "pruned": ("lists of heads by module", _is_dict_of(_is_list_of(int))),
     "padding_rows": ("rows by tensor", _is_dict_of(_is(int))),
-    "w0_dtypes": ("dtypes by tensor or null", lambda value: value is None or _is_dict_of(_is(str))(value)),
+    "w0_dtypes": ("dtypes by tensor or null", _is_dtypes),
     "architecture": ("the configuration of a model or null", _is(dict, type(None))),
     **dict.fromkeys(CHOICE, ("a regular expression, several or null", _is_choice)),
     "dtype": (f"one of {', '.join(DTYPES)}", lambda value: value in DTYPES if isinstance(value, str) else False),
