@@ -80,7 +80,8 @@ def test_a_killed_process_and_two_at_once(tmp_path):
     command = [sys.executable, "-c", HOLDING, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         assert process.stdout.readline() == "here\n"
-        with pytest.raises(OSError, match="another process is writing to it"), replaced_folder(tmp_path, "last", "*.bin"):
+        refused = pytest.raises(OSError, match="another process is writing to it")
+        with refused, replaced_folder(tmp_path, "last", "*.bin"):
             pass
         assert (tmp_path / UNFINISHED / "half").exists()
         process.send_signal(signal.SIGKILL)

@@ -90,15 +90,17 @@ def _named(labels: Sequence[str] | None) -> dict[str, Any]:
     return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
 
 
-def _without_memory(model: nn.Module) -> nn.Module:
+def _without_memory(model: Any) -> nn.Module:
     """Replaces a model's tensors on the meta device by zeros of which each takes the memory of one value."""
+    model.tie_weights()  # which transformers 5.0 does when a model is loaded
     every = [*model.parameters(), *model.buffers()]
     zeros: dict[int, Any] = {id(t): torch.zeros((), dtype=t.dtype, device="cpu").expand(t.shape) for t in every}
     zeros |= {id(parameter): nn.Parameter(zeros[id(parameter)]) for parameter in model.parameters()}
     for module in model.modules():
         for own in (module._parameters, module._buffers):
             own.update({key: zeros[id(tensor)] for key, tensor in own.items() if tensor is not None})
-    return model
+    found: nn.Module = model
+    return found
 
 
 def fresh_tensors(model: Any, missing: Collection[str], seed: int) -> dict[str, Tensor]:

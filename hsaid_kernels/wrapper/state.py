@@ -204,7 +204,8 @@ class State(nn.Module):
         Raises OSError if the directory cannot be written to; nothing is half-written then.
         """
         values = {name: value_of(parameter.detach()) for name, parameter in self.named_parameters()}
-        config = self.configuration()
+        # The architecture is not in state_dict(), because training may change a model's configuration.
+        config = self.configuration() | {"architecture": architecture_of(self.model)}
         if is_main_process:
             buffers = {f"{PREFIX}{name}": buffer for name, buffer in self.buffers_changed().items()}
             files.write(directory, config, values | buffers)
@@ -288,9 +289,9 @@ class State(nn.Module):
         """What a checkpoint says beside its values, see `configuration.describe`; after `unwrap()`, as before."""
         if not self._source.attachment.attached:
             return self._described | {"task": self.task}
-        attachment, architecture = self._source.attachment, architecture_of(self.model)
+        attachment = self._source.attachment
         own = {**attachment.parameters, **attachment.known_w0(), **attachment.buffers.tracked(self.model)}
-        return describe(self._basis, self.task, self.dtype, self.full, self.w0_checks(), own, architecture)
+        return describe(self._basis, self.task, self.dtype, self.full, self.w0_checks(), own)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -125,7 +125,7 @@ def rewrite(directory, change) -> None:
 
 def keys() -> list[str]:
 
-    return sorted(packed(HSAID(bert(), 40).configuration()))
+    return sorted([*packed(HSAID(bert(), 40).configuration()), "architecture"])
 
 
 @pytest.mark.parametrize("key", keys())
@@ -252,6 +252,18 @@ def test_senseless_arguments(whole, capsys, tmp_path, monkeypatch):
 def test_arguments_in_any_order(whole, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw = random.Random(1)
-    words = ["info", "graph", "merge", "predict", str(whole), "--weights", "--to", "--data", "--model", "--heads", "--partition", "--fold", "--no-fold", "-o", *VALUES]
+    words = [
+        "info",
+        "graph",
+        "merge",
+        "predict",
+        str(whole),
+        "--model",
+        "--heads",
+        "--partition",
+        "--fold",
+        "--no-fold",
+    ]
+    words += ["-o", "--weights", "--to", "--data", *VALUES]
     for _ in range(200):
         said(capsys, *(draw.choice(words) for _ in range(draw.randrange(5))))

@@ -60,7 +60,7 @@ class Names:
         self._first = {name: known.setdefault(id(tensor), name) for name, tensor in every}
         transforms = get_model_conversion_mapping(self._model)
         self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        self._converters = {p: e for e in transforms if isinstance(e, WeightConverter) for p in e.source_patterns}
+        self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
         groups: dict[str, dict[str, str]] = {}  # {name in the model: sources}
         for name in sorted(files, key=dot_natural_key):
             own, pattern = self._in_model(name)
@@ -75,14 +75,15 @@ class Names:
         self.missing = [name for name, _ in model.named_parameters() if name not in found]
 
     def _in_model(self, name: str) -> tuple[str, str | None]:
-        prefix, converters = self._model.base_model_prefix, list(dict.fromkeys(self._converters.values()))
-        found = rename_source_key(name, self._renamings, converters, prefix, self._state)
+        prefix = self._model.base_model_prefix
+        found = rename_source_key(name, self._renamings, self._converters, prefix, self._state)
         if found[0] not in self._state and name in self._state:  # it has the new name already
             return rename_source_key(name, [], [], prefix, self._state)
         return found
 
     def _unit(self, own: str, sources: dict[str, str], files: Mapping[str, tuple[int, ...]]) -> Unit:
-        converter = self._converters.get(next(iter(sources.values())))
+        pattern = next(iter(sources.values()))
+        converter = next((each for each in self._converters if pattern in each.source_patterns), None)
         if converter is None:
             names: Iterable[str] = [own]
         else:

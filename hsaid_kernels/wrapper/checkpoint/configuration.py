@@ -28,7 +28,8 @@ TASK = "default"
 SHAPES = ("tensors", "full", "frozen")  # keys with {name: shape}
 # Values for keys that are missing in configurations from older versions.
 FIRST: Config = {"task": TASK, "train_fully": None, "full": {}, "frozen": {}, "heads": False, "pruned": {}}
-FIRST |= {"padding_rows": {}, "w0_dtypes": None, "architecture": None}  # which projected all rows
+FIRST["padding_rows"] = {}  # which projected all rows
+FIRST |= {"w0_dtypes": None, "architecture": None}  # which did not say so
 MOST_NAMES = 100_000  # limit for a run of numbered modules that is stored as one entry, such as "0..11"
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
 SAMPLES = 16  # number of values of each W0 tensor that enter its hash in "w0_checks"
@@ -41,15 +42,15 @@ def describe(
     full: Mapping[str, Tensor],
     w0_checks: str,
     own: Mapping[str, Tensor],
-    architecture: Config | None,
 ) -> Config:
     """The configuration as a dict. `own` are the model's parameters and buffers, by name.
 
     "tensors" is {name: shape} of the projected tensors, "full" the same for the fully trained ones, "frozen" for those
     that are left out because they did not require gradients. "w0_checks" (`w0_checks`) serves to detect a different W0.
-    "w0_dtypes" is {name: dtype} of the float tensors in `own`, where "*" stands for those that are not named;
-    "architecture" what transformers builds the model from (`architecture_of`). The other keys are the arguments of
-    `HSAID`, the dtype of the weights and the versions of the format and of the random generator.
+    "w0_dtypes" is {name: dtype} of the float tensors in `own`, where "*" stands for those that are not named. The other
+    keys are the arguments of `HSAID`, the dtype of the weights and the versions of the format and of the random
+    generator. In a checkpoint there is also "architecture", what transformers builds the model from
+    (`architecture_of`).
     """
     settings = basis.settings
     dtypes = {name: _name(tensor.dtype) for name, tensor in own.items() if tensor.dtype in WEIGHT_DTYPES}
@@ -63,7 +64,6 @@ def describe(
         "dtype": _name(dtype),
         "dtype_given": settings.dtype is not None,
         "w0_dtypes": {"*": usual} | {name: dtype for name, dtype in dtypes.items() if dtype != usual},
-        "architecture": architecture,
         "tensors": basis.plan.shapes,
         "full": {name: tuple(parameter.shape) for name, parameter in full.items()},
         "frozen": basis.frozen,

@@ -172,6 +172,16 @@ def test_the_same_bytes_of_an_older_checkpoint(name, tmp_path):
     assert_same_files(tmp_path)
 
 
+def test_the_same_bytes_of_a_state_dict(tmp_path):
+    """As Trainer saves it, which does not describe the model either."""
+    hsaid = trained(CASES["trained fully and excluded"], tmp_path)
+    shutil.rmtree(tmp_path / "task")
+    (tmp_path / "task").mkdir()
+    save_file(hsaid.state_dict(), tmp_path / "task" / "model.safetensors")
+    merge(tmp_path)
+    assert_same_files(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["float32", "bfloat16 over float32", "a base in a classifier", "three labels"])
 def test_transformers_runs_what_was_merged(name, tmp_path):
     hsaid = trained(CASES[name], tmp_path).eval()
@@ -256,19 +266,17 @@ def test_what_belongs_to_a_model_goes_with_it(tmp_path):
     """A tokenizer, and the other modules of a SentenceTransformer; no weights in other formats, which are W0's."""
     trained(CASES["float32"], tmp_path)
     base = tmp_path / "base"
-    for name in ("tokenizer.json", "vocab.txt", "chat_template.jinja", "1_Pooling/config.json", "2_Dense/model.safetensors"):
+    belongs = ("tokenizer.json", "vocab.txt", "chat.jinja", "1_Pooling/config.json", "2_Dense/model.safetensors")
+    for name in belongs:
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text(name)
     (base / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]))
-    for name in ("pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "onnx/config.json", "README.md", ".gitattributes"):
+    for name in ("pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "onnx/config.json", "README.md", ".git"):
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text(name)
     merge(tmp_path)
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert found == {
-        *("config.json", "model.safetensors", "modules.json", "tokenizer.json", "vocab.txt", "chat_template.jinja"),
-        *("1_Pooling/config.json", "2_Dense/model.safetensors"),
-    }
+    assert found == {"config.json", "model.safetensors", "modules.json", *belongs}
     assert (tmp_path / "out" / "2_Dense" / "model.safetensors").read_text() == "2_Dense/model.safetensors"
 
 
