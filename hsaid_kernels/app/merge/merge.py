@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from hsaid_kernels.app.architecture import fresh_tensors
 from hsaid_kernels.app.merge.base import CONFIG, GENERATION_CONFIG, INDEX, Base
 from hsaid_kernels.app.merge.names import Names, Unit
-from hsaid_kernels.app.merge.tensor_files import FLOATS, NAMES, About, NewFiles
+from hsaid_kernels.app.merge.tensor_files import FLOATS, NAMES, About, NewFiles, TensorFile
 from hsaid_kernels.app.merge.weights import Trained, Weights, check_together
 from hsaid_kernels.files import replaced_folder
 from hsaid_kernels.wrapper.checkpoint.configuration import SAMPLES
 from hsaid_kernels.wrapper.w0.values import samples_of
 
 STALE = "model*.safetensors*"  # files of an older merge, which would be loaded in place of the new ones
-PAGES = 2**16  # bytes that the system maps around one that is read
 
 
 class Merging:
@@ -53,9 +52,8 @@ class Merging:
         self._model: Any = model
         self._base, self._dtype = base, dtype
         self._weights = Weights(trained, model)
-        self._place_of = {name: place for place, file in base.files.items() for name in file.entries}
-        self._entries = {name: entry for file in base.files.values() for name, entry in file.entries.items()}
-        self._last = max(base.files)
+        self._file_of = {name: file for file in base.files.values() for name in file.entries}
+        self._entries = {name: file.entries[name] for name, file in self._file_of.items()}
         self._names = Names(model, {name: entry.shape for name, entry in self._entries.items()})
         self._check_floats()
         self._fresh = self._make_fresh([name for name in self._names.missing if name not in self._weights.full], seed)
@@ -93,16 +91,16 @@ class Merging:
         for unit in self._names.units:
             if unit.converter is None and unit.names[0] in self._weights.projected:
                 yield unit.names[0], samples_of(self._in_files(unit).values(), SAMPLES)[0]
-                self._used(unit, SAMPLES * PAGES)
+                for file in self._files(unit):
+                    file.forget()  # the system may have mapped megabytes around each value
         for name in self._weights.projected & self._fresh.keys():
             yield name, samples_of([self._fresh[name]], SAMPLES)[0]
 
     def _in_files(self, unit: Unit) -> dict[str, Tensor]:
-        return {source: self._base.files[self._place_of[source]].tensor(source) for source in unit.sources}
+        return {source: self._file_of[source].tensor(source) for source in unit.sources}
 
-    def _used(self, unit: Unit, size: int) -> None:
-        for source in unit.sources:
-            self._base.files[self._place_of[source]].used(size)
+    def _files(self, unit: Unit) -> set[TensorFile]:
+        return {self._file_of[source] for source in unit.sources}
 
     def _w0(self, unit: Unit) -> dict[str, Tensor]:
         """{name: tensor of W0}, in the dtype of training. Raises ValueError if it is not what was trained from."""
@@ -142,12 +140,13 @@ class Merging:
 
     def _place(self, name: str, unit: Unit) -> str:
         """The name of the file that gets a tensor: the one that has it, or its W0; the last one for what is new."""
-        return next((self._place_of[own] for own in (name, *unit.sources) if own in self._place_of), self._last)
+        found = (self._file_of[own].path.name for own in (name, *unit.sources) if own in self._file_of)
+        return next(found, max(self._base.files))
 
     def _order(self, unit: Unit) -> tuple[str, int]:
         """As tensors follow one another in the files, so that these are read from the beginning to the end."""
-        places = ((self._place_of[source], self._entries[source].begin) for source in unit.sources)
-        return min(places, default=(self._last, sys.maxsize))
+        places = ((self._file_of[source].path.name, self._entries[source].begin) for source in unit.sources)
+        return min(places, default=(max(self._base.files), sys.maxsize))
 
     def _about(self, unit: Unit) -> dict[str, About]:
         """What is saved of a unit, by name."""
@@ -163,12 +162,14 @@ class Merging:
             (name,), (saved,) = unit.names, unit.saved
             for piece in self._weights.pieces(name, w0.get(name)):
                 new.write(saved, self._cast(name, piece))
-                self._used(unit, piece.nbytes)
+                for file in self._files(unit):
+                    file.used(piece.nbytes)
             return
         made = {name: torch.cat([*self._weights.pieces(name, w0[name])]).view(w0[name].shape) for name in unit.names}
         for saved, tensor in self._names.in_files(made).items():
             new.write(saved, self._cast(saved, tensor.contiguous()))
-        self._used(unit, sum(tensor.nbytes for tensor in made.values()))
+        for file in self._files(unit):
+            file.forget()
 
     def _cast(self, name: str, piece: Tensor) -> Tensor:
         if self._dtype is None or piece.dtype == self._dtype or not piece.is_floating_point():

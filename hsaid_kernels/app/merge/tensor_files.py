@@ -93,11 +93,15 @@ class TensorFile:
         return aligned.view(dtype).view(entry.shape)
 
     def used(self, size: int) -> None:
-        """Notes that so many bytes have been read. Now and then the memory is given back that holds them."""
+        """Notes that so many bytes have been read one after another, of which now and then it calls `forget`."""
         self._held += size
         if self._held >= HELD:
-            self._map.madvise(mmap.MADV_DONTNEED)
-            self._held = 0
+            self.forget()
+
+    def forget(self) -> None:
+        """Gives back the memory that holds what has been read."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+        self._held = 0
 
 
 class NewFiles:
