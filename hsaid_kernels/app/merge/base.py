@@ -68,7 +68,8 @@ class Base:
             if path.is_file() and path.name.endswith(BESIDE) and not written:
                 yield path.relative_to(self.folder)
         for name in self._modules():
-            yield from (path.relative_to(self.folder) for path in sorted((self.folder / name).rglob("*.*")))
+            found = sorted((self.folder / name).rglob("*"))
+            yield from (path.relative_to(self.folder) for path in found if path.is_file())
 
     def _modules(self) -> list[str]:
         """The folders of a SentenceTransformer's other modules."""

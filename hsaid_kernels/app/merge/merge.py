@@ -124,7 +124,7 @@ class Merging:
         """
         with replaced_folder(out, CONFIG, STALE) as folder:
             for path in self._base.others():
-                (folder / path).parent.mkdir(exist_ok=True)
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._base.folder / path, folder / path)
             files: dict[Path, dict[str, About]] = {}
             for unit in self.units:

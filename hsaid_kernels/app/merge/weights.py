@@ -37,10 +37,9 @@ def check_together(trained: Sequence[Trained]) -> None:
         check_config(where, other.config | {"w0_checks": first.config["w0_checks"]}, first.config)
         if other.config["w0_checks"] != first.config["w0_checks"]:
             raise ValueError(f"{where}: expected the W0 of {first.where!r}, got one that was trained from another")
-        for key, (expected, got) in {
-            "dtype": (first.config["dtype"], other.config["dtype"]),
-            "labels": [(each.config["architecture"] or {}).get("id2label") for each in (first, other)],
-        }.items():
+        models = [each.config["architecture"] for each in (first, other)]
+        labels = [None if None in models else model.get("id2label") for model in models]
+        for key, (expected, got) in {"dtype": (first.config["dtype"], other.config["dtype"]), "labels": labels}.items():
             if got != expected:
                 raise ValueError(f"{where}: expected the {key} of {first.where!r}, {expected}, got {got}")
     if others and any(name.startswith(PREFIX) for each in trained for name in each.values):
@@ -142,10 +141,10 @@ class Weights:
         elif (value := self._stored(name)) is None:
             assert w0 is not None
             yield from w0.reshape(-1).split(self._most)
-        elif len(self._trained) == 1:
-            yield value
-        else:
+        elif name in self.full and [each.weight for each in self._trained] != [1]:
             yield self._sum_of_full(name, w0)
+        else:
+            yield value
 
     @property
     def _most(self) -> int:
@@ -156,8 +155,8 @@ class Weights:
         kept = {name: row for name, row in self._kept.items() if name in part.plan.shapes}
         *tasks, (theta, scaled) = self._tasks
         base = w0.float() if tasks else w0  # a sum is rounded once
-        projection = Projection(part.plan, dtype=torch.float32, kept=kept)
         for before, factors in tasks:
+            projection = Projection(part.plan, dtype=torch.float32, kept=kept)
             base = projection.flat(before, part.own(factors), [base])[: w0.numel()].view(w0.shape)
         projection = Projection(part.plan, dtype=self.dtype(name), kept=kept)
         yield from projection.pieces(theta, part.own(scaled), base, self._most)

@@ -266,9 +266,9 @@ def test_what_belongs_to_a_model_goes_with_it(tmp_path):
     """A tokenizer, and the other modules of a SentenceTransformer; no weights in other formats, which are W0's."""
     trained(CASES["float32"], tmp_path)
     base = tmp_path / "base"
-    belongs = ("tokenizer.json", "vocab.txt", "chat.jinja", "1_Pooling/config.json", "2_Dense/model.safetensors")
+    belongs = ("tokenizer.json", "vocab.txt", "chat.jinja", "1_Pooling/config.json", "2_Dense/a/model.safetensors")
     for name in belongs:
-        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).write_text(name)
     (base / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]))
     for name in ("pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "onnx/config.json", "README.md", ".git"):
@@ -277,7 +277,7 @@ def test_what_belongs_to_a_model_goes_with_it(tmp_path):
     merge(tmp_path)
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert found == {"config.json", "model.safetensors", "modules.json", *belongs}
-    assert (tmp_path / "out" / "2_Dense" / "model.safetensors").read_text() == "2_Dense/model.safetensors"
+    assert (tmp_path / "out" / belongs[-1]).read_text() == belongs[-1]
 
 
 def test_an_older_merge_in_the_way(tmp_path):
@@ -323,6 +323,16 @@ def test_two_tasks_at_once(name, tmp_path):
         expected = own + 0.5 * (merged[0][key].double() - own) - 0.25 * (merged[1][key].double() - own)
         scale = max(tensor[key].abs().max().item() for tensor in merged)
         assert (value.double() - expected).abs().max() <= 2 * torch.finfo(value.dtype).eps * scale
+
+
+def test_a_part_of_a_task(tmp_path):
+    """One checkpoint with a weight: what is projected and what is trained fully go the same part of the way."""
+    hsaid = trained(CASES["trained fully and excluded"], tmp_path)
+    merge(tmp_path, "--weights", "0.5")
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    w0 = load_file(tmp_path / "base" / "model.safetensors")
+    for name, value in hsaid.merge().named_parameters():
+        assert torch.allclose(got[name], (w0[name] + value.detach()) / 2, atol=1e-6)
 
 
 def test_one_task_of_two_is_that_task(tmp_path):
