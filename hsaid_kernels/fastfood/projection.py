@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from hsaid_kernels.fastfood import ops
-from hsaid_kernels.fastfood.plan import Plan, check_choice, check_int, whole
+from hsaid_kernels.fastfood.plan import Plan, check_choice, check_int
 from hsaid_kernels.fastfood.selection import Patterns, check_tensor, select_tensors
 
 if TYPE_CHECKING:
@@ -297,31 +296,23 @@ class Projection:
             return flat
 
     @torch.no_grad()
-    def pieces(self, theta: Tensor, scaled: Tensor, base: Tensor, most: int) -> Iterator[Tensor]:
-        """The weights of the plan's only tensor, one after another, about `most` of them at a time, without a graph.
+    def some(self, theta: Tensor, scaled: Tensor, base: Tensor, begin: int, end: int) -> Tensor:
+        """The weights from `begin` to `end` of the plan's only tensor, counted row by row: [end - begin].
 
-        A tensor that is divided into segments comes as a whole. `base` is its base, `theta` and `scaled` are those of
-        `flat`. Yields tensors [count]. Does not check its arguments.
+        The tensor must be a single segment, and `begin` a multiple of MAX_WIDTH, on the CPU of the plan's width. `base`
+        is the tensor's base, `theta` and `scaled` are those of `flat`. There is no graph. Does not check its arguments.
         """
-        plan, size = self.plan, base.numel()
-        if size <= most or plan.pieces != tuple(itertools.starmap(whole, plan.shapes.items())):
-            yield self.flat(theta, scaled, [base])[:size]
-            return
         backend = ops.choose_backend(self.backend, theta.device)
-        span = ops.row_span(plan, backend)
-        values = plan.width * span  # of an entry of `listed`
-        step, end = max(1, most // values), -(-size // values)
-        for first in range(0, end, step):
-            listed = torch.arange(first, min(first + step, end), device=theta.device)
-            flat = ops.fastfood_forward(plan, theta, scaled, [base], self.dtype, backend, listed, span)
-            flat = flat[: size - first * values]
-            own = base.reshape(-1)[first * values :][: len(flat)]
-            for row in self.kept.values():
-                columns = size // base.shape[0]
-                begin = row * columns - first * values
-                kept = slice(max(0, begin), max(0, begin + columns))
-                flat[kept] = own[kept]
-            yield flat
+        span = ops.row_span(self.plan, backend)
+        values = self.plan.width * span  # of an entry of `listed`
+        listed = torch.arange(begin // values, -(-end // values), device=theta.device)
+        flat = ops.fastfood_forward(self.plan, theta, scaled, [base], self.dtype, backend, listed, span)[: end - begin]
+        own = base.reshape(-1)[begin:end]
+        for row in self.kept.values():
+            columns = base.numel() // base.shape[0]
+            kept = slice(max(0, row * columns - begin), max(0, (row + 1) * columns - begin))
+            flat[kept] = own[kept]
+        return flat
 
     def part(
         self,

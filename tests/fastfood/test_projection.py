@@ -192,28 +192,17 @@ def test_factors_and_base(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(40, 129), (3,), (700, 3), ()])
-def test_pieces(backend, shape, dtype):
-    """They are the tensor, however large they are, with a row that stays where one does."""
+def test_some_weights(backend, shape, dtype):
+    """They are those of the tensor, with a row that stays where one does."""
     for kept in ({}, {"a": shape[0] - 1}, {"a": 1}) if len(shape) == 2 else ({},):
         plan = Plan({"a": shape}, DIM, SEED, width=WIDTH)
         p = Projection(plan, dtype=dtype, backend=backend, kept=kept)
         theta, scaled, base = torch.randn(DIM), plan.scales * 3, torch.randn(shape)
-        whole = p.flat(theta, scaled, [base])[: base.numel()]
-        for most in (1, 256, 700, 2**20):
-            found = list(p.pieces(theta, scaled, base, most))
-            assert all(len(piece) <= max(most, WIDTH) for piece in found)
-            assert_same_bits(torch.cat(found), whole)
-
-
-def test_pieces_of_a_divided_tensor(backend):
-    """Its segments may have different factors, and leave elements out: it comes as a whole."""
-    segments = [Segment("a", 0, 20, 64, 128, "left"), Segment("a", 64, 10, 64, 128, "right")]
-    plan = Plan({"a": (40, 128)}, DIM, SEED, width=WIDTH, segments=segments)
-    p = Projection(plan, backend=backend)
-    theta, scaled, base = torch.randn(DIM), plan.scales * torch.tensor([3.0, 5.0]), torch.randn(40, 128)
-    (piece,) = p.pieces(theta, scaled, base, 256)
-    assert_same_bits(piece, p.flat(theta, scaled, [base])[: base.numel()])
-    assert torch.equal(piece.view(40, 128)[20:], base[20:])
+        size = base.numel()
+        whole = p.flat(theta, scaled, [base])[:size]
+        for begin in range(0, size, WIDTH):
+            for end in {begin + 1, min(begin + 700, size), size}:
+                assert_same_bits(p.some(theta, scaled, base, begin, end), whole[begin:end])
 
 
 # --- rows that stay those of the base

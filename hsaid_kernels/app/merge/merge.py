@@ -6,6 +6,7 @@ divides tensors otherwise than the model does: whatever the size of the model is
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -117,8 +118,10 @@ class Merging:
 
     # --- writing
 
-    def write(self, out: Path, advance: Callable[[str], None]) -> None:
+    def write(self, out: Path, threads: int, advance: Callable[[str], None]) -> None:
         """Writes the merged model; `out` has all of it, or what it had before. Calls `advance` after each unit.
+
+        So many threads compute and write; torch should have one in each.
 
         Raises OSError if it cannot be written, ValueError if `dtype` cannot hold a weight.
         """
@@ -130,7 +133,7 @@ class Merging:
             for unit in self.units:
                 for name, about in self._about(unit).items():
                     files.setdefault(folder / self._place(name, unit), {})[name] = about
-            with NewFiles(files, {path: self._base.files[path.name].metadata for path in files}) as new:
+            with NewFiles(threads, files, {path: self._base.files[path.name].metadata for path in files}) as new:
                 for unit in sorted(self.units, key=self._order):
                     self._write(unit, new)
                     advance(self._place(unit.names[0], unit))
@@ -159,17 +162,26 @@ class Merging:
     def _write(self, unit: Unit, new: NewFiles) -> None:
         w0 = self._w0(unit)
         if unit.converter is None:
-            (name,), (saved,) = unit.names, unit.saved
-            for piece in self._weights.pieces(name, w0.get(name)):
-                new.write(saved, self._cast(name, piece))
-                for file in self._files(unit):
-                    file.used(piece.nbytes)
+            ((saved, (_, _, size)),) = self._about(unit).items()
+            pieces = list(self._weights.pieces(unit.names[0], w0.get(unit.names[0])))
+            total = sum(count for count, _ in pieces)
+            for count, make in pieces:
+                new.write(saved, size // total * count, functools.partial(self._piece, unit, make))
             return
-        made = {name: torch.cat([*self._weights.pieces(name, w0[name])]).view(w0[name].shape) for name in unit.names}
+        made = {}
+        for name in unit.names:
+            made[name] = torch.cat([make() for _, make in self._weights.pieces(name, w0[name])]).view(w0[name].shape)
         for saved, tensor in self._names.in_files(made).items():
-            new.write(saved, self._cast(saved, tensor.contiguous()))
+            size = self._about(unit)[saved][2]
+            new.write(saved, size, functools.partial(self._cast, saved, tensor.contiguous()))
         for file in self._files(unit):
             file.forget()
+
+    def _piece(self, unit: Unit, make: Callable[[], Tensor]) -> Tensor:
+        piece = make()
+        for file in self._files(unit):
+            file.used(piece.nbytes)
+        return self._cast(unit.names[0], piece)
 
     def _cast(self, name: str, piece: Tensor) -> Tensor:
         if self._dtype is None or piece.dtype == self._dtype or not piece.is_floating_point():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hsaid_kernels.fastfood.projection import Part, Projection
+from hsaid_kernels.fastfood.rows import is_whole
 from hsaid_kernels.wrapper.basis import Basis, Settings, basis_of
 from hsaid_kernels.wrapper.checkpoint.compare import arguments_of, check_config, check_value
 from hsaid_kernels.wrapper.checkpoint.configuration import Config, w0_checks
@@ -16,7 +18,7 @@ from hsaid_kernels.wrapper.tasks import key_of
 from hsaid_kernels.wrapper.w0.beside import PREFIX, Buffers
 from hsaid_kernels.wrapper.weights.graph import scaled_factors
 
-PIECE = 2**18  # weights that a thread makes at a time: they are still in its cache when they are written
+PIECE = 2**18  # weights that a thread computes at a time: they are still in its cache when it writes them
 
 
 @dataclass(frozen=True)
@@ -130,36 +132,37 @@ class Weights:
         return found
 
     @torch.no_grad()
-    def pieces(self, name: str, w0: Tensor | None) -> Iterator[Tensor]:
-        """The values of the merged tensor, one after another, some at a time.
+    def pieces(self, name: str, w0: Tensor | None) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+        """(number of values, a function that computes them), one after another, of the merged tensor.
 
-        `w0` is the tensor in the dtype of training, float; None if it is in no file.
+        `w0` is the tensor in the dtype of training; None if it is in no file.
         """
         if name in self.projected:
             assert w0 is not None
-            yield from self._projected(name, w0)
-        elif (value := self._stored(name)) is None:
-            assert w0 is not None
-            yield from w0.reshape(-1).split(self._most)
-        elif name in self.full and [each.weight for each in self._trained] != [1]:
-            yield self._sum_of_full(name, w0)
+            part = Part(self._plan, [name])
+            kept = {name: row for name, row in self._kept.items() if name in part.plan.shapes}
+            *tasks, (theta, factors) = self._tasks
+            base = w0.float() if tasks else w0  # a sum is rounded once
+            for before, other in tasks:
+                projection = Projection(part.plan, dtype=torch.float32, kept=kept)
+                base = projection.flat(before, part.own(other), [base])[: w0.numel()].view(w0.shape)
+            projection = Projection(part.plan, dtype=self.dtype(name), kept=kept)
+            own = part.own(factors)
+            if not is_whole(part.plan, name):
+                yield w0.numel(), lambda: projection.flat(theta, own, [base])[: w0.numel()]
+                return
+            some = functools.partial(projection.some, theta, own, base)
         else:
-            yield value
-
-    @property
-    def _most(self) -> int:
-        return PIECE * torch.get_num_threads()
-
-    def _projected(self, name: str, w0: Tensor) -> Iterator[Tensor]:
-        part = Part(self._plan, [name])
-        kept = {name: row for name, row in self._kept.items() if name in part.plan.shapes}
-        *tasks, (theta, scaled) = self._tasks
-        base = w0.float() if tasks else w0  # a sum is rounded once
-        for before, factors in tasks:
-            projection = Projection(part.plan, dtype=torch.float32, kept=kept)
-            base = projection.flat(before, part.own(factors), [base])[: w0.numel()].view(w0.shape)
-        projection = Projection(part.plan, dtype=self.dtype(name), kept=kept)
-        yield from projection.pieces(theta, part.own(scaled), base, self._most)
+            value = self._stored(name)
+            if name in self.full and [each.weight for each in self._trained] != [1]:
+                value = self._sum_of_full(name, w0)
+            value = w0 if value is None else value
+            assert value is not None
+            base = value.reshape(-1)
+            some = functools.partial(_slice, base)
+        for begin in range(0, base.numel(), PIECE):
+            end = min(begin + PIECE, base.numel())
+            yield end - begin, functools.partial(some, begin, end)
 
     def _stored(self, name: str) -> Tensor | None:
         """The tensor `name` in the checkpoint: one that was trained fully, or a buffer that training changed."""
@@ -178,3 +181,7 @@ class Weights:
         for each in self._trained:
             value = value + each.weight * each.values[key_of(name)].float()
         return value.to(self.dtype(name))
+
+
+def _slice(tensor: Tensor, begin: int, end: int) -> Tensor:
+    return tensor[begin:end]
