@@ -1,4 +1,4 @@
-"""The command `hsaid`: trains a text classifier, measures a task's intrinsic dimension, shows checkpoints and models.
+"""The command `hsaid`: trains a text classifier and uses it, measures a task's intrinsic dimension, shows and merges.
 
 Invalid input gives one sentence on stderr and exit code 2; a failed run gives exit code 1. This module contains the
 argument parser, which does not import torch. Each subcommand is in a separate module.
@@ -59,7 +59,7 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"hsaid: {sentence.encode(errors='backslashreplace').decode()}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt as interrupt:
-        print(f"\nhsaid: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"\nhsaid: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 
@@ -94,6 +94,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
     )
 
+    predict = commands.add_parser("predict", help="label texts by what train has left")
+    predict.set_defaults(run=_predict)
+    predict.add_argument("checkpoint", metavar="DIR", help="what `hsaid train` wrote")
+    add = _options(predict, _as_it_is)
+    add("--data", None, "texts: .csv, .tsv or .jsonl, as for train, labels not needed", type=Path, required=True)
+    add("--text-column", "text", "", metavar="NAME")
+    add("--format", "tsv", "of the lines that are printed; jsonl has all probabilities", choices=("tsv", "jsonl"))
+    add("--model", None, "directory or hub name, where it has moved since (that of training)")
+    add("--threads", None, "of the CPU (torch's choice)", type=_integer(1, 4096), metavar="N")
+
+    _add_merge(commands.add_parser("merge", help="write the tuned weights as files of an ordinary model"))
     _add_measure(commands.add_parser("measure", help="measure the intrinsic dimension of a task"))
 
     info = commands.add_parser("info", help="say what a checkpoint or a model's hierarchy holds")
@@ -181,6 +192,18 @@ def _add_loop(parser: argparse.ArgumentParser, default: _Default, steps: str) ->
     return add
 
 
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_merge)
+    text = "checkpoints: what train or save_pretrained() wrote, or hub names; of several, their updates are added"
+    parser.add_argument("checkpoints", metavar="DIR", nargs="+", help=text)
+    parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="directory of the merged model")
+    add = _options(parser, _as_it_is)
+    add("--to", None, "uploads it to the Hugging Face hub", type=_repository, metavar="hub:NAME")
+    add("--model", None, "the one that was trained from: directory or hub name (what train noted)")
+    add("--weights", None, "of the updates, one for each DIR", type=_number, nargs="+", metavar="W")
+    add("--dtype", None, "of the files (that of training)", choices=DTYPES)
+
+
 def _add_measure(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `hsaid measure`.
 
@@ -243,6 +266,23 @@ def _positive(text: str) -> float:
     return value
 
 
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return value
+
+
+def _repository(text: str) -> str:
+    name = text.removeprefix("hub:")
+    if name == text or not 1 <= len(list(filter(None, name.split("/")))) <= 2:
+        raise argparse.ArgumentTypeError(f"expected a repository as in hub:me/name, got {text!r}")
+    return name
+
+
 def _share(text: str) -> float:
     value = _positive(text)
     if value > 1:
@@ -258,6 +298,18 @@ def _train(arguments: argparse.Namespace) -> None:
     from hsaid_kernels.app.command_train import train
 
     train(arguments)
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from hsaid_kernels.app.command_predict import predict
+
+    predict(arguments)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from hsaid_kernels.app.command_merge import merge
+
+    merge(arguments)
 
 
 def _measure(arguments: argparse.Namespace) -> None:

@@ -183,33 +183,42 @@ def read_examples(
     has one JSON object in each line, and its label may be an integer. Blank lines are skipped. Raises DataError, with
     file and line, for anything else, and for a label that is not in `labels` if these are given.
     """
-    path = Path(path)
+    examples = []
+    for line, found in _read(Path(path), (text, label)):
+        if labels is not None and found[label] not in labels:
+            known = ", ".join(labels)
+            raise DataError(f"{path}, line {line}: expected a label of training ({known}), got {found[label]!r}")
+        examples.append(Example(found[text], found[label]))
+    return examples
+
+
+def read_texts(path: str | Path, *, text: str = "text") -> list[str]:
+    """Texts from the column (or key) `text` of a file as in `read_examples`, which may have no labels. Raises as it."""
+    return [found[text] for _, found in _read(Path(path), (text,))]
+
+
+def _read(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, {column: text without white space around it}) of each row of a file. Raises as `read_examples`."""
     ending = path.suffix.lower()
     if ending not in _READERS:
         raise DataError(f"{path}: expected a file name ending in {', '.join(_READERS)}, got {ending or 'no ending'!r}")
-    examples = []
+    count = 0
     try:
         # utf-8-sig skips the byte order mark that spreadsheets write. newline="" because quoted csv fields may contain
         # line breaks.
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for line, row in _READERS[ending](path, file, (text, label)):
-                for column in (text, label):
+            for line, row in _READERS[ending](path, file, columns):
+                for column in columns:
                     if not isinstance(row[column], str) or not row[column].strip():
                         raise DataError(f"{path}, line {line}: expected text in {column!r}, got {row[column]!r}")
-                example = Example(row[text].strip(), row[label].strip())
-                if labels is not None and example.label not in labels:
-                    known = ", ".join(labels)
-                    raise DataError(
-                        f"{path}, line {line}: expected a label of training ({known}), got {example.label!r}"
-                    )
-                examples.append(example)
+                yield line, {column: row[column].strip() for column in columns}
+                count += 1
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected text in UTF-8, got byte {error.object[error.start]:#04x}") from None
     except OSError as error:
         raise DataError(f"{path}: expected a file that can be read, got: {error.strerror}") from None
-    if not examples:
+    if not count:
         raise DataError(f"{path}: expected at least one example, got none")
-    return examples
 
 
 _Rows = Iterator[tuple[int, dict[str, Any]]]  # line number, column -> value
@@ -245,8 +254,7 @@ def _read_jsonl(path: Path, file: TextIO, columns: Sequence[str]) -> _Rows:
         for column in columns:
             if column not in row:
                 raise DataError(f"{path}, line {number}: expected a key {column!r}, got {', '.join(row) or 'nothing'}")
-        _, label = columns
-        yield number, row | ({label: str(row[label])} if type(row[label]) is int else {})
+        yield number, row | {column: str(row[column]) for column in columns[1:] if type(row[column]) is int}
 
 
 _READERS: dict[str, Callable[[Path, TextIO, Sequence[str]], _Rows]] = {

@@ -39,15 +39,16 @@ def num_weights(shapes: Mapping[str, Sequence[int]]) -> int:
 
 
 @contextmanager
-def progress(total: int, what: str) -> Iterator[Callable[[str], None]]:
+def progress(total: int, what: str, unit: str = "steps") -> Iterator[Callable[[str], None]]:
     """A context manager that reports progress on stderr: a bar, or if stderr is not a terminal, a line now and then.
 
-    Yields a function to call after each of `total` steps, with a short text to show. `what` is the label.
+    Yields a function to call after each of `total` steps, with a short text to show. `what` is the label, `unit` what
+    the steps are called.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(total=total, desc=what, unit=" steps") as bar:
+        with tqdm(total=total, desc=what, unit=f" {unit}") as bar:
 
             def advance(text: str) -> None:
                 bar.set_postfix_str(text, refresh=False)
@@ -64,7 +65,7 @@ def progress(total: int, what: str) -> Iterator[Callable[[str], None]]:
         now = time.monotonic()
         if now - said >= SECONDS or done == total:
             said = now
-            print(f"{what}: {done} of {total} steps, {now - began:.0f} s, {text}", file=sys.stderr, flush=True)
+            print(f"{what}: {done} of {total} {unit}, {now - began:.0f} s, {text}", file=sys.stderr, flush=True)
 
     yield print_line
 

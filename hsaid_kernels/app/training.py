@@ -52,18 +52,20 @@ class Classifier:
         labels = [self.labels.index(example.label) for example in examples]
         return batch | {"labels": torch.tensor(labels, device=_device(self.model))}
 
-    @torch.no_grad()
     def predict(self, texts: Sequence[str], batch_size: int = 128) -> list[str]:
         """The predicted label of every text. Puts the model into eval mode."""
+        return [self.labels[label] for label in self.logits(texts, batch_size).argmax(-1).tolist()]
+
+    @torch.no_grad()
+    def logits(self, texts: Sequence[str], batch_size: int = 128) -> Tensor:
+        """The model's outputs for every text, float32 [texts, labels] on the CPU. Puts the model into eval mode."""
         self.model.eval()
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of similar length need little padding
-        predicted = [""] * len(texts)
+        found = torch.empty(len(texts), len(self.labels))
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            best = self.model(**self._tokens([texts[i] for i in chosen])).logits.argmax(-1)
-            for i, label in zip(chosen, best.tolist(), strict=True):
-                predicted[i] = self.labels[label]
-        return predicted
+            found[chosen] = self.model(**self._tokens([texts[i] for i in chosen])).logits.float().cpu()
+        return found
 
     def _tokens(self, texts: list[str]) -> Batch:
         options = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}

@@ -295,6 +295,25 @@ class Projection:
                 weight[row] = base[self.plan.names.index(name)][row] if base else 0
             return flat
 
+    @torch.no_grad()
+    def some(self, theta: Tensor, scaled: Tensor, base: Tensor, begin: int, end: int) -> Tensor:
+        """The weights from `begin` to `end` of the plan's only tensor, counted row by row: [end - begin].
+
+        The tensor must be a single segment, and `begin` a multiple of MAX_WIDTH, on the CPU of the plan's width. `base`
+        is the tensor's base, `theta` and `scaled` are those of `flat`. There is no graph. Does not check its arguments.
+        """
+        backend = ops.choose_backend(self.backend, theta.device)
+        span = ops.row_span(self.plan, backend)
+        values = self.plan.width * span  # of an entry of `listed`
+        listed = torch.arange(begin // values, -(-end // values), device=theta.device)
+        flat = ops.fastfood_forward(self.plan, theta, scaled, [base], self.dtype, backend, listed, span)[: end - begin]
+        own = base.reshape(-1)[begin:end]
+        for row in self.kept.values():
+            columns = base.numel() // base.shape[0]
+            kept = slice(max(0, row * columns - begin), max(0, (row + 1) * columns - begin))
+            flat[kept] = own[kept]
+        return flat
+
     def part(
         self,
         theta: Tensor,

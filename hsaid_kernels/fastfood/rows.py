@@ -29,9 +29,13 @@ MOST = 2**23  # values of blocks that are held at a time, unless one row has mor
 
 def has_rows(plan: Plan, name: str) -> bool:
     """Whether single rows of this tensor can be made: it must be a matrix and a single segment."""
-    shape = plan.shapes[name]
-    pieces = [piece for piece in plan.pieces if piece.tensor == name]
-    return len(shape) == 2 and [replace(piece, label="") for piece in pieces] == [whole(name, shape)]
+    return len(plan.shapes[name]) == 2 and is_whole(plan, name)
+
+
+def is_whole(plan: Plan, name: str) -> bool:
+    """Whether this tensor is a single segment."""
+    pieces = [replace(piece, label="") for piece in plan.pieces if piece.tensor == name]
+    return pieces == [whole(name, plan.shapes[name])]
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hsaid_kernels.fastfood.selection import split_tensors
-from hsaid_kernels.wrapper.basis import BASIS, CHOICE, Basis
+from hsaid_kernels.wrapper.basis import Basis
 from hsaid_kernels.wrapper.checkpoint import files, hub
 from hsaid_kernels.wrapper.checkpoint.compare import (
+    arguments_of,
     check_config,
     check_state,
-    check_tensors,
-    shapes_of,
+    check_value,
     warn_of_other_w0,
 )
-from hsaid_kernels.wrapper.checkpoint.configuration import Config, describe, encode_state, w0_checks
+from hsaid_kernels.wrapper.checkpoint.configuration import (
+    Config,
+    architecture_of,
+    describe,
+    encode_state,
+    w0_checks,
+)
 from hsaid_kernels.wrapper.checkpoint.ranks import check_active_ranks, check_sharded_ranks
 from hsaid_kernels.wrapper.tasks import Tasks, groups_of
 from hsaid_kernels.wrapper.w0.beside import PREFIX
@@ -200,7 +205,8 @@ class State(nn.Module):
         Raises OSError if the directory cannot be written to; nothing is half-written then.
         """
         values = {name: value_of(parameter.detach()) for name, parameter in self.named_parameters()}
-        config = self.configuration()
+        # The architecture is not in state_dict(), because training may change a model's configuration.
+        config = self.configuration() | {"architecture": architecture_of(self.model)}
         if is_main_process:
             buffers = {f"{PREFIX}{name}": buffer for name, buffer in self.buffers_changed().items()}
             files.write(directory, config, values | buffers)
@@ -236,12 +242,8 @@ class State(nn.Module):
         config, values = files.read(hub.local_directory(directory, **of_hub))
         model = plain(model)
         with showing(model):
-            frozen = [name for name in config["frozen"] if name in dict(model.named_parameters())]
-            projected, full = split_tensors(model, **{key: config[key] for key in CHOICE}, frozen=frozen)
-        check_tensors(config, {"tensors": shapes_of(projected), "full": shapes_of(full)})
-        options: dict[str, Any] = {key: config[key] for key in (*BASIS, *CHOICE, "task")}
-        options |= dict(frozen=frozen, backend=backend, memory=memory)
-        hsaid = cls(model, dtype=getattr(torch, config["dtype"]) if config["dtype_given"] else None, **options)
+            arguments = arguments_of(config, model)
+        hsaid = cls(model, **arguments, backend=backend, memory=memory)
         hsaid._fill(values)
         warn_of_other_w0(config, hsaid.w0_checks())
         return hsaid
@@ -278,12 +280,7 @@ class State(nn.Module):
         """
         parameters, attachment = dict(self.named_parameters()), self._source.attachment
         for name, parameter in parameters.items():
-            value = values.get(name)
-            if value is None or (value.dtype, value.shape) != (parameter.dtype, parameter.shape):
-                got = "none" if value is None else f"shape {list(value.shape)} ({value.dtype})"
-                raise ValueError(
-                    f"directory: expected {name} of shape {list(parameter.shape)} ({parameter.dtype}), got {got}"
-                )
+            check_value(values, name, parameter.shape, parameter.dtype)
         buffers = {name.removeprefix(PREFIX): value for name, value in values.items() if name.startswith(PREFIX)}
         attachment.buffers.check("buffers", self.model, buffers)
         attachment.buffers.put(self.model, buffers)
@@ -295,7 +292,9 @@ class State(nn.Module):
         """What a checkpoint says beside its values, see `configuration.describe`; after `unwrap()`, as before."""
         if not self._source.attachment.attached:
             return self._described | {"task": self.task}
-        return describe(self._basis, self.task, self.dtype, self.full, self.w0_checks())
+        attachment = self._source.attachment
+        own = {**attachment.parameters, **attachment.known_w0(), **attachment.buffers.tracked(self.model)}
+        return describe(self._basis, self.task, self.dtype, self.full, self.w0_checks(), own)
 
     @property
     def dtype(self) -> torch.dtype:

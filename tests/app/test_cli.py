@@ -314,11 +314,14 @@ def test_version_and_help(capsys):
     assert re.match(r"hsaid \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
+BARS = ("training:", "merging:")  # of progress
+
+
 def refusal(capsys, arguments, code=2):
     """The one sentence on stderr."""
     assert cli.main(arguments) == code
     lines = capsys.readouterr().err.splitlines()
-    lines = [line for line in lines if line and not line.lstrip("\r").startswith("training:")]  # the progress bar
+    lines = [line for line in lines if line and not line.lstrip("\r").startswith(BARS)]
     assert len(lines) == 1
     assert lines[0].startswith("hsaid: ")
     return lines[0]

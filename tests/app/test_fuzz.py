@@ -49,7 +49,9 @@ def whole(tmp_path_factory):
     """A directory as `hsaid train` leaves it."""
     directory = tmp_path_factory.mktemp("whole")
     torch.manual_seed(0)
-    hsaid = HSAID(bert(), 40)
+    model = bert()
+    model.save_pretrained(directory.with_name("base"))
+    hsaid = HSAID(model, 40)
     with torch.no_grad():
         hsaid.theta.normal_()
     hsaid.save_pretrained(directory)
@@ -80,6 +82,7 @@ def said(capsys, *arguments: str) -> tuple[int, str]:
         code = end.code
     out, err = capsys.readouterr()
     assert code in (0, 2), (code, err)
+    err = "".join(line for line in err.splitlines(keepends=True) if not line.startswith("merging:"))  # progress
     if code:
         assert err.startswith("hsaid: ") and err.count("\n") == 1 and len(err) < 2000, err
         assert "Traceback" not in err
@@ -122,13 +125,14 @@ def rewrite(directory, change) -> None:
 
 def keys() -> list[str]:
 
-    return sorted(packed(HSAID(bert(), 40).configuration()))
+    return sorted([*packed(HSAID(bert(), 40).configuration()), "architecture"])
 
 
 @pytest.mark.parametrize("key", keys())
 @pytest.mark.filterwarnings("ignore:directory")
 def test_configurations_of_other_versions(key, whole, tmp_path, capsys):
     """A value of another kind in the place of each, and none at all."""
+    base = whole.with_name("base")
     for number, wrong in enumerate([..., *WRONG]):
         directory = tmp_path / str(number)
         shutil.copytree(whole, directory)
@@ -143,6 +147,7 @@ def test_configurations_of_other_versions(key, whole, tmp_path, capsys):
         rewrite(directory, change)
         said(capsys, "info", str(directory))
         said(capsys, "graph", str(directory), "-o", str(directory / "graph.dot"))
+        said(capsys, "merge", str(directory), "--model", str(base), "-o", str(directory / "merged"))
         try:
             HSAID.from_pretrained(directory, bert())
         except (ValueError, TypeError) as error:
@@ -158,6 +163,8 @@ def test_runs_with_other_values(key, damaged, capsys):
         (damaged / RUN_FILE).write_text(json.dumps(run | {key: wrong}))
         said(capsys, "info", str(damaged))
         said(capsys, "graph", str(damaged), "-o", str(damaged / "graph.dot"))
+        said(capsys, "merge", str(damaged), "-o", str(damaged / "merged"))
+        said(capsys, "predict", str(damaged), "--data", __file__)
 
 
 @pytest.mark.parametrize("damage", ["no components", "a path less", "a path more", "text as levels", "text as path"])
@@ -245,6 +252,18 @@ def test_senseless_arguments(whole, capsys, tmp_path, monkeypatch):
 def test_arguments_in_any_order(whole, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw = random.Random(1)
-    words = ["info", "graph", str(whole), "--model", "--heads", "--partition", "--fold", "--no-fold", "-o", *VALUES]
+    words = [
+        "info",
+        "graph",
+        "merge",
+        "predict",
+        str(whole),
+        "--model",
+        "--heads",
+        "--partition",
+        "--fold",
+        "--no-fold",
+    ]
+    words += ["-o", "--weights", "--to", "--data", *VALUES]
     for _ in range(200):
         said(capsys, *(draw.choice(words) for _ in range(draw.randrange(5))))

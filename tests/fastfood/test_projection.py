@@ -190,6 +190,21 @@ def test_factors_and_base(backend):
         assert_same_bits(w, plain[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(40, 129), (3,), (700, 3), ()])
+def test_some_weights(backend, shape, dtype):
+    """They are those of the tensor, with a row that stays where one does."""
+    for kept in ({}, {"a": shape[0] - 1}, {"a": 1}) if len(shape) == 2 else ({},):
+        plan = Plan({"a": shape}, DIM, SEED, width=WIDTH)
+        p = Projection(plan, dtype=dtype, backend=backend, kept=kept)
+        theta, scaled, base = torch.randn(DIM), plan.scales * 3, torch.randn(shape)
+        size = base.numel()
+        whole = p.flat(theta, scaled, [base])[:size]
+        for begin in range(0, size, WIDTH):
+            for end in {begin + 1, min(begin + 700, size), size}:
+                assert_same_bits(p.some(theta, scaled, base, begin, end), whole[begin:end])
+
+
 # --- rows that stay those of the base
 
 KEPT = {"a": 3, "c": 2}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from hsaid_kernels.wrapper.basis import BASIS
+from hsaid_kernels.fastfood.selection import split_tensors
+from hsaid_kernels.wrapper.basis import BASIS, CHOICE
 from hsaid_kernels.wrapper.callers import stacklevel
 from hsaid_kernels.wrapper.checkpoint.configuration import Config, Shapes, decode_state
 from hsaid_kernels.wrapper.w0.checks import differences
@@ -16,6 +19,27 @@ from hsaid_kernels.wrapper.w0.checks import differences
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def arguments_of(config: Config, model: nn.Module) -> dict[str, Any]:
+    """The arguments of `HSAID` that a configuration stores, for the model that was trained.
+
+    Raises ValueError as `check_tensors` does.
+    """
+    frozen = [name for name in config["frozen"] if name in dict(model.named_parameters())]
+    projected, full = split_tensors(model, **{key: config[key] for key in CHOICE}, frozen=frozen)
+    check_tensors(config, {"tensors": shapes_of(projected), "full": shapes_of(full)})
+    dtype = getattr(torch, config["dtype"]) if config["dtype_given"] else None
+    return {key: config[key] for key in (*BASIS, *CHOICE, "task")} | {"frozen": frozen, "dtype": dtype}
+
+
+def check_value(values: Mapping[str, Tensor], name: str, shape: Sequence[int], dtype: torch.dtype | None) -> None:
+    """Raises ValueError if a checkpoint's tensor `name` is missing, or has another shape or dtype (None means any)."""
+    value = values.get(name)
+    if value is None or tuple(value.shape) != tuple(shape) or value.dtype != (dtype or value.dtype):
+        got = "none" if value is None else f"shape {list(value.shape)} ({value.dtype})"
+        kind = "" if dtype is None else f" ({dtype})"
+        raise ValueError(f"directory: expected {name} of shape {list(shape)}{kind}, got {got}")
 
 
 def check_tensors(config: Config, got: Mapping[str, Shapes]) -> None:

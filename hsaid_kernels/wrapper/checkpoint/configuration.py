@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,33 +29,70 @@ SHAPES = ("tensors", "full", "frozen")  # keys with {name: shape}
 # Values for keys that are missing in configurations from older versions.
 FIRST: Config = {"task": TASK, "train_fully": None, "full": {}, "frozen": {}, "heads": False, "pruned": {}}
 FIRST["padding_rows"] = {}  # which projected all rows
+FIRST |= {"w0_dtypes": None, "architecture": None}  # which did not say so
 MOST_NAMES = 100_000  # limit for a run of numbered modules that is stored as one entry, such as "0..11"
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
 SAMPLES = 16  # number of values of each W0 tensor that enter its hash in "w0_checks"
 
 
-def describe(basis: Basis, task: str, dtype: torch.dtype, full: Mapping[str, Tensor], w0_checks: str) -> Config:
-    """The configuration as a dict.
+def describe(
+    basis: Basis,
+    task: str,
+    dtype: torch.dtype,
+    full: Mapping[str, Tensor],
+    w0_checks: str,
+    own: Mapping[str, Tensor],
+) -> Config:
+    """The configuration as a dict. `own` are the model's parameters and buffers, by name.
 
     "tensors" is {name: shape} of the projected tensors, "full" the same for the fully trained ones, "frozen" for those
     that are left out because they did not require gradients. "w0_checks" (`w0_checks`) serves to detect a different W0.
-    The other keys are the arguments of `HSAID`, the dtype of the weights and the versions of the format and of the
-    random generator.
+    "w0_dtypes" is {name: dtype} of the float tensors in `own`, where "*" stands for those that are not named. The other
+    keys are the arguments of `HSAID`, the dtype of the weights and the versions of the format and of the random
+    generator. In a checkpoint there is also "architecture", what transformers builds the model from
+    (`architecture_of`).
     """
     settings = basis.settings
+    dtypes = {name: _name(tensor.dtype) for name, tensor in own.items() if tensor.dtype in WEIGHT_DTYPES}
+    ((usual, _),) = Counter(dtypes.values()).most_common(1)
     return {
         "format": FORMAT,
         "generator": GENERATOR,
         **{key: getattr(settings, key) for key in BASIS},
         "task": task,
         **{key: getattr(settings, key) for key in CHOICE},
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": _name(dtype),
         "dtype_given": settings.dtype is not None,
+        "w0_dtypes": {"*": usual} | {name: dtype for name, dtype in dtypes.items() if dtype != usual},
         "tensors": basis.plan.shapes,
         "full": {name: tuple(parameter.shape) for name, parameter in full.items()},
         "frozen": basis.frozen,
         "w0_checks": w0_checks,
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def architecture_of(model: object) -> Config | None:
+    """The configuration of a model of transformers, as its config.json has it, with the name of the model's class.
+
+    None for other models, and for one whose configuration cannot be written as JSON.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "model_type") or not hasattr(config, "to_json_string"):
+        return None
+    try:
+        found = json.loads(config.to_json_string())
+    except (TypeError, ValueError):
+        return None
+    ids = found.get("id2label")
+    if ids is not None and found.get("label2id") == {label: int(number) for number, label in ids.items()}:
+        del found["label2id"]  # transformers makes it again
+    for key in ("transformers_version", "_name_or_path"):
+        found.pop(key, None)
+    return {**found, "architectures": [type(model).__name__]}
 
 
 def w0_checks(w0: Mapping[str, Tensor]) -> str:
@@ -104,6 +142,10 @@ def _is_dict_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
 
 
+def _is_dtypes(value: Any) -> bool:
+    return value is None or (_is_dict_of(lambda dtype: dtype in DTYPES)(value) and "*" in value)
+
+
 def _is_choice(value: Any) -> bool:
     return value is None or isinstance(value, str) or _is_list_of(str)(value)
 
@@ -119,6 +161,8 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("heads", "dtype_given"), ("true or false", _is(bool))),
     "pruned": ("lists of heads by module", _is_dict_of(_is_list_of(int))),
     "padding_rows": ("rows by tensor", _is_dict_of(_is(int))),
+    "w0_dtypes": ("dtypes by tensor or null", _is_dtypes),
+    "architecture": ("the configuration of a model or null", _is(dict, type(None))),
     **dict.fromkeys(CHOICE, ("a regular expression, several or null", _is_choice)),
     "dtype": (f"one of {', '.join(DTYPES)}", lambda value: value in DTYPES if isinstance(value, str) else False),
     **dict.fromkeys(SHAPES, ("shapes by name", _is(dict))),

@@ -37,19 +37,25 @@ def push(
 
     Raises ImportError without huggingface_hub, and what it raises.
     """
-    api = _hub().HfApi(token=token)
+    of_hub: dict[str, Any] = dict(private=private, token=token, revision=revision, create_pr=create_pr)
     with tempfile.TemporaryDirectory() as directory:
         save(directory)
         Path(directory, "README.md").write_text(card(directory, model, repo_id), encoding="utf-8")
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        done = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=directory,
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-        )
-    return str(done)
+        return upload(directory, repo_id, commit_message=commit_message, **of_hub)
+
+
+def upload(
+    directory: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    **of_hub: Any,
+) -> str:
+    """Uploads the files of a directory, and returns the commit's address; see `push`."""
+    api = _hub().HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return str(api.upload_folder(repo_id=repo_id, folder_path=directory, **of_hub))
 
 
 def card(directory: str, model: nn.Module, repo_id: str) -> str:
@@ -57,14 +63,10 @@ def card(directory: str, model: nn.Module, repo_id: str) -> str:
     config, size = read_config(directory), Path(directory, VALUES_FILE).stat().st_size
     d = config["intrinsic_dim"]
     base = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
-    known = bool(base) and not os.path.isabs(base) and not Path(base).is_dir()
+    known = _is_on_hub(base)
     kind = type(model).__name__
-    header = ["library_name: hsaid_kernels", *([f"base_model: {base}"] if known else []), "tags:", "- hsaid"]
     load = f'{kind}.from_pretrained("{base}")' if known else f"...  # the {kind} that was trained, with its weights"
-    header_text = "\n".join(header)
-    return f"""---
-{header_text}
----
+    return f"""{_header("hsaid_kernels", base)}
 
 # {repo_id}
 
@@ -85,6 +87,26 @@ model = {load}
 hsaid = HSAID.from_pretrained("{repo_id}", model)
 ```
 """
+
+
+def card_of_merged(repo_id: str, base: str) -> str:
+    """The model card of a merged model, whose W0 are the weights of `base`."""
+    known = f"[{base}](https://huggingface.co/{base})" if _is_on_hub(base) else "A model"
+    return f"""{_header("transformers", base)}
+# {repo_id}
+
+{known} that was fine-tuned inside a random subspace (H-SAID) and merged: an ordinary model, to be loaded by
+`from_pretrained("{repo_id}")`.
+"""
+
+
+def _header(library: str, base: str) -> str:
+    lines = [f"library_name: {library}", *([f"base_model: {base}"] if _is_on_hub(base) else []), "tags:", "- hsaid"]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _is_on_hub(base: str) -> bool:
+    return bool(base) and not os.path.isabs(base) and not Path(base).is_dir()
 
 
 def local_directory(directory: str | os.PathLike[str], **options: Any) -> str | os.PathLike[str]:

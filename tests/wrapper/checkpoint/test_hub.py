@@ -13,6 +13,7 @@ import torch
 from models import IDS, bert, mlp, moved, same
 
 from hsaid_kernels import HSAID
+from hsaid_kernels.app import cli
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -157,3 +158,27 @@ def test_the_card_of_a_model_without_a_name(hub):
     (repo,) = hub.files
     card = hub.files[repo]["README.md"].decode()
     assert "base_model" not in card and "model = ...  # the Sequential that was trained" in card
+
+
+def test_a_merged_model_goes_to_the_hub(hub, tmp_path, monkeypatch, capsys):
+    """Checkpoint and model are there too; `hsaid merge` fetches the files that it needs."""
+    monkeypatch.chdir(tmp_path)
+    model = bert().eval()
+    plain = copy.deepcopy(model)
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "vocab.txt").write_text("words")
+    hub.files["me/base"] = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    hub.files["me/base"] |= {"pytorch_model.bin": b"of W0", "onnx/model.onnx": b"of W0"}
+    hsaid = moved(HSAID(plain, 60))
+    hsaid.push_to_hub("me/task")
+    arguments = ["merge", "me/task", "--model", "me/base", "--to", "hub:me/merged"]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("uploaded     http")
+    files = hub.files["me/merged"]
+    assert set(files) == {"README.md", "config.json", "model.safetensors", "vocab.txt"}
+    assert huggingface_hub.ModelCard(files["README.md"].decode()).data.to_dict()["base_model"] == "me/base"
+    assert not any("pytorch_model.bin" in path or "onnx" in path for path, _ in hub.seen if "resolve" in path)
+    merged = type(model).from_pretrained("me/merged").eval()
+    assert torch.equal(merged(IDS).logits, hsaid(IDS).logits)
+    assert cli.main([*arguments, "-o", str(tmp_path / "out")]) == 0  # both
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
