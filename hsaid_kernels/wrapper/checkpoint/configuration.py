@@ -90,7 +90,7 @@ def architecture_of(model: object) -> Config | None:
     ids = found.get("id2label")
     if ids is not None and found.get("label2id") == {label: int(number) for number, label in ids.items()}:
         del found["label2id"]  # transformers makes it again
-    for key in ("transformers_version", "_name_or_path"):
+    for key in ("transformers_version", "_name_or_path", "quantization_config"):
         found.pop(key, None)
     return {**found, "architectures": [type(model).__name__]}
 
