@@ -1,7 +1,7 @@
 """What `hsaid merge` takes beside `cp` of the file, for random weights of mBERT: `python benchmarks/merging.py [N]`.
 
 Each of N rounds runs `hsaid merge` and then `cp`, in processes of their own; the files are in the page cache. Time is
-that of the whole process without its imports, memory the peak beyond theirs.
+that of the process without importing its modules and tearing them down, memory the peak beyond them.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import torch
 
 CODE = """
 import sys, time
-begin = time.perf_counter()
 from transformers import BertForSequenceClassification, GenerationConfig
 import hsaid_kernels.app.command_merge
 from hsaid_kernels.app.cli import main
-imports = time.perf_counter() - begin
 peak = lambda: [line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1]
 held = peak()
+begin = time.perf_counter()
 assert main(sys.argv[1:]) == 0
-print(imports, held, peak())
+print(time.perf_counter() - begin, held, peak())
 """
 
 
@@ -42,14 +41,12 @@ def make(folder: Path) -> None:
 
 
 def merge(folder: Path) -> tuple[float, float]:
-    """(seconds, MB) of `hsaid merge` in a process of its own, both beyond what the imports take."""
+    """(seconds, MB) of `hsaid merge` in a process of its own, both beyond what its modules take."""
     arguments = ["merge", folder / "task", "--model", folder / "base", "-o", folder / "out"]
     command = [sys.executable, "-W", "ignore", "-c", CODE, *map(str, arguments)]
-    begin = time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    taken = time.perf_counter() - begin
-    imports, held, peak = map(float, done.stdout.splitlines()[-1].split())
-    return taken - imports, (peak - held) / 1024
+    taken, held, peak = map(float, done.stdout.splitlines()[-1].split())
+    return taken, (peak - held) / 1024
 
 
 def copy(source: Path, target: Path) -> float:

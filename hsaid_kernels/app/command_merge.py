@@ -32,7 +32,7 @@ def merge(arguments: argparse.Namespace) -> None:
 
     Raises UsageError for invalid arguments, and if the files cannot be written.
     """
-    with user_input(), _one_thread_each() as threads, quiet():
+    with user_input(), _one_thread(), quiet():
         if arguments.out is None and arguments.to is None:
             raise ValueError("-o: expected a directory to write to, or --to hub:NAME, got neither")
         checkpoints = _read(arguments.checkpoints, arguments.weights)
@@ -47,7 +47,7 @@ def merge(arguments: argparse.Namespace) -> None:
         merging = Merging(checkpoints, _architecture(checkpoints[0], source, run), base, run.get("seed"), dtype)
         with contextlib.ExitStack() as stack:
             out = arguments.out or Path(stack.enter_context(tempfile.TemporaryDirectory()), "merged")
-            _write(merging, out, threads)
+            _write(merging, out)
             size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
             say("merged", f"{len(merging.units)} tensors, {size:,} bytes" + (f" in {out}" if arguments.out else ""))
             if arguments.to is not None:
@@ -86,10 +86,10 @@ def _check_out(out: Path | None, taken: Sequence[Path]) -> None:
         raise ValueError(f"-o: expected another directory than the model's and the checkpoint's, got {str(out)!r}")
 
 
-def _write(merging: Merging, out: Path, threads: int) -> None:
+def _write(merging: Merging, out: Path) -> None:
     try:
         with progress(len(merging.units), "merging", "tensors") as advance:
-            merging.write(out, threads, advance)
+            merging.write(out, advance)
     except OSError as error:
         raise OSError(
             f"-o: expected a directory that can be written to, got {str(out)!r}: {error.strerror or error}"
@@ -97,11 +97,11 @@ def _write(merging: Merging, out: Path, threads: int) -> None:
 
 
 @contextlib.contextmanager
-def _one_thread_each() -> Iterator[int]:
-    """Yields how many threads torch would compute with. For a time it has one, in each thread that asks it."""
-    threads = torch.get_num_threads()
+def _one_thread() -> Iterator[None]:
+    """For a time, each thread computes by itself: a merge has threads of its own."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield threads
+        yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)

@@ -6,12 +6,12 @@ divides tensors otherwise than the model does: whatever the size of the model is
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from hsaid_kernels.files import replaced_folder
 from hsaid_kernels.wrapper.checkpoint.configuration import SAMPLES
 from hsaid_kernels.wrapper.w0.values import samples_of
 
+MAPPED = 2**21  # bytes that the system may map around one that is read
+THREADS = 2  # each makes and writes a tensor: where one waits to write, the other computes
 STALE = "model*.safetensors*"  # files of an older merge, which would be loaded in place of the new ones
 
 
@@ -91,9 +93,10 @@ class Merging:
         """(name, some values) of each projected tensor that is its own file's, or fresh."""
         for unit in self._names.units:
             if unit.converter is None and unit.names[0] in self._weights.projected:
-                yield unit.names[0], samples_of(self._in_files(unit).values(), SAMPLES)[0]
+                tensors = self._in_files(unit).values()
+                yield unit.names[0], samples_of(tensors, SAMPLES)[0]
                 for file in self._files(unit):
-                    file.forget()  # the system may have mapped megabytes around each value
+                    file.used(min(SAMPLES * MAPPED, sum(tensor.nbytes for tensor in tensors)))
         for name in self._weights.projected & self._fresh.keys():
             yield name, samples_of([self._fresh[name]], SAMPLES)[0]
 
@@ -118,10 +121,8 @@ class Merging:
 
     # --- writing
 
-    def write(self, out: Path, threads: int, advance: Callable[[str], None]) -> None:
+    def write(self, out: Path, advance: Callable[[str], None]) -> None:
         """Writes the merged model; `out` has all of it, or what it had before. Calls `advance` after each unit.
-
-        So many threads compute and write; torch should have one in each.
 
         Raises OSError if it cannot be written, ValueError if `dtype` cannot hold a weight.
         """
@@ -133,13 +134,21 @@ class Merging:
             for unit in self.units:
                 for name, about in self._about(unit).items():
                     files.setdefault(folder / self._place(name, unit), {})[name] = about
-            with NewFiles(threads, files, {path: self._base.files[path.name].metadata for path in files}) as new:
-                for unit in sorted(self.units, key=self._order):
-                    self._write(unit, new)
-                    advance(self._place(unit.names[0], unit))
+            with NewFiles(files, {path: self._base.files[path.name].metadata for path in files}) as new:
+                self._write_all(new, advance)
             if self._base.index is not None:
                 self._write_index(folder, files)
             self._write_config(folder)
+
+    def _write_all(self, new: NewFiles, advance: Callable[[str], None]) -> None:
+        units = sorted(self.units, key=self._order)
+        pool = ThreadPoolExecutor(THREADS)
+        try:
+            for unit, done in zip(units, [pool.submit(self._write, unit, new) for unit in units], strict=True):
+                done.result()
+                advance(self._place(unit.names[0], unit))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _place(self, name: str, unit: Unit) -> str:
         """The name of the file that gets a tensor: the one that has it, or its W0; the last one for what is new."""
@@ -162,26 +171,18 @@ class Merging:
     def _write(self, unit: Unit, new: NewFiles) -> None:
         w0 = self._w0(unit)
         if unit.converter is None:
-            ((saved, (_, _, size)),) = self._about(unit).items()
-            pieces = list(self._weights.pieces(unit.names[0], w0.get(unit.names[0])))
-            total = sum(count for count, _ in pieces)
-            for count, make in pieces:
-                new.write(saved, size // total * count, functools.partial(self._piece, unit, make))
+            (name,), (saved,), files = unit.names, unit.saved, self._files(unit)
+            for piece in self._weights.pieces(name, w0.get(name)):
+                new.write(saved, self._cast(name, piece))
+                for file in files:
+                    file.used(piece.nbytes)
             return
-        made = {}
-        for name in unit.names:
-            made[name] = torch.cat([make() for _, make in self._weights.pieces(name, w0[name])]).view(w0[name].shape)
+        shapes = {name: tensor.shape for name, tensor in w0.items()}
+        made = {name: torch.cat([*self._weights.pieces(name, w0.pop(name))]).view(shapes[name]) for name in unit.names}
         for saved, tensor in self._names.in_files(made).items():
-            size = self._about(unit)[saved][2]
-            new.write(saved, size, functools.partial(self._cast, saved, tensor.contiguous()))
+            new.write(saved, self._cast(saved, tensor.contiguous()))
         for file in self._files(unit):
             file.forget()
-
-    def _piece(self, unit: Unit, make: Callable[[], Tensor]) -> Tensor:
-        piece = make()
-        for file in self._files(unit):
-            file.used(piece.nbytes)
-        return self._cast(unit.names[0], piece)
 
     def _cast(self, name: str, piece: Tensor) -> Tensor:
         if self._dtype is None or piece.dtype == self._dtype or not piece.is_floating_point():

@@ -58,7 +58,10 @@ class Names:
         known: dict[int, str] = {}
         every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         self._first = {name: known.setdefault(id(tensor), name) for name, tensor in every}
-        transforms = get_model_conversion_mapping(self._model)
+        parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        # Whether the files have the names that the model has by itself, as they most often do.
+        self._plain = all(files.get(name) == shape for name, shape in parameters.items())
+        transforms = [] if self._plain else get_model_conversion_mapping(model)
         self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
         groups: dict[str, dict[str, str]] = {}  # {name in the model: sources}
@@ -67,14 +70,17 @@ class Names:
             if own in self._state and (pattern or files[name] == tuple(self._state[own].shape)):
                 groups.setdefault(own, {})[name] = pattern or ""
         # What was used is what transformers reverses when it saves a model.
-        self._model._weight_conversions = [each for each in transforms if getattr(each, "was_used", lambda: True)()]
+        model._weight_conversions = [each for each in transforms if getattr(each, "was_used", lambda: True)()]
         # Of a tied tensor that the files have several times, the first name counts.
         chosen = [own for own in groups if own == self._first[own] or self._first[own] not in groups]
         self.units = [self._unit(own, groups[own], files) for own in chosen]
         found = {name for unit in self.units for name in unit.names}
-        self.missing = [name for name, _ in model.named_parameters() if name not in found]
+        self.missing = [name for name in parameters if name not in found]
 
     def _in_model(self, name: str) -> tuple[str, str | None]:
+        """(name in the model, the pattern of a converter or None) of a tensor in the files."""
+        if self._plain:
+            return name, None
         prefix = self._model.base_model_prefix
         found = rename_source_key(name, self._renamings, self._converters, prefix, self._state)
         if found[0] not in self._state and name in self._state:  # it has the new name already
@@ -88,11 +94,12 @@ class Names:
             names: Iterable[str] = [own]
         else:
             names = self._convert(converter, own, sources, {name: _meta(files[name]) for name in sources})
-        saved = self.saved(names)
-        return Unit(sources, tuple(self._first[name] for name in names), saved, converter)
+        return Unit(sources, tuple(self._first[name] for name in names), self.saved(names), converter)
 
     def saved(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """{name in files: shape} of what transformers saves of these tensors."""
+        if self._plain:
+            return {name: tuple(self._state[name].shape) for name in names}
         tensors = self.in_files({name: _meta(self._state[name].shape) for name in names})
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 

@@ -1,8 +1,7 @@
 """Safetensors files larger than memory: `TensorFile` is read piece by piece, `NewFiles` are written so.
 
 The library safetensors reads and writes whole tensors, and writes a file all at once. Here a file is mapped into
-memory, and what has been read of it is given back; threads compute a piece each and write it, while it is in their
-cache. A new file has the bytes that the library would write.
+memory, and what has been read of it is given back. A new file has the bytes that the library would write.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ import json
 import mmap
 import os
 import warnings
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,6 @@ ORDER = (
     *("F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
 )
 HELD = 2**25  # bytes that are read of a file before its memory is given back
-WAITING = 3  # pieces for each thread that have been asked for and are not written yet
 
 
 @dataclass(frozen=True)
@@ -108,34 +104,28 @@ class TensorFile:
 class NewFiles:
     """Safetensors files whose tensors are written piece by piece, in any order. A context manager.
 
-    Threads compute and write the pieces. Their errors are raised by a later `write`, or at the end.
+    Several threads may write, a tensor each.
 
     Args:
-        threads: how many.
         files: {path: {name: what the tensor is}}; none of these files exists.
         metadata: {path: {key: text}, or None}.
     """
 
-    def __init__(
-        self,
-        threads: int,
-        files: Mapping[Path, Mapping[str, About]],
-        metadata: Mapping[Path, Mapping[str, str] | None],
-    ):
-        self._threads, self._files, self._metadata = threads, files, metadata
+    def __init__(self, files: Mapping[Path, Mapping[str, About]], metadata: Mapping[Path, Mapping[str, str] | None]):
+        self._files, self._metadata = files, metadata
+        self._next: dict[str, tuple[int, int]] = {}  # {name: (handle, offset) of what is written next}
 
     def __enter__(self) -> NewFiles:
-        self._waiting: deque[Future[None]] = deque()
-        self._next: dict[str, tuple[int, int]] = {}  # {name: (handle, offset) of the next piece}
         with contextlib.ExitStack() as stack:
             for path, tensors in self._files.items():
                 handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
                 stack.callback(os.close, handle)
                 self._begin(handle, tensors, self._metadata[path])
-            self._pool = ThreadPoolExecutor(self._threads)
-            stack.callback(self._pool.shutdown, cancel_futures=True)
             self._opened = stack.pop_all()
         return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
 
     def _begin(self, handle: int, tensors: Mapping[str, About], metadata: Mapping[str, str] | None) -> None:
         """Writes the header of a file."""
@@ -150,28 +140,12 @@ class NewFiles:
         self._next |= {name: (handle, start + header[name]["data_offsets"][0]) for name in tensors}
         _write(handle, 0, memoryview(len(text).to_bytes(8, "little") + text))
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._opened:
-            if kind is None:
-                self._wait(0)
-
-    def write(self, name: str, size: int, piece: Callable[[], Tensor]) -> None:
-        """Writes the next `size` bytes of the tensor `name`, which `piece` computes in another thread."""
+    def write(self, name: str, piece: Tensor) -> None:
+        """Writes the next values of the tensor `name`."""
         handle, at = self._next[name]
-        self._next[name] = handle, at + size
-        self._waiting.append(self._pool.submit(_compute_and_write, handle, at, size, piece))
-        self._wait(WAITING * self._threads)
-
-    def _wait(self, most: int) -> None:
-        """Waits until at most so many pieces are not written yet."""
-        while len(self._waiting) > most:
-            self._waiting.popleft().result()
-
-
-def _compute_and_write(handle: int, at: int, size: int, piece: Callable[[], Tensor]) -> None:
-    view = memoryview(piece().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # has a buffer
-    assert len(view) == size, (len(view), size)
-    _write(handle, at, view)
+        view = memoryview(piece.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # has a buffer
+        _write(handle, at, view)
+        self._next[name] = handle, at + len(view)
 
 
 def _write(handle: int, at: int, view: memoryview) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from hsaid_kernels.wrapper.tasks import key_of
 from hsaid_kernels.wrapper.w0.beside import PREFIX, Buffers
 from hsaid_kernels.wrapper.weights.graph import scaled_factors
 
-PIECE = 2**18  # weights that a thread computes at a time: they are still in its cache when it writes them
+PIECE = 2**18  # weights that are made at a time: they are still in the cache when they are written
 
 
 @dataclass(frozen=True)
@@ -132,37 +131,37 @@ class Weights:
         return found
 
     @torch.no_grad()
-    def pieces(self, name: str, w0: Tensor | None) -> Iterator[tuple[int, Callable[[], Tensor]]]:
-        """(number of values, a function that computes them), one after another, of the merged tensor.
+    def pieces(self, name: str, w0: Tensor | None) -> Iterator[Tensor]:
+        """The values of the merged tensor, some at a time, one after another.
 
         `w0` is the tensor in the dtype of training; None if it is in no file.
         """
         if name in self.projected:
             assert w0 is not None
-            part = Part(self._plan, [name])
-            kept = {name: row for name, row in self._kept.items() if name in part.plan.shapes}
-            *tasks, (theta, factors) = self._tasks
-            base = w0.float() if tasks else w0  # a sum is rounded once
-            for before, other in tasks:
-                projection = Projection(part.plan, dtype=torch.float32, kept=kept)
-                base = projection.flat(before, part.own(other), [base])[: w0.numel()].view(w0.shape)
-            projection = Projection(part.plan, dtype=self.dtype(name), kept=kept)
-            own = part.own(factors)
-            if not is_whole(part.plan, name):
-                yield w0.numel(), lambda: projection.flat(theta, own, [base])[: w0.numel()]
-                return
-            some = functools.partial(projection.some, theta, own, base)
+            yield from self._projected(name, w0)
+            return
+        value = self._stored(name)
+        if name in self.full and [each.weight for each in self._trained] != [1]:
+            value = self._sum_of_full(name, w0)
+        value = w0 if value is None else value
+        assert value is not None
+        yield from value.reshape(-1).split(PIECE)
+
+    def _projected(self, name: str, w0: Tensor) -> Iterator[Tensor]:
+        part = Part(self._plan, [name])
+        size, plan = w0.numel(), part.plan
+        kept = {name: row for name, row in self._kept.items() if name in plan.shapes}
+        *tasks, (theta, scaled) = self._tasks
+        base = w0.float() if tasks else w0  # a sum is rounded once
+        for before, factors in tasks:
+            projection = Projection(plan, dtype=torch.float32, kept=kept)
+            base = projection.flat(before, part.own(factors), [base])[:size].view(w0.shape)
+        projection, own = Projection(plan, dtype=self.dtype(name), kept=kept), part.own(scaled)
+        if is_whole(plan, name):
+            for begin in range(0, size, PIECE):
+                yield projection.some(theta, own, base, begin, min(begin + PIECE, size))
         else:
-            value = self._stored(name)
-            if name in self.full and [each.weight for each in self._trained] != [1]:
-                value = self._sum_of_full(name, w0)
-            value = w0 if value is None else value
-            assert value is not None
-            base = value.reshape(-1)
-            some = functools.partial(_slice, base)
-        for begin in range(0, base.numel(), PIECE):
-            end = min(begin + PIECE, base.numel())
-            yield end - begin, functools.partial(some, begin, end)
+            yield projection.flat(theta, own, [base])[:size]
 
     def _stored(self, name: str) -> Tensor | None:
         """The tensor `name` in the checkpoint: one that was trained fully, or a buffer that training changed."""
@@ -181,7 +180,3 @@ class Weights:
         for each in self._trained:
             value = value + each.weight * each.values[key_of(name)].float()
         return value.to(self.dtype(name))
-
-
-def _slice(tensor: Tensor, begin: int, end: int) -> Tensor:
-    return tensor[begin:end]

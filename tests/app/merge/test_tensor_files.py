@@ -24,10 +24,6 @@ def tensors() -> dict[str, torch.Tensor]:
     return found
 
 
-def write(new: NewFiles, name: str, piece: torch.Tensor) -> None:
-    new.write(name, piece.nbytes, lambda: piece)
-
-
 def test_the_bytes_that_safetensors_writes(tmp_path):
     metadata = {"format": "pt", "note": "ä"}
     source, target = tmp_path / "source", tmp_path / "target"
@@ -37,10 +33,10 @@ def test_the_bytes_that_safetensors_writes(tmp_path):
         file = TensorFile(source)
         assert file.metadata == given
         about = {name: (entry.dtype, entry.shape, entry.size) for name, entry in file.entries.items()}
-        with NewFiles(3, {target: about}, {target: file.metadata}) as new:
+        with NewFiles({target: about}, {target: file.metadata}) as new:
             for name in reversed(about):
                 for piece in file.tensor(name).reshape(-1).split(2):
-                    write(new, name, piece)
+                    new.write(name, piece)
                     file.used(piece.nbytes)
         assert target.read_bytes() == source.read_bytes()
         target.unlink()
@@ -81,40 +77,25 @@ def test_what_is_not_whole(length, tmp_path):
         TensorFile(tmp_path / "part")
 
 
-def test_errors_of_the_threads(tmp_path, monkeypatch):
-    """They are raised by a later write, or at the end; what has not begun is not written, and no file stays open."""
+def test_no_file_stays_open(tmp_path, monkeypatch):
+    """After an error of a piece, or of the header of a second file."""
     about = {"a": ("F32", [100], 400)}
-    right, calls, most = os.pwrite, [], 2
+    right, calls = os.pwrite, []
 
     def refuse(handle, data, at):
         calls.append(at)
-        if len(calls) > most:
+        if len(calls) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         return right(handle, data, at)
 
     monkeypatch.setattr(tensor_files.os, "pwrite", refuse)
-    for number, threads in enumerate((1, 3)):
-        calls.clear()
-        path = tmp_path / f"full{number}"
-        with pytest.raises(OSError, match="No space left"), NewFiles(threads, {path: about}, {path: {}}) as new:
-            for piece in torch.arange(100.0).split(1):
-                write(new, "a", piece)
-        assert len(calls) <= most + threads * (tensor_files.WAITING + 1)
-    most = 0  # the header of a second file
+    path = tmp_path / "full"
+    with pytest.raises(OSError, match="No space left"), NewFiles({path: about}, {path: {}}) as new:
+        new.write("a", torch.arange(50.0))
+    calls.clear()
     paths = tmp_path / "first", tmp_path / "second"
     with pytest.raises(OSError, match="No space left"):
-        NewFiles(1, dict.fromkeys(paths, about), dict.fromkeys(paths, {})).__enter__()
-    most = 1000
-    path = tmp_path / "interrupted"
-    with pytest.raises(KeyError), NewFiles(2, {path: about}, {path: {}}) as new:
-        write(new, "a", torch.arange(100.0))
-        raise KeyError
-    path = tmp_path / "cannot be computed"
-    with pytest.raises(ZeroDivisionError), NewFiles(2, {path: about}, {path: {}}) as new:
-        new.write("a", 400, lambda: 1 / 0)
-    path = tmp_path / "another size"
-    with pytest.raises(AssertionError), NewFiles(2, {path: about}, {path: {}}) as new:
-        new.write("a", 400, lambda: torch.zeros(99))
+        NewFiles(dict.fromkeys(paths, about), dict.fromkeys(paths, {})).__enter__()
     open_files = os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd") else []
     assert not any(str(tmp_path) in os.path.realpath(f"/proc/self/fd/{number}") for number in open_files)
 
@@ -124,6 +105,6 @@ def test_pieces_that_are_written_in_part(tmp_path, monkeypatch):
     right = os.pwrite
     monkeypatch.setattr(tensor_files.os, "pwrite", lambda handle, data, at: right(handle, data[:3], at))
     about = {"a": ("F32", [6], 24)}
-    with NewFiles(1, {tmp_path / "a": about}, {tmp_path / "a": {}}) as new:
-        write(new, "a", torch.arange(6.0))
+    with NewFiles({tmp_path / "a": about}, {tmp_path / "a": {}}) as new:
+        new.write("a", torch.arange(6.0))
     assert torch.equal(load_file(tmp_path / "a")["a"], torch.arange(6.0))
