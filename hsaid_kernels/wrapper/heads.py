@@ -80,7 +80,8 @@ def prune_heads(model: Model, heads: Heads) -> Model:
     Raises, before anything is masked:
         ValueError: a layer or head does not exist, no head of a layer would be left, a parameter of the heads is shared
             with another module, or the model has no attention heads.
-        TypeError: `heads` has another type.
+        TypeError: `heads` has another type, or the model has quantized layers.
+        RuntimeError: an HSAID wraps the model.
     """
     _check_floats(model, "prune_heads()")
     chosen, already = check_heads(model, heads), pruned_heads(model)
