@@ -196,9 +196,12 @@ def _layer(module: nn.Module | None, names: dict[int, str], prefix: str = "") ->
     found = [(own.get(prefix + key), own.get(f"{prefix}{key}_orig")) for key in ("weight", "bias")]
     weight, bias = (masked if plain is None else plain for plain, masked in found)
     outputs = 1 if type(module).__name__ == "Conv1D" else 0
-    if weight is None or weight.dim() != 2 or not (prefix or outputs or isinstance(module, nn.Linear)):
+    if weight is None or weight.dim() != 2:
         return None
     rows, columns = weight.shape
+    sizes = tuple(getattr(module, key, None) for key in ("out_features", "in_features"))  # also of quantized layers
+    if not (prefix or outputs or isinstance(module, nn.Linear) or sizes == (rows, columns)):
+        return None
     return _Layer(names[id(weight)], None if bias is None else names[id(bias)], (rows, columns), outputs)
 
 

@@ -20,7 +20,9 @@ from hsaid_kernels.wrapper.checkpoint.compare import check_state
 from hsaid_kernels.wrapper.hsaid import HSAID
 from hsaid_kernels.wrapper.reads.properties import class_for
 from hsaid_kernels.wrapper.tasks import key_of
+from hsaid_kernels.wrapper.w0.kinds import kind_of
 from hsaid_kernels.wrapper.w0.quantized import check_known
+from hsaid_kernels.wrapper.w0.stored import is_adapted
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -187,6 +189,12 @@ def _choice(module: nn.Module, str_filter: Collection[str]) -> tuple[list[str] |
     if taken == names:
         return None, others
     if not str_filter:  # HSAID takes what is given to `include` for the caller's own choice
+        quantized = [] if is_adapted(module) else [inner for inner in module.modules() if kind_of(inner) is not None]
+        if quantized:
+            raise TypeError(
+                f"module: expected float weights, got a {type(quantized[0]).__name__}: HSAID(module, d, memory='block')"
+                " trains a quantized model"
+            )
         check_known(module)
     return include, others
 

@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 
 from hsaid_kernels.hierarchy.attention import Attention, find_attention, find_attentions
 from hsaid_kernels.wrapper.reads.link import link_of
+from hsaid_kernels.wrapper.w0.kinds import kind_of
 from hsaid_kernels.wrapper.w0.values import value_of
 
 # {layer: heads}
@@ -81,7 +82,7 @@ def prune_heads(model: Model, heads: Heads) -> Model:
             with another module, or the model has no attention heads.
         TypeError: `heads` has another type.
     """
-    _refuse_wrapped(model, "prune_heads()")
+    _check_floats(model, "prune_heads()")
     chosen, already = check_heads(model, heads), pruned_heads(model)
     attentions = _own_attentions(model, chosen)
     for attention in attentions:
@@ -184,7 +185,7 @@ def remove(model: Model) -> Model:
     parameters. Under `HSAID` the heads stay pruned, because HSAID writes no update to them. Raises ValueError for a
     model without attention heads.
     """
-    _refuse_wrapped(model, "remove()")
+    _check_floats(model, "remove()")
     for attention in find_attentions(model):
         _remove(model, attention)
     return model
@@ -204,7 +205,7 @@ def remove_heads(model: Model, heads: Heads | None = None) -> Model:
     the BERT family: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT. Raises, before anything is changed,
     TypeError for other attention modules, and whatever `prune_heads` raises.
     """
-    _refuse_wrapped(model, "remove_heads()")
+    _check_floats(model, "remove_heads()")
     chosen = check_heads(model, pruned_heads(model) if heads is None else heads)
     attentions = _own_attentions(model, chosen)
     for attention in attentions:
@@ -228,12 +229,18 @@ def remove_heads(model: Model, heads: Heads | None = None) -> Model:
     return model
 
 
-def _refuse_wrapped(model: nn.Module, call: str) -> None:
-    """Raises RuntimeError for a model whose weights an HSAID answers for."""
-    if isinstance(model, nn.Module) and any(link_of(module) is not None for module in model.modules()):
-        raise RuntimeError(
-            f"{call}: expected a plain model, got one that an HSAID wraps: unwrap() it first, or merge()"
-        )
+def _check_floats(model: nn.Module, call: str) -> None:
+    """Raises RuntimeError for a model whose weights an HSAID answers for, TypeError for quantized layers."""
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if link_of(module) is not None:
+            raise RuntimeError(
+                f"{call}: expected a plain model, got one that an HSAID wraps: unwrap() it first, or merge()"
+            )
+        if kind_of(module) is not None:
+            raise TypeError(
+                f"{call}: expected float weights, got a {type(module).__name__}: prune heads before quantizing the "
+                "model, or let an HSAID write no update to them (pruned=)"
+            )
 
 
 def _slices(attention: Attention, head: int) -> Iterator[HeadSlice]:
@@ -300,7 +307,9 @@ def _place(model: nn.Module, tensor: str) -> tuple[nn.Module, str]:
 def _masked(model: nn.Module, tensor: str) -> Tensor:
     """A parameter's values, detached, with masked ones as zeros."""
     owner, key = _place(model, tensor)
-    value, mask = model.get_parameter(tensor).detach(), owner._buffers.get(f"{key}_mask")
+    own = owner._parameters[tensor.rpartition(".")[2]]  # a library's class may have a `weight` of its own
+    parameter = own if link_of(owner) is None and own is not None else model.get_parameter(tensor)
+    value, mask = parameter.detach(), owner._buffers.get(f"{key}_mask")
     return value if mask is None else value * mask
 
 

@@ -24,7 +24,7 @@ from hsaid_kernels.wrapper.stand_in import StandIn
 from hsaid_kernels.wrapper.state import State
 from hsaid_kernels.wrapper.tasks import Tasks
 from hsaid_kernels.wrapper.w0.checks import check_layers, check_parameters, check_plain, plain
-from hsaid_kernels.wrapper.w0.quantized import as_floats, check_known
+from hsaid_kernels.wrapper.w0.quantized import as_floats, check_known, others_dtype, with_layers
 from hsaid_kernels.wrapper.w0.stored import show, showing
 from hsaid_kernels.wrapper.weights.attachment import unwrapped_before
 from hsaid_kernels.wrapper.weights.outside import TRACED
@@ -236,14 +236,15 @@ class HSAID(State, StandIn):
         with torch.no_grad():
             if inplace:
                 hint = "they cannot hold projected weights, and merge() makes an ordinary model"
-                check_plain("merge()", self.w0().values(), "which inplace=True can write to", hint)
+                written = with_layers(attachment.own(), {*self.plan.names, *self.full})
+                check_plain("merge()", written, "which inplace=True can write to", hint)
             values = source.now() | self.full
             source.drop_cache()
             if inplace:
                 attachment.merge(values)
                 return self.model
             own = attachment.own()
-            floats, trained = as_floats(own, values, self.given_dtype)
+            floats, trained = as_floats(own, values, self.given_dtype or others_dtype(own))
             return merged_copy(self.model, own, floats, attachment.flags | trained)
 
     def unmerge(self) -> None:

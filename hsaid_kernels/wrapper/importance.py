@@ -11,6 +11,7 @@ from torch import Tensor
 from hsaid_kernels.hierarchy.attention import find_attentions
 from hsaid_kernels.hierarchy.paths import HEADS
 from hsaid_kernels.wrapper.hsaid import HSAID
+from hsaid_kernels.wrapper.w0.stored import showing
 
 
 def head_importance(hsaid: HSAID, batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -40,7 +41,9 @@ def head_importance(hsaid: HSAID, batches: Iterable[Mapping[str, Any]]) -> dict[
         raise ValueError("hsaid: expected a trained one, got theta = 0, where no multiplier has a gradient")
     rows = {(piece.tensor, piece.label): row for row, piece in enumerate(hsaid.plan.pieces)}
     own = {}
-    for attention in find_attentions(hsaid.model):
+    with showing(hsaid.model):
+        attentions = find_attentions(hsaid.model)
+    for attention in attentions:
         pieces = [attention.pieces([head]) for head in range(attention.heads)]
         own[attention.name] = [[rows[piece] for piece in sorted(parts) if piece in rows] for parts in pieces]
     totals = {name: torch.zeros(len(parts)) for name, parts in own.items()}

@@ -31,6 +31,7 @@ from hsaid_kernels.wrapper.tasks import Tasks, groups_of
 from hsaid_kernels.wrapper.w0.beside import PREFIX
 from hsaid_kernels.wrapper.w0.checks import plain
 from hsaid_kernels.wrapper.w0.fsdp2 import is_applied
+from hsaid_kernels.wrapper.w0.quantized import is_quantized, others_dtype
 from hsaid_kernels.wrapper.w0.stored import showing
 from hsaid_kernels.wrapper.w0.values import value_of
 from hsaid_kernels.wrapper.weights.source import WeightSource
@@ -192,7 +193,10 @@ class State(nn.Module):
         # DID has no multipliers, so this parameter is empty and gets no gradient. requires_grad=False keeps
         # DistributedDataParallel from waiting for one.
         parameters = {"theta": nn.Parameter(theta), "multipliers": nn.Parameter(ones, requires_grad=len(ones) > 0)}
-        self._tasks.add(name, parameters, own)
+        dtype = others_dtype(own)
+        full = {key: value_of(own[key].detach()) for key in self._basis.full}
+        full |= {key: value.to(dtype or value.dtype) for key, value in full.items() if is_quantized(own[key])}
+        self._tasks.add(name, parameters, full)
 
     # --- checkpoints
 

@@ -139,16 +139,16 @@ class Tasks:
         name = self.current if name is None else self.check(name)
         return _present(self.own) if name == self.registered else self._parameters[name]
 
-    def add(self, name: str, parameters: Mapping[str, nn.Parameter], w0: Mapping[str, nn.Parameter]) -> None:
-        """Creates task `name` from `parameters` and copies of W0 for the fully trained tensors.
+    def add(self, name: str, parameters: Mapping[str, nn.Parameter], full: Mapping[str, Tensor]) -> None:
+        """Creates task `name` from `parameters` and copies of `full`, W0 of the fully trained tensors.
 
         The current tasks stay; only the first one becomes the HSAID's at once. Raises ValueError if the task already
         exists, TypeError if `name` is not a non-empty string.
         """
         if check_task(name) in self._parameters:
             raise ValueError(f"name: expected a new task, got {name!r}, which is there already")
-        full = {key_of(tensor): nn.Parameter(value_of(w0[tensor].detach()).clone()) for tensor in self.full}
-        self._parameters[name] = {**parameters, **full}
+        copies = {key_of(tensor): nn.Parameter(full[tensor].clone()) for tensor in self.full}
+        self._parameters[name] = {**parameters, **copies}
         if name == self.registered:
             # Written into the dict directly. Attribute assignment and register_parameter() would clash with an
             # attribute of the same name in the model.

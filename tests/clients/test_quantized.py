@@ -274,6 +274,13 @@ def test_bitsandbytes_reorders_codes_when_it_evaluates():
     assert 0 < relative(w0, before) < 2**-8 and torch.equal((w0 * 1e30).sign(), (before * 1e30).sign())
 
 
+@pytest.mark.parametrize("name", ["bitsandbytes nf4", "hqq 4", "gptq", "awq", "bitnet"])
+def test_heads_of_quantized_attention(name):
+    hsaid = HSAID(FORMATS[name](), 500, memory="block", heads=True, pruned={0: [1]})
+    many = HSAID(model_of(), 500, heads=True, pruned={0: [1]})
+    assert [str(piece) for piece in hsaid.plan.pieces] == [str(piece) for piece in many.plan.pieces]
+
+
 def test_bitsandbytes_before_it_has_quantized_anything():
     layers = library("bitsandbytes").nn
     for layer in (layers.Linear4bit(64, 64), layers.Linear8bitLt(64, 64, has_fp16_weights=False)):
@@ -281,6 +288,17 @@ def test_bitsandbytes_before_it_has_quantized_anything():
         model.bert.pooler.dense = layer
         with pytest.raises(TypeError, match="whose weight is not quantized yet: model.to"):
             HSAID(model, 100, memory="block")
+    model.bert.pooler.dense = layers.Linear8bitLt(64, 64)
+    with pytest.raises(TypeError, match="make it with has_fp16_weights=False"):
+        HSAID(model, 100, memory="block")
+
+
+def test_a_copy_of_a_part_is_of_one_dtype():
+    hsaid = moved(HSAID(replaced(linear_of_4_bits(compute_dtype=torch.bfloat16)), 100, memory="block"))
+    part = hsaid.model.bert.pooler
+    copied, hidden = copy.deepcopy(part), torch.randn(2, 4, 64)
+    assert {parameter.dtype for parameter in copied.parameters()} == {torch.float32}
+    assert relative(copied(hidden), part(hidden)) < 1e-2
 
 
 def compressed(tmp_path, weights, bits: str):

@@ -52,9 +52,14 @@ def _methods(cls: type[nn.Module]) -> frozenset[CodeType]:
     for value in (value for base in bases for value in vars(base).values()):
         function: Any = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
         while (code := getattr(function, "__code__", None)) is not None:
-            found.add(code)
+            found |= _with_inner(code)
             function = getattr(function, "__wrapped__", None)  # of a decorator
     return frozenset(found)
+
+
+def _with_inner(code: CodeType) -> set[CodeType]:
+    """A function's code, and that of the lambdas and comprehensions in it."""
+    return {code}.union(*(_with_inner(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
 def library_value(layer: nn.Module, key: str) -> Any:

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
@@ -18,6 +19,7 @@ from torch.nn.modules.module import (
 
 from hsaid_kernels.wrapper.reads.link import Link, link_of, plain_type
 from hsaid_kernels.wrapper.w0.stored import SHOWN, shown_in
+from hsaid_kernels.wrapper.w0.values import has_own_memory
 from hsaid_kernels.wrapper.weight import Weight
 
 
@@ -42,18 +44,15 @@ def change_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
             if (link := link_of(module)) is not None:
                 for key in link.names:
                     name = f"{prefix}.{key}" if prefix else key
-                    own, value = shown_in(module).get(key), state_dict.get(name)
-                    if own is not None and isinstance(value, Tensor):
-                        link.changes.check_set("load_state_dict()", own, value)
+                    _check_loaded(link, module, key, state_dict.get(name))
         return cls.load_state_dict(self, state_dict, *args, **kwargs)
 
     def _load_from_state_dict(self: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
         link = link_of(self)  # as a part of a larger module, which has checked nothing
         try:
-            for key in () if link is None else link.names:
-                own, value = shown_in(self).get(key), state_dict.get(f"{prefix}{key}")
-                if link is not None and own is not None and isinstance(value, Tensor):
-                    link.changes.check_set("load_state_dict()", own, value)
+            if link is not None:
+                for key in link.names:
+                    _check_loaded(link, self, key, state_dict.get(f"{prefix}{key}"))
         except (RuntimeError, ValueError) as error:
             args[-1].append(str(error))  # which load_state_dict() raises
         else:
@@ -65,6 +64,12 @@ def change_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
         "load_state_dict": load_state_dict,
         "_load_from_state_dict": _load_from_state_dict,
     }
+
+
+def _check_loaded(link: Link, module: nn.Module, key: str, value: object) -> None:
+    own = shown_in(module).get(key)
+    if own is not None and isinstance(value, Tensor) and not _are_codes_of(module, key, value):
+        link.changes.check_set("load_state_dict()", own, value)
 
 
 def _check_stays(link: Link, module: nn.Module, name: str) -> None:
@@ -132,12 +137,24 @@ def _check(link: Link, module: nn.Module, name: str, value: nn.Module | Tensor) 
             f"({_shapes(own) or 'none'}) while an HSAID wraps the model, got others ({_shapes(others) or 'none'}): "
             "unwrap() it first"
         )
-    stands_for = module.__dict__.get(SHOWN, {}).get("weight")
-    if stands_for is not None and value is not before and isinstance(value, Tensor) and name != "bias":
-        link.changes.check_set("model", stands_for, value)  # codes, from which the weight is computed
+    if isinstance(value, Tensor) and name != "bias" and not _are_codes_of(module, name, value):
+        stands_for = module.__dict__.get(SHOWN, {}).get("weight")
+        if stands_for is not None:  # by a weight that is computed from what is put here
+            link.changes.check_set("model", stands_for, value)
     for key, parameter in own.items():
         if key in others and isinstance(parameter, nn.Parameter):
             link.changes.check_set("model", parameter, others[key])
+
+
+def _are_codes_of(module: nn.Module, key: str, value: Tensor) -> bool:
+    """Whether a quantized layer has these codes under this name already."""
+    own = module._parameters.get(key, module._buffers.get(key))
+    if SHOWN not in module.__dict__ or key == "bias" or own is None:
+        return False
+    if value is own or not (has_own_memory(value) and has_own_memory(own)):
+        return value is own
+    same = (value.dtype, value.shape, value.device) == (own.dtype, own.shape, own.device)
+    return same and torch.equal(*(codes.detach().flatten().view(torch.uint8) for codes in (value, own)))
 
 
 def _tensors(of: nn.Module | Tensor | None) -> dict[str, Tensor]:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from hsaid_kernels.fastfood.selection import ON_META
 from hsaid_kernels.wrapper.w0.fsdp2 import is_fsdp, is_sharded
+from hsaid_kernels.wrapper.w0.kinds import kind_of
 from hsaid_kernels.wrapper.w0.quantized import dequantized, is_quantized
-from hsaid_kernels.wrapper.w0.stored import SHOWN
+from hsaid_kernels.wrapper.w0.stored import SHOWN, is_adapted
 from hsaid_kernels.wrapper.w0.values import can_compare, same_values
 
 # Wrappers that split a model's parameters or make replicas of them. By name: importing them takes a second.
@@ -31,8 +32,8 @@ def plain(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile(module)`, so that parameters have the names of the plain model; or the model.
 
     Raises TypeError if the model is or contains a parallel wrapper, which must be applied to the HSAID instead, because
-    it would synchronize W0 and not theta; or if it has parameters in shards that are not FSDP2's, or weights in few
-    bits that cannot be W0.
+    it would synchronize W0 and not theta; or if it has parameters in shards that are not FSDP2's, or beside quantized
+    layers, or weights in few bits that cannot be W0.
     """
     if not isinstance(model, nn.Module):
         return model  # which is refused where the argument is checked
@@ -53,6 +54,12 @@ def plain(model: nn.Module) -> nn.Module:
             raise TypeError(
                 f"model: expected whole parameters or those of FSDP2 (fully_shard), got {sharded[0]!r}, a DTensor that "
                 "no module of the model gathers"
+            )
+        layers = [] if is_adapted(model) else [m for m in model.modules() if kind_of(m) is not None]
+        if layers:
+            raise TypeError(
+                f"model: expected layers with float weights where FSDP2 (fully_shard) has sharded the model, got "
+                f"{len(layers)} quantized ones, such as a {type(layers[0]).__name__}"
             )
     return model
 

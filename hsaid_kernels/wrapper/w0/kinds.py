@@ -8,7 +8,7 @@ the class, because importing the libraries takes seconds. `register_quantized` a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,9 @@ def register_quantized(cls: type, dequantize: Callable[[Any], Tensor]) -> None:
     is what it has as `bias`: a parameter, a buffer, or a plain tensor.
 
     Args:
-        cls: a subclass of nn.Module or of torch.Tensor. Classes derived from it are meant too.
+        cls: a subclass of nn.Module or of torch.Tensor. Classes derived from it are meant too. A layer's weight is to
+            be computed from tensors that the layer itself holds: parameters, buffers, attributes, or lists or dicts of
+            them. A change of these is noticed.
         dequantize: is given a layer or a tensor, and returns the weight in float32, bfloat16 or float16, in the shape
             that the float weight has: [out_features, in_features] of a linear layer. It must not write to the layer.
 
@@ -57,7 +59,7 @@ def register_quantized(cls: type, dequantize: Callable[[Any], Tensor]) -> None:
     if not callable(dequantize):
         raise TypeError(f"dequantize: expected a function of a layer or a tensor, got {dequantize!r}")
     if issubclass(cls, nn.Module):
-        _registered_layers[cls] = Kind(dequantize, _tensors_in)
+        _registered_layers[cls] = Kind(dequantize, _tensors_in, unfit=_unfit_of_registered)
     else:
         _registered_tensors[cls] = dequantize
 
@@ -102,10 +104,21 @@ def _name(cls: type) -> str:
 
 
 def _tensors_in(layer: nn.Module) -> list[Tensor]:
-    """The layer's tensors but its bias: parameters, buffers, plain attributes, and those in dicts."""
-    held: list[Mapping[str, Any]] = [layer._parameters, layer._buffers, layer.__dict__]
-    held += [value for key, value in layer.__dict__.items() if isinstance(value, dict) and key[0] != "_"]
-    return [value for items in held for key, value in items.items() if key != "bias" and isinstance(value, Tensor)]
+    """The layer's tensors but its bias: parameters, buffers, attributes, and those in lists and dicts."""
+    others = ("_parameters", "_buffers", "_hsaid")
+    named: dict[str, Any] = {key: value for key, value in layer.__dict__.items() if not key.startswith(others)}
+    held = [value for key, value in (named | layer._parameters | layer._buffers).items() if key != "bias"]
+    for value in list(held):
+        held += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [value for value in held if isinstance(value, Tensor)]
+
+
+def _unfit_of_registered(layer: nn.Module) -> str:
+    held = any(True for name, _ in (*layer.named_parameters(), *layer.named_buffers()) if "." in name)
+    if not held and _tensors_in(layer):
+        return ""
+    where = "in a module inside of it" if held else "in no parameter, buffer, attribute, list or dict"
+    return f"with its tensors {where}: a layer that register_quantized() is told of has to hold them itself"
 
 
 # --- bitsandbytes
@@ -162,6 +175,12 @@ def _scales(layer: Any) -> Any:
     return own if own is not None else getattr(getattr(layer, "state", None), "SCB", None)
 
 
+def _unfit_of_8_bits(layer: Any) -> str:
+    if getattr(getattr(layer, "state", None), "has_fp16_weights", False):
+        return "of bitsandbytes that quantizes a float weight in each forward: make it with has_fp16_weights=False"
+    return _NOT_YET if _scales(layer) is None else ""
+
+
 def _of_8_bits(layer: Any) -> Tensor:
     scales = _scales(layer)  # as the library's own kernels multiply them
     return layer._parameters["weight"].data.to(scales.dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
@@ -180,7 +199,7 @@ _IN_8_BITS = Kind(
     lambda layer: [layer._parameters["weight"], _scales(layer)],
     shape=lambda layer: layer._parameters["weight"].shape,
     dtype=lambda layer: _scales(layer).dtype,
-    unfit=lambda layer: _NOT_YET if _scales(layer) is None else "",
+    unfit=_unfit_of_8_bits,
 )
 
 # --- GPTQ and AWQ, by gptqmodel, and BitNet

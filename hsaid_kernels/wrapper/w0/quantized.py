@@ -8,7 +8,7 @@ dequantized values, block by block, and these are freed again. A model with code
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def weight_dtypes(
     quantized = {name: tensor for name, tensor in w0.items() if is_quantized(tensor)}
     if not quantized:
         return dtypes
-    others = _others_dtype(parameters)
+    others = others_dtype(parameters)
     for name, tensor in quantized.items():
         own = tensor.kind.computes_in(tensor.layer) if isinstance(tensor, Stored) else None
         follows = isinstance(tensor, Stored) or tensor.dtype == torch.float32
@@ -70,20 +70,25 @@ def weight_dtypes(
 
 
 def as_floats(
-    own: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], given: torch.dtype | None
+    own: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, bool]]:
     """What the parameters of an ordinary copy of a model are: `values`, {name: weight}, and more of a quantized model.
 
-    Returns {name: tensor}, `values` and the other quantized parameters, these all in `given`, or in the dtype of the
-    model's other parameters if that is one, because ordinary layers convert nothing; and {name: True} for the quantized
-    ones in `values`, which could not require gradients before.
+    Returns {name: tensor}, `values` and the other quantized parameters, these all in `dtype`, unless that is None,
+    because ordinary layers convert nothing; and {name: True} for the quantized ones in `values`, which could not
+    require gradients before.
     """
     quantized, layers = [name for name, parameter in own.items() if is_quantized(parameter)], _layers_of(own)
-    dtype = given or _others_dtype(own)
     found = {name: values.get(name, own[name]) for name in own if name in quantized or _module(name) in layers}
     floats = {name: dequantized(value) for name, value in found.items()}
     changed = {name: value.to(dtype or value.dtype) for name, value in floats.items()}
     return {**values, **changed}, {name: True for name in quantized if name in values}
+
+
+def with_layers(own: Mapping[str, Tensor], names: Collection[str]) -> list[Tensor]:
+    """The parameters of these names, and the weights of the quantized layers that have some of them."""
+    layers = set(map(_module, names)) & _layers_of(own)
+    return [parameter for name, parameter in own.items() if name in names or _module(name) in layers]
 
 
 def _module(name: str) -> str:
@@ -95,7 +100,7 @@ def _layers_of(parameters: Mapping[str, Tensor]) -> set[str]:
     return {_module(name) for name, parameter in parameters.items() if isinstance(parameter, Stored)}
 
 
-def _others_dtype(parameters: Mapping[str, Tensor]) -> torch.dtype | None:
+def others_dtype(parameters: Mapping[str, Tensor]) -> torch.dtype | None:
     """The dtype of all parameters that are neither quantized nor of a quantized layer, if it is one."""
     layers = _layers_of(parameters)
     others = [p for name, p in parameters.items() if not is_quantized(p) and _module(name) not in layers]

@@ -72,6 +72,14 @@ class Stored(Tensor):
         with as_stored(self.layer):
             return list(self.kind.stored(self.layer))
 
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise RuntimeError(f"data: expected a tensor that can be written to, got W0 of a {type(self.layer).__name__}")
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Stored({tuple(self.shape)}, {self.dtype}, of a {type(self.layer).__name__})"
 
@@ -163,6 +171,8 @@ def show(model: nn.Module) -> None:
         with as_stored(layer):
             parts = tuple(map(id, kind.stored(layer)))
             bias = getattr(layer, "bias", None)
+            if kind.shape is None and parts in tied:  # which may share a codebook, and hold their codes in objects
+                parts = parts if torch.equal(kind.dequantize(layer), tied[parts].dequantize()) else (id(layer),)
             if parts not in tied:
                 look, before = _look_of(name, layer, kind), shown.get("weight")
                 stays = before is not None and _look(before) == look

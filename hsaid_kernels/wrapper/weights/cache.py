@@ -119,6 +119,8 @@ class WeightCache:
         same = self.w0.holds(name, parameter)
         if in_call or not same:
             return same
+        if self.w0.changed((name,)) is not None:  # the codes of a quantized tensor, which `holds` does not compare
+            return False
         now, steps = self.attachment.tasks.trained(), self.attachment.tasks.steps
         if not self.trained.same(*now, steps):
             return False

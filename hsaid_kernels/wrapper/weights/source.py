@@ -26,6 +26,7 @@ from hsaid_kernels.wrapper.merging import merged_copy
 from hsaid_kernels.wrapper.reads.embedding_rows import EmbeddingRows
 from hsaid_kernels.wrapper.tasks import Tasks
 from hsaid_kernels.wrapper.w0.beside import forget_derived
+from hsaid_kernels.wrapper.w0.quantized import as_floats, others_dtype
 from hsaid_kernels.wrapper.w0.stored import parameters_of
 from hsaid_kernels.wrapper.weight import Weight
 from hsaid_kernels.wrapper.weights.attachment import Attachment
@@ -177,7 +178,10 @@ class WeightSource:
             own, names = parameters_of(module), {id(p): name for name, p in self.attachment.own().items()}
             inside = {key: names[id(parameter)] for key, parameter in own.items() if id(parameter) in names}
             now = {key: self.read(name, own[key]).detach() for key, name in inside.items()}
-            copied = merged_copy(module, own, now, {key: self.attachment.flags[name] for key, name in inside.items()})
+            flags = {key: self.attachment.flags[name] for key, name in inside.items()}
+            dtype = self.basis.settings.dtype or others_dtype(self.attachment.parameters)
+            floats, trained = as_floats(own, now, dtype)
+            copied = merged_copy(module, own, floats, flags | trained)
         self._cache = cache  # weights that nobody else has read are not kept
         return copied
 

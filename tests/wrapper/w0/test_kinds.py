@@ -3,16 +3,23 @@
 import copy
 import pickle
 import threading
+import types
 
 import pytest
 import torch
+import torch.distributed as dist
 from few_bits import Int8
 from models import IDS, bert, moved, relative
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import hsaid_kernels
 from hsaid_kernels import HSAID
+from hsaid_kernels.compat import FastfoodWrap
+from hsaid_kernels.wrapper.heads import prune_heads, remove_heads
+from hsaid_kernels.wrapper.importance import head_importance
 from hsaid_kernels.wrapper.w0 import kinds, stored
 
 LABELS = torch.tensor([0, 1])
@@ -33,7 +40,7 @@ class Codes(nn.Module):
         return self.codes * self.meta["scale"]
 
     def twice_the_bias(self):
-        return 2 * self.bias
+        return (lambda: 2 * self.bias)()
 
     def forward(self, x):
         return x @ self.matrix().t() + self.bias
@@ -155,6 +162,8 @@ def test_reads_give_the_weight_and_methods_of_the_library_what_it_stores():
     )
     with pytest.raises(RuntimeError, match=r"got W0 of a Codes"):
         w0.zero_()
+    with pytest.raises(RuntimeError, match=r"got W0 of a Codes"):
+        w0.data = torch.zeros(32, 32)
 
 
 @pytest.mark.parametrize("kind", [Codes, Byte])
@@ -165,8 +174,6 @@ def test_copies_and_merges(kind, tmp_path):
     assert type(merged.bert.encoder.layer[0].attention.self.query) is nn.Linear
     assert all(type(p) is nn.Parameter and p.requires_grad for p in merged.parameters())
     assert torch.equal(merged(IDS).logits, expected)
-    with pytest.raises(RuntimeError, match=r"^merge\(\): expected plain parameters"):
-        hsaid.merge(inplace=True)
     for copied in (copy.deepcopy(hsaid), pickle.loads(pickle.dumps(hsaid))):
         assert torch.equal(copied(IDS).logits, expected)
         with torch.no_grad():
@@ -195,9 +202,48 @@ def test_what_is_left_out_runs_as_its_library_has_it():
     assert torch.equal(merged.bert.encoder.layer[0].attention.self.query.weight, query.matrix())
 
 
+@pytest.mark.parametrize("options", [{}, dict(train_fully="query"), dict(exclude=r"(query|key|value|dense)\.weight")])
+def test_no_merge_in_place(options):
+    """Neither into codes, nor into biases that the library has elsewhere."""
+    hsaid = HSAID(model_of(Codes), 100, memory="block", **options)
+    with pytest.raises(RuntimeError, match=r"^merge\(\): expected plain parameters"):
+        hsaid.merge(inplace=True)
+
+
+def test_the_same_codes_may_be_set_and_loaded():
+    hsaid = moved(HSAID(model_of(Byte), 100, memory="block"))
+    expected, state = hsaid(IDS).logits, hsaid.model.state_dict()
+    hsaid.model.load_state_dict(state, strict=False)  # without "largest"
+    layer = hsaid.model.bert.encoder.layer[0].attention.self.query
+    layer.load_state_dict(layer.state_dict(), strict=False)
+    layer.weight = nn.Parameter(layer._parameters["weight"].clone(), requires_grad=False)
+    assert torch.equal(hsaid(IDS).logits, expected)
+    state = {name: value.neg() if value.dtype == torch.int8 else value for name, value in state.items()}
+    with pytest.raises(RuntimeError, match=r"^load_state_dict\(\): expected .*query.weight' to stay"):
+        hsaid.model.load_state_dict(state, strict=False)
+    assert torch.equal(hsaid(IDS).logits, expected)
+
+
+def test_heads_of_quantized_attention():
+    few = moved(HSAID(model_of(Codes), 200, memory="block", heads=True))
+    many = HSAID(HSAID(model_of(Codes), 10, "did", memory="block").merge(), 200, heads=True)
+    for own, other in zip(few.parameters(), many.parameters(), strict=True):
+        other.data.copy_(own)
+    batches = [dict(input_ids=IDS, labels=LABELS)]
+    found, expected = head_importance(few, batches), head_importance(many, batches)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    for prune in (prune_heads, remove_heads):
+        with pytest.raises(TypeError, match=r"_heads\(\): expected float weights, got a Codes: prune heads before"):
+            prune(model_of(Codes), {0: [1]})
+
+
 def test_a_layer_that_changes_is_noticed():
     hsaid = HSAID(model_of(Codes), 100, memory="block")
     layer = hsaid.model.bert.encoder.layer[0].attention.self.query
+    weight = layer.weight.clone()
+    with torch.no_grad():
+        layer.meta["scale"].mul_(2)
+    assert torch.equal(layer.weight, 2 * weight)
     before = hsaid(IDS).logits
     with torch.no_grad():
         layer.codes.neg_()
@@ -315,6 +361,68 @@ def test_what_is_refused(tmp_path):
     fresh.bert.encoder.layer[1].attention.self.key.forward = lambda x: x
     with pytest.raises(TypeError, match=r"forward of their class, got 'bert\.encoder\.layer\.1\.attention\.self\.key'"):
         HSAID(fresh, 100, memory="block")
+
+
+class Listed(Codes):
+    """With its tensors in a list, and one that all layers share."""
+
+    one = torch.ones(1)
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        self.held, self.codebook = [self.codes.data, self.meta.pop("scale")], self.one
+        del self.codes
+
+    def matrix(self):
+        return self.held[0] * self.held[1] * self.codebook
+
+
+class Object(Listed):
+    """With codes where nobody finds them."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        self.held = types.SimpleNamespace(codes=self.held[0], scale=self.held[1])
+
+    def matrix(self):
+        return self.held.codes * self.held.scale * self.codebook
+
+
+class Inside(Listed):
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        self.inner = nn.LayerNorm(1)
+
+
+def test_where_a_registered_layer_holds_its_tensors():
+    for kind in (Listed, Object):
+        hsaid_kernels.register_quantized(kind, kind.matrix)
+        model = model_of(kind)
+        expected = model(IDS).logits
+        hsaid = HSAID(model, 100, memory="block")
+        assert torch.equal(hsaid(IDS).logits, expected) and len(hsaid.plan.names) == 41
+    hsaid = HSAID(model_of(Listed), 100, memory="block")
+    hsaid.model.bert.encoder.layer[0].attention.self.query.held[0].neg_()
+    assert not torch.equal(hsaid(IDS).logits, expected)
+    hsaid_kernels.register_quantized(Inside, Inside.matrix)
+    with pytest.raises(TypeError, match="a Inside with its tensors in a module inside of it"):
+        HSAID(model_of(Inside), 100, memory="block")
+    hsaid_kernels.register_quantized(nn.Identity, lambda layer: torch.zeros(2, 2))
+    with pytest.raises(TypeError, match="a Identity with its tensors in no parameter, buffer, attribute, list or dict"):
+        HSAID(nn.Sequential(nn.Linear(2, 2), nn.Identity()), 2, "did", memory="block")
+
+
+def test_other_ways_to_wrap_are_refused():
+    with pytest.raises(TypeError, match=r"^module: expected float weights, got a Codes: HSAID\(.*memory='block'\)"):
+        FastfoodWrap(model_of(Codes), 100, "cpu")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = model_of(Codes)
+        fully_shard(model.classifier, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(TypeError, match=r"FSDP2 \(fully_shard\) .* got 8 quantized ones, such as a Codes"):
+            HSAID(model, 100, memory="block")
+    finally:
+        dist.destroy_process_group()
 
 
 class Doubled(Int8):

@@ -163,6 +163,9 @@ def test_a_dtype_that_does_not_reach_the_quantized_tensors():
             assert torch.equal(hsaid.merge()(IDS).logits, output.logits)
             found.append(output.logits)
     assert torch.equal(*found)
+    hsaid = HSAID(model, 80, memory="block", train_fully="query")
+    hsaid(IDS, labels=LABELS).loss.backward()
+    assert {full.dtype for full in hsaid.full.values()} == {torch.bfloat16}
 
 
 def test_a_dtype_that_does_not_reach_them_later():
