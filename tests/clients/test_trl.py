@@ -142,3 +142,24 @@ def test_a_copy_runs_itself_by_the_fused_head(tmp_path):
         losses = [model(**batch, fused_lm_head=True).loss.item() for model in (copied, hsaid)]
         assert losses == pytest.approx([model.merge()(**batch).loss.item() for model in (copied, hsaid)], rel=ROUNDINGS)
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+def test_over_a_model_in_four_bits_as_over_the_float_model(tmp_path):
+    layers = pytest.importorskip("bitsandbytes").nn
+    model = llama()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            made = layers.Linear4bit(module.in_features, module.out_features, bias=False, quant_type="nf4")
+            made.load_state_dict(module.state_dict())
+            parent, _, key = name.rpartition(".")
+            setattr(model.get_submodule(parent), key, made.to("cpu"))
+    model.is_quantized = True  # as transformers notes it
+    few = HSAID(model, 200, memory="block")
+    many = HSAID(few.merge(), 200, memory="block")
+    found = []
+    for hsaid in (few, many):
+        trainer = sft(hsaid, tmp_path, max_steps=6)
+        trainer.train()
+        found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert found[0] == found[1] and found[0][-1] < found[0][0]
+    assert torch.equal(few.theta, many.theta)

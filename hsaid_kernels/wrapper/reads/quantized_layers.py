@@ -31,8 +31,13 @@ def float_forward(cls: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _linear(self: Any, input: Tensor) -> Tensor:
-    """As the libraries' layers, computes in the dtype of the weight, and returns that of the input."""
+    """As the libraries' layers, computes in the dtype of the weight, and returns that of the input.
+
+    Under autocast as nn.Linear, which returns what autocast computes in.
+    """
     weight, bias = self.weight, self.bias
+    if torch.is_autocast_enabled(input.device.type):
+        return F.linear(input, weight, bias)
     output = F.linear(input.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
     return output.to(input.dtype)
 

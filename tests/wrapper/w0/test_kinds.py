@@ -457,3 +457,15 @@ def test_a_layer_that_moves_shows_where_it_is(monkeypatch):
     on.clear()
     hsaid.to("cpu")
     assert hsaid.w0()[name].device.type == "cpu" and torch.equal(hsaid(IDS).logits, expected)
+
+
+def test_autocast_is_that_of_the_float_model():
+    few, many = pair(Codes)
+    logits = []
+    for hsaid in (few, many):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = hsaid(IDS, labels=LABELS)
+        output.loss.backward()
+        logits.append(output.logits)
+    assert logits[0].dtype == torch.bfloat16 and torch.equal(*logits)
+    assert torch.equal(few.theta.grad, many.theta.grad)
