@@ -1,4 +1,4 @@
-"""`State`: what an HSAID trains and saves: its tasks, `state_dict()` and checkpoints."""
+"""`State`: what an HSAID trains and saves: its tasks, `state_dict()` and checkpoints; and what begins a call."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hsaid_kernels.fastfood.selection import split_tensors
-from hsaid_kernels.wrapper.basis import BASIS, CHOICE, Basis
+from hsaid_kernels.wrapper.basis import BASIS, CHOICE, Basis, Settings, basis_of
 from hsaid_kernels.wrapper.checkpoint import files, hub
 from hsaid_kernels.wrapper.checkpoint.compare import (
     check_config,
@@ -22,12 +23,15 @@ from hsaid_kernels.wrapper.checkpoint.compare import (
 )
 from hsaid_kernels.wrapper.checkpoint.configuration import Config, describe, encode_state, w0_checks
 from hsaid_kernels.wrapper.checkpoint.ranks import check_active_ranks, check_sharded_ranks
+from hsaid_kernels.wrapper.isolation import runs_eagerly
 from hsaid_kernels.wrapper.tasks import Tasks, groups_of
 from hsaid_kernels.wrapper.w0.beside import PREFIX
-from hsaid_kernels.wrapper.w0.checks import plain
+from hsaid_kernels.wrapper.w0.checks import check_layers, check_parameters, plain
 from hsaid_kernels.wrapper.w0.fsdp2 import is_applied
 from hsaid_kernels.wrapper.w0.values import value_of
+from hsaid_kernels.wrapper.weights.outside import TRACED
 from hsaid_kernels.wrapper.weights.source import WeightSource
+from hsaid_kernels.wrapper.weights.traced import prepare_tracing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,6 +49,26 @@ class State(nn.Module):
     _tasks: Tasks
     _source: WeightSource
     _described: Config  # after unwrap()
+
+    _own_full = False  # whether the fully trained tensors are the model's own parameters, not copies
+
+    def _begin(self, model: nn.Module, settings: Settings) -> None:
+        """Makes the basis, the tasks and the source of the weights. Changes nothing in the model."""
+        basis = self._basis = basis_of(model, settings)
+        check_layers(model, basis.plan.names, basis.full)
+        if not self._own_full:
+            check_parameters(model, (*basis.plan.names, *basis.full))
+        self._tasks = Tasks(settings.task, basis.full, self._parameters)
+        self._source = WeightSource(model, self._tasks, basis, self._own_full)
+        self._compare_anew()
+        self.training = model.training
+
+    def _claim(self) -> None:
+        """From now on, reads of the model's weights give those of this object."""
+        self._source.attachment.belongs_to(self)
+        self._source.attachment.attach()
+        if self._source.attachment.ranks is not None:
+            self.w0_checks()
 
     def _compare_anew(self) -> None:
         """Forgets what has been compared with other ranks, or hashed with them."""
@@ -354,6 +378,43 @@ class State(nn.Module):
             super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected, errors)
             self._agreed.clear()
             attachment.buffers.put(self.model, buffers)
+
+    # --- calls of the model
+
+    def train(self, mode: bool = True) -> Self:
+        if mode != self.training:
+            self._source.drop_cache()
+        return super().train(mode)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compare_anew()
+        self._source.attachment.belongs_to(self)
+
+    def _checked(self) -> None:
+        if self._tasks.current != self._tasks.registered:
+            self._check_buffers()
+        if dist.is_available() and dist.is_initialized():
+            self._check_ranks()
+
+    @runs_eagerly
+    def _computing(self) -> contextlib.AbstractContextManager[None]:
+        self._checked()
+        once = self._source.around.reduced_once
+        if torch.is_grad_enabled() and (once.applies or (dist.is_available() and dist.is_initialized())):
+            once.expect(self, self._tasks.trained())
+        return self._source.call(self.training)
+
+    def _traced(self) -> bool:
+        """What `_computing` checks, for torch.compile, which calls this once, while tracing."""
+        if torch.compiler.is_exporting():  # asked here, because torch.compile of torch 2.11 answers with True
+            raise RuntimeError(TRACED)
+        self._checked()
+        prepare_tracing(self._source.maker)
+        return True
+
+    # Sets what torch.compiler.assume_constant_result sets. The decorator itself would import all of torch._dynamo here.
+    _traced.__dict__["_dynamo_marked_constant"] = True
 
     # --- what could be another's
 
