@@ -30,7 +30,13 @@ NAME = "hsaid"  # of the layer in the model
 
 
 class Adapter(State):
-    """The trained values of an adapter, and what they mean for the weights of a model, which it does not keep alive."""
+    """The trained values of an adapter, and what they mean for the weights of a model, which it does not keep alive.
+
+    Attributes:
+        one_graph: whether torch.compile can make one graph of a call, as it can where no tensor has two names.
+    """
+
+    one_graph = True
 
     def __init__(self, model: nn.Module, settings: Settings):
         super().__init__()
@@ -60,9 +66,13 @@ class Adapter(State):
             plain = {name for name, _ in self.model.named_parameters()}
         self._source.attachment.others = everything - plain
         self._claim()
+        saved = [module.original_module for module in self.model.modules() if isinstance(module, SavedModule)]
+        inside = {id(parameter) for module in saved for parameter in module.parameters()}
+        self.one_graph = not any(id(parameter) in inside for parameter in self._source.attachment.w0().values())
 
     def leave(self) -> None:
         """Gives the plain model back, but for its buffers, which belong to it."""
+        self._source.attachment.note_change()  # what PEFT has taken out of the model stays out
         self._source.attachment.detach(buffers=False)
 
     def merge(self, name: str, safe: bool) -> None:
@@ -120,7 +130,7 @@ class Adapter(State):
 
 
 class HSAIDLayer(nn.Module, BaseTunerLayer):
-    """What PEFT finds of the method in a model: one layer, a child of the model itself, that is not called."""
+    """What PEFT finds of the method in a model: one layer, a child of the model itself, that computes nothing."""
 
     adapter_layer_names = ("hsaid_adapters",)
     weight = bias = None  # those of a base layer
@@ -136,6 +146,10 @@ class HSAIDLayer(nn.Module, BaseTunerLayer):
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Named:
         return iter(()) if is_hidden() else super().named_modules(memo, prefix, remove_duplicate)
+
+    def forward(self, input: Any) -> Any:
+        """For models that run all their children in turn, as nn.Sequential does."""
+        return input
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:

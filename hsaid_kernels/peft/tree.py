@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -34,7 +35,7 @@ def without_adapters() -> Iterator[None]:
 
 def is_hidden() -> bool:
     """Whether adapters are not listed now."""
-    return _without_adapters.get()
+    return not torch.compiler.is_compiling() and _without_adapters.get()
 
 
 class SavedModule(ModulesToSaveWrapper):
@@ -43,6 +44,11 @@ class SavedModule(ModulesToSaveWrapper):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Named:
+        if (
+            torch.compiler.is_compiling()
+        ):  # functional_call sets parameters under the names by which modules are reached
+            yield from super().named_modules(memo, prefix, remove_duplicate)
+            return
         memo = set() if memo is None else memo
         if not is_hidden() and self not in memo:
             if remove_duplicate:

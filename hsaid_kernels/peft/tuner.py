@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import set_additional_trainable_modules
+from peft.utils.other import _set_adapter, set_additional_trainable_modules
 from torch import Tensor, nn
 
 from hsaid_kernels.peft.config import HSAID_TYPE, HSAIDConfig
@@ -104,7 +104,8 @@ class HSAIDModel(BaseTuner):
     # --- calls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and (adapter := self.layer.attached) is not None:
+        adapter = self.layer.attached
+        if torch.compiler.is_compiling() and adapter is not None and adapter.one_graph:
             adapter._traced()
             return call_traced(adapter._source.maker, adapter.training, args, kwargs)
         return self.model(*args, **kwargs)
@@ -131,8 +132,8 @@ class HSAIDModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        if self.active_adapters:  # which PEFT's wrappers of modules_to_save are not told where they had no copy of it
-            self.set_adapter(self.active_adapters)
+        if self.active_adapters:  # of which PEFT does not tell modules_to_save that the other adapter did not have
+            _set_adapter(self.model, self.active_adapters)
 
     def _check_merge_allowed(self) -> None:
         """Tied weights stay tied."""
@@ -161,7 +162,9 @@ def _check(model: nn.Module, config: HSAIDConfig) -> None:
         raise TypeError(
             "model: expected a plain module, got one that is or holds an HSAID: hand over what its unwrap() gives"
         )
-    if others := [type(m).__name__ for m in model.modules() if isinstance(m, BaseTunerLayer) and type(m) is not HSAIDLayer]:
+    if others := [
+        type(m).__name__ for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, HSAIDLayer)
+    ]:
         raise TypeError(f"model: expected one without adapters of other methods, got {others[0]}: unload() them first")
     if plain(model) is not model:
         raise TypeError("model: expected a plain module, got one of torch.compile: compile what get_peft_model() gives")

@@ -200,6 +200,8 @@ class Attachment:
         name = next((name for name, known in self.parameters.items() if known is own), None)
         if value is own or name is None or self.own_full or self.merged is not None:
             return
+        if self.others and call == "load_state_dict()":  # of a model with theta in it, which has W0 beside theta
+            return
         if self.owns(value):
             raise ValueError(
                 f"{call}: expected {name!r} to stay while an HSAID wraps the model, got another parameter of it, to "
