@@ -77,6 +77,8 @@ class HSAIDConfig(PeftConfig):
     lr_scale: float = LR_SCALE
     init_weights: bool = True
 
+    trainable_token_indices = None  # not an option, though TRL sets it: get_peft_model() refuses another value
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = HSAID_TYPE

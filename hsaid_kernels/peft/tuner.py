@@ -168,7 +168,7 @@ def _check(model: nn.Module, config: HSAIDConfig) -> None:
         raise TypeError(f"model: expected one without adapters of other methods, got {others[0]}: unload() them first")
     if plain(model) is not model:
         raise TypeError("model: expected a plain module, got one of torch.compile: compile what get_peft_model() gives")
-    if getattr(config, "trainable_token_indices", None) is not None:
+    if config.trainable_token_indices is not None:
         raise ValueError(
             "trainable_token_indices: expected None, because all rows of an embedding are projected, got "
             f"{config.trainable_token_indices!r}: name the embedding in modules_to_save to train it as it is"
