@@ -215,12 +215,14 @@ def apart(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
     return (one - two).norm()
 
 
+# The last is the difference that is allowed, relative to all values: of the divergence from a reference, which is almost
+# where the model is, the gradient is that of a difference of almost equal numbers, and it is all where no reward differs.
 KINDS = {
-    "sft": (sft, llama, sft_loss, {}),
-    "dpo": (dpo, llama, dpo_loss, {}),
-    "reward": (reward, judge, reward_loss, {}),
-    "grpo": (grpo, llama, grpo_loss, {}),
-    "grpo with a reference": (grpo, llama, lambda *args: grpo_loss(*args, beta=0.1), {"beta": 0.1}),
+    "sft": (sft, llama, sft_loss, {}, 1e-5),
+    "dpo": (dpo, llama, dpo_loss, {}, 1e-5),
+    "reward": (reward, judge, reward_loss, {}, 1e-5),
+    "grpo": (grpo, llama, grpo_loss, {}, 1e-5),
+    "grpo with a reference": (grpo, llama, lambda *args: grpo_loss(*args, beta=0.1), {"beta": 0.1}, 1e-3),
 }
 ADAPTER = dict(intrinsic_dim=200, memory="block")
 
@@ -228,7 +230,7 @@ ADAPTER = dict(intrinsic_dim=200, memory="block")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", ["HSAID", "peft_config"])
 def test_each_step_is_that_of_a_plain_loop(kind, way, tmp_path):
-    begin, plain, loss_of, changes = KINDS[kind]
+    begin, plain, loss_of, changes, allowed = KINDS[kind]
     if way == "HSAID" and changes:
         pytest.skip("TRL loads a second model as the reference, by the name of the first one: these have none")
     rate = 2e-4 if way == "peft_config" else 0.1
@@ -259,9 +261,9 @@ def test_each_step_is_that_of_a_plain_loop(kind, way, tmp_path):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     for number, (batch, found, before) in enumerate(steps):
-        assert all(apart(one, two) <= 1e-5 * two.norm() for one, two in zip(before, trained, strict=True)), number
+        assert all(apart(one, two) <= allowed * two.norm() for one, two in zip(before, trained, strict=True)), number
         loss = loss_of(model, batch)
-        assert found == pytest.approx(loss.item(), rel=1e-5, abs=1e-6), number
+        assert found == pytest.approx(loss.item(), rel=allowed, abs=1e-6), number
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
