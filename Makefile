@@ -126,11 +126,13 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 # timm, torchvision, TRL and what quantizes lie apart, where only `make clients` finds them: beside a torch without CUDA,
-# torchvision for CUDA breaks the import of transformers (tests/clients/conftest.py).
+# torchvision for CUDA breaks the import of transformers (tests/clients/conftest.py). PEFT's source has its own tests.
 build/clients/.installed: $(VENV)/.installed-test
 	@$(PIP) lightning peft sentence-transformers pillow 'psycopg[binary]' optuna-dashboard
 	@$(PIP) --no-deps --upgrade --target build/clients timm torchvision torchao \
 	  hqq termcolor optimum-quanto compressed-tensors loguru 'trl; python_version >= "3.11"'
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --no-binary peft \
+	  --dest build/peft peft
 	@touch $@
 
 build/cmake/test_core: $(VENV)/.installed $(wildcard tests/csrc/*)

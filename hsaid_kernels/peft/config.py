@@ -91,8 +91,8 @@ class HSAIDConfig(PeftConfig):
         """The options for the wrapper. `left_out` are the names of the tensors that are not projected."""
         if self.dtype is not None and self.dtype not in DTYPES:
             raise TypeError(f"dtype: expected None or one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}")
-        own = ("intrinsic_dim", "partition", "seed", "merge", "combine", "normalize", "diagonal", "width", "heads")
-        own += ("pruned", "padding_rows", "backend", "memory", "lr_scale")
+        own = ["intrinsic_dim", "partition", "seed", "merge", "combine", "normalize", "diagonal", "width", "heads"]
+        own += ["pruned", "padding_rows", "backend", "memory", "lr_scale"]
         options: dict[str, Any] = {key: getattr(self, key) for key in own}
         options |= dict(skip=self.skip or (), dtype=None if self.dtype is None else getattr(torch, self.dtype))
         return Settings(**options, task=TASK, include=None, exclude=None, train_fully=None, frozen=left_out)

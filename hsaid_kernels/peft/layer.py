@@ -134,6 +134,8 @@ class HSAIDLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("hsaid_adapters",)
     weight = bias = None  # those of a base layer
+    active_adapters: list[str]
+    merged: bool
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,6 +240,11 @@ class HSAIDLayer(nn.Module, BaseTunerLayer):
         """Does nothing: theta has always been where W0 is, and is float32 whatever W0 is."""
 
 
+def layer_of(model: nn.Module) -> HSAIDLayer | None:
+    layer: Any = model._modules.get(NAME)
+    return layer
+
+
 def check_one(call: str, names: Sequence[str]) -> None:
     if len(names) > 1:
         raise ValueError(
@@ -272,7 +279,8 @@ def unhook(model: nn.Module) -> None:
 def _enter(model: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
         _open.calls.append(ExitStack())  # before anything is raised: torch calls `_exit` then, too
-        _open.calls[-1].enter_context(model._modules[NAME].computing())  # type: ignore[union-attr, operator]
+        if (layer := layer_of(model)) is not None:
+            _open.calls[-1].enter_context(layer.computing())
 
 
 def _exit(model: nn.Module, args: Any, output: Any) -> None:

@@ -14,7 +14,7 @@ from peft.utils.other import _set_adapter, set_additional_trainable_modules
 from torch import Tensor, nn
 
 from hsaid_kernels.peft.config import HSAID_TYPE, HSAIDConfig
-from hsaid_kernels.peft.layer import NAME, Adapter, HSAIDLayer, check_one, hook, unhook
+from hsaid_kernels.peft.layer import NAME, Adapter, HSAIDLayer, check_one, hook, layer_of, unhook
 from hsaid_kernels.peft.tree import keep_names, left_out, without_adapters
 from hsaid_kernels.wrapper.stand_in import StandIn
 from hsaid_kernels.wrapper.w0.checks import plain
@@ -33,7 +33,9 @@ class HSAIDModel(BaseTuner):
 
     @property
     def layer(self) -> HSAIDLayer:
-        return self.model._modules[NAME]
+        layer = layer_of(self.model)
+        assert layer is not None
+        return layer
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # the model's own __deepcopy__, for which PEFT's model would be copied as the model
@@ -52,7 +54,7 @@ class HSAIDModel(BaseTuner):
     ) -> None:
         """Puts the adapter of this name in `peft_config` into the model. Raises what `HSAID` raises."""
         _check(model, self.peft_config[adapter_name])
-        layer, active = model._modules.get(NAME), adapter_name in self.active_adapters
+        layer, active = layer_of(model), adapter_name in self.active_adapters
         new = layer is None
         before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         if layer is not None:

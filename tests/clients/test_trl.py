@@ -215,8 +215,8 @@ def apart(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
     return (one - two).norm()
 
 
-# The last is the difference that is allowed, relative to all values: of the divergence from a reference, which is almost
-# where the model is, the gradient is that of a difference of almost equal numbers, and it is all where no reward differs.
+# The last is the difference that is allowed, relative to all values. The gradient of the divergence from a reference,
+# which is almost where the model is, is a difference of almost equal numbers, and it is all where no reward differs.
 KINDS = {
     "sft": (sft, llama, sft_loss, {}, 1e-5),
     "dpo": (dpo, llama, dpo_loss, {}, 1e-5),
