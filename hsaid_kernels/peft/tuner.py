@@ -18,6 +18,7 @@ from hsaid_kernels.peft.layer import NAME, Adapter, HSAIDLayer, check_one, hook,
 from hsaid_kernels.peft.tree import keep_names, left_out, without_adapters
 from hsaid_kernels.wrapper.stand_in import StandIn
 from hsaid_kernels.wrapper.w0.checks import plain
+from hsaid_kernels.wrapper.w0.fsdp2 import is_sharded
 from hsaid_kernels.wrapper.w0.quantized import warn_of_packed
 from hsaid_kernels.wrapper.weights.traced import call_traced
 
@@ -170,6 +171,11 @@ def _check(model: nn.Module, config: HSAIDConfig) -> None:
         raise TypeError(f"model: expected one without adapters of other methods, got {others[0]}: unload() them first")
     if plain(model) is not model:
         raise TypeError("model: expected a plain module, got one of torch.compile: compile what get_peft_model() gives")
+    if config.modules_to_save and any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "modules_to_save: expected None for a model that FSDP2 has sharded, which would not gather the copies, got "
+            f"{config.modules_to_save}: call fully_shard() after get_peft_model()"
+        )
     if config.trainable_token_indices is not None:
         raise ValueError(
             "trainable_token_indices: expected None, because all rows of an embedding are projected, got "

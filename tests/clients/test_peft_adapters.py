@@ -300,6 +300,8 @@ def test_what_is_uploaded(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.utils.hub.PushToHubMixin, "_upload_modified_files", upload)
     api = SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name))
     monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: api)
+    card = SimpleNamespace(save=lambda path: None)
+    monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", lambda *_, **__: card)
     adapted().push_to_hub("me/task")
     assert uploaded == {"me/task": ["README.md", "adapter_config.json", "adapter_model.safetensors"]}
 
@@ -664,8 +666,9 @@ def test_trainer_and_a_resumed_run(options, tmp_path):
 
 
 def in_a_process() -> None:
-    """DistributedDataParallel reduces theta's gradient, of the mean over all of the batch."""
+    """DistributedDataParallel and FSDP2 average theta's gradient."""
     import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     dist.init_process_group("gloo")
@@ -680,6 +683,25 @@ def in_a_process() -> None:
     expected = {name: p.grad for name, p in alone.named_parameters() if p.requires_grad}
     assert found.keys() == expected.keys() and len(found) == 4
     assert all(relative(found[name], expected[name]) < 1e-5 for name in found)
+
+    def shard(model: nn.Module) -> None:
+        fully_shard(base.bert.encoder.layer[0])
+        fully_shard(model)
+
+    for wrapped_first in (False, True):  # FSDP2's shards, as Accelerate makes them, and as people do
+        options = dict(memory="block", modules_to_save=["classifier"] if wrapped_first else None)
+        base = seeded_bert()
+        if not wrapped_first:
+            shard(base)
+            with pytest.raises(ValueError, match="modules_to_save: expected None for a model that FSDP2 has sharded"):
+                adapted(base=base, memory="block", modules_to_save=["classifier"])
+        sharded = adapted(base=base, **options)
+        if wrapped_first:
+            shard(sharded)
+        sharded(**own).loss.backward()
+        theta, alone = values(sharded).theta.grad, adapted(**options)
+        alone(**BATCH).loss.backward()
+        assert relative(theta.full_tensor() if wrapped_first else theta, values(alone).theta.grad) < 1e-5
     other = get_peft_model(seeded_bert(), HSAIDConfig(intrinsic_dim=80, seed=rank))
     with pytest.raises(ValueError, match="seed: expected the same on all ranks, got 0 on rank 0, 1 on rank 1"):
         DistributedDataParallel(other)(**own)
