@@ -169,6 +169,7 @@ class HSAIDLayer(nn.Module, BaseTunerLayer):
         if now is not wanted:
             if now is not None:
                 now.leave()
+                self.merged_adapters.clear()
             if wanted is not None:
                 wanted.attach()
         for other, adapter in self.adapters.items():
@@ -200,9 +201,10 @@ class HSAIDLayer(nn.Module, BaseTunerLayer):
         if self.merged and not enabled:
             self.unmerge()
         super().enable_adapters(enabled)
-        for module in [inner for adapter in self.adapters.values() for inner in adapter.model.modules()]:
-            if isinstance(module, SavedModule):
-                module.enable_adapters(enabled)  # which transformers' enable_adapters() forgets
+        for adapter in list(self.adapters.values())[:1]:
+            for module in adapter.model.modules():
+                if isinstance(module, SavedModule):
+                    module.enable_adapters(enabled)  # which transformers' enable_adapters() forgets
         self.show_active()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -211,7 +213,7 @@ class HSAIDLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        names = [name for name in self.active_adapters if adapter_names is None] or list(adapter_names or ())
+        names = self.active_adapters if adapter_names is None else adapter_names
         if self.merged:
             warnings.warn(f"All adapters are already merged, nothing to do: {self.merged_adapters}", stacklevel=2)
         elif names := [name for name in names if name in self.adapters]:

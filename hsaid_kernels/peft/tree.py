@@ -44,9 +44,7 @@ class SavedModule(ModulesToSaveWrapper):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Named:
-        if (
-            torch.compiler.is_compiling()
-        ):  # functional_call sets parameters under the names by which modules are reached
+        if torch.compiler.is_compiling():  # functional_call needs the names by which modules are reached
             yield from super().named_modules(memo, prefix, remove_duplicate)
             return
         memo = set() if memo is None else memo

@@ -165,10 +165,9 @@ def _check(model: nn.Module, config: HSAIDConfig) -> None:
         raise TypeError(
             "model: expected a plain module, got one that is or holds an HSAID: hand over what its unwrap() gives"
         )
-    if others := [
-        type(m).__name__ for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, HSAIDLayer)
-    ]:
-        raise TypeError(f"model: expected one without adapters of other methods, got {others[0]}: unload() them first")
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if other := next((type(layer).__name__ for layer in layers if not isinstance(layer, HSAIDLayer)), None):
+        raise TypeError(f"model: expected one without adapters of other methods, got {other}: unload() them first")
     if plain(model) is not model:
         raise TypeError("model: expected a plain module, got one of torch.compile: compile what get_peft_model() gives")
     if config.modules_to_save and any(map(is_sharded, model.parameters())):

@@ -293,12 +293,6 @@ class HSAID(State, StandIn):
             self._source.maker.upload()
         return self
 
-    def _replicate_for_data_parallel(self) -> Self:
-        raise RuntimeError(
-            "HSAID does not run in torch.nn.DataParallel, because W0 stays on one device: use DistributedDataParallel "
-            "(torchrun, accelerate launch), or let this process see one device only (CUDA_VISIBLE_DEVICES=0)"
-        )
-
     def __repr__(self) -> str:
         full = f", {len(self._tasks.full)} trained fully" if self._tasks.full else ""
         return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -390,6 +390,12 @@ class State(nn.Module):
         super().__setstate__(state)
         self._compare_anew()
         self._source.attachment.belongs_to(self)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise RuntimeError(
+            "HSAID does not run in torch.nn.DataParallel, because W0 stays on one device: use DistributedDataParallel "
+            "(torchrun, accelerate launch), or let this process see one device only (CUDA_VISIBLE_DEVICES=0)"
+        )
 
     def _checked(self) -> None:
         if self._tasks.current != self._tasks.registered:

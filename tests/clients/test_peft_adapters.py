@@ -771,6 +771,28 @@ def test_what_is_refused():
     assert torch.equal(logits(model), second)
 
 
+def test_backward_while_it_is_disabled_is_refused():
+    """Nothing would tell which weights a part that backward recomputes has."""
+    model = adapted()
+    loss = model(**BATCH).loss
+    with model.disable_adapter(), pytest.raises(RuntimeError, match=r"backward\(\): expected a call before unwrap"):
+        loss.backward()
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(RuntimeError, match="does not run in torch.nn.DataParallel"):
+        values(adapted())._replicate_for_data_parallel()
+
+
+def test_an_adapter_is_added_to_a_merged_model():
+    model = adapted()
+    expected, before = logits(model), w0(model)
+    model.merge_adapter()
+    model.add_adapter("second", HSAIDConfig(intrinsic_dim=60))
+    assert torch.equal(logits(model), expected) and not model.get_model_status().merged_adapters
+    assert same(w0(model), before)
+
+
 def test_other_methods_beside_it_are_refused():
     lora = get_peft_model(seeded_bert(), peft.LoraConfig(r=2, target_modules=["query"]))
     with pytest.raises(TypeError, match="expected one without adapters of other methods, got Linear: unload()"):
