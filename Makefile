@@ -126,13 +126,15 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 # timm, torchvision, TRL and what quantizes lie apart, where only `make clients` finds them: beside a torch without CUDA,
-# torchvision for CUDA breaks the import of transformers (tests/clients/conftest.py).
+# torchvision for CUDA breaks the import of transformers (tests/clients/conftest.py). PEFT's source has its own tests.
 build/clients/.installed: $(VENV)/.installed-test
 	@$(PIP) lightning peft sentence-transformers pillow 'psycopg[binary]' optuna-dashboard
 	@$(PIP) --no-deps --upgrade --target build/clients timm torchvision torchao bitsandbytes gguf \
 	  hqq termcolor optimum-quanto compressed-tensors loguru 'trl; python_version >= "3.11"'
 	@$(PIP) --no-deps --no-build-isolation --upgrade --target build/clients gptqmodel defuser device-smi logbar pypcre tokenicer \
 	  requests urllib3 charset-normalizer certifi || echo "gptqmodel does not install here: the tests with it are skipped."
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --no-binary peft \
+	  --dest build/peft peft
 	@touch $@
 
 build/cmake/test_core: $(VENV)/.installed $(wildcard tests/csrc/*)

@@ -134,6 +134,7 @@ class Plan:
         diagonal: "gaussian" (as in Fastfood) or "rademacher" (random signs; an isometry on whole blocks).
         normalize: "tensor" (s_i = 1 / sqrt(n D_i)) or "global" (s_i = 1 / sqrt(n sum D)). D_i is the size of the whole
             tensor of segment i, so the segments of a tensor together move as far as the undivided tensor would.
+        scale: multiplies all s_i. A power of two changes no digit: theta / scale makes the same weights to the bit.
         segments: the segments to project, in order. No two may overlap or have the same stream id. None means one
             segment for each tensor.
 
@@ -163,6 +164,7 @@ class Plan:
         width: int | None = None,
         diagonal: str = "gaussian",
         normalize: str = "tensor",
+        scale: float = 1.0,
         segments: Sequence[Segment] | None = None,
     ):
         self.shapes = {name: tuple(int(s) for s in shape) for name, shape in shapes.items()}
@@ -197,7 +199,7 @@ class Plan:
             [1 / math.sqrt(self.width * (sizes[p.tensor] if normalize == "tensor" else total)) for p in self.pieces],
             dtype=torch.float32,
             device="cpu",
-        )
+        ).mul_(scale)
         self._scales = {"cpu": self.scales}
         known = (self.shapes, self.pieces, self.dim, self.seed, self.width, diagonal, normalize, GENERATOR)
         self.key = hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()

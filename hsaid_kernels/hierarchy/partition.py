@@ -50,12 +50,14 @@ class Partition:
     components        the components, in the order of the specification
     multiplier_index  int64 [segments, components], indices into the vector of all multipliers [m], which begins with
                       those of component 0; -1 if the segment has no node in the component
+    scale             None: what is trained are the multipliers. A number: their distances from 1, divided by it
     """
 
     spec: str
     combine: str
     components: tuple[Component, ...]
     multiplier_index: Tensor
+    scale: float | None = None
     _gather_index: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -70,8 +72,11 @@ class Partition:
         return f"{', '.join(map(str, self.components)) or self.spec} -> {self.num_multipliers} multipliers{summed}"
 
     def initial(self) -> Tensor:
-        """The initial multipliers, float32 [m]: ones. Every factor is then exactly 1, for both values of `combine`."""
-        return torch.ones(self.num_multipliers, dtype=torch.float32)
+        """The initial multipliers, float32 [m]: ones, or distances of zero with a `scale`.
+
+        Every factor is then exactly 1, for both values of `combine`.
+        """
+        return torch.full((self.num_multipliers,), 1.0 if self.scale is None else 0.0, dtype=torch.float32)
 
     def factors(self, multipliers: Tensor) -> Tensor:
         """Multipliers [m] -> factors [segments], with the same dtype and device.
@@ -82,6 +87,8 @@ class Partition:
         """
         if multipliers.shape != (self.num_multipliers,):
             raise ValueError(f"multipliers: expected shape [{self.num_multipliers}], got {list(multipliers.shape)}")
+        if self.scale is not None:
+            multipliers = 1 + self.scale * multipliers
         product = self.combine == "product"
         index = self._gather_index_on(multipliers.device)
         table = torch.cat([multipliers, multipliers.new_full((1,), 1.0 if product else 0.0)])  # [m + 1]

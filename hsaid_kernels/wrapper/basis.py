@@ -6,6 +6,7 @@ factor of each, and the random matrices P_i.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -37,6 +38,9 @@ class Settings:
 
     A checkpoint stores them in this order: first those that define what theta means, then the task, then those that
     select tensors.
+
+    lr_scale: None, or how far the weights move with theta and the multipliers, in units of an `HSAID`. These are then
+        trained as theta / lr_scale and (multipliers - 1) / lr_scale, by learning rates that are smaller by as much.
     """
 
     intrinsic_dim: int
@@ -62,6 +66,7 @@ class Settings:
     dtype: torch.dtype | None
     backend: str
     memory: str
+    lr_scale: float | None = None
 
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError for what is wrong whatever the model is, before anybody has touched one."""
@@ -76,6 +81,8 @@ class Settings:
             raise TypeError(f"heads: expected True, False or None, got {self.heads!r}")
         if self.dtype is not None and self.dtype not in WEIGHT_DTYPES:
             raise TypeError(f"dtype: expected torch.float32, bfloat16, float16 or None, got {self.dtype}")
+        if self.lr_scale is not None and not 0 < self.lr_scale < math.inf:
+            raise ValueError(f"lr_scale: expected a positive number, got {self.lr_scale!r}")
         if not isinstance(self.task, str) or not self.task:
             raise TypeError(f"task: expected a name, got {self.task!r}")
 
@@ -119,7 +126,7 @@ def basis_of(model: nn.Module, given: Settings) -> Basis:
     heads = bool(pruned) or HEADS in str(given.partition) if given.heads is None else given.heads
     hierarchy = Hierarchy.from_model(model, given.skip, given.merge, heads)
     hierarchy = hierarchy.select(tensors, without=pieces_of(model, pruned))
-    partition = hierarchy.partition(given.partition, given.combine)
+    partition = replace(hierarchy.partition(given.partition, given.combine), scale=given.lr_scale)
     m = partition.num_multipliers
     if given.intrinsic_dim <= m:
         raise ValueError(
@@ -132,6 +139,7 @@ def basis_of(model: nn.Module, given: Settings) -> Basis:
         width=given.width,
         diagonal=given.diagonal,
         normalize=given.normalize,
+        scale=given.lr_scale or 1.0,
         segments=hierarchy.segments,
     )
     rows = find_padding_rows(model, plan.shapes) if given.padding_rows is None else given.padding_rows

@@ -11,25 +11,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hsaid_kernels.fastfood.selection import Patterns
-from hsaid_kernels.wrapper.basis import CHOICE, Settings, basis_of
+from hsaid_kernels.wrapper.basis import CHOICE, Settings
 from hsaid_kernels.wrapper.checkpoint.configuration import TASK
 from hsaid_kernels.wrapper.heads import Heads
-from hsaid_kernels.wrapper.isolation import runs_eagerly
 from hsaid_kernels.wrapper.merging import merged_copy
 from hsaid_kernels.wrapper.stand_in import StandIn
 from hsaid_kernels.wrapper.state import State
-from hsaid_kernels.wrapper.tasks import Tasks
-from hsaid_kernels.wrapper.w0.checks import check_layers, check_parameters, check_plain, plain
+from hsaid_kernels.wrapper.w0.checks import check_plain, plain
 from hsaid_kernels.wrapper.w0.quantized import as_floats, check_known, others_dtype, with_layers
 from hsaid_kernels.wrapper.w0.stored import show, showing
 from hsaid_kernels.wrapper.weights.attachment import unwrapped_before
 from hsaid_kernels.wrapper.weights.outside import TRACED
-from hsaid_kernels.wrapper.weights.source import WeightSource
-from hsaid_kernels.wrapper.weights.traced import call_traced, prepare_tracing
+from hsaid_kernels.wrapper.weights.traced import call_traced
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -122,8 +118,6 @@ class HSAID(State, StandIn):
     `frozen` is given.
     """
 
-    _own_full = False  # whether the fully trained tensors are the model's own parameters, not copies
-
     def __init__(
         self,
         model: nn.Module,
@@ -163,27 +157,15 @@ class HSAID(State, StandIn):
         with showing(model, stay=True):
             if include is None and frozen is None and isinstance(model, nn.Module):
                 check_known(model)  # otherwise it has been said what is projected
-            basis = self._basis = basis_of(model, settings)
-            check_layers(model, basis.plan.names, basis.full)
-            if not self._own_full:
-                check_parameters(model, (*basis.plan.names, *basis.full))
+            self._begin(model, settings)
+            basis = self._basis
             self.hierarchy, self.partition, self.plan = basis.hierarchy, basis.partition, basis.plan
             self.pruned, self.padding_rows, self.frozen = basis.pruned, basis.padding_rows, basis.frozen
             self.include, self.exclude, self.train_fully = (getattr(basis.settings, key) for key in CHOICE)
-            self._tasks = Tasks(task, basis.full, self._parameters)
-            self._source = WeightSource(model, self._tasks, basis, self._own_full)
-            self._compare_anew()
-            self.training = model.training
             self._stand_in_for(model)  # from here on, a new attribute that the model also has is set on the model
             self._new_task(task)
             self._source.maker.upload()  # raises for incompatible dtypes and devices
         self._claim()
-
-    def _claim(self) -> None:
-        self._source.attachment.belongs_to(self)
-        self._source.attachment.attach()
-        if self._source.attachment.ranks is not None:
-            self.w0_checks()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model with the projected weights and returns its output."""
@@ -304,11 +286,6 @@ class HSAID(State, StandIn):
         """The argument `memory`."""
         return self._basis.settings.memory
 
-    def train(self, mode: bool = True) -> Self:
-        if mode != self.training:
-            self._source.drop_cache()
-        return super().train(mode)
-
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As `nn.Module.to`, but W0 that is on the CPU stays where it is, and shared with other processes if it is.
 
@@ -331,17 +308,6 @@ class HSAID(State, StandIn):
             self._source.maker.upload()
         return self
 
-    def _replicate_for_data_parallel(self) -> Self:
-        raise RuntimeError(
-            "HSAID does not run in torch.nn.DataParallel, because W0 stays on one device: use DistributedDataParallel "
-            "(torchrun, accelerate launch), or let this process see one device only (CUDA_VISIBLE_DEVICES=0)"
-        )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._compare_anew()
-        self._source.attachment.belongs_to(self)
-
     def __repr__(self) -> str:
         full = f", {len(self._tasks.full)} trained fully" if self._tasks.full else ""
         return (
@@ -350,28 +316,3 @@ class HSAID(State, StandIn):
             f"({self.partition.num_multipliers} multipliers){full}, partition={self.partition.spec!r}, "
             f"seed={self.plan.seed}, dtype={self.dtype})"
         )
-
-    def _checked(self) -> None:
-        if self._tasks.current != self._tasks.registered:
-            self._check_buffers()
-        if dist.is_available() and dist.is_initialized():
-            self._check_ranks()
-
-    @runs_eagerly
-    def _computing(self) -> contextlib.AbstractContextManager[None]:
-        self._checked()
-        once = self._source.around.reduced_once
-        if torch.is_grad_enabled() and (once.applies or (dist.is_available() and dist.is_initialized())):
-            once.expect(self, self._tasks.trained())
-        return self._source.call(self.training)
-
-    def _traced(self) -> bool:
-        """What `_computing` checks, for torch.compile, which calls this once, while tracing."""
-        if torch.compiler.is_exporting():  # asked here, because torch.compile of torch 2.11 answers with True
-            raise RuntimeError(TRACED)
-        self._checked()
-        prepare_tracing(self._source.maker)
-        return True
-
-    # Sets what torch.compiler.assume_constant_result sets. The decorator itself would import all of torch._dynamo here.
-    _traced.__dict__["_dynamo_marked_constant"] = True

@@ -1,16 +1,17 @@
-"""`State`: what an HSAID trains and saves: its tasks, `state_dict()` and checkpoints."""
+"""`State`: what an HSAID trains and saves: its tasks, `state_dict()` and checkpoints; and what begins a call."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from hsaid_kernels.wrapper.basis import Basis
+from hsaid_kernels.wrapper.basis import Basis, Settings, basis_of
 from hsaid_kernels.wrapper.checkpoint import files, hub
 from hsaid_kernels.wrapper.checkpoint.compare import (
     arguments_of,
@@ -27,14 +28,17 @@ from hsaid_kernels.wrapper.checkpoint.configuration import (
     w0_checks,
 )
 from hsaid_kernels.wrapper.checkpoint.ranks import check_active_ranks, check_sharded_ranks
+from hsaid_kernels.wrapper.isolation import runs_eagerly
 from hsaid_kernels.wrapper.tasks import Tasks, groups_of
 from hsaid_kernels.wrapper.w0.beside import PREFIX
-from hsaid_kernels.wrapper.w0.checks import plain
+from hsaid_kernels.wrapper.w0.checks import check_layers, check_parameters, plain
 from hsaid_kernels.wrapper.w0.fsdp2 import is_applied
 from hsaid_kernels.wrapper.w0.quantized import is_quantized, others_dtype
 from hsaid_kernels.wrapper.w0.stored import showing
 from hsaid_kernels.wrapper.w0.values import value_of
+from hsaid_kernels.wrapper.weights.outside import TRACED
 from hsaid_kernels.wrapper.weights.source import WeightSource
+from hsaid_kernels.wrapper.weights.traced import prepare_tracing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,6 +56,26 @@ class State(nn.Module):
     _tasks: Tasks
     _source: WeightSource
     _described: Config  # after unwrap()
+
+    _own_full = False  # whether the fully trained tensors are the model's own parameters, not copies
+
+    def _begin(self, model: nn.Module, settings: Settings) -> None:
+        """Makes the basis, the tasks and the source of the weights. Changes nothing in the model."""
+        basis = self._basis = basis_of(model, settings)
+        check_layers(model, basis.plan.names, basis.full)
+        if not self._own_full:
+            check_parameters(model, (*basis.plan.names, *basis.full))
+        self._tasks = Tasks(settings.task, basis.full, self._parameters)
+        self._source = WeightSource(model, self._tasks, basis, self._own_full)
+        self._compare_anew()
+        self.training = model.training
+
+    def _claim(self) -> None:
+        """From now on, reads of the model's weights give those of this object."""
+        self._source.attachment.belongs_to(self)
+        self._source.attachment.attach()
+        if self._source.attachment.ranks is not None:
+            self.w0_checks()
 
     def _compare_anew(self) -> None:
         """Forgets what has been compared with other ranks, or hashed with them."""
@@ -296,9 +320,12 @@ class State(nn.Module):
         """What a checkpoint says beside its values, see `configuration.describe`; after `unwrap()`, as before."""
         if not self._source.attachment.attached:
             return self._described | {"task": self.task}
+        return self._description(self.full)
+
+    def _description(self, full: Mapping[str, Tensor]) -> Config:
         attachment = self._source.attachment
         own = {**attachment.parameters, **attachment.known_w0(), **attachment.buffers.tracked(self.model)}
-        return describe(self._basis, self.task, self.dtype, self.full, self.w0_checks(), own)
+        return describe(self._basis, self.task, self.dtype, full, self.w0_checks(), own)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -359,6 +386,49 @@ class State(nn.Module):
             super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected, errors)
             self._agreed.clear()
             attachment.buffers.put(self.model, buffers)
+
+    # --- calls of the model
+
+    def train(self, mode: bool = True) -> Self:
+        if mode != self.training:
+            self._source.drop_cache()
+        return super().train(mode)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compare_anew()
+        self._source.attachment.belongs_to(self)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise RuntimeError(
+            "HSAID does not run in torch.nn.DataParallel, because W0 stays on one device: use DistributedDataParallel "
+            "(torchrun, accelerate launch), or let this process see one device only (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+    def _checked(self) -> None:
+        if self._tasks.current != self._tasks.registered:
+            self._check_buffers()
+        if dist.is_available() and dist.is_initialized():
+            self._check_ranks()
+
+    @runs_eagerly
+    def _computing(self) -> contextlib.AbstractContextManager[None]:
+        self._checked()
+        once = self._source.around.reduced_once
+        if torch.is_grad_enabled() and (once.applies or (dist.is_available() and dist.is_initialized())):
+            once.expect(self, self._tasks.trained())
+        return self._source.call(self.training)
+
+    def _traced(self) -> bool:
+        """What `_computing` checks, for torch.compile, which calls this once, while tracing."""
+        if torch.compiler.is_exporting():  # asked here, because torch.compile of torch 2.11 answers with True
+            raise RuntimeError(TRACED)
+        self._checked()
+        prepare_tracing(self._source.maker)
+        return True
+
+    # Sets what torch.compiler.assume_constant_result sets. The decorator itself would import all of torch._dynamo here.
+    _traced.__dict__["_dynamo_marked_constant"] = True
 
     # --- what could be another's
 

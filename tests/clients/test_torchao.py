@@ -127,21 +127,3 @@ def test_activations_are_not_quantized():
         own, hsaid = model(IDS).logits, HSAID(model, 100, memory="block")
         logits = hsaid(IDS).logits
         assert torch.equal(logits, HSAID(dense, 100)(IDS).logits) and not torch.allclose(logits, own, atol=1e-4)
-
-
-def test_tensors_without_values_are_refused():
-    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4  # which is nowhere public
-
-    model = bert(hidden_size=64)
-    model.classifier.weight = nn.Parameter(to_nf4(torch.randn(64, 64), 32, 2), requires_grad=False)
-    with pytest.raises(TypeError, match=r"got 'classifier.weight', a NF4Tensor of .* whose dequantize\(\) fails"):
-        HSAID(model, 100, memory="block")
-
-
-def test_a_dtype_that_does_not_reach_the_quantized_tensors():
-    model = bert(hidden_size=64).eval()
-    quantization.quantize_(model, CONFIGS["int8"]())
-    model.to(torch.bfloat16)(IDS)
-    with pytest.raises(TypeError, match="an? Int8Tensor, still stands for torch.float32.*with dtype=torch.bfloat16"):
-        HSAID(model, 100, memory="block")
-    HSAID(model, 100, memory="block", dtype=torch.bfloat16)(IDS).logits.sum().backward()

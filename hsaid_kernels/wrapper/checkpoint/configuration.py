@@ -200,9 +200,11 @@ def parse(where: str, text: str) -> Config:
 def packed(config: Config) -> Config:
     """The configuration in the form stored as JSON, with the names and shapes of tensors as compact trees (`_pack`).
 
-    Without padding rows it is that of versions that did not know them.
+    What says nothing is left out, so that it is that of versions that did not know it: no padding rows, no
+    architecture, tensors that all have the dtype of the weights.
     """
-    stored = {key: value for key, value in config.items() if key != "padding_rows" or value}
+    silent: Config = {"padding_rows": {}, "architecture": None, "w0_dtypes": {"*": config["dtype"]}}
+    stored = {key: value for key, value in config.items() if key not in silent or value not in (silent[key], None)}
     return stored | {key: _pack(config[key]) for key in SHAPES}
 
 

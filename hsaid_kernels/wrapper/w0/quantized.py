@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hsaid_kernels.wrapper.w0.fsdp2 import is_sharded
-from hsaid_kernels.wrapper.w0.kinds import float_values, is_registered
+from hsaid_kernels.wrapper.w0.kinds import float_values, is_registered, kind_of
 from hsaid_kernels.wrapper.w0.stored import SHOWN, Stored, is_adapted
 
 
@@ -166,7 +166,7 @@ def check_known(model: nn.Module) -> None:
 
 
 def _is_unknown(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule) or SHOWN in module.__dict__:
+    if isinstance(module, torch.jit.ScriptModule) or SHOWN in module.__dict__ or kind_of(module) is not None:
         return False
     if any(map(_is_codes, module._parameters.values())):
         return True

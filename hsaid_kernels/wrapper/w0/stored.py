@@ -245,7 +245,7 @@ def showing(model: nn.Module, stay: bool = False) -> Iterator[None]:
     already = {module for module in model.modules() if module.__dict__.keys() & {SHOWN, _ASIDE}}
     try:
         show(model)
-        layers = [module for module in model.modules() if SHOWN in module.__dict__]
+        layers = [module for module in model.modules() if SHOWN in module.__dict__ and _OWN not in module.__dict__]
         for layer in layers:
             layer.__dict__[_OWN], layer.__dict__["_parameters"] = layer._parameters, layer.__dict__[SHOWN]
         try:
@@ -263,8 +263,10 @@ def showing(model: nn.Module, stay: bool = False) -> Iterator[None]:
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether the model has peft's adapters."""
-    return any("base_layer" in module._modules or hasattr(module, "peft_config") for module in model.modules())
+    """Whether the model has adapters of peft, other than ours, which are HSAIDs."""
+    configs = [config for module in model.modules() for config in getattr(module, "peft_config", {}).values()]
+    others = any(getattr(config, "peft_type", None) != "HSAID" for config in configs)
+    return others or any("base_layer" in module._modules for module in model.modules())
 
 
 # --- reading a layer as its library does

@@ -138,8 +138,11 @@ class Attachment:
             raise
         forget_derived(self.model)
 
-    def detach(self) -> None:
-        """Gives back the plain model: its classes, W0, its buffers, and whether its parameters require gradients."""
+    def detach(self, buffers: bool = True) -> None:
+        """Gives back the plain model: its classes, W0, and whether its parameters require gradients.
+
+        `buffers`: whether its buffers become what they were, too.
+        """
         if self.merged is not None:
             self.unmerge()
         self.attached = False
@@ -154,7 +157,8 @@ class Attachment:
         self._adopted.clear()
         self._give_flags_back(self.parameters)
         self._give_flags_back(snapshot.parameters)
-        self.buffers.put(self.model, {})
+        if buffers:
+            self.buffers.put(self.model, {})
         forget_derived(self.model)
 
     def _give_flags_back(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -196,6 +200,8 @@ class Attachment:
         value = value.w0 if isinstance(value, Weight) else value
         name = next((name for name, known in self.parameters.items() if known is own), None)
         if value is own or name is None or self.own_full or self.merged is not None:
+            return
+        if self.others and call == "load_state_dict()":  # of a model with theta in it, which has W0 beside theta
             return
         if self.owns(value):
             raise ValueError(
@@ -338,6 +344,13 @@ class Attachment:
             own[name].data = value
         self.merged = None
         forget_derived(self.model)
+
+    def keep_merged(self) -> None:
+        """What `merge` has put into the model becomes W0. Frees the W0 of before."""
+        own = dict(self.model.named_parameters())
+        for name in self.merged or ():
+            own[name].data = own[name].data.clone()  # out of the one buffer that all weights share
+        self.merged = None
 
     def check_on_w0(self, call: str) -> None:
         """Raises RuntimeError, which names `call`, after `unwrap` and while the model holds the projected weights."""

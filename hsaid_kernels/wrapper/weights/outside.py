@@ -245,4 +245,5 @@ class Surroundings:
 
     def _hears(self) -> bool:
         attachment = self.attachment
-        return attachment.attached and attachment.merged is None and not attachment.own_full
+        # With theta among the model's own parameters, whoever has these has theta.
+        return attachment.attached and attachment.merged is None and not attachment.others
