@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -155,14 +155,16 @@ def needs_all(module: nn.Module, answered: Collection[str]) -> bool:
     return SHOWN in module.__dict__ and (bool(answered) or _ASIDE in module.__dict__)
 
 
-def show(model: nn.Module) -> None:
-    """Lets the quantized layers of a model show the parameters of float layers. What they show already may stay.
+def show(model: nn.Module, known: Iterable[Tensor] = ()) -> None:
+    """Lets the quantized layers of a model show the parameters of float layers.
 
-    Not in a model with peft's adapters, which are trained beside weights that stay as they are. Raises TypeError for a
-    layer that cannot be dequantized.
+    What they show already may stay, and so may what they have shown before, which is among `known`. Not in a model with
+    peft's adapters, which are trained beside weights that stay as they are. Raises TypeError for a layer that cannot be
+    dequantized.
     """
     if is_adapted(model):
         return
+    kept = {id(weight._layer()): weight for weight in known if isinstance(weight, Stored)}
     tied: dict[tuple[int, ...], Any] = {}
     for name, layer in model.named_modules():
         if (kind := kind_of(layer)) is None:
@@ -174,7 +176,8 @@ def show(model: nn.Module) -> None:
             if kind.shape is None and parts in tied:  # which may share a codebook, and hold their codes in objects
                 parts = parts if torch.equal(kind.dequantize(layer), tied[parts].dequantize()) else (id(layer),)
             if parts not in tied:
-                look, before = _look_of(name, layer, kind), shown.get("weight")
+                before = shown.get("weight", kept.get(id(layer)))
+                look = _look_of(name, layer, kind, before)
                 stays = before is not None and _look(before) == look
                 tied[parts] = before if stays else _weight(layer, kind, *look)
         if isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter):
@@ -191,12 +194,16 @@ def show(model: nn.Module) -> None:
     _put_aside(model, forward=False)
 
 
-def _look_of(name: str, layer: nn.Module, kind: Kind) -> tuple[torch.Size, torch.dtype, torch.device]:
-    """Shape, dtype and device of a layer's weight. Dequantizes it if nothing else tells."""
+def _look_of(
+    name: str, layer: nn.Module, kind: Kind, before: Tensor | None
+) -> tuple[torch.Size, torch.dtype, torch.device]:
+    """Shape, dtype and device of a layer's weight, which was `before`. Dequantizes it if nothing else tells."""
     try:
         device = next(iter(kind.stored(layer))).device
         if kind.shape is not None and kind.dtype is not None:
             return torch.Size(kind.shape(layer)), kind.dtype(layer), device
+        if before is not None:  # whose dequantize() finds another shape
+            return before.shape, before.dtype, device
         values: object = kind.dequantize(layer)
     except Exception as error:  # whatever the library raises
         raise TypeError(

@@ -276,7 +276,7 @@ class Attachment:
     def _scan(self) -> Snapshot:
         """Looks at the model again. Raises ValueError if it has other tensors than when it was wrapped."""
         model = self.model
-        show(model)
+        show(model, self.parameters.values())
         for module in model.modules():
             if (link := link_of(module)) is None or link.changes is not self:
                 self._attach(module, {}, {})

@@ -450,7 +450,9 @@ def test_a_layer_that_moves_shows_where_it_is(monkeypatch):
     on = {layer: "meta"}  # as if it were another device
     look = stored._look_of
     monkeypatch.setattr(
-        stored, "_look_of", lambda n, of, kind: (*look(n, of, kind)[:2], torch.device(on.get(of, "cpu")))
+        stored,
+        "_look_of",
+        lambda n, of, kind, before: (*look(n, of, kind, before)[:2], torch.device(on.get(of, "cpu"))),
     )
     hsaid.to("cpu")
     assert stored.shown_in(layer)["weight"].device.type == "meta"
@@ -469,3 +471,21 @@ def test_autocast_is_that_of_the_float_model():
         logits.append(output.logits)
     assert logits[0].dtype == torch.bfloat16 and torch.equal(*logits)
     assert torch.equal(few.theta.grad, many.theta.grad)
+
+
+def test_wrapping_again_dequantizes_nothing(monkeypatch):
+    hsaid = moved(HSAID(model_of(Codes), 100, memory="block"))
+    expected, w0, dequantized = hsaid(IDS).logits, hsaid.w0(), []
+    own = stored.Stored.dequantize
+    monkeypatch.setattr(stored.Stored, "dequantize", lambda self: dequantized.append(self) or own(self))
+    with hsaid.unwrapped():
+        dequantized.clear()  # its values were hashed for the configuration
+    again = hsaid.w0()
+    assert not dequantized
+    assert all(again[name] is tensor for name, tensor in w0.items() if isinstance(tensor, stored.Stored))
+    assert torch.equal(hsaid(IDS).logits, expected)
+    layer = hsaid.model.bert.encoder.layer[0].attention.self.query
+    with hsaid.unwrapped(), torch.no_grad():
+        layer.codes.neg_()
+    assert not torch.equal(hsaid(IDS).logits, expected)
+    assert torch.equal(hsaid.merge()(IDS).logits, hsaid(IDS).logits)
