@@ -28,7 +28,18 @@ struct Params {
   int q;        // n = 2^q values a block
   int chunks;   // ceil(dim / n)
   bool rademacher;
+  bool one_chunk = false;  // each block is made from one of several chunks, chunk_of; z is the same for all segments
 };
+
+// The stream of B and Pi where z is the same for all segments.
+constexpr uint64_t kSharedStream = 0;
+
+// How many chunks a block is made from.
+HSAID_INLINE int num_drawn(const Params& p) { return p.one_chunk ? 1 : p.chunks; }
+// The first of them.
+HSAID_INLINE int chunk_of(const Params& p, uint64_t stream, int64_t block) {
+  return p.one_chunk ? (int)((stream % (uint32_t)p.chunks + (uint64_t)block) % (uint32_t)p.chunks) : 0;
+}
 
 // A choice of the blocks of a plan's only segment, which is dense. The i-th of them is block_of(listed, i).
 struct Listed {

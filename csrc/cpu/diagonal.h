@@ -135,31 +135,33 @@ struct Diagonal {
   Params params;
   PhiloxKeys keys;
   NormalTable table;
-  PhiloxPrefix* prefix;  // [chunks], gaussian
-  uint32_t* sign_words;  // [chunks, num_sign_words], rademacher
+  PhiloxPrefix* prefix;  // [num_drawn], gaussian
+  uint32_t* sign_words;  // [num_drawn, num_sign_words], rademacher
   Segment segment;
   int64_t block;
+  int first_chunk;  // of the chunks that the block is made from; the draws below are numbered from it
 
   Diagonal(const Params& p, PhiloxPrefix* prefix_, uint32_t* words)
-      : params(p), keys(philox_keys(p.seed)), prefix(prefix_), sign_words(words), segment{}, block(0) {
+      : params(p), keys(philox_keys(p.seed)), prefix(prefix_), sign_words(words), segment{}, block(0), first_chunk(0) {
     fill(table);
   }
 
   void start(const Segment& s, int64_t b) {
     segment = s;
     block = b;
-    for (int chunk = 0; chunk < params.chunks; ++chunk) {
-      const Stream stream = stream_of(params, s, kDiagonal, b, chunk);
+    first_chunk = chunk_of(params, (uint64_t)s.stream, b);
+    for (int i = 0; i < num_drawn(params); ++i) {
+      const Stream stream = stream_of(params, s, kDiagonal, b, first_chunk + i);
       if (params.rademacher)
-        make_sign_words(stream, keys, params.q, sign_words + chunk * num_sign_words(params.q));
+        make_sign_words(stream, keys, params.q, sign_words + i * num_sign_words(params.q));
       else
-        prefix[chunk] = philox_prefix(stream.seed, counter(stream.purpose, b, chunk, stream.id, 0));
+        prefix[i] = philox_prefix(stream.seed, counter(stream.purpose, b, stream.chunk, stream.id, 0));
     }
   }
 };
 
 HSAID_NOINLINE vf small_gaussian(const Diagonal& d, int chunk, uint32_t k) {
-  const Stream s = stream_of(d.params, d.segment, kDiagonal, d.block, chunk);
+  const Stream s = stream_of(d.params, d.segment, kDiagonal, d.block, d.first_chunk + chunk);
   vf g;
   for (int lane = 0; lane < kLanes; ++lane) g[lane] = gaussian_at(s, d.params.q, k + lane);
   return g;
@@ -176,12 +178,12 @@ HSAID_INLINE void draw_words(const Diagonal& d, int chunk, int64_t begin, int64_
                              uint32_t* words) {
   constexpr int parts = 16 / kLanes;  // vectors of calls that cover the 16 lowest positions
   const PhiloxPrefix prefix = d.prefix[chunk];
+  const uint32_t top = (uint32_t)(d.first_chunk + chunk) << 16;
   for (int64_t call = 0; call < calls; call += kSide) {
     vu word1[kSide], w[kSide][4];
     unroll<kSide>([&](auto i) HSAID_LAMBDA {
       const uint32_t at = (uint32_t)(call + i);
-      word1[i] =
-          lane_index() + (((uint32_t)(begin >> 7) + at / parts) << 4 | at % parts * kLanes | (uint32_t)chunk << 16);
+      word1[i] = lane_index() + (((uint32_t)(begin >> 7) + at / parts) << 4 | at % parts * kLanes | top);
     });
     philox_vectors<kSide>(prefix, d.keys, word1, w);
     unroll<kSide>([&](auto i) HSAID_LAMBDA {

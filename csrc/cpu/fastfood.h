@@ -40,8 +40,14 @@ struct Forward {
   const TensorView* base;  // per tensor; null: zeros
   void* out;
   Dtype out_dtype;
-  bool stream;      // store past the caches: more is written than they hold
-  Listed listed{};  // blocks to make and to write side by side; behind the segment's end, 0
+  bool stream;               // store past the caches: more is written than they hold
+  Listed listed{};           // blocks to make and to write side by side; behind the segment's end, 0
+  const float* z = nullptr;  // [chunks, n], with one chunk a block
+};
+
+// A block of the adjoint with one chunk a block.
+struct Place {
+  int32_t segment, block;  // a listed block's number is its place in the list
 };
 
 struct Adjoint {
@@ -50,9 +56,17 @@ struct Adjoint {
   const float* factors;
   const Segment* segments;
   int64_t num_segments;
-  const TensorView* grads;  // per tensor; data null: zero
-  int64_t run_blocks;       // blocks in a run, the innermost of the sums (docs/rng.md)
-  Listed listed{};          // the blocks whose gradients lie side by side in the only segment, which has no others
+  const TensorView* grads;   // per tensor; data null: zero
+  int64_t run_blocks;        // blocks in a run, the innermost of the sums (docs/rng.md)
+  Listed listed{};           // the blocks whose gradients lie side by side in the only segment, which has no others
+  const float* z = nullptr;  // [chunks, n], with one chunk a block
+};
+
+// Blocks that the adjoint adds up in one go: of a segment, or, with one chunk a block, of a chunk.
+struct Group {
+  const Segment* segment;  // null: those of `places`
+  const Place* places;
+  int64_t begin, end;  // blocks of the segment, or indices into `places`
 };
 
 // The number of blocks that a forward makes.
@@ -66,10 +80,14 @@ struct Kernels {
   const char* isa;
   // Blocks [begin, end), counted over all segments.
   void (*forward)(const Forward&, int64_t begin, int64_t end);
-  // u [chunks, n]: the sum over one group of a segment's blocks.
-  void (*adjoint_group)(const Adjoint&, const Segment&, int64_t group, float* u);
+  // u [num_drawn, n]: the sum over one group of blocks. With one chunk a block also its products with z: dots [blocks
+  // of all segments].
+  void (*adjoint_group)(const Adjoint&, const Group&, float* u, float* dots);
   // From u [chunks, n], the sum over all groups: factor * B H Pi^T u [chunks, n] in u's place; returns <u, z>.
   float (*adjoint_segment)(const Adjoint&, const Segment&, float factor, float* u);
+  // With one chunk a block: z [n] of a chunk; B H Pi^T u in u's place.
+  void (*shared_z)(const Params&, int chunk, const float* theta, float* z);
+  void (*shared_z_transposed)(const Params&, int chunk, float* u);
   // H x in place, n = 2^q >= 32.
   void (*walsh_hadamard)(float* x, int q);
 };

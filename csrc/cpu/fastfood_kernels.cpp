@@ -1,6 +1,7 @@
 // The projection's kernels, compiled once for each instruction set (HSAID_ISA):
 //
-//     forward   out_b = base_b + f * H(sum_c G_bc . z_c)     block after block; z (z.h) is made when a segment begins
+//     forward   out_b = base_b + f * H(sum_c G_bc . z_c)     block after block; z (z.h) is made when a segment begins,
+//                                                            or before where it is the same for all
 //     adjoint   u_c  += G_bc . (H g_b)                       block after block of a group
 //
 // A block of n <= 16,384 floats and z stay in the second-level cache. Memory is touched once: W0 read and W written, or
@@ -26,7 +27,7 @@ template <class T>
 constexpr bool kSplit = std::is_same_v<T, bf16>;
 
 HSAID_INLINE int64_t diagonal_bytes(const Params& p) {
-  return p.chunks * (int64_t)(sizeof(PhiloxPrefix) + 4 * num_sign_words(p.q)) + 2 * kLineBytes;
+  return num_drawn(p) * (int64_t)(sizeof(PhiloxPrefix) + 4 * num_sign_words(p.q)) + 2 * kLineBytes;
 }
 
 // The runs of consecutive elements that values [first, first + count) of a segment fall into:
@@ -77,7 +78,7 @@ HSAID_INLINE int64_t draws_together(int q) {
 
 // How often each position is counted in `beside` (transform.h) while a block is generated or accumulated.
 HSAID_INLINE int64_t counts(const Params& p) {
-  return (p.rademacher ? kDrawCounts<true> : kDrawCounts<false>)*p.chunks + 1 + num_middle_passes(p.q);
+  return (p.rademacher ? kDrawCounts<true> : kDrawCounts<false>)*num_drawn(p) + 1 + num_middle_passes(p.q);
 }
 // Moves lines of T while a block is generated or accumulated: eight at a time, which cost much more than a call.
 template <class T>
@@ -190,7 +191,7 @@ HSAID_NOINLINE void generate(const Diagonal& diagonal, const float* z, float* bu
   const Params& p = diagonal.params;
   draw_diagonal<kRademacher>(diagonal, 0, draw, beside,
                              [&](int64_t k, auto d) HSAID_LAMBDA { store(buffer + k, d.times(d, load(z + k))); });
-  for (int chunk = 1; chunk < p.chunks; ++chunk) {
+  for (int chunk = 1; chunk < num_drawn(p); ++chunk) {
     z += width(p);
     draw_diagonal<kRademacher>(diagonal, chunk, draw, beside, [&](int64_t k, auto d) HSAID_LAMBDA {
       const vf product = d.times(d, load(z + k));
@@ -209,13 +210,14 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
   const KeepSubnormals keep;
   const Params& p = a.params;
   const int64_t n = width(p), draws = num_draws(p.q), together = draws_together(p.q);
-  Arena arena((p.chunks + 4) * n * (int64_t)sizeof(float) + ZScratch::bytes(p) + diagonal_bytes(p));
-  float* z = arena.take<float>(p.chunks * n);
+  const int drawn = num_drawn(p);
+  Arena arena((drawn + 4) * n * (int64_t)sizeof(float) + ZScratch::bytes(p) + diagonal_bytes(p));
+  float* own_z = arena.take<float>(drawn * n);
   float* buffers[2] = {arena.take<float>(n), arena.take<float>(n)};
   float* scratch = arena.take<float>(2 * n);
   const ZScratch z_scratch(arena, p);
-  PhiloxPrefix* prefix = arena.take<PhiloxPrefix>(p.chunks);
-  Diagonal diagonal(p, prefix, arena.take<uint32_t>(p.chunks * num_sign_words(p.q)));
+  PhiloxPrefix* prefix = arena.take<PhiloxPrefix>(drawn);
+  Diagonal diagonal(p, prefix, arena.take<uint32_t>(drawn * num_sign_words(p.q)));
 
   Emission waiting{};  // the block before
   Beside going_out = kNothingBeside;
@@ -225,10 +227,11 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
     const Segment& s = a.segments[index];
     const int64_t place = i - s.first_block, block = block_of(a.listed, place);
     const int64_t next = i + 1 < end ? block_of(a.listed, place + 1) : block + 1;
-    if (i == begin || place == 0)
+    if (!a.z && (i == begin || place == 0))
       for (int chunk = 0; chunk < p.chunks; ++chunk)
-        make_z(p, s, chunk, a.theta, diagonal.keys, z_scratch, z + chunk * n);
+        make_z(p, (uint64_t)s.stream, chunk, a.theta, diagonal.keys, z_scratch, own_z + chunk * n);
     diagonal.start(s, block);
+    const float* z = a.z ? a.z + diagonal.first_chunk * n : own_z;
     char* out = (char*)a.out + (s.out_offset + place * n) * item_size(a.out_dtype);
     float* buffer = buffers[i & 1];
     for (int64_t draw = 0; draw < draws;) {
@@ -268,15 +271,34 @@ void read_lines(const void* reading, int64_t begin, int64_t end) {
   last_pass_transposed<vectors, kSplit<T>>(r.buffer, r.q, begin, end, fill);
 }
 
-// Returns what reads block `block` into r.buffer beside other work; `next` is read after it. A block that is ragged, or
-// not dense, is gathered in `scratch` [n] first.
+// A block of a segment's gradient.
+struct Block {
+  const Segment* segment;
+  int64_t number;
+};
+
+// The address of a block that is whole and dense, else null.
 template <class T>
-Beside begin_reading(const Adjoint& a, const Segment& s, int64_t block, int64_t next, float* scratch, Reading& r) {
+const T* lines_of(const Adjoint& a, const Block& block) {
+  const Segment& s = *block.segment;
   const TensorView& grad = a.grads[s.tensor];
-  const int64_t n = width(a.params), first = block * n, left = s.rows * s.cols - first;
-  if (left >= n && is_dense(s) && grad.dense) {
-    r.grads = (const T*)grad.data + s.offset + first;
-    r.ahead = fetch_ahead(r.grads, (next - block) * n, a.params.q, sizeof(T));
+  const int64_t n = width(a.params), first = block.number * n;
+  if (s.rows * s.cols - first < n || !is_dense(s) || !grad.dense || sizeof(T) != item_size(grad.dtype)) return nullptr;
+  return (const T*)grad.data + s.offset + first;
+}
+
+// Returns what reads a block into r.buffer beside other work; `next` is read after it. A block that is ragged, or not
+// dense, is gathered in `scratch` [n] first.
+template <class T>
+Beside begin_reading(const Adjoint& a, const Block& block, const Block& next, float* scratch, Reading& r) {
+  const Segment& s = *block.segment;
+  const TensorView& grad = a.grads[s.tensor];
+  const int64_t n = width(a.params), first = block.number * n, left = s.rows * s.cols - first;
+  if (const T* lines = lines_of<T>(a, block)) {
+    const T* following = lines_of<T>(a, next);
+    r.grads = lines;
+    r.ahead = fetch_ahead(lines, following ? ((intptr_t)following - (intptr_t)lines) / (intptr_t)sizeof(T) : 0,
+                          a.params.q, sizeof(T));
     return beside<T>(a.params, read_lines<T>, &r);
   }
   const int64_t count = left < n ? left : n;
@@ -287,15 +309,42 @@ Beside begin_reading(const Adjoint& a, const Segment& s, int64_t block, int64_t 
   return beside<float>(a.params, read_lines<float>, &r);
 }
 
-// Ends the transform of a draw, which leaves it in x, and adds: u_c += G_c . x.
+// With one chunk a block: what a block's sum is multiplied by, and its product with z.
+struct Dot {
+  float factor;
+  const float* z;  // null where a block is made from all chunks
+  float* sums;     // of z . G . x [num_dot_sums]: over the positions that differ in bits 4 to 7 only, in order
+};
+
+// The sum of a power of two of values, in their place: adds the upper half to the lower until one is left.
+float fold(float* x, int64_t count) {
+  for (int64_t half = count / 2; half > 0; half /= 2)
+    for (int64_t k = 0; k < half; ++k) x[k] = x[k] + x[k + half];
+  return x[0];
+}
+
+// Ends the transform of a draw, which leaves it in x, and adds: u_c += G_c . x, or u += factor * (G . x).
 template <bool kRademacher>
-HSAID_NOINLINE void accumulate(const Diagonal& diagonal, float* x, float* u, int64_t draw, Beside& beside) {
+HSAID_NOINLINE void accumulate(const Diagonal& diagonal, float* x, float* u, const Dot& to, int64_t draw,
+                               Beside& beside) {
   const Params& p = diagonal.params;
   const int64_t strips = num_strips(p.q) / num_draws(p.q);
   first_pass_transposed(x, p.q, draw * strips, (draw + 1) * strips, [&](auto t, int64_t k, const vf* y) HSAID_LAMBDA {
     unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { store(x + k + i * kLanes, y[i]); });
     beside.count(1 << t);
   });
+  if (to.z) {
+    const vf factor = broadcast(to.factor);
+    draw_diagonal<kRademacher>(diagonal, 0, draw, beside, [&](int64_t k, auto d) HSAID_LAMBDA {
+      const vf product = d.times(d, load(x + k));
+      const vf step = factor * product;
+      store(u + k, load(u + k) + step);
+      float* sums = to.sums + (k >> 8) * 16 + k % 16;
+      const vf dot = product * load(to.z + k);
+      store(sums, load(sums) + dot);
+    });
+    return;
+  }
   for (int chunk = 0; chunk < p.chunks; ++chunk, u += width(p))
     draw_diagonal<kRademacher>(diagonal, chunk, draw, beside, [&](int64_t k, auto d) HSAID_LAMBDA {
       const vf product = d.times(d, load(x + k));
@@ -303,54 +352,72 @@ HSAID_NOINLINE void accumulate(const Diagonal& diagonal, float* x, float* u, int
     });
 }
 
-void adjoint_group(const Adjoint& a, const Segment& s, int64_t group, float* u) {
+HSAID_INLINE int64_t num_dot_sums(int q) { return q > 8 ? (int64_t)16 << (q - 8) : 16; }
+
+void adjoint_group(const Adjoint& a, const Group& group, float* u, float* dots) {
   const KeepSubnormals keep;
   const Params& p = a.params;
-  const int64_t n = width(p), draws = num_draws(p.q), together = draws_together(p.q), blocks = num_blocks(p, s);
-  const int64_t most = group_blocks(p, a.run_blocks), runs = most / a.run_blocks, size = p.chunks * n;
-  const int64_t begin = group * most, end = begin + most < blocks ? begin + most : blocks;
-  Arena arena((3 * n + (runs > 1 ? size : 0)) * (int64_t)sizeof(float) + diagonal_bytes(p));
+  const int drawn = num_drawn(p);
+  const int64_t n = width(p), draws = num_draws(p.q), together = draws_together(p.q), size = drawn * n;
+  const int64_t runs = group_blocks(p, 1), begin = group.begin, end = group.end;
+  Arena arena((3 * n + (runs > 1 ? size : 0) + num_dot_sums(p.q)) * (int64_t)sizeof(float) + diagonal_bytes(p) +
+              kLineBytes);
   float* buffers[2] = {arena.take<float>(n), arena.take<float>(n)};
   float* scratch = arena.take<float>(n);
   float* run = runs > 1 ? arena.take<float>(size) : u;
-  PhiloxPrefix* prefix = arena.take<PhiloxPrefix>(p.chunks);
-  Diagonal diagonal(p, prefix, arena.take<uint32_t>(p.chunks * num_sign_words(p.q)));
-  const Dtype dtype = a.grads[s.tensor].dtype;
-  const auto begin_reading_any = dtype == Dtype::kFloat  ? begin_reading<float>
-                                 : dtype == Dtype::kHalf ? begin_reading<fp16>
-                                                         : begin_reading<bf16>;
+  float* dot_sums = arena.take<float>(num_dot_sums(p.q));
+  PhiloxPrefix* prefix = arena.take<PhiloxPrefix>(drawn);
+  Diagonal diagonal(p, prefix, arena.take<uint32_t>(drawn * num_sign_words(p.q)));
+  const auto block_at = [&](int64_t i) -> Block {
+    if (group.segment) return {group.segment, i};
+    return {a.segments + group.places[i].segment, group.places[i].block};
+  };
+  const auto begin_reading_any = [&](const Block& block, const Block& next, Reading& r) {
+    const Dtype dtype = a.grads[block.segment->tensor].dtype;
+    return dtype == Dtype::kFloat  ? begin_reading<float>(a, block, next, scratch, r)
+           : dtype == Dtype::kHalf ? begin_reading<fp16>(a, block, next, scratch, r)
+                                   : begin_reading<bf16>(a, block, next, scratch, r);
+  };
+  const auto is_missing = [&](int64_t i) { return !a.grads[block_at(i).segment->tensor].data; };
+  const auto run_of = [&](int64_t i) { return i < 0 ? -1 : (i - begin) % runs; };
   // The block after this one, in the order of runs; -1 after the last.
-  const auto after = [&](int64_t block) {
-    if (block < 0) return block;
-    if (block + runs < end) return block + runs;
-    const int64_t first = (block - begin) % runs + 1;
-    return first < runs && begin + first < end ? begin + first : -1;
+  const auto after = [&](int64_t i) -> int64_t {
+    while (i >= 0) {
+      const int64_t first = run_of(i) + 1;
+      i = i + runs < end ? i + runs : first < runs && begin + first < end ? begin + first : -1;
+      if (i >= 0 && !is_missing(i)) break;
+    }
+    return i;
   };
   std::memset(u, 0, size * sizeof(float));
   std::memset(run, 0, size * sizeof(float));
 
   // A block is read while the one before it is accumulated.
-  int64_t block = begin, before = -1;
+  int64_t block = is_missing(begin) ? after(begin) : begin, before = -1;
   for (int which = 0; block >= 0 || before >= 0; which ^= 1, before = block, block = after(block)) {
     Reading reading{nullptr, 0, p.q, buffers[which]};
     Beside coming_in = kNothingBeside;
     if (block >= 0) {
       const int64_t next = after(block);
-      coming_in = begin_reading_any(a, s, block, next < 0 ? block : next, scratch, reading);
+      coming_in = begin_reading_any(block_at(block), block_at(next < 0 ? block : next), reading);
     }
     if (before < 0) {
       coming_in.count(counts(p) * n);
     } else {
-      diagonal.start(s, block_of(a.listed, before));
+      const auto [s, number] = block_at(before);
+      diagonal.start(*s, block_of(a.listed, number));
+      const Dot dot{a.factors[s - a.segments], a.z ? a.z + diagonal.first_chunk * n : nullptr, dot_sums};
+      if (a.z) std::memset(dot_sums, 0, num_dot_sums(p.q) * sizeof(float));
       float* buffer = buffers[which ^ 1];
       for (int64_t draw = 0; draw < draws;) {
         const int64_t first = draw;
         middle_passes<true>(buffer + first * n / draws, together * n / draws, p.q, coming_in);
         for (; draw < first + together; ++draw)
-          (p.rademacher ? accumulate<true> : accumulate<false>)(diagonal, buffer, run, draw, coming_in);
+          (p.rademacher ? accumulate<true> : accumulate<false>)(diagonal, buffer, run, dot, draw, coming_in);
       }
+      if (a.z) dots[s->first_block + number] = fold(dot_sums, num_dot_sums(p.q));
     }
-    if (runs > 1 && before >= 0 && block != before + runs) {
+    if (runs > 1 && before >= 0 && run_of(block) != run_of(before)) {
       for (int64_t k = 0; k < size; ++k) u[k] = u[k] + run[k];
       std::memset(run, 0, size * sizeof(float));
     }
@@ -367,25 +434,33 @@ float adjoint_segment(const Adjoint& a, const Segment& s, float factor, float* u
   const PhiloxKeys keys = philox_keys(p.seed);
   float dot = 0.0f;
   for (int chunk = 0; chunk < p.chunks; ++chunk, u += n) {
-    make_z(p, s, chunk, a.theta, keys, scratch, z);
+    make_z(p, (uint64_t)s.stream, chunk, a.theta, keys, scratch, z);
     for (int64_t k = 0; k < n; ++k) z[k] = u[k] * z[k];
-    for (int64_t half = n / 2; half > 0; half /= 2)
-      for (int64_t k = 0; k < half; ++k) z[k] = z[k] + z[k + half];
-    dot += z[0];
-
-    float* v = scratch.values;
-    for (int64_t k = 0; k < n; ++k) v[scratch.pi[k]] = u[k];
-    walsh_hadamard_transposed(v, p.q);
-    multiply_signs(p, s, chunk, keys, scratch.words, v);
-    for (int64_t k = 0; k < n; ++k) u[k] = factor * v[k];
+    dot += fold(z, n);
+    transpose_z(p, (uint64_t)s.stream, chunk, factor, keys, scratch, u);
   }
   return dot;
+}
+
+void shared_z(const Params& p, int chunk, const float* theta, float* z) {
+  const KeepSubnormals keep;
+  Arena arena(ZScratch::bytes(p));
+  make_z(p, kSharedStream, chunk, theta, philox_keys(p.seed), ZScratch(arena, p), z);
+}
+
+void shared_z_transposed(const Params& p, int chunk, float* u) {
+  const KeepSubnormals keep;
+  Arena arena(ZScratch::bytes(p));
+  const ZScratch scratch(arena, p);
+  make_permutation(p, kSharedStream, chunk, scratch.pi);
+  transpose_z(p, kSharedStream, chunk, 1.0f, philox_keys(p.seed), scratch, u);
 }
 
 }  // namespace
 
 const Kernels* HSAID_CONCAT(kernels_, HSAID_ISA)() {
-  static constexpr Kernels table = {HSAID_STRING(HSAID_ISA), forward, adjoint_group, adjoint_segment,
+  static constexpr Kernels table = {HSAID_STRING(HSAID_ISA), forward,  adjoint_group,
+                                    adjoint_segment,         shared_z, shared_z_transposed,
                                     walsh_hadamard_block};
   return &table;
 }

@@ -28,8 +28,8 @@ void walsh_hadamard_transposed(float* x, int q) {
   });
 }
 
-void multiply_signs(const Params& p, const Segment& s, int chunk, const PhiloxKeys& keys, uint32_t* words, float* x) {
-  make_sign_words(stream_of(p, s, kSigns, 0, chunk), keys, p.q, words);
+void multiply_signs(const Params& p, uint64_t stream, int chunk, const PhiloxKeys& keys, uint32_t* words, float* x) {
+  make_sign_words({p.seed, stream, kSigns, 0, chunk}, keys, p.q, words);
   with_tile_bits(tile_bits(p.q), [&](auto t) HSAID_LAMBDA {
     for (int64_t k = 0; k < width(p); k += 1 << t)
       sign_tile<t>(words, k, [&](int i, SignVector d) HSAID_LAMBDA {
@@ -50,8 +50,8 @@ Table round_table(uint32_t key, int from, int to) {
 }
 
 // pi [n] of a chunk; for small n, as many values more as fill a group of vectors.
-void make_permutation(const Params& p, const Segment& s, int chunk, uint32_t* pi) {
-  const PermutationKeys keys = permutation_keys(p.seed, (uint64_t)s.stream, chunk);
+void make_permutation(const Params& p, uint64_t stream, int chunk, uint32_t* pi) {
+  const PermutationKeys keys = permutation_keys(p.seed, stream, chunk);
   const int low_bits = p.q / 2, high_bits = p.q - p.q / 2;
   Table tables[kFeistelRounds];
   for (int r = 0; r < kFeistelRounds; r += 2) {
@@ -93,16 +93,26 @@ struct ZScratch {
         words(arena.take<uint32_t>(num_sign_words(p.q))) {}
 };
 
-// z [n] of one chunk of theta.
-void make_z(const Params& p, const Segment& s, int chunk, const float* theta, const PhiloxKeys& keys,
+// z [n] of one chunk of theta, for the stream of a segment or kSharedStream.
+void make_z(const Params& p, uint64_t stream, int chunk, const float* theta, const PhiloxKeys& keys,
             const ZScratch& scratch, float* z) {
   const int64_t n = width(p), begin = chunk * n, count = p.dim - begin < n ? p.dim - begin : n;
   std::memcpy(scratch.values, theta + begin, count * sizeof(float));
   std::memset(scratch.values + count, 0, (n - count) * sizeof(float));
-  multiply_signs(p, s, chunk, keys, scratch.words, scratch.values);
+  multiply_signs(p, stream, chunk, keys, scratch.words, scratch.values);
   walsh_hadamard_block(scratch.values, p.q);
-  make_permutation(p, s, chunk, scratch.pi);
+  make_permutation(p, stream, chunk, scratch.pi);
   for (int64_t k = 0; k < n; ++k) z[k] = scratch.values[scratch.pi[k]];
+}
+
+// factor * B H^T Pi^T u in u's place; scratch.pi is this chunk's.
+void transpose_z(const Params& p, uint64_t stream, int chunk, float factor, const PhiloxKeys& keys,
+                 const ZScratch& scratch, float* u) {
+  float* v = scratch.values;
+  for (int64_t k = 0; k < width(p); ++k) v[scratch.pi[k]] = u[k];
+  walsh_hadamard_transposed(v, p.q);
+  multiply_signs(p, stream, chunk, keys, scratch.words, v);
+  for (int64_t k = 0; k < width(p); ++k) u[k] = factor * v[k];
 }
 
 }  // namespace

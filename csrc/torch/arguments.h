@@ -80,7 +80,7 @@ inline bool is_piece(const hsaid::Segment& s) {
 }
 
 inline CheckedPlan check_plan(const Tensor& theta, const Tensor& segments, int64_t seed, int64_t width, bool rademacher,
-                              int64_t num_tensors) {
+                              bool one_chunk, int64_t num_tensors) {
   CheckedPlan plan{};
   plan.segments = rows_of(segments, "segments", 1);
   plan.num_segments = segments.size(0);
@@ -88,9 +88,12 @@ inline CheckedPlan check_plan(const Tensor& theta, const Tensor& segments, int64
   plan.params.dim = theta.numel();
   plan.params.rademacher = rademacher;
   plan.params.q = checked_width_bits(width);
-  STD_TORCH_CHECK(plan.params.dim >= 1 && plan.params.dim <= 1 << 20, "theta: expected 1 to 1048576 values, got ",
+  STD_TORCH_CHECK(plan.params.dim >= 1 && plan.params.dim <= 1 << 24, "theta: expected 1 to 16777216 values, got ",
                   plan.params.dim);
   plan.params.chunks = (int)((plan.params.dim + width - 1) / width);
+  STD_TORCH_CHECK(plan.params.chunks <= 1 << 16, "width: expected chunks of theta that are at most 65536, got ",
+                  plan.params.chunks);
+  plan.params.one_chunk = one_chunk && plan.params.chunks > 1;
   int64_t block = 0;
   for (int64_t i = 0; i < plan.num_segments; ++i) {
     const hsaid::Segment& s = plan.segments[i];

@@ -48,10 +48,11 @@ int64_t empty_cache() { return hsaid::empty_pool(); }
 
 Tensor fastfood_forward(const Tensor& given_theta, const Tensor& given_factors, const std::vector<Tensor>& base,
                         const Tensor& segments, int64_t seed, int64_t width, bool rademacher, const Tensor& holes,
-                        int64_t numel, ScalarType dtype, const std::optional<Tensor>& listed, int64_t span) {
+                        int64_t numel, ScalarType dtype, const std::optional<Tensor>& listed, int64_t span,
+                        bool one_chunk) {
   const Tensor theta = row_major(given_theta), factors = row_major(given_factors);
   const CheckedPlan plan =
-      check_plan(theta, segments, seed, width, rademacher, base.empty() ? -1 : (int64_t)base.size());
+      check_plan(theta, segments, seed, width, rademacher, one_chunk, base.empty() ? -1 : (int64_t)base.size());
   const hsaid::Dtype out_dtype = dtype_of(dtype, "dtype");
   std::vector<hsaid::TensorView> views;
   for (const Tensor& t : base) {
@@ -81,9 +82,9 @@ Tensor fastfood_forward(const Tensor& given_theta, const Tensor& given_factors, 
 std::tuple<Tensor, Tensor> fastfood_adjoint(const Tensor& given_theta, const Tensor& given_factors,
                                             const std::vector<std::optional<Tensor>>& grads, const Tensor& segments,
                                             int64_t seed, int64_t width, bool rademacher, int64_t run_blocks,
-                                            const std::optional<Tensor>& listed, int64_t span) {
+                                            const std::optional<Tensor>& listed, int64_t span, bool one_chunk) {
   const Tensor theta = row_major(given_theta), factors = row_major(given_factors);
-  CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, grads.size());
+  CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, one_chunk, grads.size());
   hsaid::Listed blocks{};
   hsaid::Segment segment;
   if (listed) {

@@ -37,9 +37,9 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 _PLAN = "Tensor segments, int seed, int width, bool rademacher"
 _SCHEMAS = {
     "fastfood_forward": f"(Tensor theta, Tensor factors, Tensor[] base, {_PLAN}, Tensor holes, int numel, "
-    "ScalarType dtype, Tensor? listed=None, int span=1) -> Tensor",
+    "ScalarType dtype, Tensor? listed=None, int span=1, bool one_chunk=False) -> Tensor",
     "fastfood_adjoint": f"(Tensor theta, Tensor factors, Tensor?[] grads, {_PLAN}, int run_blocks, "
-    "Tensor? listed=None, int span=1) -> (Tensor, Tensor)",
+    "Tensor? listed=None, int span=1, bool one_chunk=False) -> (Tensor, Tensor)",
     "hadamard_transform": "(Tensor x, float scale) -> Tensor",
     "stream_values": "(Tensor like, int seed, int stream, int purpose, int block, int chunk, int width, "
     "bool rademacher) -> Tensor",
@@ -47,11 +47,15 @@ _SCHEMAS = {
 torch.library.define(f"{NAMESPACE}::empty_cache", "() -> int")
 
 
-def _fake_forward(theta, factors, base, segments, seed, width, rademacher, holes, numel, dtype, listed=None, span=1):
+def _fake_forward(
+    theta, factors, base, segments, seed, width, rademacher, holes, numel, dtype, listed=None, span=1, one_chunk=False
+):
     return theta.new_empty(numel if listed is None else len(listed) * span * width, dtype=dtype)
 
 
-def _fake_adjoint(theta, factors, grads, segments, seed, width, rademacher, run_blocks, listed=None, span=1):
+def _fake_adjoint(
+    theta, factors, grads, segments, seed, width, rademacher, run_blocks, listed=None, span=1, one_chunk=False
+):
     return torch.empty_like(theta), torch.empty_like(factors)
 
 
@@ -262,9 +266,8 @@ def fastfood_forward(
     if backend == "reference":
         return reference.forward(plan, theta, factors, base, dtype, listed, span)
     width, signs, seed = plan.width, plan.rademacher, _signed(plan.seed)
-    return _kernels(backend).fastfood_forward(
-        theta, factors, list(base), plan.segments, seed, width, signs, plan.holes, plan.numel, dtype, listed, span
-    )
+    tables = plan.segments, seed, width, signs, plan.holes, plan.numel
+    return _kernels(backend).fastfood_forward(theta, factors, list(base), *tables, dtype, listed, span, plan.one_chunk)
 
 
 def fastfood_adjoint(
@@ -287,7 +290,7 @@ def fastfood_adjoint(
         return reference.adjoint(plan, theta, factors, [_plain(grad) for grad in grads], listed, span)
     width, signs, seed = plan.width, plan.rademacher, _signed(plan.seed)
     return _kernels(backend).fastfood_adjoint(
-        theta, factors, grads, plan.segments, seed, width, signs, plan.run_blocks, listed, span
+        theta, factors, grads, plan.segments, seed, width, signs, plan.run_blocks, listed, span, plan.one_chunk
     )
 
 

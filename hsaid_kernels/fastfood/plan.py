@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from hsaid_kernels.fastfood.limits import DIAGONALS, MAX_DIM, MAX_WIDTH, MIN_WIDTH, NORMALIZATIONS
+from hsaid_kernels.fastfood.limits import CHUNKS, DIAGONALS, MAX_DIM, MAX_WIDTH, MIN_WIDTH, NORMALIZATIONS
 
 GENERATOR = "philox4x32-10.v1"
 MAX_BLOCKS = 2**28  # limited by the random generator: block number and a 4-bit purpose share a 32-bit counter word
+MAX_CHUNKS = 2**16  # likewise: chunk and call number share one
 ALIGNMENT = 64  # elements; in the flat buffer every tensor starts at a cache line, for every dtype
 # The adjoint sums the blocks of each *run*, then 2^14 / n runs as a *group*, then the groups of a segment. A group
 # covers run_blocks tiles of 2^14 values. 22 tiles keep the number of groups of mBERT small (42 MB of sums) and occupy
@@ -108,6 +109,11 @@ def default_width(dim: int) -> int:
     return min(max(1 << (dim - 1).bit_length(), MIN_DEFAULT_WIDTH), MAX_WIDTH)
 
 
+def default_chunks(dim: int) -> str:
+    """`Plan`'s choice of chunks for len(theta) = dim: "all" up to 16,384, beyond that "one"."""
+    return "all" if dim <= MAX_WIDTH else "one"
+
+
 _known: weakref.WeakSet[Plan] = weakref.WeakSet()
 
 
@@ -127,10 +133,13 @@ class Plan:
 
     Args:
         shapes: {tensor name: shape}, in the order of the flat buffer.
-        dim: len(theta), 1 to 2**20.
+        dim: len(theta), 1 to 2**24.
         seed: 0 to 2**64 - 1, the key of the Philox random generator.
         width: n, a power of two from 32 to 16,384. None means `default_width(dim)`. A theta longer than n is divided
             into ceil(dim / n) *chunks*.
+        chunks: from which chunks of theta each block is made: "all", their sum, or "one" of them, in turn from block to
+            block, at the cost of a single chunk however long theta is (docs/method.md). With a single chunk both are
+            the same. None means `default_chunks(dim)`.
         diagonal: "gaussian" (as in Fastfood) or "rademacher" (random signs; an isometry on whole blocks).
         normalize: "tensor" (s_i = 1 / sqrt(n D_i)) or "global" (s_i = 1 / sqrt(n sum D)). D_i is the size of the whole
             tensor of segment i, so the segments of a tensor together move as far as the undivided tensor would.
@@ -143,6 +152,8 @@ class Plan:
         segments: int64 [S, len(COLUMNS)], the same as a table, on the CPU for every backend.
         holes: int64 [H, len(COLUMNS)], a table of the rest of the flat buffer: elements of tensors that are in no
             segment, which keep W0, and gaps between tensors, which are 0 and have -1 in column "tensor".
+        chunks: the number of chunks of theta. Each has `width` values; the last one is padded with zeros.
+        one_chunk: whether each block is made from one of several chunks.
         scales: float32 [S], the s_i, on the CPU; `scales_on` has them on other devices.
         key: a hash of all the arguments, the same in every process. `scales`, which `select` replaces, are not in it:
             no op reads them, because its factors are already multiplied by them.
@@ -162,6 +173,7 @@ class Plan:
         seed: int = 0,
         *,
         width: int | None = None,
+        chunks: str | None = None,
         diagonal: str = "gaussian",
         normalize: str = "tensor",
         scale: float = 1.0,
@@ -178,6 +190,11 @@ class Plan:
         self.width = default_width(self.dim) if width is None else check_int("width", width, MIN_WIDTH, MAX_WIDTH)
         if self.width & (self.width - 1):
             raise ValueError(f"width: expected a power of two from {MIN_WIDTH} to {MAX_WIDTH}, got {width}")
+        self.chunks = -(-self.dim // self.width)
+        if self.chunks > MAX_CHUNKS:
+            raise ValueError(f"width: expected at least {self.dim / MAX_CHUNKS:.0f} with dim {self.dim}, got {width}")
+        chosen = default_chunks(self.dim) if chunks is None else check_choice("chunks", chunks, CHUNKS)
+        self.one_chunk = chosen == "one" and self.chunks > 1
         self.diagonal = check_choice("diagonal", diagonal, DIAGONALS)
         self.normalize = check_choice("normalize", normalize, NORMALIZATIONS)
         self.names = tuple(self.shapes)
@@ -189,8 +206,9 @@ class Plan:
             end += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
         self.numel = end
         self._check_pieces()
-        tiles = sum(piece.numel for piece in self.pieces) // MAX_WIDTH
-        self.run_blocks = max(1, min(MAX_RUN_BLOCKS, tiles // RUN_SHARES))
+        lists = self.chunks if self.one_chunk else 1  # of blocks that are divided into groups by themselves
+        tiles = sum(piece.numel for piece in self.pieces) // MAX_WIDTH // lists
+        self.run_blocks = max(1, min(MAX_RUN_BLOCKS, tiles // max(1, RUN_SHARES // lists)))
         self.segments = torch.tensor(self._rows(), dtype=torch.int64, device="cpu")
         self.holes = torch.tensor(self._hole_rows(), dtype=torch.int64, device="cpu").view(-1, len(COLUMNS))
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
@@ -199,9 +217,10 @@ class Plan:
             [1 / math.sqrt(self.width * (sizes[p.tensor] if normalize == "tensor" else total)) for p in self.pieces],
             dtype=torch.float32,
             device="cpu",
-        ).mul_(scale)
+        ).mul_(scale * (math.sqrt(self.chunks) if self.one_chunk else 1.0))
         self._scales = {"cpu": self.scales}
         known = (self.shapes, self.pieces, self.dim, self.seed, self.width, diagonal, normalize, GENERATOR)
+        known += ("one",) if self.one_chunk else ()
         self.key = hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()
         _known.add(self)
 
@@ -213,17 +232,28 @@ class Plan:
         _known.add(self)
 
     @property
-    def chunks(self) -> int:
-        """The number of chunks of theta. Each has `width` values; the last one is padded with zeros."""
-        return -(-self.dim // self.width)
-
-    @property
     def rademacher(self) -> bool:
         return self.diagonal == "rademacher"
 
     def blocks(self, piece: Segment) -> int:
         """The number of blocks of `width` values in a segment."""
         return -(-piece.numel // self.width)
+
+    def first_chunk(self, piece: Segment) -> int:
+        """The chunk from which block 0 of a segment is made if `one_chunk`. Block b is made from the b-th after it."""
+        return stream_id(piece.tensor, piece.label) % 2**64 % self.chunks
+
+    def chunks_reached(self) -> int:
+        """From how many chunks some block is made. The other chunks have no effect on the weights."""
+        if not self.one_chunk:
+            return self.chunks
+        ends = torch.zeros(2 * self.chunks + 1, dtype=torch.int64, device="cpu")
+        for piece in self.pieces:
+            first = self.first_chunk(piece)
+            ends[first] += 1
+            ends[first + min(self.blocks(piece), self.chunks)] -= 1
+        covered = ends.cumsum(0)[:-1].view(2, -1).sum(0)  # segments that go on from the first chunk after the last
+        return int(covered.count_nonzero())
 
     def scales_on(self, device: torch.device) -> torch.Tensor:
         """`scales` on `device`. The copy is made once per device and kept."""
@@ -246,6 +276,7 @@ class Plan:
             self.dim,
             self.seed,
             width=self.width,
+            chunks="one" if self.one_chunk else "all",
             diagonal=self.diagonal,
             normalize=self.normalize,
             segments=[self.pieces[row] for row in rows],

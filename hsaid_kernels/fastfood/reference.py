@@ -23,7 +23,9 @@ from torch import Tensor
 from hsaid_kernels.fastfood.plan import MAX_WIDTH, Plan, Segment, stream_id
 
 DIAGONAL, SIGNS, PERMUTATION = range(3)  # the purpose of a Philox call, part of its counter
+SHARED = 0  # the stream id of B and Pi where blocks are made from one chunk: those of all segments
 MASK32 = 0xFFFFFFFF
+LANES = 256  # sums into which the products of a segment's blocks are added in turn
 SLICE = 2**22  # number of values computed at a time, to limit memory
 
 
@@ -59,13 +61,22 @@ def philox(seed: int, counter: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, 
     return c0, c1, c2, c3
 
 
-def words(seed: int, stream: int, purpose: int, block: Tensor | int, chunk: int, ctr: Tensor) -> Tensor:
-    """The four words of each Philox call, int64 [..., 4], for broadcast `block` and call numbers `ctr`.
+def words(seed: int, stream: int, purpose: int, block: Tensor | int, chunk: Tensor | int, ctr: Tensor) -> Tensor:
+    """The four words of each Philox call, int64 [..., 4], for broadcast `block`, `chunk` and call numbers `ctr`.
 
     The counter is (block | purpose << 28, ctr | chunk << 16, low word of stream, high word of stream).
     """
-    counter = (torch.as_tensor(block) | purpose << 28, ctr | chunk << 16, stream & MASK32, stream >> 32 & MASK32)
+    counter = (
+        torch.as_tensor(block) | purpose << 28,
+        ctr | torch.as_tensor(chunk) << 16,
+        stream & MASK32,
+        stream >> 32 & MASK32,
+    )
     return torch.stack(philox(seed, counter), -1)
+
+
+def _column(chunk: Tensor | int) -> Tensor | int:
+    return chunk[:, None] if isinstance(chunk, Tensor) else chunk
 
 
 def normal(half: Tensor) -> Tensor:
@@ -76,22 +87,22 @@ def normal(half: Tensor) -> Tensor:
     return y * (TABLE_A[s] + TABLE_B[s] * v)
 
 
-def gaussian(seed: int, stream: int, block: Tensor, chunk: int, n: int) -> Tensor:
+def gaussian(seed: int, stream: int, block: Tensor, chunk: Tensor | int, n: int) -> Tensor:
     """G as float32 [blocks, n] for block numbers [blocks]. A Philox call gives eight values at positions 2**s apart."""
     k = torch.arange(n)
     s = min(4, n.bit_length() - 4)
     slot = k >> s & 7
     ctr = k & (1 << s) - 1 | k >> s + 3 << s
-    w = words(seed, stream, DIAGONAL, block[:, None], chunk, torch.arange(n // 8))  # [blocks, n / 8, 4]
+    w = words(seed, stream, DIAGONAL, block[:, None], _column(chunk), torch.arange(n // 8))  # [blocks, n / 8, 4]
     return normal(w[:, ctr, slot >> 1] >> 16 * (slot & 1) & 0xFFFF)
 
 
-def rademacher(seed: int, stream: int, purpose: int, block: Tensor, chunk: int, n: int) -> Tensor:
+def rademacher(seed: int, stream: int, purpose: int, block: Tensor, chunk: Tensor | int, n: int) -> Tensor:
     """Random signs +1 or -1 as float32 [blocks, n], each from one random bit."""
     k = torch.arange(n)
     ctr = k & 3 | k >> 9 << 2
     b = k >> 2 & 127
-    w = words(seed, stream, purpose, block[:, None], chunk, torch.arange(max(4, n // 128)))
+    w = words(seed, stream, purpose, block[:, None], _column(chunk), torch.arange(max(4, n // 128)))
     return 1.0 - 2.0 * (w[:, ctr, b >> 5] >> (b & 31) & 1).to(torch.float32)
 
 
@@ -131,7 +142,7 @@ def walsh_hadamard(x: Tensor, transpose: bool = False) -> Tensor:
     return x
 
 
-def _diagonal(plan: Plan, stream: int, block: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+def _diagonal(plan: Plan, stream: int, block: Tensor, chunk: Tensor | int, dtype: torch.dtype) -> Tensor:
     if plan.rademacher:
         return rademacher(plan.seed, stream, DIAGONAL, block, chunk, plan.width).to(dtype)
     return gaussian(plan.seed, stream, block, chunk, plan.width).to(dtype)
@@ -145,11 +156,16 @@ def _chunk_streams(plan: Plan, stream: int, dtype: torch.dtype) -> Iterator[tupl
 
 
 def _z(plan: Plan, stream: int, theta: Tensor) -> Tensor:
-    """z_ic for all chunks c of theta, [chunks, n], for the segment with this stream id."""
+    """z_ic for all chunks c of theta, [chunks, n], for this stream id: the segment's, or `SHARED` with one chunk a block."""
     n = plan.width
     padded = torch.nn.functional.pad(theta, (0, plan.chunks * n - plan.dim)).view(plan.chunks, n)
     streams = _chunk_streams(plan, stream, theta.dtype)
     return torch.stack([walsh_hadamard(t * signs)[pi] for t, (signs, pi) in zip(padded, streams, strict=True)])
+
+
+def _chunk_of(plan: Plan, piece: Segment, block: Tensor) -> Tensor:
+    """The chunks from which these blocks of a segment are made, if a block is made from one."""
+    return (plan.first_chunk(piece) + block) % plan.chunks
 
 
 def _slices(plan: Plan, piece: Segment) -> Iterator[Tensor]:
@@ -184,15 +200,16 @@ def forward(
     weights = plan.views(flat)
     for w, b in zip(weights, base):
         w.copy_(b)
+    shared = _z(plan, SHARED, theta) if plan.one_chunk else None
     for i, piece in enumerate(plan.pieces):
         stream = stream_id(piece.tensor, piece.label)
-        z = _z(plan, stream, theta)
+        z = _z(plan, stream, theta) if shared is None else shared
         values = []
         for block in _slices(plan, piece):
             x = torch.zeros(len(block), plan.width, dtype=theta.dtype)
-            for chunk in range(plan.chunks):
+            for number, chunk in enumerate([_chunk_of(plan, piece, block)] if plan.one_chunk else range(plan.chunks)):
                 gz = _diagonal(plan, stream, block, chunk, theta.dtype) * z[chunk]
-                x = x + gz if chunk else gz
+                x = x + gz if number else gz
             values.append(factors[i] * walsh_hadamard(x).flatten())
         target = _elements(piece, weights[plan.names.index(piece.tensor)])
         target += torch.cat(values)[: piece.numel].view(target.shape)
@@ -212,6 +229,8 @@ def adjoint(
     `factors` [S] already contain the scales s_i; dfactors are the gradients of these. With `listed`, as in
     `ops.fastfood_adjoint`, the one gradient is that of these blocks. Computes in theta's dtype, on the CPU.
     """
+    if plan.one_chunk:
+        return _adjoint_of_one_chunk(plan, theta, factors, grads, listed, span)
     n, dtype = plan.width, theta.dtype
     dtheta, dfactors = torch.zeros(plan.chunks, n, dtype=dtype), torch.zeros(len(plan.pieces), dtype=dtype)
     for i, piece in enumerate(plan.pieces):
@@ -219,11 +238,7 @@ def adjoint(
         if grad is None:
             continue
         stream = stream_id(piece.tensor, piece.label)
-        g = (grad.flatten() if listed is not None else _elements(piece, grad).flatten()).to(dtype)
-        g = torch.nn.functional.pad(g, (0, -len(g) % n)).view(-1, n)
-        numbers = torch.arange(len(g))  # of the blocks
-        if listed is not None:
-            numbers = (listed[:, None] * span + torch.arange(span)).flatten()
+        g, numbers = _blocks(plan, piece, grad, dtype, listed, span)
         u = torch.zeros(plan.chunks, n, dtype=dtype)
         runs = MAX_WIDTH // n  # number of runs in a group
         for group_blocks in torch.arange(len(g)).split(plan.run_blocks * runs):
@@ -243,6 +258,75 @@ def adjoint(
             scattered[pi] = u[chunk]
             dtheta[chunk] += factors[i] * (signs * walsh_hadamard(scattered, transpose=True))
     return dtheta.flatten()[: plan.dim].clone(), dfactors
+
+
+def _blocks(
+    plan: Plan, piece: Segment, grad: Tensor, dtype: torch.dtype, listed: Tensor | None, span: int
+) -> tuple[Tensor, Tensor]:
+    """The blocks of a segment's gradient [blocks, n], padded with zeros, and their numbers [blocks]."""
+    n = plan.width
+    g = (grad.flatten() if listed is not None else _elements(piece, grad).flatten()).to(dtype)
+    g = torch.nn.functional.pad(g, (0, -len(g) % n)).view(-1, n)
+    numbers = torch.arange(len(g)) if listed is None else (listed[:, None] * span + torch.arange(span)).flatten()
+    return g, numbers
+
+
+def _adjoint_of_one_chunk(
+    plan: Plan,
+    theta: Tensor,
+    factors: Tensor,
+    grads: Sequence[Tensor | None],
+    listed: Tensor | None,
+    span: int,
+) -> tuple[Tensor, Tensor]:
+    """`adjoint` if each block is made from one chunk: the sums are over the blocks of a chunk, of all segments."""
+    n, dtype = plan.width, theta.dtype
+    z, dfactors = _z(plan, SHARED, theta), torch.zeros(len(plan.pieces), dtype=dtype)
+    lists: list[list[Tensor]] = [[] for _ in range(plan.chunks)]  # of f G_b H g_b; missing gradients keep their places
+    nothing = torch.zeros(n, dtype=dtype)
+    for i, piece in enumerate(plan.pieces):
+        grad = grads[plan.names.index(piece.tensor)]
+        if grad is None:
+            for chunk in _chunk_of(plan, piece, torch.arange(plan.blocks(piece))).tolist():
+                lists[chunk].append(nothing)
+            continue
+        g, numbers = _blocks(plan, piece, grad, dtype, listed, span)
+        chunks = _chunk_of(plan, piece, numbers)
+        diagonal = _diagonal(plan, stream_id(piece.tensor, piece.label), numbers, chunks, dtype)
+        drawn = diagonal * walsh_hadamard(g, transpose=True)
+        for chunk, product in zip(chunks.tolist(), factors[i] * drawn, strict=True):
+            lists[chunk].append(product)
+        dots = dots_of_blocks(drawn * z[chunks])
+        of_lanes = torch.zeros(LANES, dtype=dtype)
+        for some in torch.nn.functional.pad(dots, (0, -len(dots) % LANES)).view(-1, LANES):
+            of_lanes = of_lanes + some
+        dfactors[i] = fold(of_lanes)
+    runs = MAX_WIDTH // n  # number of runs in a group
+    dtheta = torch.empty(plan.chunks, n, dtype=dtype)
+    for chunk, (signs, pi) in enumerate(_chunk_streams(plan, SHARED, dtype)):
+        u = torch.zeros(n, dtype=dtype)
+        for begin in range(0, len(lists[chunk]), plan.run_blocks * runs):
+            products = lists[chunk][begin : begin + plan.run_blocks * runs]
+            group = torch.zeros(n, dtype=dtype)
+            for first in range(min(runs, len(products))):
+                group = group + sum(products[first::runs], torch.zeros(n, dtype=dtype))
+            u = u + group
+        scattered = torch.empty(n, dtype=dtype)
+        scattered[pi] = u
+        dtheta[chunk] = signs * walsh_hadamard(scattered, transpose=True)
+    return dtheta.flatten()[: plan.dim].clone(), dfactors
+
+
+def dots_of_blocks(products: Tensor) -> Tensor:
+    """Sums over the last dimension, [blocks, n] -> [blocks], in the order of docs/rng.md.
+
+    First over bits 4 to 7 of the position, one value after another, then those left, as `fold` does.
+    """
+    blocks, n = products.shape
+    sums = torch.zeros(blocks, -(-n // 256), 16, dtype=products.dtype)
+    for some in products.view(blocks, sums.shape[1], -1, 16).unbind(2):
+        sums = sums + some
+    return fold(sums.flatten(1))
 
 
 def fold(x: Tensor) -> Tensor:
