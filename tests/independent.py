@@ -126,12 +126,22 @@ def walsh_hadamard(x: np.ndarray, transposed: bool = False) -> np.ndarray:
 class Model:
     """A whole plan: every tensor one segment, normalised by itself."""
 
-    def __init__(self, shapes: dict, dim: int, seed: int, width: int, diagonal: str):
+    def __init__(self, shapes: dict, dim: int, seed: int, width: int, diagonal: str, one_chunk: bool = False):
         self.shapes, self.dim, self.seed, self.n, self.diagonal = shapes, dim, seed, width, diagonal
         self.chunks = -(-dim // width)
+        self.one_chunk = one_chunk
 
     def scale(self, name: str) -> np.float32:
-        return F(1 / math.sqrt(self.n * math.prod(self.shapes[name])))
+        return F((math.sqrt(self.chunks) if self.one_chunk else 1) / math.sqrt(self.n * math.prod(self.shapes[name])))
+
+    def chunks_of(self, name: str, block: int) -> list:
+        if self.one_chunk:
+            return [(stream_id(name) % self.chunks + block) % self.chunks]
+        return list(range(self.chunks))
+
+    def shared(self, name: str) -> int:
+        """The stream of B and Pi."""
+        return 0 if self.one_chunk else stream_id(name)
 
     def g(self, name: str, block: int, chunk: int) -> np.ndarray:
         if self.diagonal == "gaussian":
@@ -139,27 +149,30 @@ class Model:
         return signs(self.seed, stream_id(name), DIAGONAL, block, chunk, self.n)
 
     def b(self, name: str, chunk: int) -> np.ndarray:
-        return signs(self.seed, stream_id(name), SIGNS, 0, chunk, self.n)
+        return signs(self.seed, self.shared(name), SIGNS, 0, chunk, self.n)
 
     def z(self, name: str, chunk: int, theta: np.ndarray) -> np.ndarray:
         padded = np.zeros(self.chunks * self.n, dtype=F)
         padded[: self.dim] = theta
         h = walsh_hadamard(self.b(name, chunk) * padded[chunk * self.n : (chunk + 1) * self.n])
-        return np.array([h[k] for k in permutation(self.seed, stream_id(name), chunk, self.n)])
+        return np.array([h[k] for k in permutation(self.seed, self.shared(name), chunk, self.n)])
 
     def forward(self, name: str, theta: np.ndarray, factor: np.float32, base: np.ndarray) -> np.ndarray:
         """W0 + factor * H(sum over chunks of G z), with the scale inside `factor`; flat."""
         z = [self.z(name, chunk, theta) for chunk in range(self.chunks)]
         values = []
         for block in range(-(-len(base) // self.n)):
-            x = self.g(name, block, 0) * z[0]
-            for chunk in range(1, self.chunks):
+            first, *others = self.chunks_of(name, block)
+            x = self.g(name, block, first) * z[first]
+            for chunk in others:
                 x = x + self.g(name, block, chunk) * z[chunk]
             values.append(factor * walsh_hadamard(x))
         return base + np.concatenate(values)[: len(base)]
 
     def adjoint(self, theta: np.ndarray, factors: dict, grads: dict) -> tuple:
         """(dtheta, dfactors), the blocks of a tensor added run by run, the runs group by group."""
+        if self.one_chunk:
+            return self.adjoint_of_one_chunk(theta, factors, grads)
         weights = sum(math.prod(shape) for shape in self.shapes.values())
         run_length, runs = min(22, max(1, weights // 2**14 // 108)), 2**14 // self.n
         dtheta, dfactors = np.zeros((self.chunks, self.n), dtype=F), []
@@ -180,16 +193,48 @@ class Model:
                 u += of_group
             dot = F(0)
             for chunk in range(self.chunks):
-                products = u[chunk] * self.z(name, chunk, theta)
-                while len(products) > 1:  # the upper half onto the lower
-                    products = products[: len(products) // 2] + products[len(products) // 2 :]
-                dot = dot + products[0]
+                dot = dot + folded(u[chunk] * self.z(name, chunk, theta))
                 scattered = np.zeros(self.n, dtype=F)
                 scattered[permutation(self.seed, stream_id(name), chunk, self.n)] = u[chunk]
                 back = self.b(name, chunk) * walsh_hadamard(scattered, transposed=True)
                 dtheta[chunk] += factors[name] * back
             dfactors.append(dot)
         return dtheta.reshape(-1)[: self.dim], np.array(dfactors, dtype=F)
+
+    def adjoint_of_one_chunk(self, theta: np.ndarray, factors: dict, grads: dict) -> tuple:
+        """The blocks of a chunk, of all tensors, added run by run; all are in one group."""
+        runs, dfactors = 2**14 // self.n, []
+        z = [self.z("", chunk, theta) for chunk in range(self.chunks)]
+        products = [[] for _ in range(self.chunks)]
+        for name, grad in grads.items():
+            padded = np.zeros(-(-len(grad) // self.n) * self.n, dtype=F)
+            padded[: len(grad)] = grad
+            lanes = np.zeros(256, dtype=F)
+            for block, g in enumerate(padded.reshape(-1, self.n)):
+                (chunk,) = self.chunks_of(name, block)
+                drawn = self.g(name, block, chunk) * walsh_hadamard(g, transposed=True)
+                products[chunk].append(factors[name] * drawn)
+                sums = np.zeros((-(-self.n // 256), 16), dtype=F)
+                for k, product in enumerate(drawn * z[chunk]):
+                    sums[k >> 8, k % 16] += product
+                lanes[block % 256] += folded(sums.reshape(-1))
+            dfactors.append(folded(lanes))
+        dtheta = np.zeros((self.chunks, self.n), dtype=F)
+        for chunk, some in enumerate(products):
+            assert len(some) <= runs
+            u = np.zeros(self.n, dtype=F)
+            for product in some:  # each the only one of its run
+                u = u + (product + F(0))
+            scattered = np.zeros(self.n, dtype=F)
+            scattered[permutation(self.seed, 0, chunk, self.n)] = u
+            dtheta[chunk] = self.b("", chunk) * walsh_hadamard(scattered, transposed=True)
+        return dtheta.reshape(-1)[: self.dim], np.array(dfactors, dtype=F)
+
+
+def folded(x: np.ndarray) -> np.float32:
+    while len(x) > 1:  # the upper half onto the lower
+        x = x[: len(x) // 2] + x[len(x) // 2 :]
+    return x[0]
 
 
 def bfloat16_bits(x: np.ndarray) -> np.ndarray:
@@ -208,7 +253,8 @@ uint32 for permutations, bfloat16 and float16 where a key says so. A stream is n
 how names become ids (a label follows the name after a zero byte).
 Inputs of 'z', 'forward' and 'adjoint', by flat index k, each one float32 division of two integers: theta[k] = ((37 k)
 mod 101 - 50) / 99; base[k] = ((29 k) mod 97 - 48) / 95; grad[k] = ((31 k) mod 89 - 44) / 87. A tensor's 'factor' is
-'lambda' times its scale 1 / sqrt(width D), one float32 product; it has the scale inside.
+'lambda' times its scale 1 / sqrt(width D), one float32 product; it has the scale inside. With 'chunks' "one" each
+block is made from one chunk, the scale is sqrt(chunks) as large, and z is that of every tensor.
 'z' is Pi H B theta of one chunk; 'forward' is base + factor H(sum of G z); 'adjoint' has dtheta for all three
 gradients and, for each tensor in order, dfactor = <u, z>, which is <grad, H(sum of G z)>.
 """
@@ -223,11 +269,13 @@ STREAMS = [  # seed, name, block, chunk, n
     (2**63, "bert.embeddings.word_embeddings.weight", 89661, 1023, 1024),
     (2**64 - 1, "größe.重み", 2**28 - 1, 63, 16384),
 ]
-PLANS = [  # dim, seed, width, diagonal
+PLANS = [  # dim, seed, width, diagonal, whether with one chunk a block
     (200, 7, 256, "gaussian"),
     (200, 7, 256, "rademacher"),
     (200, 2**64 - 1, 64, "gaussian"),
     (200, 2**64 - 1, 64, "rademacher"),
+    (200, 7, 64, "gaussian", True),
+    (200, 2**64 - 1, 64, "rademacher", True),
 ]
 SHAPES = {"a": (40, 128), "b": (768,), "c": (3, 7)}
 LAMBDAS = {"a": 1.0, "b": 0.5, "c": -2.0}
@@ -265,8 +313,8 @@ def integers(x: np.ndarray) -> dict:
     return {"first": x[:8].astype(int).tolist(), "last": x[-8:].astype(int).tolist(), "digest": digest(x)}
 
 
-def plan_answers(dim: int, seed: int, width: int, diagonal: str) -> dict:
-    model = Model(SHAPES, dim, seed, width, diagonal)
+def plan_answers(dim: int, seed: int, width: int, diagonal: str, one_chunk: bool = False) -> dict:
+    model = Model(SHAPES, dim, seed, width, diagonal, one_chunk)
     theta, factors = theta_of(dim), {name: F(LAMBDAS[name]) * model.scale(name) for name in SHAPES}
     grads = {name: grad_of(shape) for name, shape in SHAPES.items()}
     forward = {}
@@ -281,6 +329,7 @@ def plan_answers(dim: int, seed: int, width: int, diagonal: str) -> dict:
             "seed": f"{seed:016x}",
             "width": width,
             "diagonal": diagonal,
+            **({"chunks": "one"} if one_chunk else {}),
             "shapes": SHAPES,
             "lambda": LAMBDAS,
         },

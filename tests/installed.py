@@ -31,7 +31,7 @@ def check_known_answers(backend: str, device: str) -> None:
     """Forward of all dtypes and adjoint, as in tests/fastfood/test_reference.py."""
     for known in KNOWN["plans"]:
         given = known["plan"]
-        choices = {"width": given["width"], "diagonal": given["diagonal"]}
+        choices = {"width": given["width"], "diagonal": given["diagonal"], "chunks": given.get("chunks", "all")}
         plan = Plan(given["shapes"], given["dim"], int(given["seed"], 16), **choices)
         theta = sequence(plan.dim).to(device)
         lambdas = torch.tensor(list(given["lambda"].values()), device=device)

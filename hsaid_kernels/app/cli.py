@@ -28,7 +28,7 @@ from hsaid_kernels.app.defaults import (
     THRESHOLD,
 )
 from hsaid_kernels.app.terminal import RunError, UsageError
-from hsaid_kernels.fastfood.limits import DIAGONALS, MAX_DIM, NORMALIZATIONS
+from hsaid_kernels.fastfood.limits import CHUNKS, DIAGONALS, MAX_DIM, MAX_WIDTH, MIN_WIDTH, NORMALIZATIONS
 from hsaid_kernels.version import __version__
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -177,6 +177,8 @@ def _add_data(parser: argparse.ArgumentParser, default: _Default) -> None:
 def _add_scale(add: _Add) -> None:
     add("--normalize", "global", "scale of the random matrices", choices=NORMALIZATIONS)
     add("--diagonal", DIAGONALS[0], "of the random matrices", choices=DIAGONALS)
+    add("--width", None, "of their blocks (that of theta)", type=_integer(MIN_WIDTH, MAX_WIDTH), metavar="N")
+    add("--chunks", None, "of theta that make a block, where it is wider (all up to d = 16,384)", choices=CHUNKS)
 
 
 def _add_loop(parser: argparse.ArgumentParser, default: _Default, steps: str) -> _Add:

@@ -57,11 +57,14 @@ class TextClassification:
     dropout: bool
     normalize: str
     diagonal: str
+    width: int | None = None
+    chunks: str | None = None
 
     def __call__(self, run: Run) -> Scores:
         classifier = training.build_classifier(self.source, self.dataset.labels, run.seed, self.max_length)
         device = choose_device()
-        classifier.model = run.wrap(classifier.model.to(device), normalize=self.normalize, diagonal=self.diagonal)
+        options = {name: getattr(self, name) for name in ("normalize", "diagonal", "width", "chunks")}
+        classifier.model = run.wrap(classifier.model.to(device), **options)
         batches = training.training_batches(classifier, self.dataset.train, self.batch_size, run.seed)
         for step in training.training_steps(
             classifier.model, batches, steps=self.steps, lr=run.lr, seed=run.seed, dropout=self.dropout
@@ -130,11 +133,11 @@ def _prepared(arguments: argparse.Namespace, storage: str, out: Path) -> tuple[S
     dataset = data.with_validation(load_dataset(options), options.seed)
     source, classifier = load_classifier(options, dataset.labels)
     choose_backend("auto", choose_device())
-    names = ("methods", "dims", "seeds", "threshold", "refine")
-    chosen = {name: getattr(options, name) for name in names}
+    asked = ("methods", "dims", "seeds", "threshold", "refine")
+    chosen = {name: getattr(options, name) for name in asked}
     design = design_of(classifier.model, **chosen, compare=options.compare or (), rates={})
     steps = num_steps(options, sum(p.numel() for p in classifier.model.parameters()), len(dataset.train))
-    names = ("max_length", "batch_size", "dropout", "normalize", "diagonal")
+    names = ("max_length", "batch_size", "dropout", "normalize", "diagonal", "width", "chunks")
     train = TextClassification(source, dataset, steps=steps, **{name: getattr(options, name) for name in names})
     study = Study(storage, arguments.study, _settings(train, classifier.model))
     majority = training.majority_baseline(dataset.train, dataset.test)
@@ -180,7 +183,7 @@ def _options(arguments: argparse.Namespace, storage: str) -> argparse.Namespace:
 
 def _settings(train: TextClassification, model: nn.Module) -> dict[str, Any]:
     """What two runs of a study must have in common. Names and paths may differ from machine to machine."""
-    names = ("max_length", "steps", "batch_size", "dropout", "normalize", "diagonal")
+    names = ("max_length", "steps", "batch_size", "dropout", "normalize", "diagonal", "width", "chunks")
     parts = [getattr(train.dataset, part) for part in ("train", "validation", "test")]
     examples = json.dumps([[astuple(example) for example in part] for part in parts])
     weights = hashlib.blake2b(digest_size=8)

@@ -97,6 +97,8 @@ def _wrap(model: nn.Module, arguments: argparse.Namespace) -> HSAID:
         arguments.seed,
         normalize=arguments.normalize,
         diagonal=arguments.diagonal,
+        width=arguments.width,
+        chunks=arguments.chunks,
         dtype=getattr(torch, arguments.dtype),
     )
 

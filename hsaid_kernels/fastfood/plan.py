@@ -146,6 +146,7 @@ class Plan:
         scale: multiplies all s_i. A power of two changes no digit: theta / scale makes the same weights to the bit.
         segments: the segments to project, in order. No two may overlap or have the same stream id. None means one
             segment for each tensor.
+        part: whether the plan is for some of the tensors of a larger one, so that others may use what these do not.
 
     Attributes:
         pieces: the S segments, as `Segment` objects.
@@ -162,8 +163,8 @@ class Plan:
 
     Raises:
         TypeError: dim, seed or width is not an integer.
-        ValueError: an argument is out of range or not one of the choices, a tensor is empty, or the segments do not fit
-            their tensors.
+        ValueError: an argument is out of range or not one of the choices, a tensor is empty, the segments do not fit
+            their tensors, or with one chunk a block some chunk of theta is used by none.
     """
 
     def __init__(
@@ -178,6 +179,7 @@ class Plan:
         normalize: str = "tensor",
         scale: float = 1.0,
         segments: Sequence[Segment] | None = None,
+        part: bool = False,
     ):
         self.shapes = {name: tuple(int(s) for s in shape) for name, shape in shapes.items()}
         if not self.shapes:
@@ -206,6 +208,8 @@ class Plan:
             end += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
         self.numel = end
         self._check_pieces()
+        if not part:
+            self._check_chunks()
         lists = self.chunks if self.one_chunk else 1  # of blocks that are divided into groups by themselves
         tiles = sum(piece.numel for piece in self.pieces) // MAX_WIDTH // lists
         self.run_blocks = max(1, min(MAX_RUN_BLOCKS, tiles // max(1, RUN_SHARES // lists)))
@@ -220,8 +224,9 @@ class Plan:
         ).mul_(scale * (math.sqrt(self.chunks) if self.one_chunk else 1.0))
         self._scales = {"cpu": self.scales}
         known = (self.shapes, self.pieces, self.dim, self.seed, self.width, diagonal, normalize, GENERATOR)
-        known += ("one",) if self.one_chunk else ()
-        self.key = hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()
+        self.key = hashlib.blake2b(
+            repr((*known, "one") if self.one_chunk else known).encode(), digest_size=16
+        ).hexdigest()
         _known.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -280,6 +285,7 @@ class Plan:
             diagonal=self.diagonal,
             normalize=self.normalize,
             segments=[self.pieces[row] for row in rows],
+            part=True,
         )
         selected.scales = self.scales[rows]
         selected._scales = {"cpu": selected.scales}
@@ -300,6 +306,15 @@ class Plan:
             if other is not p:
                 names = f"{(p.tensor, p.label)} and {(other.tensor, other.label)}"
                 raise ValueError(f"segments: {names} have the same stream id")
+
+    def _check_chunks(self) -> None:
+        reached = self.chunks_reached()
+        if reached < self.chunks:
+            blocks = sum(map(self.blocks, self.pieces))
+            raise ValueError(
+                f"chunks: expected blocks that use each of {self.chunks} chunks of theta, got {blocks} blocks of "
+                f"{self.width} weights, which use {reached}: take chunks='all', a smaller width or a smaller dim"
+            )
 
     def _hole_rows(self) -> list[list[int]]:
         rows = []

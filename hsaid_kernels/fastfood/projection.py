@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         diagonal: str
         normalize: str
         width: int | None
+        chunks: str | None
         backend: str
         dtype: torch.dtype
 
@@ -211,11 +212,12 @@ class Projection:
         diagonal: str = "gaussian",
         normalize: str = "tensor",
         width: int | None = None,
+        chunks: str | None = None,
         backend: str = "auto",
         dtype: torch.dtype = torch.float32,
     ) -> Projection:
         """The projection of theta [dim] to tensors given as {name: shape}. Other arguments and errors as in `Plan`."""
-        plan = Plan(shapes, dim, seed, width=width, diagonal=diagonal, normalize=normalize)
+        plan = Plan(shapes, dim, seed, width=width, chunks=chunks, diagonal=diagonal, normalize=normalize)
         return cls(plan, dtype=dtype, backend=backend)
 
     @classmethod
@@ -239,10 +241,11 @@ class Projection:
 
     def __repr__(self) -> str:
         p = self.plan
+        chunks = "chunks='one', " if p.one_chunk else ""
         return (
             f"Projection({len(p.names)} tensors, {sum(s.numel for s in p.pieces):,} weights, dim={p.dim}, "
-            f"seed={p.seed}, width={p.width}, diagonal={p.diagonal!r}, normalize={p.normalize!r}, dtype={self.dtype}, "
-            f"backend={self.backend!r})"
+            f"seed={p.seed}, width={p.width}, {chunks}diagonal={p.diagonal!r}, normalize={p.normalize!r}, "
+            f"dtype={self.dtype}, backend={self.backend!r})"
         )
 
     def forward(

@@ -6,6 +6,13 @@
     df_i     = sum_c <u_ic, z_ic>
     dtheta_c = sum_i f_i * B_ic H Pi_ic^T u_ic
 
+With one chunk a block, there is no sum over c: block b of segment i is made from one chunk c(i, b), and all segments
+have the same z:
+
+    W_i      = W0_i + f_i * concat_b H(G_ibc z_c)         with c = c(i, b)
+    dtheta_c = B_c H Pi_c^T (sum of f_i * G_ibc . (H g_ib) over all i, b with c(i, b) = c)
+    df_i     = sum_b <G_ibc . (H g_ib), z_c>
+
 Here n is the plan's width, b the index of a block, G a random diagonal, B random signs, Pi a random permutation, H the
 Walsh-Hadamard matrix, "." the elementwise product, and g_ib block b of the gradient of W_i.
 
@@ -15,7 +22,7 @@ float32 results equal the kernels' bit for bit. In float64 this module is the ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -156,7 +163,7 @@ def _chunk_streams(plan: Plan, stream: int, dtype: torch.dtype) -> Iterator[tupl
 
 
 def _z(plan: Plan, stream: int, theta: Tensor) -> Tensor:
-    """z_ic for all chunks c of theta, [chunks, n], for this stream id: the segment's, or `SHARED` with one chunk a block."""
+    """z_ic for all chunks c of theta, [chunks, n], for this stream id: that of a segment, or `SHARED`."""
     n = plan.width
     padded = torch.nn.functional.pad(theta, (0, plan.chunks * n - plan.dim)).view(plan.chunks, n)
     streams = _chunk_streams(plan, stream, theta.dtype)
@@ -207,7 +214,10 @@ def forward(
         values = []
         for block in _slices(plan, piece):
             x = torch.zeros(len(block), plan.width, dtype=theta.dtype)
-            for number, chunk in enumerate([_chunk_of(plan, piece, block)] if plan.one_chunk else range(plan.chunks)):
+            chunks: Iterable[Tensor | int] = range(plan.chunks)
+            if plan.one_chunk:
+                chunks = [_chunk_of(plan, piece, block)]
+            for number, chunk in enumerate(chunks):
                 gz = _diagonal(plan, stream, block, chunk, theta.dtype) * z[chunk]
                 x = x + gz if number else gz
             values.append(factors[i] * walsh_hadamard(x).flatten())

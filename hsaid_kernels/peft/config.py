@@ -36,9 +36,9 @@ class HSAIDConfig(PeftConfig):
     all. Whether the model's parameters require gradients makes no difference: PEFT freezes them.
 
     Args:
-        intrinsic_dim, partition, seed, skip, merge, combine, normalize, diagonal, width, heads, pruned, padding_rows,
-            backend, memory: as in `HSAID`. Where None means something that depends on the model, the adapter's own
-            configuration says what.
+        intrinsic_dim, partition, seed, skip, merge, combine, normalize, diagonal, width, chunks, heads, pruned,
+            padding_rows, backend, memory: as in `HSAID`. Where None means something that depends on the model, the
+            adapter's own configuration says what.
         dtype: of the weights: None, "float32", "bfloat16" or "float16", as in `HSAID`.
         target_modules: which modules' tensors, with those of the modules inside them. None means all of the model's.
             Otherwise as in other methods of PEFT: names, or ends of names; or a regular expression for the whole name;
@@ -65,6 +65,7 @@ class HSAIDConfig(PeftConfig):
     normalize: str = "global"
     diagonal: str = "gaussian"
     width: int | None = None
+    chunks: str | None = None
     heads: bool | None = None
     pruned: dict[str, list[int]] | None = None
     padding_rows: dict[str, int] | None = None
@@ -91,8 +92,8 @@ class HSAIDConfig(PeftConfig):
         """The options for the wrapper. `left_out` are the names of the tensors that are not projected."""
         if self.dtype is not None and self.dtype not in DTYPES:
             raise TypeError(f"dtype: expected None or one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}")
-        own = ["intrinsic_dim", "partition", "seed", "merge", "combine", "normalize", "diagonal", "width", "heads"]
-        own += ["pruned", "padding_rows", "backend", "memory", "lr_scale"]
+        own = ["intrinsic_dim", "partition", "seed", "merge", "combine", "normalize", "diagonal", "width", "chunks"]
+        own += ["heads", "pruned", "padding_rows", "backend", "memory", "lr_scale"]
         options: dict[str, Any] = {key: getattr(self, key) for key in own}
         options |= dict(skip=self.skip or (), dtype=None if self.dtype is None else getattr(torch, self.dtype))
         return Settings(**options, task=TASK, include=None, exclude=None, train_fully=None, frozen=left_out)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from hsaid_kernels.fastfood.limits import DIAGONALS, MAX_DIM, NORMALIZATIONS
+from hsaid_kernels.fastfood.limits import CHUNKS, DIAGONALS, MAX_DIM, NORMALIZATIONS
 from hsaid_kernels.fastfood.ops import BACKENDS, WEIGHT_DTYPES
 from hsaid_kernels.fastfood.plan import Plan, check_choice, check_int
 from hsaid_kernels.fastfood.projection import check_kept
@@ -54,6 +54,7 @@ class Settings:
     normalize: str
     diagonal: str
     width: int | None
+    chunks: str | None
     seed: int
 
     task: str
@@ -75,6 +76,8 @@ class Settings:
         check_choice("combine", self.combine, COMBINE)
         check_choice("normalize", self.normalize, NORMALIZATIONS)
         check_choice("diagonal", self.diagonal, DIAGONALS)
+        if self.chunks is not None:
+            check_choice("chunks", self.chunks, CHUNKS)
         check_choice("backend", self.backend, BACKENDS)
         check_choice("memory", self.memory, MEMORY)
         if self.heads is not None and not isinstance(self.heads, bool):
@@ -137,6 +140,7 @@ def basis_of(model: nn.Module, given: Settings) -> Basis:
         given.intrinsic_dim - m,
         given.seed,
         width=given.width,
+        chunks=given.chunks,
         diagonal=given.diagonal,
         normalize=given.normalize,
         scale=given.lr_scale or 1.0,
@@ -157,6 +161,7 @@ def basis_of(model: nn.Module, given: Settings) -> Basis:
         pruned=pruned,
         padding_rows=rows,
         width=plan.width,
+        chunks="one" if plan.one_chunk else "all",
         seed=plan.seed,
         include=include,
         exclude=exclude,

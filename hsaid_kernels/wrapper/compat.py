@@ -91,7 +91,7 @@ def intrinsic_dimension_said(
 
 
 class FastfoodWrap(HSAID):
-    """`HSAID(module, intrinsic_dimension, "did", normalize="tensor", padding_rows={})` as the original class calls it.
+    """An `HSAID` with partition "did", normalize="tensor", chunks="all" and padding_rows={}, called as the original is.
 
     Args:
         module: a module. Its parameters that require gradients are projected; the others are frozen.
@@ -113,7 +113,7 @@ class FastfoodWrap(HSAID):
         width: int | None = None,
     ):
         include, _ = _choice(module, ())
-        as_published: dict[str, Any] = dict(normalize="tensor", padding_rows={})
+        as_published: dict[str, Any] = dict(normalize="tensor", chunks="all", padding_rows={})
         super().__init__(module, intrinsic_dimension, "did", seed, include=include, width=width, **as_published)
         self.to(device)
 
@@ -152,7 +152,7 @@ def _put_into_subspace(
     include, train_fully = _choice(module, str_filter)
     torch.empty(0, device=device)  # raises for an unavailable device before anything is changed
     options: dict[str, Any] = dict(include=include, train_fully=train_fully, width=width)
-    options |= dict(normalize="tensor", padding_rows={})
+    options |= dict(normalize="tensor", chunks="all", padding_rows={})
     hsaid = _InPlace(module, dim, partition, seed, **options)
     _carry(module, hsaid)
     return module.to(device)

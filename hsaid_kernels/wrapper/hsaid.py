@@ -42,15 +42,15 @@ class HSAID(State, StandIn):
     Args:
         model: any module. Its parameters are W0 and are not changed. Tied parameters stay tied. Of
             `torch.compile(module)`, the module inside is wrapped: compile the HSAID instead.
-        intrinsic_dim: d, the total number of trained values, len(theta) + len(multipliers). From 1 to 2**20, and larger
+        intrinsic_dim: d, the total number of trained values, len(theta) + len(multipliers). From 1 to 2**24, and larger
             than the number m of multipliers.
         partition: which tensors share multipliers, given by levels of the hierarchy: "L1+L2|L3|L4" (the default, also
             called "hsaid-3"), "said", "did", ...; see `Hierarchy.partition`.
         seed: 0 to 2**64 - 1. Determines the random basis, that is, all matrices P_i.
         skip, merge: nodes of the hierarchy to skip or to treat as the same node, see `Hierarchy.from_model`.
         combine: "product" or "sum", how a tensor's multipliers are combined into its factor, see `Partition`.
-        normalize, diagonal, width: options of the projection, see `Plan`. The published scale is normalize="tensor",
-            with which some seeds collapse at the learning rates that others need (docs/method.md).
+        normalize, diagonal, width, chunks: options of the projection, see `Plan`. The published scale is
+            normalize="tensor", with which some seeds collapse at the learning rates that others need (docs/method.md).
         include, exclude: regular expressions that select the tensors to project, see `select_tensors`. All other
             parameters of the model are frozen, except those that `train_fully` selects.
         train_fully: regular expressions that select tensors to train directly, as in ordinary fine-tuning (a new
@@ -131,6 +131,7 @@ class HSAID(State, StandIn):
         normalize: str = "global",
         diagonal: str = "gaussian",
         width: int | None = None,
+        chunks: str | None = None,
         include: Patterns = None,
         exclude: Patterns = None,
         train_fully: Patterns = None,
@@ -145,7 +146,9 @@ class HSAID(State, StandIn):
     ):
         super().__init__()
         options: dict[str, Any] = dict(intrinsic_dim=intrinsic_dim, partition=partition, seed=seed, skip=skip)
-        options |= dict(merge=merge, combine=combine, normalize=normalize, diagonal=diagonal, width=width)
+        options |= dict(
+            merge=merge, combine=combine, normalize=normalize, diagonal=diagonal, width=width, chunks=chunks
+        )
         options |= dict(include=include, exclude=exclude, train_fully=train_fully, frozen=frozen, heads=heads)
         options |= dict(pruned=pruned, padding_rows=padding_rows, dtype=dtype, backend=backend, memory=memory)
         settings = Settings(**options, task=task)

@@ -332,9 +332,9 @@ def refusal(capsys, arguments, code=2):
     [
         ([], "required: command"),
         (["fly"], "invalid choice: 'fly'"),
-        (["train", "--intrinsic-dim", "0"], "--intrinsic-dim: expected an integer from 1 to 1048576, got '0'"),
-        (["train", "--intrinsic-dim", "1048577"], "expected an integer from 1 to 1048576, got '1048577'"),
-        (["train", "--intrinsic-dim", "many"], "expected an integer from 1 to 1048576, got 'many'"),
+        (["train", "--intrinsic-dim", "0"], "--intrinsic-dim: expected an integer from 1 to 16777216, got '0'"),
+        (["train", "--intrinsic-dim", "16777217"], "expected an integer from 1 to 16777216, got '16777217'"),
+        (["train", "--intrinsic-dim", "many"], "expected an integer from 1 to 16777216, got 'many'"),
         (["train", "--seed", str(2**64)], f"expected an integer from 0 to {2**64 - 1}, got '{2**64}'"),
         (["train", "--seed", "-1"], "expected an integer from 0"),
         (["train", "--threads", "0"], "--threads: expected an integer from 1 to"),

@@ -56,27 +56,31 @@ def inputs(plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def example(width: int, chunks: int, diagonal: str) -> Plan:
+def example(width: int, chunks: int | str, diagonal: str) -> Plan:
     """Whole blocks, a ragged last block, less than a block; theta short of whole chunks."""
     shapes = {"whole": (2, width), "ragged": (width + width // 2 + 3,), "tiny": (5,)}
-    return Plan(shapes, chunks * width - 3, 2**64 - 1, width=width, diagonal=diagonal)
+    one = chunks == "one"
+    dim = (3 if one else chunks) * width - 3
+    return Plan(shapes, dim, 2**64 - 1, width=width, diagonal=diagonal, chunks="one" if one else "all")
 
 
 @functools.cache
-def expected_forward(width: int, chunks: int, diagonal: str, dtype: torch.dtype, base: torch.dtype | None) -> Tensor:
+def expected_forward(
+    width: int, chunks: int | str, diagonal: str, dtype: torch.dtype, base: torch.dtype | None
+) -> Tensor:
     plan = example(width, chunks, diagonal)
     bases = [values(shape, base) for shape in plan.shapes.values()] if base else []
     return reference.forward(plan, *inputs(plan), bases, dtype)
 
 
 @functools.cache
-def expected_adjoint(width: int, chunks: int, diagonal: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def expected_adjoint(width: int, chunks: int | str, diagonal: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     plan = example(width, chunks, diagonal)
     return reference.adjoint(plan, *inputs(plan), [values(shape, dtype) for shape in plan.shapes.values()])
 
 
 @pytest.mark.parametrize("diagonal", DIAGONALS)
-@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("chunks", [1, 3, "one"])
 @pytest.mark.parametrize("q", range(5, 15))
 def test_every_width(q, chunks, diagonal, isa):
     width, plan = 2**q, example(2**q, chunks, diagonal)
@@ -92,13 +96,13 @@ def test_every_width(q, chunks, diagonal, isa):
 @functools.cache
 def longest_theta() -> tuple:
     """(plan, flat, (dtheta, dfactors)) of the reference."""
-    plan = Plan({"w": (100, 7)}, MAX_DIM, 3)
+    plan = Plan({"w": (100, 7)}, 2**20, 3, chunks="all")
     gradients = reference.adjoint(plan, *inputs(plan), [values((100, 7))])
     return plan, reference.forward(plan, *inputs(plan), []), gradients
 
 
 def test_longest_theta(isa):
-    """d = 2^20, which is 64 chunks, on a small tensor."""
+    """64 chunks on a small tensor."""
     plan, flat, gradients = longest_theta()
     assert_same_bits(forward(plan, *inputs(plan), []), flat)
     assert_same_adjoint(adjoint(plan, *inputs(plan), [values((100, 7))]), gradients)
@@ -106,11 +110,64 @@ def test_longest_theta(isa):
 
 @pytest.mark.parametrize("dim", [1, 2, 31, 33, 16385])
 def test_short_and_odd_theta(dim, isa):
-    plan = Plan({"a": (70,), "scalar": ()}, dim, 1)
+    plan = Plan({"a": (70,), "scalar": ()}, dim, 1, chunks="all")
     theta, factors = inputs(plan)
     grads = [values((70,)), values(())]
     assert_same_bits(forward(plan, theta, factors, []), reference.forward(plan, theta, factors, []))
     assert_same_adjoint(adjoint(plan, theta, factors, grads), reference.adjoint(plan, theta, factors, grads))
+
+
+# --- one chunk a block
+
+
+def one_chunk_example(count: int, width: int = 1024) -> tuple[Plan, list]:
+    """A plan of `count` chunks with several groups of blocks, runs of several blocks, and gradients of every kind."""
+    shapes = {"a": (117, width), "none": (3, width), "strided": (130, 90), "b": (2, width), "half": (9, width + 3)}
+    plan = Plan(shapes, count * width - 9, 11, width=width, chunks="one")
+    grads = [values(shape, torch.bfloat16 if name == "half" else torch.float32) for name, shape in shapes.items()]
+    grads[1], grads[2] = None, values((90, 130)).T
+    return plan, grads
+
+
+@pytest.mark.parametrize("run_blocks, count", [(1, 2), (3, 2), (2, 5), (1, 40)])
+def test_one_chunk_a_block_sums_over_blocks_of_all_segments(run_blocks, count, isa):
+    plan, grads = one_chunk_example(count)
+    plan.run_blocks = run_blocks
+    expected = reference.adjoint(plan, *inputs(plan), grads)
+    assert_same_adjoint(adjoint(plan, *inputs(plan), grads), expected)
+    with threads(3):
+        assert_same_adjoint(adjoint(plan, *inputs(plan), grads), expected, "three threads")
+        flat = forward(plan, *inputs(plan), [])
+    assert_same_bits(flat, reference.forward(plan, *inputs(plan), []), "three threads")
+
+
+def test_sixteen_million_values():
+    """d = 2^24 in 65,536 chunks, the most that the generator can number; a plan of some of the tensors."""
+    width = 256
+    plan = Plan({"a": (3, width)}, MAX_DIM, 5, width=width, part=True)
+    assert plan.one_chunk and plan.chunks == MAX_DIM // width and plan.chunks_reached() == 3
+    theta, grads = sequence(plan.dim), [values((3, width))]
+    assert_same_bits(forward(plan, theta, plan.scales, []), reference_of_few_blocks(plan, theta))
+    dtheta, _ = adjoint(plan, theta, plan.scales, grads)
+    reached = dtheta.view(-1, width).count_nonzero(1).nonzero().flatten()
+    assert sorted((plan.first_chunk(plan.pieces[0]) + b) % plan.chunks for b in range(3)) == reached.tolist()
+    moved = torch.dot(forward(plan, theta, plan.scales, [])[: 3 * width].double(), grads[0].flatten().double())
+    assert torch.dot(dtheta.double(), theta.double()).item() == pytest.approx(moved.item(), rel=1e-4)
+
+
+def reference_of_few_blocks(plan: Plan, theta: Tensor) -> Tensor:
+    """The weights of a plan with one tensor of few blocks, without z of the chunks that these do not use."""
+    flat = torch.zeros(plan.numel)
+    for block in range(plan.blocks(plan.pieces[0])):
+        chunk = (plan.first_chunk(plan.pieces[0]) + block) % plan.chunks
+        signs = reference.rademacher(
+            plan.seed, 0, reference.SIGNS, torch.zeros(1, dtype=torch.int64), chunk, plan.width
+        )
+        z = reference.walsh_hadamard(signs[0] * theta.view(-1, plan.width)[chunk])
+        z = z[reference.permutation(plan.seed, 0, chunk, plan.width)]
+        g = reference.gaussian(plan.seed, stream_id("a"), torch.tensor([block]), chunk, plan.width)[0]
+        flat[block * plan.width :][: plan.width] = plan.scales[0] * reference.walsh_hadamard(g * z)
+    return flat
 
 
 # --- the flat buffer
@@ -526,7 +583,7 @@ print(forward, memory("VmHWM") - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set as Linux gives it")
 @pytest.mark.parametrize(
-    "shapes, dim", [({"a": (30000, 1024), "b": (40, 768, 1000)}, 16384), ({"a": (4300, 1024)}, MAX_DIM)]
+    "shapes, dim", [({"a": (30000, 1024), "b": (40, 768, 1000)}, 16384), ({"a": (4300, 1024)}, 2**20)]
 )
 def test_memory(shapes, dim):
     """At most 64 MB beyond inputs and outputs, with 61.4M weights and with the longest theta."""

@@ -68,15 +68,42 @@ def test_segments():
     [(1, 256), (256, 256), (257, 512), (951, 1024), (1024, 1024), (16384, 16384), (16385, 16384), (2**20, 16384)],
 )
 def test_default_width(dim, width):
-    assert default_width(dim) == Plan({"a": (3,)}, dim).width == width
-    assert Plan({"a": (3,)}, dim, width=32).width == 32
+    assert default_width(dim) == Plan({"a": (3,)}, dim, chunks="all").width == width
+    assert Plan({"a": (3,)}, min(dim, 2**20), width=32, chunks="all").width == 32
 
 
 @pytest.mark.parametrize(
     "dim, width, chunks", [(200, None, 1), (200, 64, 4), (192, 64, 3), (2**20, None, 64), (1, 32, 1)]
 )
 def test_chunks(dim, width, chunks):
-    assert Plan({"a": (3,)}, dim, width=width).chunks == chunks
+    assert Plan({"a": (3,)}, dim, width=width, chunks="all").chunks == chunks
+
+
+def test_one_chunk_a_block():
+    shapes = {"a": (40, 64), "b": (5, 64), "c": (7,)}
+    one, every = (Plan(shapes, 300, width=64, chunks=chunks) for chunks in ("one", "all"))
+    assert one.one_chunk and not every.one_chunk and one.chunks == every.chunks == 5
+    assert torch.equal(one.scales, torch.tensor([math.sqrt(5 / (64 * n)) for n in (2560, 320, 7)]))
+    assert one.key != every.key == Plan(shapes, 300, width=64).key
+    # Where theta is one chunk there is nothing to choose.
+    assert Plan(shapes, 64, width=64, chunks="one").key == Plan(shapes, 64, width=64).key
+    # By default: where theta is longer than the longest block.
+    large = {"a": (70, 1024)}
+    assert not Plan(large, 16384).one_chunk and Plan(large, 16385).one_chunk
+    assert not Plan(large, 16385, chunks="all").one_chunk and Plan(large, 16385, width=4096).one_chunk
+
+
+def test_blocks_use_the_chunks_in_turn():
+    plan = Plan({"a": (40, 64), "b": (5, 64), "c": (7,)}, 300, width=64, chunks="one")
+    assert [plan.first_chunk(piece) for piece in plan.pieces] == [stream_id(n) % 2**64 % 5 for n in "abc"]
+    used = {(plan.first_chunk(piece) + b) % 5 for piece in plan.pieces for b in range(plan.blocks(piece))}
+    assert len(used) == plan.chunks_reached() == 5
+    few = plan.select(["b", "c"])
+    assert few.one_chunk and few.chunks_reached() == 5
+    for names, dim in ((["c"], 300), (["c", "b"], 2000)):
+        some = Plan({name: plan.shapes[name] for name in names}, dim, width=64, chunks="one", part=True)
+        used = {(some.first_chunk(p) + b) % some.chunks for p in some.pieces for b in range(some.blocks(p))}
+        assert some.chunks_reached() == len(used) < some.chunks
 
 
 def test_scales():
@@ -129,9 +156,9 @@ def test_default_device_does_not_matter():
         ({"shapes": {}}, ValueError, "shapes: expected at least one tensor, got none"),
         ({"shapes": {"a": (2,), "b": (0, 3)}}, ValueError, "shapes: expected tensors .* got 'b' of shape (0, 3)"),
         ({"shapes": {"a": (-2, -3)}}, ValueError, "shapes: expected tensors .* got 'a' of shape (-2, -3)"),
-        ({"dim": 0}, ValueError, "dim: expected an integer from 1 to 1048576, got 0"),
-        ({"dim": -3}, ValueError, "dim: expected an integer from 1 to 1048576, got -3"),
-        ({"dim": 2**20 + 1}, ValueError, "dim: expected an integer from 1 to 1048576, got 1048577"),
+        ({"dim": 0}, ValueError, "dim: expected an integer from 1 to 16777216, got 0"),
+        ({"dim": -3}, ValueError, "dim: expected an integer from 1 to 16777216, got -3"),
+        ({"dim": 2**24 + 1}, ValueError, "dim: expected an integer from 1 to 16777216, got 16777217"),
         ({"dim": 200.0}, TypeError, "dim: expected an integer, got float 200.0"),
         ({"dim": True}, TypeError, "dim: expected an integer, got bool True"),
         ({"dim": None}, TypeError, "dim: expected an integer, got NoneType None"),
@@ -143,6 +170,13 @@ def test_default_device_does_not_matter():
         ({"width": 32768}, ValueError, "width: expected an integer from 32 to 16384, got 32768"),
         ({"width": 48}, ValueError, "width: expected a power of two from 32 to 16384, got 48"),
         ({"width": 64.0}, TypeError, "width: expected an integer, got float 64.0"),
+        ({"chunks": "two"}, ValueError, "chunks: expected one of 'all', 'one', got 'two'"),
+        (
+            {"dim": 200, "width": 32, "shapes": {"a": (60,)}, "chunks": "one"},
+            ValueError,
+            "chunks: expected blocks that use each of 7 chunks of theta, got 2 blocks of 32 weights, which use 2",
+        ),
+        ({"dim": 2**24, "width": 128}, ValueError, "width: expected at least 256 with dim 16777216, got 128"),
         ({"diagonal": "cauchy"}, ValueError, "diagonal: expected one of 'gaussian', 'rademacher', got 'cauchy'"),
         ({"normalize": "row"}, ValueError, "normalize: expected one of 'tensor', 'global', got 'row'"),
         ({"shapes": {"a": (2**28, 33)}, "width": 32}, ValueError, "width: 'a' has 276824064 blocks of 32, at most"),

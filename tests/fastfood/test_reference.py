@@ -91,16 +91,20 @@ def test_streams(known):
 
 
 @pytest.mark.parametrize(
-    "known", KNOWN["plans"], ids=lambda known: f"{known['plan']['diagonal']}-{known['plan']['width']}"
+    "known",
+    KNOWN["plans"],
+    ids=lambda known: f"{known['plan']['diagonal']}-{known['plan']['width']}-{known['plan'].get('chunks', 'all')}",
 )
 def test_forward_and_adjoint(known, backend):
     """A whole small projection, on every backend."""
     given = known["plan"]
-    plan = Plan(given["shapes"], given["dim"], int(given["seed"], 16), width=given["width"], diagonal=given["diagonal"])
+    options = {"width": given["width"], "diagonal": given["diagonal"], "chunks": given.get("chunks", "all")}
+    plan = Plan(given["shapes"], given["dim"], int(given["seed"], 16), **options)
     theta, lambdas = sequence(plan.dim), torch.tensor(list(given["lambda"].values()))
     if backend == "reference":
         for z in known["z"]:
-            assert_known(reference._z(plan, stream_id(z["tensor"]), theta)[z["chunk"]], z)
+            stream = reference.SHARED if plan.one_chunk else stream_id(z["tensor"])
+            assert_known(reference._z(plan, stream, theta)[z["chunk"]], z)
     base = {name: sequence(math.prod(shape), 29, 97).view(shape) for name, shape in plan.shapes.items()}
     grads = {name: sequence(math.prod(shape), 31, 89).view(shape) for name, shape in plan.shapes.items()}
     assert patterns(lambdas * plan.scales) == [tensor["factor"] for tensor in known["forward"].values()]

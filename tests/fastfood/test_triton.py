@@ -234,7 +234,7 @@ def test_nothing_is_compiled_twice(device):
 def test_everything_compiles(width, chunks, rademacher, device):
     """Also for dtypes that are mixed, of which each kernel then takes any."""
     diagonal = ("gaussian", "rademacher")[rademacher]
-    plan = Plan({"a": (70, 96), "b": (7,)}, chunks * width, width=width, diagonal=diagonal)
+    plan = Plan({"a": (70, 96), "b": (7,)}, chunks * width, width=width, diagonal=diagonal, chunks="all")
     theta, factors, table = torch.ones(plan.dim), plan.scales, (plan.segments, 3, width, bool(rademacher))
     a, b = (torch.ones(shape) for shape in plan.shapes.values())
     ops.fastfood_forward(theta, factors, [a.half(), b], *table, plan.holes, plan.numel, torch.float16)

@@ -367,8 +367,8 @@ def test_a_model_is_wrapped_once():
     "model, arguments, error, reason",
     [
         (bert, dict(intrinsic_dim=16), ValueError, r"more than the 16 multipliers of 'L1\+L2\|L3\|L4', got 16"),
-        (bert, dict(intrinsic_dim=0), ValueError, "intrinsic_dim: expected an integer from 1 to 1048576, got 0"),
-        (bert, dict(intrinsic_dim=2**20 + 1), ValueError, "from 1 to 1048576, got 1048577"),
+        (bert, dict(intrinsic_dim=0), ValueError, "intrinsic_dim: expected an integer from 1 to 16777216, got 0"),
+        (bert, dict(intrinsic_dim=2**24 + 1), ValueError, "from 1 to 16777216, got 16777217"),
         (bert, dict(intrinsic_dim=60.0), TypeError, "intrinsic_dim: expected an integer, got float 60.0"),
         (bert, dict(seed=-1), ValueError, "seed: expected an integer from 0 to 18446744073709551615, got -1"),
         (bert, dict(seed=2**64), ValueError, "seed: expected an integer from 0 to"),

@@ -61,9 +61,9 @@ def check_config(where: str, config: Config, own: Config) -> None:
     """
     for key in BASIS:
         if config[key] != own[key]:
-            # These two are rarely given, and what they are by default has changed.
-            changed = key in ("width", "padding_rows")
-            hint = f": wrap the model with {key}={config[key]} for that" if changed else ""
+            # These are rarely given, and what they are by default has changed.
+            changed = key in ("width", "chunks", "padding_rows")
+            hint = f": wrap the model with {key}={config[key]!r} for that" if changed else ""
             raise ValueError(f"{where}: expected {key} {own[key]!r}, as in this HSAID, got {config[key]!r}{hint}")
     check_tensors(config, own)
     warn_of_other_w0(config, own["w0_checks"])

@@ -29,6 +29,7 @@ SHAPES = ("tensors", "full", "frozen")  # keys with {name: shape}
 # Values for keys that are missing in configurations from older versions.
 FIRST: Config = {"task": TASK, "train_fully": None, "full": {}, "frozen": {}, "heads": False, "pruned": {}}
 FIRST["padding_rows"] = {}  # which projected all rows
+FIRST["chunks"] = "all"  # which added them up
 FIRST |= {"w0_dtypes": None, "architecture": None}  # which did not say so
 MOST_NAMES = 100_000  # limit for a run of numbered modules that is stored as one entry, such as "0..11"
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
@@ -155,7 +156,9 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "format": (str(FORMAT), lambda value: _is(int)(value) and value == FORMAT),
     "generator": (repr(GENERATOR), lambda value: value == GENERATOR),
     **dict.fromkeys(("intrinsic_dim", "width", "seed"), ("an integer", _is(int))),
-    **dict.fromkeys(("partition", "combine", "normalize", "diagonal", "task", "w0_checks"), ("a string", _is(str))),
+    **dict.fromkeys(
+        ("partition", "combine", "normalize", "diagonal", "chunks", "task", "w0_checks"), ("a string", _is(str))
+    ),
     "skip": ("a list of names", _is_list_of(str)),
     "merge": ("lists of names by name", _is_dict_of(_is_list_of(str))),
     **dict.fromkeys(("heads", "dtype_given"), ("true or false", _is(bool))),
@@ -200,10 +203,10 @@ def parse(where: str, text: str) -> Config:
 def packed(config: Config) -> Config:
     """The configuration in the form stored as JSON, with the names and shapes of tensors as compact trees (`_pack`).
 
-    What says nothing is left out, so that it is that of versions that did not know it: no padding rows, no
-    architecture, tensors that all have the dtype of the weights.
+    What says nothing is left out, so that it is that of versions that did not know it: no padding rows, all chunks in
+    every block, no architecture, tensors that all have the dtype of the weights.
     """
-    silent: Config = {"padding_rows": {}, "architecture": None, "w0_dtypes": {"*": config["dtype"]}}
+    silent: Config = {"padding_rows": {}, "chunks": "all", "architecture": None, "w0_dtypes": {"*": config["dtype"]}}
     stored = {key: value for key, value in config.items() if key not in silent or value not in (silent[key], None)}
     return stored | {key: _pack(config[key]) for key in SHAPES}
 
