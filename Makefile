@@ -69,7 +69,7 @@ check: $(VENV)/.installed-test lint
 	$(TESTS) --dist loadfile tests/hierarchy tests/app/test_data.py tests/app/test_fuzz.py tests/app/test_terminal.py tests/fastfood/test_plan.py tests/test_import.py
 
 arm: $(VENV)/.installed
-	@$(CMAKE) -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	@PATH="$(abspath $(BIN)):$$PATH" $(CMAKE) -B build/arm -G Ninja -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
 	  -DHSAID_CPU=OFF -DHSAID_CUDA=OFF -DHSAID_TESTS=ON -DPython_EXECUTABLE="$(abspath $(BIN))/python" > /dev/null
 	@$(CMAKE) --build build/arm --target test_core
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm/test_core
