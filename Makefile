@@ -59,7 +59,7 @@ measure: $(VENV)/.installed
 	$(BIN)/hsaid measure $(ARGS)
 
 test: $(VENV)/.installed-test lint build/cmake/test_core
-	$(TESTS) --dist loadfile tests $(ARGS)
+	$(TESTS) --dist loadfile --ignore tests/clients tests $(ARGS)
 	@echo "The CUDA ops and kernels, over the emulated device:"
 	HSAID_EMULATED=1 $(TESTS) tests/fastfood/test_gpu.py
 	@echo "The Triton kernels, by Triton's interpreter:"
@@ -69,9 +69,9 @@ check: $(VENV)/.installed-test lint
 	$(TESTS) --dist loadfile tests/hierarchy tests/app/test_data.py tests/app/test_fuzz.py tests/app/test_terminal.py tests/fastfood/test_plan.py tests/test_import.py
 
 arm: $(VENV)/.installed
-	@PATH="$(abspath $(BIN)):$$PATH" $(CMAKE) -B build/arm -G Ninja -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	@$(CMAKE) -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
 	  -DHSAID_CPU=OFF -DHSAID_CUDA=OFF -DHSAID_TESTS=ON -DPython_EXECUTABLE="$(abspath $(BIN))/python" > /dev/null
-	@$(CMAKE) --build build/arm --target test_core
+	@$(CMAKE) --build build/arm --parallel --target test_core
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm/test_core
 
 clients: build/clients/.installed
