@@ -50,6 +50,9 @@ CMAKE := $(abspath $(BIN))/cmake
 # As many processes as cores, each with a thread.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
+# Ninja takes all cores, however many jobs make has: it cannot share those of a make before 4.4, and complains.
+unexport MAKEFLAGS
+
 .PHONY: train measure test check arm clients triton-versions cuda-check wheels lint bench bench-full report gpu clean
 
 train: $(VENV)/.installed
