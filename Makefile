@@ -50,6 +50,9 @@ CMAKE := $(abspath $(BIN))/cmake
 # As many processes as cores, each with a thread.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
+# Ninja takes all cores, however many jobs make has: it cannot share those of a make before 4.4, and complains.
+unexport MAKEFLAGS
+
 .PHONY: train measure test check arm clients triton-versions cuda-check wheels lint bench bench-full report gpu clean
 
 train: $(VENV)/.installed
@@ -59,7 +62,7 @@ measure: $(VENV)/.installed
 	$(BIN)/hsaid measure $(ARGS)
 
 test: $(VENV)/.installed-test lint build/cmake/test_core
-	$(TESTS) --dist loadfile tests $(ARGS)
+	$(TESTS) --dist loadfile --ignore tests/clients tests $(ARGS)
 	@echo "The CUDA ops and kernels, over the emulated device:"
 	HSAID_EMULATED=1 $(TESTS) tests/fastfood/test_gpu.py
 	@echo "The Triton kernels, by Triton's interpreter:"
@@ -71,7 +74,7 @@ check: $(VENV)/.installed-test lint
 arm: $(VENV)/.installed
 	@$(CMAKE) -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
 	  -DHSAID_CPU=OFF -DHSAID_CUDA=OFF -DHSAID_TESTS=ON -DPython_EXECUTABLE="$(abspath $(BIN))/python" > /dev/null
-	@$(CMAKE) --build build/arm --target test_core
+	@$(CMAKE) --build build/arm --parallel --target test_core
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm/test_core
 
 clients: build/clients/.installed

@@ -1,5 +1,6 @@
-"""Starts a test's file as a script in two processes that find each other over gloo."""
+"""Starts a test's file as a script in two processes that find each other over gloo; processes that import nothing."""
 
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -32,6 +33,14 @@ def in_two_processes(script: str, *arguments: str) -> None:
     ]
     said = [process.communicate(timeout=120)[0] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(said)
+
+
+def forked(function, *arguments) -> None:
+    """Calls a function in a process of its own, for its memory: one that begins with all that this one has imported."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def leave() -> None:

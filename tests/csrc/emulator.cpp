@@ -1,5 +1,7 @@
+#undef _FORTIFY_SOURCE  // which takes a jump to another stack for a mistake
 #include "emulator.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -22,8 +24,27 @@ constexpr int kSmallestDevice = 99 << 10;  // bytes of shared memory that a bloc
 
 enum class Waits { kNo, kForBlock, kForWarp, kDone };
 
-struct Fiber {
+// A stack that is not running, and where on it to go on: where its context says, if it has never run.
+struct Place {
   ucontext_t context;
+  jmp_buf left;
+  bool has_run = false;
+
+  // Swapping contexts takes a system call, for the mask of signals; only so do sanitizers know what is going on.
+  static void swap(Place& from, Place& to) {
+#if defined(__SANITIZE_ADDRESS__)
+    swapcontext(&from.context, &to.context);
+#else
+    from.has_run = true;
+    if (_setjmp(from.left)) return;
+    if (to.has_run) _longjmp(to.left, 1);
+    setcontext(&to.context);
+#endif
+  }
+};
+
+struct Fiber {
+  Place place;
   std::unique_ptr<char[]> stack;
   Waits waits;
   float lane_value;
@@ -47,7 +68,7 @@ struct Access {
 struct Machine {
   Device device;
   std::vector<Fiber> fibers;
-  ucontext_t scheduler;
+  Place scheduler;
   void* scheduler_stack = nullptr;
   const void* scheduler_bottom = nullptr;
   size_t scheduler_bytes = 0;
@@ -69,7 +90,7 @@ struct Machine {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&scheduler_stack, fiber.stack.get(), kStackBytes);
 #endif
-    swapcontext(&scheduler, &fiber.context);
+    Place::swap(scheduler, fiber.place);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(scheduler_stack, nullptr, nullptr);
 #endif
@@ -81,7 +102,7 @@ struct Machine {
     __sanitizer_start_switch_fiber(waits == Waits::kDone ? nullptr : &fiber.sanitizer_stack, scheduler_bottom,
                                    scheduler_bytes);
 #endif
-    swapcontext(&fiber.context, &scheduler);
+    Place::swap(fiber.place, scheduler);
     entered();
   }
   void entered() {
@@ -96,11 +117,13 @@ struct Machine {
   }
 
   [[gnu::noinline]] static void prepare(Fiber& fiber) {
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, [] { instance().thread_main(); }, 0);
+    ucontext_t& context = fiber.place.context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.get();
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, [] { instance().thread_main(); }, 0);
+    fiber.place.has_run = false;
   }
   void start_block(int count, int shared_bytes) {
     threads = count;

@@ -6,6 +6,7 @@ Run as a script, this file is one of the processes.
 import collections
 import datetime
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ from hsaid_kernels.wrapper.weights import launches
 # Neither 3 divides 50 rows of words, nor 16 positions, nor 20 columns; 2 labels are fewer than 3 ranks.
 SIZES = dict(hidden_size=20, intermediate_size=36, num_hidden_layers=3)
 D, STEPS = 90, 3
-SECONDS = 100
+SECONDS = 300
 
 
 def model() -> nn.Module:
@@ -255,7 +256,7 @@ RUNS = {
 }
 
 
-def main(what: str, kind: str, rank: str, world: str, port: str, folder: str) -> None:
+def main(rank: str, world: str, port: str, folder: str, *runs: str) -> None:
     launches.SMALLEST_TABLE = 1
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -265,9 +266,11 @@ def main(what: str, kind: str, rank: str, world: str, port: str, folder: str) ->
         world_size=int(world),
         timeout=datetime.timedelta(seconds=20),
     )
-    found = RUNS[what](int(rank), int(world), folder, kind)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
+    for run in runs:
+        what, _, kind = run.partition("-")
+        found = RUNS[what](int(rank), int(world), f"{folder}/{run}", kind)
+        torch.save(found, f"{folder}/{run}/{rank}.pt")
+        dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads sometimes end a process with an error that is on its way out
@@ -276,22 +279,45 @@ def main(what: str, kind: str, rank: str, world: str, port: str, folder: str) ->
 # --- the tests
 
 
-def start(what: str, world: int, folder: Path, kind: str = "layers") -> list[subprocess.Popen]:
+def start(world: int, folder: Path, *runs: str) -> list[subprocess.Popen]:
+    """Processes that do `runs` one after the other, "what-kind", each in a folder of its name."""
+    for run in runs:
+        (folder / run).mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, __file__, what, kind]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
     return [
-        subprocess.Popen([*command, str(rank), str(world), str(port), str(folder)], **pipes) for rank in range(world)
+        subprocess.Popen([sys.executable, __file__, str(rank), str(world), str(port), str(folder), *runs], **pipes)
+        for rank in range(world)
     ]
 
 
-def results(what: str, world: int, folder: Path, kind: str = "layers") -> list[dict]:
-    processes = start(what, world, folder, kind)
+def finish(processes: list[subprocess.Popen]) -> None:
     said = [process.communicate(timeout=SECONDS)[0] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(said)
+
+
+def results(folder: Path, world: int = 2) -> list[dict]:
+    """What the ranks of a run have left in its folder."""
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """The folder in which two processes have done all that is not about their number, or their end."""
+    folder = tmp_path_factory.mktemp("two")
+    trained = [f"training-{kind}" for kind, world in KINDS if world == 2] + ["training-mixed", "training-autocast"]
+    finish(start(2, folder, *trained, "refusals-layers", "elsewhere-layers", "counting-layers"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def three(two) -> Path:
+    """As `two`, in three processes, which also load what two have saved."""
+    shutil.copytree(two / "training-layers" / "checkpoint", two / "three" / "resharded-layers" / "checkpoint")
+    finish(start(3, two / "three", "training-layers", "resharded-layers"))
+    return two / "three"
 
 
 @pytest.fixture(autouse=True)
@@ -303,12 +329,13 @@ KINDS = [("layers", 2), ("layers", 3), ("root", 2), ("hybrid", 2), ("accumulated
 
 
 @pytest.mark.parametrize("kind, world", KINDS)
-def test_trains_as_one_process(kind, world, tmp_path):
+def test_trains_as_one_process(kind, world, request):
     one = HSAID(model(), D, **(dict(train_fully="classifier") if kind == "layers" else {}))
     losses = train(one, slice(None))
     with torch.no_grad():
         logits = one(batches()[0][0]).logits
-    ranks = results("training", world, tmp_path, kind)
+    folder = request.getfixturevalue("two" if world == 2 else "three") / f"training-{kind}"
+    ranks = results(folder, world)
     mean = [sum(of_step) / world for of_step in zip(*(rank["losses"] for rank in ranks), strict=True)]
     assert mean == pytest.approx(losses, rel=1e-5)
     for rank in ranks:
@@ -317,43 +344,46 @@ def test_trains_as_one_process(kind, world, tmp_path):
             assert relative(value, dict(one.named_parameters())[name]) <= 1e-4, name
         assert relative(rank["logits"], logits) <= 1e-4
         assert all(map(torch.equal, rank["weights"].values(), ranks[0]["weights"].values()))
-    files = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
+    files = sorted(path.name for path in (folder / "checkpoint").iterdir())
     assert files == ["hsaid.safetensors", "hsaid_config.json"]
-    loaded = HSAID.from_pretrained(tmp_path / "checkpoint", model())
-    assert read_config(tmp_path / "checkpoint")["w0_checks"] == loaded.w0_checks()  # or loading would warn
+    loaded = HSAID.from_pretrained(folder / "checkpoint", model())
+    assert read_config(folder / "checkpoint")["w0_checks"] == loaded.w0_checks()  # or loading would warn
     with torch.no_grad():
         weights = loaded.weights()
         assert all(torch.equal(weights[name], value) for name, value in ranks[0]["weights"].items())
         assert torch.equal(loaded(batches()[0][0]).logits, ranks[0]["logits"])
         (table,) = loaded.padding_rows
         assert torch.equal(ranks[0]["weights"][table][0], loaded.w0()[table][0])
-    if kind == "layers" and world == 2:
-        for rank in results("resharded", 3, tmp_path):
-            assert all(torch.equal(weights[name], value) for name, value in rank["weights"].items())
-            assert torch.equal(rank["logits"], ranks[0]["logits"])
+
+
+def test_a_checkpoint_of_two_ranks_loads_into_three(two, three):
+    saved, *_ = results(two / "training-layers")
+    for rank in results(three / "resharded-layers", 3):
+        assert all(torch.equal(saved["weights"][name], value) for name, value in rank["weights"].items())
+        assert torch.equal(rank["logits"], saved["logits"])
 
 
 @pytest.mark.parametrize("kind", ["mixed", "autocast"])
-def test_lower_precision(kind, tmp_path):
+def test_lower_precision(kind, two):
     """As an unsharded bfloat16 model, or one under autocast, whose steps are rounded at other places."""
     one = HSAID(model().bfloat16() if kind == "mixed" else model(), D)
     losses = train(one, slice(None), autocast=kind == "autocast")
-    ranks = results("training", 2, tmp_path, kind)
+    ranks = results(two / f"training-{kind}")
     mean = [sum(of_step) / 2 for of_step in zip(*(rank["losses"] for rank in ranks), strict=True)]
     assert mean == pytest.approx(losses, rel=2e-2)
     assert all(torch.equal(value, ranks[0]["trained"][name]) for name, value in ranks[1]["trained"].items())
 
 
-def test_only_what_is_trained_is_reduced(tmp_path):
+def test_only_what_is_trained_is_reduced(two):
     """FSDP2 gathers twice and reduces gradients of all weights once; with HSAID it only gathers."""
-    for counts in results("counting", 2, tmp_path):
+    for counts in results(two / "counting-layers"):
         full, hsaid = counts["full"], counts["hsaid"]
         assert full["scatter"] > 0 and "scatter" not in hsaid
         assert 0 < hsaid["gather"] <= full["gather"] and hsaid["reduce"] <= D
         assert sum(hsaid.values()) / sum(full.values()) <= 0.67
 
 
-def test_what_is_refused(tmp_path):
+def test_what_is_refused(two):
     expected = {
         "step": 'ValueError: memory: expected "block" for a model that FSDP2 (fully_shard) has sharded',
         "seed": "ValueError: seed: expected the same on all ranks, got 0 on rank 0, 1 on rank 1",
@@ -369,7 +399,7 @@ def test_what_is_refused(tmp_path):
         "unwrapped": "none",
         "wrapped again": "none",
     }
-    first, second = results("refusals", 2, tmp_path)
+    first, second = results(two / "refusals-layers")
     alone = (
         "RuntimeError: model: expected weights in shards to be read while the model runs, got a read of 'classifier.we"
     )
@@ -380,22 +410,22 @@ def test_what_is_refused(tmp_path):
             assert said[what].startswith(message), (what, said[what])
 
 
-def test_gradients_are_averaged_wherever_the_model_is_run(tmp_path):
-    ranks = results("elsewhere", 2, tmp_path)
+def test_gradients_are_averaged_wherever_the_model_is_run(two):
+    ranks = results(two / "elsewhere-layers")
     for what, gradients in ranks[0].items():
         assert gradients["theta"].any() and len(gradients) >= (2 if what == "part" else 4)
         assert all(torch.equal(value, ranks[1][what][name]) for name, value in gradients.items()), what
-    assert (tmp_path / "after" / "hsaid.safetensors").exists()
+    assert (two / "elsewhere-layers" / "after" / "hsaid.safetensors").exists()
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path):
-    survivor, dead = start("dying", 2, tmp_path)
+    survivor, dead = start(2, tmp_path, "dying-layers")
     said, _ = survivor.communicate(timeout=SECONDS)
     dead.communicate(timeout=SECONDS)
     assert dead.returncode == -signal.SIGKILL and survivor.returncode not in (0, None)
     assert "Error" in said
-    assert HSAID.from_pretrained(tmp_path / "before", model()).theta.isfinite().all()
-    assert [path.name for path in tmp_path.iterdir()] == ["before"]
+    assert HSAID.from_pretrained(tmp_path / "dying-layers" / "before", model()).theta.isfinite().all()
+    assert [path.name for path in (tmp_path / "dying-layers").iterdir()] == ["before"]
 
 
 def test_tensors_of_another_kind_are_refused():

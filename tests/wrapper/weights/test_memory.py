@@ -1,6 +1,6 @@
 """Gradients of the weights are used, and freed, as backward leaves the blocks of the model.
 
-Run as a script, this file is a process whose memory is measured.
+Run as a script, this file is a process for each measurement.
 """
 
 import re
@@ -12,6 +12,7 @@ import torch
 import transformers
 from helpers import ENVIRONMENT, memory
 from models import IDS, SIZES, bert, mlp, moved, tied_models
+from processes import forked
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -172,20 +173,25 @@ def test_theta_changed_before_backward_is_refused():
         loss.backward()
 
 
-@pytest.mark.parametrize(
-    "of_weights, of_w0", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
-)
-def test_peak_of_a_step(of_weights, of_w0):
-    command = [sys.executable, __file__, of_weights, of_w0]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+DTYPES = [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[tuple[str, str], list[int]]:
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    peak, w0, weights, largest, activations = map(int, done.stdout.split())
+    return dict(zip(DTYPES, (list(map(int, line.split())) for line in done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("of_weights, of_w0", DTYPES)
+def test_peak_of_a_step(of_weights, of_w0, measured):
+    peak, w0, weights, largest, activations = measured[of_weights, of_w0]
     assert w0 > 1.5 * MARGIN  # or the margin would hide the gradients of all
     assert peak <= w0 + weights + activations + largest + MARGIN
 
 
-if __name__ == "__main__":
-    of_weights, of_w0 = (getattr(torch, name) for name in sys.argv[1:])
+def measure(*dtypes: str) -> None:
+    of_weights, of_w0 = (getattr(torch, name) for name in dtypes)
     with torch.no_grad():
         HSAID(bert(), 60)(IDS)  # what loads when it is first used
     before = memory("VmRSS")
@@ -218,3 +224,8 @@ if __name__ == "__main__":
         largest,
         sum(kept.values()),
     )
+
+
+if __name__ == "__main__":
+    for dtypes in DTYPES:
+        forked(measure, *dtypes)

@@ -1,6 +1,6 @@
 """memory="block": weights live while their block runs, and backward makes them again, with the same bits.
 
-Run as a script, this file is a process whose memory is measured.
+Run as a script, this file is a process for each measurement.
 """
 
 import subprocess
@@ -11,6 +11,7 @@ import torch
 import transformers
 from helpers import ENVIRONMENT, memory, reset_peak
 from models import FAMILIES, IDS, SIZES, bert, family, gradient, mlp, moved, relative, tied_models
+from processes import forked
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -380,17 +381,23 @@ WIDE = dict(hidden_size=256, num_hidden_layers=16, num_attention_heads=4, interm
 TABLE = dict(vocab_size=60_000)  # 61 MB
 
 
+CASES = [(kind, autocast) for kind in ("step", "block") for autocast in ("", "autocast")]
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[tuple[str, str], list[float]]:
+    ran = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    return dict(zip(CASES, (list(map(float, line.split())) for line in ran.stdout.splitlines()), strict=True))
+
+
 @pytest.mark.parametrize("autocast", ["", "autocast"])
-def test_memory_of_a_step(autocast):
+def test_memory_of_a_step(autocast, measured):
     """A step takes W0, the activations, and about two blocks: neither all weights, nor those of the embeddings."""
-    took = {}
-    for kind in ("step", "block"):
-        command = [sys.executable, __file__, kind, autocast]
-        ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
-        assert ran.returncode == 0, ran.stderr
-        took[kind], layer, table, weights = map(float, ran.stdout.split())
-    assert took["block"] <= 2 * layer + 40e6 < weights  # the rest is activations and the allocator
-    assert took["step"] - took["block"] >= 0.6 * weights
+    step, *_ = measured["step", autocast]
+    block, layer, _, weights = measured["block", autocast]
+    assert block <= 2 * layer + 40e6 < weights  # the rest is activations and the allocator
+    assert step - block >= 0.6 * weights
 
 
 def measure(kind: str, autocast: str) -> None:
@@ -414,4 +421,5 @@ def measure(kind: str, autocast: str) -> None:
 
 if __name__ == "__main__":
     assert launches.SMALLEST_TABLE <= TABLE["vocab_size"] * WIDE["hidden_size"]
-    measure(*sys.argv[1:])
+    for case in CASES:
+        forked(measure, *case)
