@@ -234,7 +234,7 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     add_profiled("--seeds", "how many", type=_integer(1, 1000), metavar="N")
     add_profiled("--refine", "how many d are added where a curve crosses", type=_integer(0, 100), metavar="N")
     add("--threshold", THRESHOLD, "of the score of full fine-tuning", type=_share, metavar="SHARE")
-    text = "methods of PEFT to show beside them, of lora, vera, unilora, fourierft, bitfit; lora:8 is LoRA of rank 8"
+    text = "other methods beside them, of lora, vera, unilora, fourierft, bitfit, gpart; lora:8 is LoRA of rank 8"
     add("--compare", None, text, type=_list, metavar="METHOD,...")
     _add_scale(add)
     _add_loop(parser, unset, f"quick: {quick['steps']}; full: {full['steps']}")

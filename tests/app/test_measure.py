@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from hsaid_kernels.app import cli, data, training
 from hsaid_kernels.app.measure.compare import METHODS, adapted, check_method
@@ -112,7 +113,10 @@ def test_other_settings_are_refused_with_the_difference(files, measured, capsys,
         (["--methods", "said", "--dims", "5", "10"], "dims: expected some d above the 41 multipliers of 'said', got"),
         (["--methods", "L1|L9"], "L9"),
         (["--dims", "300", "30"], "dims: expected increasing numbers above 0, got [300, 30]"),
-        (["--compare", "lora,gpt"], "compare: expected some of lora, vera, unilora, fourierft, bitfit, got 'gpt'"),
+        (
+            ["--compare", "lora,gpt"],
+            "compare: expected some of lora, vera, unilora, fourierft, bitfit, gpart, got 'gpt'",
+        ),
         (["--compare", "bitfit:3"], "compare: expected no size, because BitFit trains all biases, got 'bitfit:3'"),
         (["--threshold", "1.2"], "expected a share above 0 and at most 1, got '1.2'"),
         (["--storage", "postgresql://me:secret@127.0.0.1:1/none"], "storage: expected a database"),
@@ -198,4 +202,26 @@ def test_bitfit_trains_biases_and_the_head(files):
     assert trained == {n for n, _ in model.named_parameters() if n.endswith("bias") or n.startswith("classifier.")}
     with pytest.raises(ValueError, match="model: expected a sequence classifier of transformers, got BertModel"):
         adapted(model.bert, "bitfit", 0)
-    assert set(METHODS) == {"lora", "vera", "unilora", "fourierft", "bitfit"}
+    assert set(METHODS) == {"lora", "vera", "unilora", "fourierft", "bitfit", "gpart"}
+
+
+def test_gpart_is_an_isometry_on_the_linear_layers(files):
+    build = lambda: training.build_classifier(str(files / "model"), ["a", "b"], 0, 8)  # noqa: E731
+    plain, classifier = build(), build()
+    model = adapted(classifier.model, "gpart:40", 3)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    (theta,) = (parameter for name, parameter in trained.items() if not name.startswith("classifier."))
+    assert theta.shape == (40,) and not theta.any()
+    texts = ["one text", "another"]
+    assert torch.equal(classifier.logits(texts), plain.logits(texts))
+    layers = [module for module in model.bert.modules() if isinstance(module, torch.nn.Linear)]
+    before = [layer.weight.detach().clone() for layer in layers]
+    with torch.no_grad():
+        theta.normal_()
+    moved = sum((layer.weight - weight).square().sum() for layer, weight in zip(layers, before, strict=True))
+    assert moved.item() == pytest.approx(theta.square().sum().item(), rel=1e-5)
+    again = adapted(build().model, "gpart:40", 3)
+    with torch.no_grad():
+        next(p for n, p in again.named_parameters() if p.requires_grad and len(p) == 40).copy_(theta)
+    other = (m for m in again.bert.modules() if isinstance(m, torch.nn.Linear))
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(layers, other, strict=True))

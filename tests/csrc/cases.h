@@ -55,9 +55,9 @@ struct Case {
 };
 
 // Whole blocks, a ragged block, bands of columns, less than a block.
-[[maybe_unused]] Case all_kinds(int q, int chunks, bool rademacher) {
+[[maybe_unused]] Case all_kinds(int q, int chunks, bool rademacher, bool one_chunk = false) {
   const int64_t n = (int64_t)1 << q;
-  Case c({kSeed, chunks * n - 5, q, chunks, rademacher}, {{2, n}, {n + n / 2 + 3}, {11, 40}, {5}});
+  Case c({kSeed, chunks * n - 5, q, chunks, rademacher, one_chunk}, {{2, n}, {n + n / 2 + 3}, {11, 40}, {5}});
   for (int64_t t = 0; t < 4; ++t) c.add_tensor(t, t == 2 ? 24 : 0);
   return c;
 }

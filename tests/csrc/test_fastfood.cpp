@@ -15,8 +15,19 @@ float diagonal_at(const Params& p, const Segment& s, int64_t block, int chunk, u
   return p.rademacher ? (sign_at(stream, k) ? -1.0f : 1.0f) : gaussian_at(stream, p.q, k);
 }
 
+// The stream of B and Pi.
+uint64_t z_stream(const Params& p, const Segment& s) { return p.one_chunk ? 0 : (uint64_t)s.stream; }
+
 float sign_of_b(const Params& p, const Segment& s, int chunk, uint32_t k) {
-  return sign_at(stream_of(p, s, kSigns, 0, chunk), k) ? -1.0f : 1.0f;
+  return sign_at({p.seed, z_stream(p, s), kSigns, 0, chunk}, k) ? -1.0f : 1.0f;
+}
+
+// The chunks that a block is made from.
+std::vector<int> chunks_of(const Params& p, const Segment& s, int64_t block) {
+  if (p.one_chunk) return {(int)(((uint64_t)s.stream % p.chunks + block) % p.chunks)};
+  std::vector<int> all;
+  for (int chunk = 0; chunk < p.chunks; ++chunk) all.push_back(chunk);
+  return all;
 }
 
 // H^T x: the stages in reverse order.
@@ -34,7 +45,7 @@ std::vector<float> scalar_z(const Case& c, const Segment& s, int chunk) {
     h[k] = sign_of_b(p, s, chunk, k) * (at < p.dim ? c.theta[at] : 0.0f);
   }
   walsh_hadamard(h.data(), p.q);
-  const PermutationKeys keys = permutation_keys(p.seed, s.stream, chunk);
+  const PermutationKeys keys = permutation_keys(p.seed, z_stream(p, s), chunk);
   for (int64_t k = 0; k < width(p); ++k) z[k] = h[permute(k, p.q, keys)];
   return z;
 }
@@ -50,10 +61,11 @@ std::vector<float> scalar_steps(const Case& c) {
     for (int chunk = 0; chunk < p.chunks; ++chunk) z.push_back(scalar_z(c, s, chunk));
     for (int64_t block = 0; block < num_blocks(p, s); ++block) {
       std::vector<float> x(n);
-      for (int chunk = 0; chunk < p.chunks; ++chunk)
+      const std::vector<int> drawn = chunks_of(p, s, block);
+      for (int chunk : drawn)
         for (int64_t k = 0; k < n; ++k) {
           const float product = diagonal_at(p, s, block, chunk, k) * z[chunk][k];
-          x[k] = chunk ? x[k] + product : product;
+          x[k] = chunk == drawn[0] ? product : x[k] + product;
         }
       walsh_hadamard(x.data(), p.q);
       for (int64_t k = 0; k < n && block * n + k < s.rows * s.cols; ++k)
@@ -67,9 +79,64 @@ struct Gradients {
   std::vector<float> dtheta, dfactors;  // [chunks, n], [segments]
 };
 
+float folded(std::vector<float> x) {
+  for (size_t half = x.size() / 2; half > 0; half /= 2)
+    for (size_t k = 0; k < half; ++k) x[k] += x[k + half];
+  return x[0];
+}
+
+// With one chunk a block: a list of products for each chunk, added run by run.
+template <class Grad>
+Gradients scalar_adjoint_of_one_chunk(const Case& c, int64_t run_blocks, int64_t missing, Grad&& grad) {
+  const Params& p = c.params;
+  const int64_t n = width(p), runs = 16384 / n, of_group = runs * run_blocks;
+  Gradients sums{std::vector<float>(p.chunks * n), std::vector<float>(c.segments.size())};
+  std::vector<std::vector<std::vector<float>>> lists(p.chunks);
+  for (size_t i = 0; i < c.segments.size(); ++i) {
+    const Segment& s = c.segments[i];
+    std::vector<float> of_segment(256);
+    for (int64_t block = 0; block < num_blocks(p, s); ++block) {
+      const int chunk = chunks_of(p, s, block)[0];
+      std::vector<float>& product = lists[chunk].emplace_back(n);
+      if (s.tensor == missing) continue;
+      std::vector<float> y(n), dot((n + 255) / 256 * 16);
+      for (int64_t k = 0; k < n && block * n + k < s.rows * s.cols; ++k) y[k] = grad(s, block * n + k);
+      scalar_transposed(y.data(), p.q);
+      const std::vector<float> z = scalar_z(c, s, chunk);
+      for (int64_t k = 0; k < n; ++k) {
+        const float drawn = diagonal_at(p, s, block, chunk, k) * y[k];
+        product[k] = c.factors[i] * drawn;
+        dot[k / 256 * 16 + k % 16] += drawn * z[k];
+      }
+      of_segment[block % 256] += folded(dot);
+    }
+    sums.dfactors[i] = folded(of_segment);
+  }
+  for (int chunk = 0; chunk < p.chunks; ++chunk) {
+    std::vector<float> u(n), v(n);
+    const int64_t count = lists[chunk].size();
+    for (int64_t begin = 0; begin < count; begin += of_group) {
+      std::vector<float> group(n);
+      for (int64_t first = begin; first < begin + runs; ++first) {
+        std::vector<float> run(n);
+        for (int64_t i = first; i < std::min(begin + of_group, count); i += runs)
+          for (int64_t k = 0; k < n; ++k) run[k] += lists[chunk][i][k];
+        for (int64_t k = 0; k < n; ++k) group[k] += run[k];
+      }
+      for (int64_t k = 0; k < n; ++k) u[k] += group[k];
+    }
+    const PermutationKeys keys = permutation_keys(p.seed, 0, chunk);
+    for (int64_t k = 0; k < n; ++k) v[permute(k, p.q, keys)] = u[k];
+    scalar_transposed(v.data(), p.q);
+    for (int64_t k = 0; k < n; ++k) sums.dtheta[chunk * n + k] = sign_of_b(p, c.segments[0], chunk, k) * v[k];
+  }
+  return sums;
+}
+
 // grad(segment, e): the gradient of element e of a segment, as a float.
 template <class Grad>
 Gradients scalar_adjoint(const Case& c, int64_t run_blocks, int64_t missing, Grad&& grad) {
+  if (c.params.one_chunk) return scalar_adjoint_of_one_chunk(c, run_blocks, missing, grad);
   const Params& p = c.params;
   const int64_t n = width(p);
   Gradients sums{std::vector<float>(p.chunks * n), std::vector<float>(c.segments.size())};
@@ -104,9 +171,7 @@ Gradients scalar_adjoint(const Case& c, int64_t run_blocks, int64_t missing, Gra
         products[k] = u[chunk * n + k] * z[k];
         v[permute(k, p.q, keys)] = u[chunk * n + k];
       }
-      for (int64_t half = n / 2; half > 0; half /= 2)
-        for (int64_t k = 0; k < half; ++k) products[k] += products[k + half];
-      sums.dfactors[i] += products[0];
+      sums.dfactors[i] += folded(products);
       scalar_transposed(v.data(), p.q);
       for (int64_t k = 0; k < n; ++k) sums.dtheta[chunk * n + k] += c.factors[i] * (sign_of_b(p, s, chunk, k) * v[k]);
     }
@@ -173,11 +238,11 @@ void check_adjoint(const Case& c, int64_t run_blocks, bool dense, int64_t missin
 
 void test_every_width() {
   for (int q = kMinWidthBits; q <= kMaxWidthBits; ++q)
-    for (int chunks : {1, 3})
+    for (const auto [chunks, one_chunk] : {std::pair{1, false}, {3, false}, {3, true}})
       for (bool rademacher : {false, true}) {
-        const Case c = all_kinds(q, chunks, rademacher);
-        const std::string what = "q " + std::to_string(q) + ", chunks " + std::to_string(chunks) +
-                                 (rademacher ? ", rademacher" : ", gaussian");
+        const Case c = all_kinds(q, chunks, rademacher, one_chunk);
+        const std::string what = "q " + std::to_string(q) + (one_chunk ? ", one chunk of " : ", chunks ") +
+                                 std::to_string(chunks) + (rademacher ? ", rademacher" : ", gaussian");
         const std::vector<float> steps = scalar_steps(c);
         for_each_isa([&](const std::string& isa) {
           const std::string name = what + ", " + isa;

@@ -1,4 +1,4 @@
-"""Methods of PEFT on a sequence classifier of transformers, beside our subspaces: what they train, and how many values.
+"""Other methods on a sequence classifier of transformers, beside our subspaces: what they train, and how many values.
 
 Every method trains the classification head as it is, because it is new, and its own values for the pretrained part.
 """
@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from hsaid_kernels.files import replace_files
 
@@ -21,9 +23,9 @@ if TYPE_CHECKING:
 
 VALUES = 5_000  # trained in all, the head included, where a method lets one choose
 VERA_RANK = 32  # VeRA trains rank + outputs values for each matrix, so the rank hardly matters for their number
-BITFIT_FILE = "bitfit.safetensors"
+TRAINED_FILE = "trained.safetensors"  # of methods that PEFT does not have
 
-METHODS = ("lora", "vera", "unilora", "fourierft", "bitfit")
+METHODS = ("lora", "vera", "unilora", "fourierft", "bitfit", "gpart")
 
 
 def check_method(method: str) -> tuple[str, int | None]:
@@ -43,7 +45,7 @@ def check_method(method: str) -> tuple[str, int | None]:
 def check_methods(methods: Iterable[str]) -> None:
     """Raises as `check_method`, and ImportError if PEFT is needed and missing."""
     names = [check_method(method)[0] for method in methods]
-    if set(names) - {"bitfit"}:
+    if set(names) - {"bitfit", "gpart"}:
         try:
             import peft  # noqa: F401
         except ImportError as error:
@@ -55,9 +57,9 @@ def adapted(model: nn.Module, method: str, seed: int) -> nn.Module:
     """A classifier of transformers that trains only the parameters of `method`, and its head; they require gradients.
 
     `model` is changed in place and must be used no more, except through the result. A size in `method` is LoRA's and
-    VeRA's rank, the length of Uni-LoRA's theta or the number of FourierFT's frequencies for each matrix. Without it,
-    they are a rank of 1, of `VERA_RANK`, and as many as make about `VALUES` trained values in all. `seed` determines
-    all random numbers.
+    VeRA's rank, the length of Uni-LoRA's and GPart's theta or the number of FourierFT's frequencies for each matrix.
+    Without it, they are a rank of 1, of `VERA_RANK`, and as many as make about `VALUES` trained values in all. `seed`
+    determines all random numbers.
 
     Raises as `check_method`, and ValueError for a model without a head or, for BitFit, without biases.
     """
@@ -67,6 +69,8 @@ def adapted(model: nn.Module, method: str, seed: int) -> nn.Module:
         raise ValueError(f"model: expected a sequence classifier of transformers, got {type(model).__name__}")
     if method == "bitfit":
         return _bitfit(model, head)
+    if method == "gpart":
+        return _gpart(model, head, size, seed)
     import peft
 
     targets = _targets(model, getattr(peft.utils, f"TRANSFORMERS_MODELS_TO_{method.upper()}_TARGET_MODULES_MAPPING"))
@@ -93,7 +97,7 @@ def save_adapted(model: nn.Module, directory: Path) -> None:
         model.save_pretrained(directory, save_embedding_layers=False)  # type: ignore[operator]
         return
     values = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-    replace_files({directory / BITFIT_FILE: save(values)})
+    replace_files({directory / TRAINED_FILE: save(values)})
 
 
 def _lora(size: int | None, spare: int, targets: list[nn.Module], seed: int) -> PeftConfig:
@@ -141,6 +145,51 @@ def _bitfit(model: nn.Module, head: dict[str, Tensor]) -> nn.Module:
     for name, weight in model.named_parameters():
         weight.requires_grad_(name in biases or name in head)
     return model
+
+
+class OfGroups(nn.Module):
+    """Adds theta[group] / sqrt(size of the group) to each entry of a matrix. `groups` has the shape of the matrix."""
+
+    def __init__(self, theta: nn.Parameter, norms: Tensor, groups: Tensor):
+        super().__init__()
+        self.theta = theta
+        self.norms: Tensor
+        self.groups: Tensor
+        self.register_buffer("norms", norms, persistent=False)
+        self.register_buffer("groups", groups, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.theta / self.norms)[self.groups]
+
+
+def _gpart(model: nn.Module, head: dict[str, Tensor], size: int | None, seed: int) -> nn.Module:
+    """The partition of GPart (arXiv 2605.14841), from its formula: an isometry, with a hash in place of a matrix.
+
+    It adapts the linear layers of the pretrained part, all of them, as published for large models.
+    """
+    targets = _targets(model, {})
+    if not targets:
+        raise ValueError(f"model: expected one with linear layers, got {type(model).__name__}")
+    weights: list[Any] = [target.weight for target in targets.values()]
+    counts = [weight.numel() for weight in weights]
+    spare = VALUES - sum(weight.numel() for weight in head.values())
+    dim = min(size or (spare if spare > 0 else VALUES), sum(counts))
+    groups = torch.from_numpy((splitmix64(seed, sum(counts)) % np.uint64(dim)).astype(np.int64)).to(weights[0].device)
+    norms = groups.bincount(minlength=dim).clamp(min=1).sqrt().float()
+    theta = nn.Parameter(torch.zeros(dim, device=norms.device))
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name in head)
+    for target, weight, own in zip(targets.values(), weights, groups.split(counts), strict=True):
+        parametrize.register_parametrization(target, "weight", OfGroups(theta, norms, own.view(weight.shape)))
+    return model
+
+
+def splitmix64(seed: int, count: int) -> np.ndarray:
+    """SplitMix64 (Steele, Lea, Flood 2014) of seed, seed + 1, ...: uint64 [count]."""
+    x = np.uint64(seed) + np.arange(count, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _head(model: nn.Module) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ METHODS = ("did", "said", "hsaid-3")
 DIMS = (100, 300, 1000, 3000, 10_000)
 # Where the search for a learning rate starts: AdamW on pretrained models. "theta" is for d = 1,000.
 RATES = {BASELINE: 1e-4, "theta": 0.3, "lora": 0.01, "vera": 0.03, "unilora": 0.03, "fourierft": 0.3, "bitfit": 0.01}
+RATES["gpart"] = 0.1
 RESULTS_FILE, TABLE_FILE, PICTURE_FILE = "results.json", "table.md", "dimension.png"
 
 
@@ -69,8 +70,8 @@ def measure(
         seeds: number of seeds, which are 0, 1, ...
         threshold: share of the baseline's test score that defines the dimension.
         refine: how many d are added for each method, one after another, where its curve crosses the threshold.
-        compare: methods of PEFT to measure beside these: "lora", "vera", "unilora", "fourierft", "bitfit", also with
-            their size, as in "lora:8" (`adapted`).
+        compare: methods of PEFT to measure beside these: "lora", "vera", "unilora", "fourierft", "bitfit", and GPart,
+            "gpart", also with their size, as in "lora:8" (`adapted`).
         rates: {method: learning rate} at which the search for the best rate starts, for "full", methods of PEFT, and
             "theta" for all partitions (at d = 1,000; it falls as 1 / sqrt(d)). The search goes on as far as needed.
         chance: the test score that needs no training, which the baseline must beat.

@@ -28,6 +28,7 @@ NAMES = {
     "unilora": "Uni-LoRA",
     "fourierft": "FourierFT",
     "bitfit": "BitFit",
+    "gpart": "GPart",
 }
 
 
