@@ -64,3 +64,34 @@ def published_work(numel: int) -> float:
     """Operations of the published algorithm on a tensor, up to a constant: by it times are scaled to other tensors."""
     bits = max((numel - 1).bit_length(), 1)
     return 2.0**bits * bits
+
+
+# --- GPart (arXiv 2605.14841): each weight belongs to one of d groups by a hash of its number, and moves by
+# theta[group] / sqrt(size of the group). Nothing random is kept: groups are made anew by eager operations.
+
+
+def gpart_groups(first: int, count: int, seed: int, dim: int) -> Tensor:
+    """int64 [count]: SplitMix64 of seed + number, modulo dim. The sign bit is left out of it."""
+
+    def shifted(x: Tensor, bits: int) -> Tensor:  # as unsigned numbers
+        return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+    x = torch.arange(first, first + count) + (seed - 0x61C8864680B583EB)
+    x = (x ^ shifted(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ shifted(x, 27)) * -0x6B2FB644ECCEEE15
+    return ((x ^ shifted(x, 31)) & 0x7FFFFFFFFFFFFFFF) % dim
+
+
+class GPart(torch.autograd.Function):
+    """W0 + theta[groups] / norms of one tensor."""
+
+    @staticmethod
+    def forward(ctx, theta: Tensor, base: Tensor, norms: Tensor, first: int, seed: int):
+        ctx.norms, ctx.first, ctx.seed, ctx.count = norms, first, seed, base.numel()
+        groups = gpart_groups(first, base.numel(), seed, len(theta))
+        return base + (theta / norms)[groups].view_as(base)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        groups = gpart_groups(ctx.first, ctx.count, ctx.seed, len(ctx.norms))
+        return torch.zeros_like(ctx.norms).scatter_add_(0, groups, grad.flatten()) / ctx.norms, None, None, None, None

@@ -114,7 +114,7 @@ class Report(results.Run):
     def columns(self, found: Sequence[tuple[Row, Row | None]], *names: str) -> str:
         return projection_table(found, *(COLUMNS[name] for name in names))
 
-    def remarks(self, what: str) -> str:
+    def remarks(self, *what: str) -> str:
         """What is to be said below a table of speeds that fall short of what is asked."""
         said = [f"- Remark: {row['remark']}\n" for row in pick(self.rows, what=what) if "remark" in row]
         return "\n" + "".join(said) if said else ""
@@ -164,6 +164,16 @@ class Report(results.Run):
         header = ["d", "n", "elsewhere, ms", "one line behind W, ms", "/ elsewhere"]
         return table(header, lines) + self.remarks("place")
 
+    def long_theta(self) -> str:
+        lines = [
+            [part, row["diagonal"], f"{row['d']:,}", row["floor_ms"], row["16384_ms"], row["ms"]]
+            + [ratio(row, "/16384"), row["all_ms"], f"{row['all_times']:.1f}"]
+            for part in ("forward", "adjoint")
+            for row in sorted(pick(self.rows, what=f"long {part}"), key=lambda row: (row["diagonal"], row["d"]))
+        ]
+        header = ["", "diagonal", "d", "floor, ms", "d = 16,384, ms", "ms", "/ d = 16,384", "all chunks, ms", "times"]
+        return table(header, lines) + self.remarks("long forward", "long adjoint")
+
     def transform(self) -> str:
         lines = [
             [row["dtype"], f"{row['n']:,}", row["floor_ms"], row["new_ms"], row["ms"], ratio(row, "/new")]
@@ -210,6 +220,9 @@ class Report(results.Run):
             lines.append([*measured, f"{row['scaled_ms'] / 1e3:,.0f} s for mBERT (scaled)", row["random_MB"]])
         for row in pick(self.rows, what="normals"):
             what = f"torch drawing as many normals, against our forward at d = {row['d']:,}"
+            lines.append([what, f"{row['weights']:,}", row["ms"], row["ours_ms"], row["/ours"], "", ""])
+        for row in pick(self.rows, what="gpart"):
+            what = f"GPart's formula in torch, groups made anew, d = {row['d']:,}, forward and backward"
             lines.append([what, f"{row['weights']:,}", row["ms"], row["ours_ms"], row["/ours"], "", ""])
         for row in pick(self.rows, what="dense"):
             what = f"dense Gaussian matrix, d = {row['d']:,}, forward and backward"
@@ -323,8 +336,13 @@ def sections(report: Report) -> list[Section]:
         Section(
             "By d",
             report.by_d(),
-            "mBERT in float32. theta longer than 16,384 is cut into chunks, each of which draws normals of its own.",
+            'mBERT in float32, chunks="all": of a theta longer than 16,384, each chunk draws normals of its own.',
             ("time_against_d",),
+        ),
+        Section(
+            "A long theta",
+            report.long_theta(),
+            "mBERT in float32, one chunk a block, beside a theta of 16,384 values in the same rounds; all chunks, once.",
         ),
         Section("Other widths", report.by_width(), "Than the default, the next power of two and at least 256."),
         Section("By size", report.by_weights(), "d = 1,000.", ("time_against_weights",)),

@@ -5,6 +5,7 @@ gradients.
 """
 
 import gc
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -73,7 +74,7 @@ def _with_all_threads(f: Callable[[], object]) -> Callable[[], None]:
 @pytest.mark.parametrize("part", ["forward", "adjoint"])
 @pytest.mark.parametrize("case", cases())
 def test_fastfood(measure, record, weights, case, part):
-    plan = Plan(shapes.tensors(case.model), case.dim, diagonal=case.diagonal, width=case.width)
+    plan = Plan(shapes.tensors(case.model), case.dim, diagonal=case.diagonal, width=case.width, chunks="all")
     dtype = getattr(torch, case.dtype)
     flat, out = weights(case.model, dtype)
     tensors, theta = plan.views(flat), torch.randn(case.dim)
@@ -109,6 +110,46 @@ def test_fastfood(measure, record, weights, case, part):
         **columns,
         **{"GB/s": passes * count * flat.element_size() / columns["ms"] / 1e6},
     )
+
+
+LONG = [524_288, *(pytest.param(dim, marks=pytest.mark.full) for dim in (20_000, 131_072, 2**20))]
+ASKED = {"forward": {131_072: 1.15, 524_288: 1.25, 2**20: 1.4}, "adjoint": {131_072: 1.3, 524_288: 1.5, 2**20: 1.8}}
+
+
+@pytest.mark.skipif(not ISAS, reason="the CPU library was not built")
+@pytest.mark.parametrize("diagonal", DIAGONALS)
+@pytest.mark.parametrize("part", ["forward", "adjoint"])
+@pytest.mark.parametrize("dim", LONG)
+def test_long_theta(measure, record, weights, dim, part, diagonal):
+    """One chunk a block, against a theta of one chunk in the same rounds, and in one round against all chunks."""
+    flat, out = weights("mBERT", torch.float32)
+    plans = {d: Plan(shapes.mbert(), d, diagonal=diagonal) for d in (dim, 16384)}
+    plans["all chunks"] = Plan(shapes.mbert(), dim, diagonal=diagonal, chunks="all")
+
+    def run(which: object) -> Callable[[], object]:
+        plan = plans[which]
+        arguments = (plan, torch.randn(plan.dim), plan.scales, plan.views(flat))
+        if part == "forward":
+            return lambda: ops.fastfood_forward(*arguments, torch.float32, "cpu")
+        return lambda: ops.fastfood_adjoint(*arguments, "cpu")
+
+    floor = flat.sum if part == "adjoint" else lambda: torch.add(flat, 1.0, out=out)
+    columns = measure(run(dim), {"floor": floor, "16384": run(16384)}, rounds=7)
+    all_chunks = measure_once(run("all chunks"))
+    columns |= {"all_ms": all_chunks, "all_times": all_chunks / columns["ms"]}
+    if dim in ASKED[part]:
+        columns |= results.remark(f"{part}, {diagonal}, d = {dim:,} / 16,384", columns["/16384"], ASKED[part][dim])
+    isa, width = ISAS[0], plans[dim].width
+    record(
+        what=f"long {part}", isa=isa, model="mBERT", dtype="float32", diagonal=diagonal, d=dim, width=width, **columns
+    )
+
+
+def measure_once(f: Callable[[], object]) -> float:
+    """In ms."""
+    start = time.perf_counter()
+    f()
+    return 1e3 * (time.perf_counter() - start)
 
 
 @pytest.mark.skipif(not ISAS, reason="the CPU library was not built")

@@ -4,10 +4,12 @@ The published algorithm takes minutes for the word embeddings: the quick profile
 it would take for all of mBERT is that time scaled by the operations, and the row says so ("scaled").
 """
 
+import itertools
 import math
 
 import peers
 import pytest
+import results
 import shapes
 import torch
 
@@ -66,6 +68,32 @@ def test_drawing_normals(measure, record, weights, dim):
     arguments = (plan, torch.randn(dim), plan.scales, plan.views(flat), torch.float32, "cpu")
     columns = measure(drawn.normal_, {"ours": lambda: ops.fastfood_forward(*arguments)}, rounds=3)
     record(what="normals", model="mBERT", weights=len(drawn), dtype="float32", d=dim, **columns)
+
+
+@pytest.mark.full
+def test_gpart(measure, record, weights):
+    """Forward and backward of all tensors of mBERT; GPart's own code has a second matrix product a layer besides."""
+    dim, seed = 131_072, 0
+    plan = Plan(shapes.mbert(), dim)
+    flat, _ = weights("mBERT", torch.float32)
+    base, theta = plan.views(flat), torch.randn(dim, requires_grad=True)
+    counts = [tensor.numel() for tensor in base]
+    sizes = torch.zeros(dim)
+    for first, count in zip(itertools.accumulate(counts, initial=0), counts):
+        sizes += peers.gpart_groups(first, count, seed, dim).bincount(minlength=dim)
+    norms = sizes.sqrt()
+
+    def theirs() -> None:
+        for first, tensor in zip(itertools.accumulate(counts, initial=0), base):
+            torch.autograd.grad(peers.GPart.apply(theta, tensor, norms, first, seed), theta, tensor)
+
+    def ours() -> None:
+        ops.fastfood_forward(plan, theta.detach(), plan.scales, base, torch.float32, "cpu")
+        ops.fastfood_adjoint(plan, theta.detach(), plan.scales, base, "cpu")
+
+    columns = measure(theirs, {"ours": ours}, rounds=3)
+    columns |= results.remark(f"ours / GPart's formula in torch, d = {dim:,}", 1 / columns["/ours"], 1 / 20)
+    record(what="gpart", model="mBERT", weights=sum(counts), dtype="float32", d=dim, **columns)
 
 
 @pytest.mark.parametrize("dim", [200, pytest.param(DIM, marks=pytest.mark.full)])
