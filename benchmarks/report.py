@@ -342,7 +342,7 @@ def sections(report: Report) -> list[Section]:
         Section(
             "A long theta",
             report.long_theta(),
-            "mBERT in float32, one chunk a block, beside a theta of 16,384 values in the same rounds; all chunks, once.",
+            "mBERT in float32, one chunk a block, beside d = 16,384 in the same rounds; with all chunks, once.",
         ),
         Section("Other widths", report.by_width(), "Than the default, the next power of two and at least 256."),
         Section("By size", report.by_weights(), "d = 1,000.", ("time_against_weights",)),
