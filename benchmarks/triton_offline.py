@@ -2,6 +2,7 @@
 count and time.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -13,13 +14,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import hsaid_kernels.fastfood.triton.fastfood_adjoint as adjoint
+import hsaid_kernels.fastfood.triton.fastfood_adjoint_one_chunk as one_chunk
 import hsaid_kernels.fastfood.triton.fastfood_forward as forward
 import hsaid_kernels.fastfood.triton.hadamard_transform as hadamard
 from hsaid_kernels.fastfood.plan import MAX_WIDTH
 from hsaid_kernels.fastfood.triton import memory, ops, tile
 
-FLOATS = "theta factors scratch zs sums carry dfactors dtheta x".split()
-TABLES = "listed runs first_runs pieces bases grads items parts lines table".split()
+FLOATS = "theta factors scratch zs sums carry totals dots dfactors dtheta x".split()
+TABLES = "listed runs first_runs pieces places first_places bases grads items parts lines table".split()
 TYPES = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(TABLES, "*i64") | {"seed": "i64", "scale": "fp32"}
 OUT_TYPES = ("*fp32", "*bf16", "*fp16")
 
@@ -49,17 +51,29 @@ def kernels(qs: tuple[int, ...] = (14, 10), codes: tuple[int, ...] = (0, 1)) -> 
         for rademacher in (False, True):
             diagonal = ("gaussian", "rademacher")[rademacher]
             for code in codes:
-                what = dict(RADEMACHER=rademacher, **shape)
-                constants = dict(OUT=code, BASES=1 << code, chunks=1, **what)
-                title = f"fastfood_forward_kernel, {diagonal}, {names[code]}"
-                found.append(Kernel(title, forward.fastfood_forward_kernel, constants, threads, 128))
-                title = f"adjoint_groups_kernel, {diagonal}, {names[code]}"
+                kind, what = f"{diagonal}, {names[code]}", dict(RADEMACHER=rademacher, **shape)
+                constants = dict(OUT=code, BASES=1 << code, **what)
+                for title, more in (("", dict(ONE_CHUNK=False, chunks=1)), ("one chunk, ", dict(ONE_CHUNK=True))):
+                    title = f"fastfood_forward_kernel, {title}{kind}"
+                    found.append(Kernel(title, forward.fastfood_forward_kernel, constants | more, threads, 128))
                 of_groups = dict(GRADS=1 << code, RUNS=runs, **what)
-                found.append(Kernel(title, adjoint.adjoint_groups_kernel, of_groups, threads))
+                found.append(
+                    Kernel(f"adjoint_groups_kernel, {kind}", adjoint.adjoint_groups_kernel, of_groups, threads)
+                )
+                found.append(
+                    Kernel(f"adjoint_lists_kernel, {kind}", one_chunk.adjoint_lists_kernel, of_groups, threads)
+                )
         found.append(Kernel("forward_z_kernel", forward.forward_z_kernel, shape, threads, 128))
+        shared = dict(pieces=None, **shape)
+        found.append(Kernel("forward_z_kernel, one chunk", forward.forward_z_kernel, shared, threads, 128))
         found.append(Kernel("adjoint_sums_kernel", adjoint.adjoint_sums_kernel, dict(RUNS=runs, **small), 128))
         found.append(Kernel("adjoint_segments_kernel", adjoint.adjoint_segments_kernel, shape, threads, 128))
         found.append(Kernel("adjoint_gradients_kernel", adjoint.adjoint_gradients_kernel, small, 128))
+        of_lists = dict(RUNS=runs, SIZE=256, **shape)
+        found.append(Kernel("adjoint_lists_sums_kernel", one_chunk.adjoint_lists_sums_kernel, of_lists, 128))
+        found.append(Kernel("adjoint_chunks_kernel", one_chunk.adjoint_chunks_kernel, shape, threads, 128))
+        of_segments = dict(RUNS=runs, Q=q)
+        found.append(Kernel("adjoint_factors_kernel", one_chunk.adjoint_factors_kernel, of_segments, 128))
         rows = dict(row_tiles=1, IN=0, OUT=0, FINISH=True, **shape)
         found.append(Kernel("hadamard_rows_kernel, float32", hadamard.hadamard_rows_kernel, rows, threads))
     return found
@@ -68,7 +82,7 @@ def kernels(qs: tuple[int, ...] = (14, 10), codes: tuple[int, ...] = (0, 1)) -> 
 def compiled(kernel: Kernel, backend: str = "cuda", arch: int | str = 90, warp_size: int = 32):
     names, constants = kernel.function.arg_names, kernel.constants
     if not kernel.listed:
-        constants = constants | dict.fromkeys({"listed", "num_runs", "before", "after"} & set(names))  # None
+        constants = constants | dict.fromkeys({"listed", "num_runs", "before", "after", "entries"} & set(names))  # None
     if "PREFETCH" in names:
         constants = constants | dict(PREFETCH=backend == "cuda")
     types = {name: TYPES.get(name, "i32") for name in names} | {"out": OUT_TYPES[constants.get("OUT", 0)]}
@@ -85,7 +99,10 @@ def compiled(kernel: Kernel, backend: str = "cuda", arch: int | str = 90, warp_s
 class FakeDevice:
     """Takes the place of Triton's driver for an H200: kernels are compiled, and launches written down."""
 
+    numbers = itertools.count()
+
     def __init__(self):
+        self.number = next(self.numbers)  # another device each time, for which Triton has compiled nothing yet
         self.launches: list[tuple[str, tuple, int]] = []  # name, grid, number of the binary
         self.binaries: list[bytes] = []
         self.utils = self
@@ -94,7 +111,7 @@ class FakeDevice:
         return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self):
-        return 0
+        return self.number
 
     def get_current_stream(self, device):
         return 0

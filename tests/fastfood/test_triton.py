@@ -67,7 +67,8 @@ def test_waves_of_the_forward_have_every_piece_once(monkeypatch):
     monkeypatch.setattr(tables, "SUMS_FLOATS", 120 << 14)
     waves = tables.forward_waves_of(pieces, 14, 264, 3, CPU)
     assert max(len(wave.pieces) for wave in waves) == 40
-    assert torch.equal(torch.cat([wave.pieces for wave in waves]), torch.from_numpy(pieces))
+    got = torch.cat([wave.pieces for wave in waves]).numpy()
+    assert np.array_equal(got[:, : tables.FIRST.value], pieces[:, : tables.FIRST.value])
 
 
 def test_pieces_are_the_plans():
@@ -133,6 +134,37 @@ def test_waves_have_every_run_once(q, most, monkeypatch):
     assert parts == [list(range(n)) for n in expected]
 
 
+@pytest.mark.parametrize("q", [5, 10, 14])
+def test_lists_have_every_block_once(q):
+    """In the list of its chunk, in the order of the plan; and of listed blocks the lists are what is left of these."""
+    bands = [Segment("w", 2**q * h, 7, 2**q, 3 * 2**q, f"head {h}") for h in (0, 2)]
+    tensors = {"a": (5 * 2**q + 1,), "b": (7,), "w": (7, 3 * 2**q)}
+    segments = [whole("a", tensors["a"]), whole("b", (7,)), *bands]
+    plan = Plan(tensors, 3 * 2**q - 1, width=2**q, chunks="one", segments=segments)
+    assert (plan.segments[:, COLUMNS.index("stream")] < 0).any(), "whose remainder is that of an unsigned number"
+    lists = tables.lists_of(tables.pieces_of(plan.segments.numpy()), q, 3, CPU)
+    expected = [[], [], []]
+    for i, piece in enumerate(plan.pieces):
+        for block in range(plan.blocks(piece)):
+            expected[(plan.first_chunk(piece) + block) % 3].append(i << 32 | block)
+    assert [lists.places[a:b].tolist() for a, b in zip(lists.first[:-1], lists.first[1:])] == expected
+    assert lists.longest == max(map(len, expected)) and lists.first_chunk == plan.first_chunk(plan.pieces[0])
+    assert column(lists.pieces, tables.FROM).tolist() == plan.segments[:, COLUMNS.index("first_block")].tolist()
+
+    span = 2 ** (14 - q)
+    plan = Plan({"a": (9 * 2**14 + 1,)}, 3 * 2**q - 1, width=2**q, chunks="one")
+    whole_lists = tables.lists_of(tables.pieces_of(plan.segments.numpy()), q, 3, CPU)
+    for entries in ([0], [1, 4], [2, 5, 8], [7, 9], list(range(10))):
+        lists = tables.listed_of(whole_lists, torch.tensor(entries), span)
+        blocks = [entry * span + i for entry in entries for i in range(span)]
+        expected = [
+            [place for place, block in enumerate(blocks) if (plan.first_chunk(plan.pieces[0]) + block) % 3 == chunk]
+            for chunk in range(3)
+        ]
+        assert [lists.places[a:b].tolist() for a, b in zip(lists.first[:-1], lists.first[1:])] == expected
+        assert max(map(len, expected)) <= lists.longest <= len(blocks)
+
+
 def test_words_tell_addresses_and_dtypes(monkeypatch):
     written = []
     monkeypatch.setattr(
@@ -195,9 +227,10 @@ def call(plan: Plan, dtype=torch.float32, gradients: bool = True):
     theta, factors = torch.ones(plan.dim), plan.scales
     tensors = plan.views(torch.zeros(plan.numel, dtype=dtype))
     table = (plan.segments, plan.seed - 2**64 if plan.seed >= 2**63 else plan.seed, plan.width, plan.rademacher)
-    ops.fastfood_forward(theta, factors, tensors, *table, plan.holes, plan.numel, dtype)
+    of_chunks = (None, 1, plan.one_chunk)
+    ops.fastfood_forward(theta, factors, tensors, *table, plan.holes, plan.numel, dtype, *of_chunks)
     if gradients:
-        ops.fastfood_adjoint(theta, factors, tensors, *table, plan.run_blocks)
+        ops.fastfood_adjoint(theta, factors, tensors, *table, plan.run_blocks, *of_chunks)
 
 
 def test_all_tensors_in_one_launch(device):
@@ -213,6 +246,29 @@ def test_all_tensors_in_one_launch(device):
     assert device.launches[6][1] == (128, 1, 1)
 
 
+def test_one_chunk_in_as_many_launches(device, monkeypatch):
+    """As one that is short has, but for z of the adjoint, which was made with each segment's sum; and more in waves."""
+    plan = Plan(shapes.mbert(), 2**20)
+    blocks = Counter((plan.first_chunk(piece) + b) % 64 for piece in plan.pieces for b in range(plan.blocks(piece)))
+    groups = math.ceil(max(blocks.values()) / plan.run_blocks)
+    ops.prepare(plan, CPU)
+    made = [*ops._made[plan.segments].values()]
+    call(plan)
+    assert [*ops._made[plan.segments].values()] == made, "prepared is all that is needed"
+    names = ["write_words", "forward_z_kernel", "fastfood_forward_kernel"]
+    of_adjoint = ["adjoint_lists_kernel", "adjoint_lists_sums_kernel"]
+    names += ["write_words", "forward_z_kernel", *of_adjoint, "adjoint_chunks_kernel", "adjoint_factors_kernel"]
+    assert [name for name, _, _ in device.launches] == names
+    grids = [grid for _, grid, _ in device.launches]
+    assert grids[1] == grids[4] == grids[7] == (64, 1, 1) and grids[2] == (264, 1, 1) and grids[8] == (201, 1, 1)
+    assert grids[5] == (groups, 64, 1) and grids[6] == (64, 64, 1)
+    monkeypatch.setattr(tables, "SUMS_FLOATS", 25 * groups << 14)
+    device.launches.clear()
+    call(plan)
+    assert [name for name, _, _ in device.launches] == names[:5] + 3 * of_adjoint + names[7:]
+    assert [grid[1] for name, grid, _ in device.launches if name == of_adjoint[0]] == [25, 25, 14]
+
+
 def test_nothing_is_compiled_twice(device):
     """Not for another seed, length of theta, number or address of tensors."""
     call(Plan({"a": (5000,), "b": (7,)}, 1000))
@@ -226,27 +282,44 @@ def test_nothing_is_compiled_twice(device):
     assert several_chunks <= compiled + 1
     call(Plan({"a": (5000,)}, 16 * 1024, width=1024))
     assert len(device.binaries) == several_chunks
+    call(Plan({"a": (5000,)}, 3000, width=1024, chunks="one"))
+    one_chunk = len(device.binaries)
+    for dim in (16 * 1024, 99 * 1024 + 1):
+        call(Plan({f"t{i}": (6000, 16) for i in range(3)}, dim, width=1024, chunks="one"))
+    assert len(device.binaries) == one_chunk
 
 
 @pytest.mark.parametrize(
-    "width, chunks, rademacher", [(32, 1, 0), (64, 3, 1), (128, 1, 1), (8192, 3, 0), (16384, 1, 0)]
+    "width, dim, rademacher, chunks",
+    [
+        (32, 32, 0, "all"),
+        (64, 192, 1, "all"),
+        (64, 192, 1, "one"),
+        (128, 128, 1, "all"),
+        (2048, 6000, 0, "one"),
+        (8192, 24576, 0, "all"),
+        (16384, 16384, 0, "all"),
+        (16384, 40000, 0, "one"),
+    ],
 )
-def test_everything_compiles(width, chunks, rademacher, device):
+def test_everything_compiles(width, dim, rademacher, chunks, device):
     """Also for dtypes that are mixed, of which each kernel then takes any."""
     diagonal = ("gaussian", "rademacher")[rademacher]
-    plan = Plan({"a": (70, 96), "b": (7,)}, chunks * width, width=width, diagonal=diagonal, chunks="all")
+    plan = Plan({"a": (70, 96), "b": (7,)}, dim, width=width, chunks=chunks, diagonal=diagonal, part=True)
+    of_chunks = (None, 1, plan.one_chunk)
     theta, factors, table = torch.ones(plan.dim), plan.scales, (plan.segments, 3, width, bool(rademacher))
     a, b = (torch.ones(shape) for shape in plan.shapes.values())
-    ops.fastfood_forward(theta, factors, [a.half(), b], *table, plan.holes, plan.numel, torch.float16)
-    ops.fastfood_adjoint(theta, factors, [a.bfloat16(), b.half()], *table, plan.run_blocks)
+    ops.fastfood_forward(theta, factors, [a.half(), b], *table, plan.holes, plan.numel, torch.float16, *of_chunks)
+    ops.fastfood_adjoint(theta, factors, [a.bfloat16(), b.half()], *table, plan.run_blocks, *of_chunks)
     for purpose in range(3):
         ops.stream_values(theta, -5, 2**63 - 1, purpose, 0, 1, width, bool(rademacher))
     ops.hadamard_transform(torch.ones(3, width - 1).bfloat16(), 0.5)
 
 
-def test_listed_tiles_leave_nothing_behind(device):
+@pytest.mark.parametrize("chunks", ["all", "one"])
+def test_listed_tiles_leave_nothing_behind(chunks, device):
     """Whatever a list's length, nothing is compiled or made for it, nor is it read: its values are none."""
-    plan = Plan({"a": (9 * 2**14 + 5,)}, 300, width=256)
+    plan = Plan({"a": (9 * 2**14 + 5,)}, 300, width=256, chunks=chunks)
     plan.run_blocks = 2
     theta, factors, base = torch.ones(300), plan.scales, torch.zeros(plan.numel)
     table = (plan.segments, 3, 256, False)
@@ -254,8 +327,9 @@ def test_listed_tiles_leave_nothing_behind(device):
     def call_listed(count: int) -> list[tuple[str, tuple]]:
         device.launches.clear()
         listed, grad = torch.full((count,), -1), torch.zeros(count * 2**14)
-        out = ops.fastfood_forward(theta, factors, [base], *table, plan.holes, plan.numel, base.dtype, listed, 64)
-        ops.fastfood_adjoint(theta, factors, [grad], *table, plan.run_blocks, listed, 64)
+        of_list = (listed, 64, plan.one_chunk)
+        out = ops.fastfood_forward(theta, factors, [base], *table, plan.holes, plan.numel, base.dtype, *of_list)
+        ops.fastfood_adjoint(theta, factors, [grad], *table, plan.run_blocks, *of_list)
         assert out.shape == (count * 2**14,)
         return [(name, grid) for name, grid, _ in device.launches]
 
@@ -265,8 +339,12 @@ def test_listed_tiles_leave_nothing_behind(device):
         launches = call_listed(count)
         assert [name for name, _ in launches] == [name for name, _ in first]
         grids = {name: grid[0] for name, grid in launches}
-        groups = -(-count // 2)
         assert grids["forward_z_kernel"] == 2 and grids["fastfood_forward_kernel"] == 4 * count
+        if chunks == "one":
+            most = min(64 * count, -(-577 // 2) + 32)  # blocks of a chunk
+            assert grids["adjoint_lists_kernel"] == min(64 * -(-most // 128), most)
+            continue
+        groups = -(-count // 2)
         assert grids["adjoint_groups_kernel"] == 4 * groups and grids["adjoint_sums_kernel"] == 1
     assert (len(device.binaries), len(ops._made[plan.segments])) == (binaries, made)
     assert call_listed(0) == []
@@ -291,7 +369,9 @@ def test_compiles_for(backend, arch, warp_size):
     """Without fused multiplications, within the shared memory and registers that are counted on."""
     kernels = triton_offline.kernels(qs=(14,), codes=(1,))
     listed = ("fastfood_forward_kernel, g", "adjoint_groups_kernel, g", "adjoint_sums_kernel")
-    kernels += [kernel._replace(listed=True) for kernel in kernels if kernel.title.startswith(listed)]
+    listed += ("fastfood_forward_kernel, one chunk, g", "adjoint_lists_kernel, g", "adjoint_factors_kernel")
+    if arch == 90:  # the others are compiled from the same lines
+        kernels += [kernel._replace(listed=True) for kernel in kernels if kernel.title.startswith(listed)]
     for kernel in kernels:
         built = triton_offline.compiled(kernel, backend, arch, warp_size)
         assert built.metadata.shared <= 65536, kernel.title

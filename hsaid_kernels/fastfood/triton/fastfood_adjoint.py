@@ -11,14 +11,7 @@ import triton
 import triton.language as tl
 
 from hsaid_kernels.fastfood.triton.memory import element, listed_at, load_floats, tensor_at
-from hsaid_kernels.fastfood.triton.streams import (
-    SIGNS,
-    permutation_keys,
-    permute,
-    sign_bits,
-    times_diagonal,
-    with_signs,
-)
+from hsaid_kernels.fastfood.triton.streams import times_diagonal
 from hsaid_kernels.fastfood.triton.tables import (
     COLS,
     COLUMNS,
@@ -33,7 +26,7 @@ from hsaid_kernels.fastfood.triton.tables import (
     TENSOR,
     TO,
 )
-from hsaid_kernels.fastfood.triton.tile import a_to_natural, make_z, place_in_z, transform_reversed
+from hsaid_kernels.fastfood.triton.tile import a_to_natural, make_z, place_in_z, transform_reversed, transposed_z
 
 
 @triton.jit
@@ -215,18 +208,9 @@ def adjoint_segments_kernel(
             tl.debug_barrier()
             tl.store(dfactors + segment, before + dot)
 
-            keys = permutation_keys(seed, stream, chunk)
-            for first in range(0, N, STEP):
-                e = first + tl.arange(0, STEP)
-                k = e & ((1 << Q) - 1)
-                to = (e - k) + permute(k, keys, Q).to(tl.int32)
-                tl.store(scratch + to, tl.load(u + k))
-            tl.debug_barrier()
-            x = transform_reversed(tl.load(scratch + tl.arange(0, N)), Q, T)
-            block = tl.full([], 0, tl.int32)
-            x = with_signs(x, sign_bits(seed, stream, SIGNS, block, 0, chunk, Q, T))
+            x = transposed_z(u, seed, stream, chunk, scratch, Q, T)
             e = tl.arange(0, N)
-            tl.store(u + e, tl.load(factors + segment) * a_to_natural(x, T), mask=e < 1 << Q)
+            tl.store(u + e, tl.load(factors + segment) * x, mask=e < 1 << Q)
 
 
 @triton.jit(do_not_specialize=["count", "finished"])

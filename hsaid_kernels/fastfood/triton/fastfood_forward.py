@@ -7,13 +7,15 @@ computation goes through memory step by step.
 
 If tiles are listed, there is one segment, and the programs compute equal shares of the list, which only the device
 knows.
+
+If each block is made from one chunk, z is the same for all segments, [chunks, 2^Q].
 """
 
 import triton
 import triton.language as tl
 
 from hsaid_kernels.fastfood.triton.memory import element, listed_at, load_floats, prefetch, store_floats, tensor_at
-from hsaid_kernels.fastfood.triton.streams import times_diagonal
+from hsaid_kernels.fastfood.triton.streams import SHARED, times_diagonal
 from hsaid_kernels.fastfood.triton.tables import (
     COLS,
     COLUMNS,
@@ -28,7 +30,7 @@ from hsaid_kernels.fastfood.triton.tables import (
     STREAM,
     TENSOR,
 )
-from hsaid_kernels.fastfood.triton.tile import load_z, make_z, transform
+from hsaid_kernels.fastfood.triton.tile import load_shared_z, load_z, make_z, transform
 
 
 @triton.jit
@@ -116,9 +118,9 @@ def forward_z_kernel(
     dim: tl.int32,
     chunks: tl.int32,
     seed: tl.int64,
-    pieces,  # [pieces, COLUMNS]
+    pieces,  # [pieces, COLUMNS]; None: z is the same for all of them
     count: tl.int32,  # pieces times chunks
-    zs,  # [pieces, chunks, 2^T]
+    zs,  # [pieces, chunks, 2^T], or [chunks, 2^Q]
     scratch,  # [programs, 2^T]
     Q: tl.constexpr,
     T: tl.constexpr,
@@ -127,10 +129,13 @@ def forward_z_kernel(
     seed = seed.to(tl.int64)
     scratch += program.to(tl.int64) << T
     for i in range(program, count, tl.num_programs(0)):
-        row = pieces + i // chunks * COLUMNS
-        if tl.load(row + SEGMENT) >= 0:  # not a hole
-            z = zs + (tl.cast(i, tl.int64) << T)
-            make_z(theta, dim, seed, tl.load(row + STREAM), i % chunks, scratch, z, Q, T)
+        if pieces is None:
+            make_z(theta, dim, seed, tl.full([], SHARED, tl.int64), i, scratch, zs + (i << Q), Q, T, Q < T)
+        else:
+            row = pieces + i // chunks * COLUMNS
+            if tl.load(row + SEGMENT) >= 0:  # not a hole
+                z = zs + (tl.cast(i, tl.int64) << T)
+                make_z(theta, dim, seed, tl.load(row + STREAM), i % chunks, scratch, z, Q, T)
 
 
 @triton.jit(do_not_specialize=["seed", "num_listed"], do_not_specialize_on_alignment=["chunks", "listed"])
@@ -145,12 +150,13 @@ def fastfood_forward_kernel(
     bases,  # table_of the tensors
     out,
     lines,
-    zs,  # [pieces, chunks, 2^T]
+    zs,  # [pieces, chunks, 2^T], or [chunks, 2^Q]
     scratch,  # [programs, 2^T]
     OUT: tl.constexpr,
     BASES: tl.constexpr,
     PREFETCH: tl.constexpr,
     RADEMACHER: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
     Q: tl.constexpr,
     T: tl.constexpr,
 ):
@@ -180,16 +186,24 @@ def fastfood_forward_kernel(
                 write_elements(to, base, code, count, cols, row_stride, at, None, None, OUT, BASES, T)
         else:
             factor = tl.load(factors + segment)
-            z = zs + (tl.load(row + FROM) * chunks << T if ALL else 0)
+            if ONE_CHUNK:
+                first_chunk = tl.load(row + FROM).to(tl.int32)
+            else:
+                z = zs + (tl.load(row + FROM) * chunks << T if ALL else 0)
             for place in range(first, last):
                 t = listed_at(listed, place, SPAN)
                 if PREFETCH and BASES != 0:
                     prefetch_base(base, code, count, cols, t, BASES, T)
                 block = t << (T - Q)
-                x = times_diagonal(load_z(z, T), seed, stream, block, 1, 0, lines, RADEMACHER, Q, T)
-                for chunk in range(1, chunks):
-                    of_chunk = load_z(z + (tl.cast(chunk, tl.int64) << T), T)
-                    x += times_diagonal(of_chunk, seed, stream, block, 1, chunk, lines, RADEMACHER, Q, T)
+                if ONE_CHUNK:
+                    chunk = (first_chunk + block) % chunks
+                    of_chunk = load_shared_z(zs, chunk, chunks, Q, T)
+                    x = times_diagonal(of_chunk, seed, stream, block, 1, chunk, lines, RADEMACHER, Q, T, chunks)
+                else:
+                    x = times_diagonal(load_z(z, T), seed, stream, block, 1, 0, lines, RADEMACHER, Q, T)
+                    for chunk in range(1, chunks):
+                        of_chunk = load_z(z + (tl.cast(chunk, tl.int64) << T), T)
+                        x += times_diagonal(of_chunk, seed, stream, block, 1, chunk, lines, RADEMACHER, Q, T)
                 w = transform(x, Q, T)
                 # Tile t is written at its place in the list: it lies there in a buffer that begins at `at`.
                 at = to + (tl.cast(place - t, tl.int64) << T) * (4 if OUT == 0 else 2)

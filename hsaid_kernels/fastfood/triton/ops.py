@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hsaid_kernels.fastfood import plan
 from hsaid_kernels.fastfood.triton import fastfood_adjoint as adjoint_kernels
+from hsaid_kernels.fastfood.triton import fastfood_adjoint_one_chunk as one_chunk_kernels
 from hsaid_kernels.fastfood.triton import hadamard_transform as hadamard_kernels
 from hsaid_kernels.fastfood.triton import memory, streams, tables, tile
 from hsaid_kernels.fastfood.triton.fastfood_forward import fastfood_forward_kernel, forward_z_kernel
@@ -121,6 +123,13 @@ def _bits(width: int) -> int:
     return width.bit_length() - 1
 
 
+def _chunks(theta: Tensor, width: int) -> int:
+    chunks = -(-theta.numel() // width)
+    good = chunks <= plan.MAX_CHUNKS
+    _check(good, f"width: expected chunks of theta that are at most {plan.MAX_CHUNKS}, got {chunks}")
+    return chunks
+
+
 def _check_listed(listed: Tensor, span: int, theta: Tensor, segments: Tensor, width: int) -> None:
     """Raises RuntimeError for a list that does not fit; looks at its values only in the interpreter, not on a GPU."""
     expected = plan.MAX_WIDTH // width
@@ -145,17 +154,28 @@ class _Forward(NamedTuple):
 
 
 def _forward_tables(
-    device: torch.device, segments: Tensor, holes: Tensor, q: int, chunks: int, num_base: int, numel: int
+    device: torch.device,
+    segments: Tensor,
+    holes: Tensor,
+    q: int,
+    chunks: int,
+    one_chunk: bool,
+    num_base: int,
+    numel: int,
 ) -> _Forward:
     def make() -> _Forward:
         rows, _ = tables.check_segments(segments, 1 << q, num_base or None)
         hole_rows, needed = tables.check_holes(holes, rows, num_base or None, numel)
         pieces = tables.pieces_of(rows, hole_rows)
-        programs = _programs(device, q)
-        waves = tables.forward_waves_of(pieces, tile.tile_bits(q), programs, chunks, device)
+        t, programs = tile.tile_bits(q), _programs(device, q)
+        if one_chunk:
+            waves = [tables.runs_of(pieces, t, programs, device, chunks)]
+        else:
+            waves = tables.forward_waves_of(pieces, t, programs, chunks, device)
         return _Forward(needed, waves, programs)
 
-    return _once(segments, (device, q, chunks, num_base, numel, holes.shape, holes.numpy().tobytes()), make)
+    key = (device, q, chunks, one_chunk, num_base, numel, holes.shape, holes.numpy().tobytes())
+    return _once(segments, key, make)
 
 
 def prepare(of: plan.Plan, device: torch.device) -> None:
@@ -165,8 +185,11 @@ def prepare(of: plan.Plan, device: torch.device) -> None:
     """
     q = _bits(of.width)
     _normal_lines(device)
-    _forward_tables(device, of.segments, of.holes, q, of.chunks, len(of.names), of.numel)
-    _adjoint_tables(device, of.segments, q, len(of.names), of.run_blocks)
+    _forward_tables(device, of.segments, of.holes, q, of.chunks, of.one_chunk, len(of.names), of.numel)
+    if of.one_chunk:
+        _adjoint_lists(device, of.segments, q, of.chunks, len(of.names), of.run_blocks)
+    else:
+        _adjoint_tables(device, of.segments, q, len(of.names), of.run_blocks)
 
 
 def fastfood_forward(
@@ -182,11 +205,13 @@ def fastfood_forward(
     dtype: torch.dtype,
     listed: Tensor | None = None,
     span: int = 1,
+    one_chunk: bool = False,
 ) -> Tensor:
     theta, q, t = _theta(theta), _bits(width), tile.tile_bits(_bits(width))
-    device, chunks = theta.device, -(-theta.numel() // width)
+    device, chunks = theta.device, _chunks(theta, width)
+    one_chunk = one_chunk and chunks > 1
     _check(dtype in memory.CODES, f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-    made = _forward_tables(device, segments, holes, q, chunks, len(base), numel)
+    made = _forward_tables(device, segments, holes, q, chunks, one_chunk, len(base), numel)
     factors = _floats(factors, theta, len(segments), "factors")
 
     waves, tiles, most = made.waves, 0, max(len(wave.pieces) for wave in made.waves)
@@ -198,7 +223,8 @@ def fastfood_forward(
     out = torch.empty(numel, dtype=dtype, device=device)
     if listed is not None and tiles == 0:
         return out
-    zs, scratch = _workspace(most * chunks << t, device), _workspace(made.programs << t, device)
+    zs = _workspace(chunks << q if one_chunk else most * chunks << t, device)
+    scratch = _workspace(made.programs << t, device)
     options = _options(tile.threads(q), 128)
     with _on(device):
         bases = memory.table_of(base or [None] * len(made.needed), made.needed, device, "base")
@@ -206,9 +232,10 @@ def fastfood_forward(
         _check(bases.codes & ~allowed == 0, "base: expected tensors in float32 or in the dtype of the weights")
         for rows, first, pieces in waves:
             programs = len(first) - 1 if listed is None else min(made.programs, tiles)
-            count = (len(pieces) if listed is None else 1) * chunks
+            count = (len(pieces) if listed is None and not one_chunk else 1) * chunks
+            of_z = None if one_chunk else pieces
             forward_z_kernel[(min(made.programs, count),)](
-                theta, theta.numel(), chunks, seed, pieces, count, zs, scratch, Q=q, T=t, **options
+                theta, theta.numel(), chunks, seed, of_z, count, zs, scratch, Q=q, T=t, **options
             )
             fastfood_forward_kernel[(programs,)](
                 chunks,
@@ -227,6 +254,7 @@ def fastfood_forward(
                 BASES=bases.codes,
                 PREFETCH=_is_cuda(),
                 RADEMACHER=rademacher,
+                ONE_CHUNK=one_chunk,
                 Q=q,
                 T=t,
                 **options,
@@ -234,22 +262,35 @@ def fastfood_forward(
     return out
 
 
-class _Adjoint(NamedTuple):
-    needed: list[int]
-    waves: list[tables.Wave]
+def _adjoint_pieces(segments: Tensor, q: int, num_grads: int, run_blocks: int) -> tuple[list[int], np.ndarray]:
+    """(number of elements that each gradient must have, `tables.pieces_of` the segments)."""
+    t = tile.tile_bits(q)
+    good = 1 <= run_blocks <= plan.MAX_BLOCKS
+    _check(good, f"run_blocks: expected 1 to {plan.MAX_BLOCKS}, got {run_blocks}")
+    # Kernels count the values of a group in 32 bits.
+    _check(run_blocks << t < 2**31, f"run_blocks: Triton expects at most {(2**31 - 1) >> t}, got {run_blocks}")
+    rows, needed = tables.check_segments(segments, 1 << q, num_grads)
+    return needed, tables.pieces_of(rows)
 
 
-def _adjoint_tables(device: torch.device, segments: Tensor, q: int, num_grads: int, run_blocks: int) -> _Adjoint:
-    def make() -> _Adjoint:
-        t = tile.tile_bits(q)
-        good = 1 <= run_blocks <= plan.MAX_BLOCKS
-        _check(good, f"run_blocks: expected 1 to {plan.MAX_BLOCKS}, got {run_blocks}")
-        # Kernels count the values of a group in 32 bits.
-        _check(run_blocks << t < 2**31, f"run_blocks: Triton expects at most {(2**31 - 1) >> t}, got {run_blocks}")
-        rows, needed = tables.check_segments(segments, 1 << q, num_grads)
-        return _Adjoint(needed, tables.waves_of(tables.pieces_of(rows), q, t, run_blocks, device))
+def _adjoint_tables(
+    device: torch.device, segments: Tensor, q: int, num_grads: int, run_blocks: int
+) -> tuple[list[int], list[tables.Wave]]:
+    def make() -> tuple[list[int], list[tables.Wave]]:
+        needed, pieces = _adjoint_pieces(segments, q, num_grads, run_blocks)
+        return needed, tables.waves_of(pieces, q, tile.tile_bits(q), run_blocks, device)
 
     return _once(segments, (device, q, num_grads, run_blocks), make)
+
+
+def _adjoint_lists(
+    device: torch.device, segments: Tensor, q: int, chunks: int, num_grads: int, run_blocks: int
+) -> tuple[list[int], tables.Lists]:
+    def make() -> tuple[list[int], tables.Lists]:
+        needed, pieces = _adjoint_pieces(segments, q, num_grads, run_blocks)
+        return needed, tables.lists_of(pieces, q, chunks, device)
+
+    return _once(segments, (device, q, num_grads, run_blocks, chunks), make)
 
 
 def fastfood_adjoint(
@@ -263,19 +304,21 @@ def fastfood_adjoint(
     run_blocks: int,
     listed: Tensor | None = None,
     span: int = 1,
+    one_chunk: bool = False,
 ) -> tuple[Tensor, Tensor]:
     theta, q, t = _theta(theta), _bits(width), tile.tile_bits(_bits(width))
     device, dim = theta.device, theta.numel()
-    made = _adjoint_tables(device, segments, q, len(grads), run_blocks)
+    if one_chunk and _chunks(theta, width) > 1:
+        return _adjoint_of_one_chunk(theta, factors, grads, segments, seed, q, rademacher, run_blocks, listed, span)
+    needed, of_plan = _adjoint_tables(device, segments, q, len(grads), run_blocks)
     factors = _floats(factors, theta, len(segments), "factors")
 
-    dtheta, dfactors = torch.zeros_like(theta), torch.zeros_like(factors)
-    needed, num_listed = made.needed, 0
+    dtheta, dfactors, num_listed = torch.zeros_like(theta), torch.zeros_like(factors), 0
     # Of a wave: number of items, first item, three arguments of adjoint_sums_kernel, items, parts, finished parts.
-    waves = [(len(wave.items), 0, (None, None, None), *wave) for wave in made.waves]
+    waves = [(len(wave.items), 0, (None, None, None), *wave) for wave in of_plan]
     if listed is not None:
         _check_listed(listed, span, theta, segments, width)
-        num_listed, (items, parts, _) = len(listed), made.waves[0]  # whose first rows are the only segment's
+        num_listed, (items, parts, _) = len(listed), of_plan[0]  # whose first rows are the only segment's
         needed = [*needed[:-1], num_listed * plan.MAX_WIDTH]
         waves = [
             (wave.items, wave.first_item, wave[2:], items, parts, int(wave.after < 0))
@@ -336,6 +379,96 @@ def fastfood_adjoint(
                 adjoint_kernels.adjoint_gradients_kernel[(-(-count // size),)](
                     parts, sums, part_of_dtheta, count, finished, Q=q, SIZE=size, **small
                 )
+    return dtheta, dfactors
+
+
+def _adjoint_of_one_chunk(
+    theta: Tensor,
+    factors: Tensor,
+    grads: Sequence[Tensor | None],
+    segments: Tensor,
+    seed: int,
+    q: int,
+    rademacher: bool,
+    run_blocks: int,
+    listed: Tensor | None,
+    span: int,
+) -> tuple[Tensor, Tensor]:
+    """`fastfood_adjoint` if each block is made from one of several chunks."""
+    device, dim, width, t = theta.device, theta.numel(), 1 << q, tile.tile_bits(q)
+    chunks, programs = _chunks(theta, width), _programs(device, q)
+    needed, lists = _adjoint_lists(device, segments, q, chunks, len(grads), run_blocks)
+    factors = _floats(factors, theta, len(segments), "factors")
+    if listed is not None:
+        _check_listed(listed, span, theta, segments, width)
+        if len(listed) == 0:
+            return torch.zeros_like(theta), torch.zeros_like(factors)
+        needed = [*needed[:-1], len(listed) * plan.MAX_WIDTH]
+        lists = tables.listed_of(lists, listed, span)
+
+    dtheta, dfactors = torch.empty_like(theta), torch.empty_like(factors)
+    zs, scratch = _workspace(chunks << q, device), _workspace(programs << t, device)
+    totals = torch.zeros(chunks << q, dtype=torch.float32, device=device)
+    dots = torch.zeros(len(lists.places), dtype=torch.float32, device=device)  # those of missing gradients stay 0
+    runs = plan.MAX_WIDTH // width
+    most = max(runs, tables.SUMS_FLOATS >> t)  # runs of a wave
+    groups = -(-lists.longest // (run_blocks * runs))
+    groups_of_wave = min(groups, most // runs)
+    runs_of_wave = min(groups_of_wave * runs, lists.longest)  # of a chunk
+    chunks_of_wave = min(chunks, most // runs_of_wave)
+    sums = _workspace(chunks_of_wave * runs_of_wave << t, device)
+    of_tiles, shape = _options(tile.threads(q), 128), dict(Q=q, T=t)
+    with _on(device):
+        table = memory.table_of(grads, needed, device, "grads")
+        forward_z_kernel[(min(programs, chunks),)](
+            theta, dim, chunks, seed, None, chunks, zs, scratch, **shape, **of_tiles
+        )
+        for chunk in range(0, chunks, chunks_of_wave):
+            for group in range(0, groups, groups_of_wave):
+                some = min(chunks_of_wave, chunks - chunk)
+                one_chunk_kernels.adjoint_lists_kernel[(runs_of_wave, some)](
+                    table.words,
+                    factors,
+                    seed,
+                    chunks,
+                    lists.pieces,
+                    lists.places,
+                    lists.first,
+                    listed,
+                    0 if listed is None else len(listed),
+                    chunk,
+                    group,
+                    zs,
+                    sums,
+                    dots,
+                    _normal_lines(device),
+                    run_blocks,
+                    GRADS=table.codes,
+                    RADEMACHER=rademacher,
+                    RUNS=runs,
+                    **shape,
+                    **_options(tile.threads(q)),
+                )
+                size = min(SIZE, width)
+                one_chunk_kernels.adjoint_lists_sums_kernel[(some, width // size)](
+                    lists.first,
+                    chunk,
+                    group,
+                    runs_of_wave,
+                    run_blocks,
+                    sums,
+                    totals,
+                    RUNS=runs,
+                    SIZE=size,
+                    **shape,
+                    **_options(128),
+                )
+        one_chunk_kernels.adjoint_chunks_kernel[(min(programs, chunks),)](
+            seed, dim, chunks, totals, scratch, dtheta, **shape, **of_tiles
+        )
+        one_chunk_kernels.adjoint_factors_kernel[(len(segments),)](
+            lists.pieces, None if listed is None else len(listed), dots, dfactors, RUNS=runs, Q=q, **_options(128)
+        )
     return dtheta, dfactors
 
 

@@ -13,6 +13,7 @@ from hsaid_kernels.fastfood import reference
 DIAGONAL = tl.constexpr(reference.DIAGONAL)
 SIGNS = tl.constexpr(reference.SIGNS)
 PERMUTATION = tl.constexpr(reference.PERMUTATION)
+SHARED = tl.constexpr(reference.SHARED)
 
 
 def normal_lines(device: torch.device) -> torch.Tensor:
@@ -63,6 +64,18 @@ def block_of(e, first, step, Q: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def chunk_of(e, first, chunks, Q: tl.constexpr, T: tl.constexpr):
+    """The chunk of position e's block: `first`; or, given how many chunks there are, the next one for every block."""
+    if chunks is None:
+        chunk = first
+    elif Q < T:
+        chunk = (first + (e >> Q)) % chunks
+    else:
+        chunk = first
+    return chunk
+
+
+@triton.jit
 def normal(half, lines):
     """Standard normals from 16-bit integers or-ed with 0x4B000001. Each operation is rounded by itself."""
     y = half.to(tl.float32, bitcast=True) - 8421376.0
@@ -74,8 +87,8 @@ def normal(half, lines):
 
 
 @triton.jit
-def gaussian(seed, stream, first, step, chunk, lines, Q: tl.constexpr, T: tl.constexpr):
-    """G of the tile's blocks: [64, 2^(T-6)] in order A."""
+def gaussian(seed, stream, first, step, chunk, lines, Q: tl.constexpr, T: tl.constexpr, chunks=None):
+    """G of the tile's blocks: [64, 2^(T-6)] in order A. `chunks` is as in chunk_of."""
     S: tl.constexpr = min(4, Q - 3)  # a call's eight halves are at bits S, S + 1, S + 2 of the position
     THREADS: tl.constexpr = 1 << (T - 6)
     r = tl.arange(0, 8)[:, None]
@@ -83,7 +96,8 @@ def gaussian(seed, stream, first, step, chunk, lines, Q: tl.constexpr, T: tl.con
     e = position((r & ((1 << (S - 2)) - 1)) | r >> (S - 2) << (S + 1), t)  # [8, threads], those of slot 0
     k = e & ((1 << Q) - 1)
     ctr = (k & ((1 << S) - 1)) | k >> (S + 3) << S
-    w0, w1, w2, w3 = words(seed, stream, DIAGONAL, block_of(e, first, step, Q, T), chunk, ctr)
+    of_e = chunk_of(e, chunk, chunks, Q, T)
+    w0, w1, w2, w3 = words(seed, stream, DIAGONAL, block_of(e, first, step, Q, T), of_e, ctr)
     w = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [8, threads, word & 2, word & 1]
     halves = tl.join((w & 0xFFFF) | 0x4B000001, w >> 16 | 0x4B000001)
     halves = tl.reshape(halves, (1 << (5 - S), 1 << (S - 2), THREADS, 2, 2, 2))
@@ -93,7 +107,7 @@ def gaussian(seed, stream, first, step, chunk, lines, Q: tl.constexpr, T: tl.con
 
 
 @triton.jit
-def sign_bits(seed, stream, purpose: tl.constexpr, first, step, chunk, Q: tl.constexpr, T: tl.constexpr):
+def sign_bits(seed, stream, purpose: tl.constexpr, first, step, chunk, Q: tl.constexpr, T: tl.constexpr, chunks=None):
     """The signs of the tile's blocks in bit 31: [64, 2^(T-6)] uint32 in order A. The other bits are arbitrary."""
     THREADS: tl.constexpr = 1 << (T - 6)
     CALLS: tl.constexpr = 1 << max(0, 8 - Q)  # of a thread; each covers the bits 2 ... min(7, Q - 1) of the position
@@ -103,7 +117,8 @@ def sign_bits(seed, stream, purpose: tl.constexpr, first, step, chunk, Q: tl.con
     if Q >= 8:
         e = position(tl.zeros((1, 1), tl.int32), t)
     k = e & ((1 << Q) - 1)
-    w0, w1, w2, w3 = words(seed, stream, purpose, block_of(e, first, step, Q, T), chunk, (k & 3) | k >> 9 << 2)
+    of_e = chunk_of(e, chunk, chunks, Q, T)
+    w0, w1, w2, w3 = words(seed, stream, purpose, block_of(e, first, step, Q, T), of_e, (k & 3) | k >> 9 << 2)
     if Q >= 8:  # a thread has both values of bit 7
         upper = (k >> 8 & 1) == 1
         w = tl.join(tl.where(upper, w2, w0), tl.where(upper, w3, w1))  # [1, threads, 2]
@@ -145,10 +160,10 @@ def permute(k, keys, Q: tl.constexpr):
 
 @triton.jit
 def times_diagonal(
-    z, seed, stream, first, step, chunk, lines, RADEMACHER: tl.constexpr, Q: tl.constexpr, T: tl.constexpr
+    z, seed, stream, first, step, chunk, lines, RADEMACHER: tl.constexpr, Q: tl.constexpr, T: tl.constexpr, chunks=None
 ):
-    """G z for the blocks first, first + step, ... of the tile: [64, 2^(T-6)] in order A."""
+    """G z for the blocks first, first + step, ... of the tile: [64, 2^(T-6)] in order A. `chunks` is as in chunk_of."""
     if RADEMACHER:
-        return with_signs(z, sign_bits(seed, stream, DIAGONAL, first, step, chunk, Q, T))
+        return with_signs(z, sign_bits(seed, stream, DIAGONAL, first, step, chunk, Q, T, chunks))
     else:
-        return gaussian(seed, stream, first, step, chunk, lines, Q, T) * z
+        return gaussian(seed, stream, first, step, chunk, lines, Q, T, chunks) * z

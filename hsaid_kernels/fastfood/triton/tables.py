@@ -16,7 +16,9 @@ from torch import Tensor
 from hsaid_kernels.fastfood import plan
 
 # Columns of all tables. COLS is 0 for a dense piece, SEGMENT -1 for a hole. The last four depend on the table:
-#   forward, shares    FIRST, LAST: tiles; FROM: the place of z
+#   forward, shares    FIRST, LAST: tiles; FROM: the place of z, or, if each block is made from one chunk, the first
+#                      block's chunk
+#   adjoint, pieces    FROM: how many blocks come before; if each block is made from one chunk
 #   adjoint, items     FIRST, LAST: runs
 #   adjoint, parts     FIRST, LAST: the places of their runs' sums; FROM, TO: the places in `carry` of the sum of the
 #                      waves before and of the one for the next wave, -1 if there is none
@@ -32,9 +34,9 @@ SUMS_FLOATS = 11_000_000  # the most floats of runs' sums, or of z, in a wave, u
 class Runs(NamedTuple):
     """A wave of the forward, whose z are held at a time. Program p processes runs first[p] ... first[p + 1] - 1."""
 
-    rows: Tensor  # int64 [runs, COLUMNS]; FROM is the place of the piece's z
+    rows: Tensor  # int64 [runs, COLUMNS]
     first: Tensor  # int64 [programs + 1]
-    pieces: Tensor  # int64 [pieces, COLUMNS], whose z are made first
+    pieces: Tensor  # int64 [pieces, COLUMNS], whose z are made first; FROM is as in `rows`
 
 
 class Wave(NamedTuple):
@@ -53,6 +55,16 @@ class ListedWave(NamedTuple):
     runs: int
     before: int  # as FROM
     after: int  # as TO
+
+
+class Lists(NamedTuple):
+    """Of the adjoint if each block is made from one chunk: the blocks of each chunk, in order."""
+
+    pieces: Tensor  # int64 [segments, COLUMNS]
+    places: Tensor  # int64 [blocks], chunk by chunk: segment << 32 | number of the block in the segment
+    first: Tensor  # int64 [chunks + 1]: where the places of each chunk begin
+    first_chunk: int  # of the first segment
+    longest: int  # the most blocks of a chunk
 
 
 def _column(table: np.ndarray, name: str) -> np.ndarray:
@@ -143,8 +155,18 @@ def pieces_of(segments: np.ndarray, holes: np.ndarray | None = None) -> np.ndarr
     return pieces
 
 
-def runs_of(pieces: np.ndarray, t: int, programs: int, device: torch.device) -> Runs:
-    """The tiles of the pieces in equal shares for the programs, cut where pieces end."""
+def _first_chunks(pieces: np.ndarray, chunks: int) -> np.ndarray:
+    """The chunk of each piece's first block, if each block is made from one."""
+    return (pieces[:, STREAM.value].astype(np.uint64) % np.uint64(chunks)).astype(np.int64)
+
+
+def runs_of(pieces: np.ndarray, t: int, programs: int, device: torch.device, chunks: int | None = None) -> Runs:
+    """The tiles of the pieces in equal shares for the programs, cut where pieces end.
+
+    `chunks` is their number if each block is made from one.
+    """
+    pieces = pieces.copy()
+    pieces[:, FROM.value] = np.arange(len(pieces)) if chunks is None else _first_chunks(pieces, chunks)
     tiles = -(-pieces[:, COUNT.value] // (1 << t))
     first_tile = np.concatenate([[0], np.cumsum(tiles)])
     cost = first_tile + PIECE_COST * np.arange(len(pieces) + 1)
@@ -159,7 +181,6 @@ def runs_of(pieces: np.ndarray, t: int, programs: int, device: torch.device) -> 
     rows = pieces[piece].copy()
     rows[:, FIRST.value] = begin - first_tile[piece]
     rows[:, LAST.value] = end - first_tile[piece]
-    rows[:, FROM.value] = piece
     return Runs(*_on(device, rows, np.searchsorted(begin, shares), pieces))
 
 
@@ -167,6 +188,34 @@ def forward_waves_of(pieces: np.ndarray, t: int, programs: int, chunks: int, dev
     """Waves of as many pieces as have at most SUMS_FLOATS values of z, or of one."""
     most = max(1, SUMS_FLOATS // (chunks << t))
     return [runs_of(pieces[i : i + most], t, programs, device) for i in range(0, len(pieces), most)]
+
+
+def _by_chunk(chunk: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
+    """(numbers of the blocks whose chunks are given, chunk by chunk; where each chunk's begin [chunks + 1])."""
+    ordered, order = chunk.sort(stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(chunks + 1, device=chunk.device))
+
+
+def lists_of(pieces: np.ndarray, q: int, chunks: int, device: torch.device) -> Lists:
+    blocks = -(-pieces[:, COUNT.value] // (1 << q))
+    pieces = pieces.copy()
+    pieces[:, FROM.value] = np.cumsum(blocks) - blocks
+    segment = np.repeat(np.arange(len(pieces)), blocks)
+    block = np.arange(len(segment)) - pieces[segment, FROM.value]
+    first_chunks = _first_chunks(pieces, chunks)
+    order, first = _by_chunk(torch.from_numpy((first_chunks[segment] + block) % chunks), chunks)
+    places = torch.from_numpy(segment << 32 | block)[order]
+    made = (table.to(device) for table in (torch.from_numpy(pieces), places, first))
+    return Lists(*made, int(first_chunks[0]), int(first.diff().max()))
+
+
+def listed_of(lists: Lists, listed: Tensor, span: int) -> Lists:
+    """The lists of only the listed blocks of a plan's one segment. Only the device knows them: `longest` is a bound."""
+    chunks = len(lists.first) - 1
+    blocks = (listed[:, None] * span + torch.arange(span, device=listed.device)).flatten()
+    places, first = _by_chunk((lists.first_chunk + blocks) % chunks, chunks)
+    longest = min(len(blocks), lists.longest + -(-span // chunks))  # the last entry goes on behind the segment's end
+    return lists._replace(places=places, first=first, longest=longest)
 
 
 def waves_of(pieces: np.ndarray, q: int, t: int, run_blocks: int, device: torch.device) -> list[Wave]:

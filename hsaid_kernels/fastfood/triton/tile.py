@@ -18,7 +18,15 @@ registers. C and natural order differ only in which register of a thread has a v
 import triton
 import triton.language as tl
 
-from hsaid_kernels.fastfood.triton.streams import SIGNS, permutation_keys, permute, position, sign_bits, with_signs
+from hsaid_kernels.fastfood.triton.streams import (
+    SIGNS,
+    chunk_of,
+    permutation_keys,
+    permute,
+    position,
+    sign_bits,
+    with_signs,
+)
 
 
 def tile_bits(q: int) -> int:
@@ -128,8 +136,23 @@ def load_z(z, T: tl.constexpr):
 
 
 @triton.jit
-def make_z(theta, dim, seed, stream, chunk, scratch, z, Q: tl.constexpr, T: tl.constexpr):
-    """Writes a segment's z of a chunk, for every block of a tile, to z [2^T] for load_z. Uses scratch [2^T]."""
+def load_shared_z(zs, chunk, chunks, Q: tl.constexpr, T: tl.constexpr):
+    """z of the tile's blocks in order A, each of another chunk: `chunk` and those that follow. zs is [chunks, 2^Q]."""
+    if Q == T:
+        return load_z(zs + (chunk << Q), T)
+    else:
+        e = position(tl.arange(0, 64)[:, None], tl.arange(0, 1 << (T - 6))[None, :])
+        return tl.load(zs + (chunk_of(e, chunk, chunks, Q, T) << Q | e & ((1 << Q) - 1)))
+
+
+@triton.jit
+def make_z(
+    theta, dim, seed, stream, chunk, scratch, z, Q: tl.constexpr, T: tl.constexpr, NATURAL: tl.constexpr = False
+):
+    """Writes a segment's z of a chunk, for every block of a tile, to z [2^T] for load_z. Uses scratch [2^T].
+
+    With NATURAL, writes it once and in natural order: [2^Q].
+    """
     STEP: tl.constexpr = 1 << (T - 2)  # sixteen positions a thread at a time, because each takes several registers
     of_theta = (chunk << Q) + (tl.arange(0, 1 << T) & ((1 << Q) - 1))
     x = natural_to_a(tl.load(theta + of_theta, mask=of_theta < dim, other=0.0), T)
@@ -140,8 +163,27 @@ def make_z(theta, dim, seed, stream, chunk, scratch, z, Q: tl.constexpr, T: tl.c
     tl.store(scratch + tl.arange(0, 1 << T), x)
     tl.debug_barrier()
     keys = permutation_keys(seed, stream, chunk)
-    for i in range(0, 1 << T, STEP):
+    for i in range(0, 1 << (Q if NATURAL else T), STEP):
         at = i + tl.arange(0, STEP)
-        k = position_in_z(at, T) & ((1 << Q) - 1)
-        tl.store(z + at, tl.load(scratch + permute(k, keys, Q)))
+        if NATURAL:
+            tl.store(z + at, tl.load(scratch + permute(at & ((1 << Q) - 1), keys, Q)), mask=at < 1 << Q)
+        else:
+            k = position_in_z(at, T) & ((1 << Q) - 1)
+            tl.store(z + at, tl.load(scratch + permute(k, keys, Q)))
     tl.debug_barrier()
+
+
+@triton.jit
+def transposed_z(u, seed, stream, chunk, scratch, Q: tl.constexpr, T: tl.constexpr):
+    """B H^T Pi^T u for every block of a tile, [2^T] in natural order; u [2^Q] in memory. Uses scratch [2^T]."""
+    STEP: tl.constexpr = 1 << (T - 4)
+    keys = permutation_keys(seed, stream, chunk)
+    for first in range(0, 1 << T, STEP):
+        e = first + tl.arange(0, STEP)
+        k = e & ((1 << Q) - 1)
+        to = (e - k) + permute(k, keys, Q).to(tl.int32)
+        tl.store(scratch + to, tl.load(u + k))
+    tl.debug_barrier()
+    x = transform_reversed(tl.load(scratch + tl.arange(0, 1 << T)), Q, T)
+    block = tl.full([], 0, tl.int32)
+    return a_to_natural(with_signs(x, sign_bits(seed, stream, SIGNS, block, 0, chunk, Q, T)), T)
