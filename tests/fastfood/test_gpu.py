@@ -151,7 +151,8 @@ def test_every_width(q, diagonal, segments, backend):
         tensors = SMALL | {"a": (3, 2 * max(width, 4096) // 3)}
         segments = [whole("a", tensors["a"]), *BANDS[1:]]
     for dim, dtype in cases:
-        plan = Plan(tensors, dim, seed=2**64 - 5, width=width, diagonal=diagonal, segments=segments)
+        options = {"diagonal": diagonal, "segments": segments, "chunks": "all"}
+        plan = Plan(tensors, dim, seed=2**64 - 5, width=width, **options)
         plan.run_blocks = 1 + q % 3
         assert_same_everywhere(plan, dtype, backend)
 
