@@ -276,7 +276,7 @@ void fastfood_adjoint(const Adjoint& f, float* dtheta, float* dfactors, const Wo
   if (f.params.one_chunk) return adjoint_of_one_chunk(f, dtheta, dfactors, workspace, stream);
   const Params& p = f.params;
   const int64_t n = width(p), size = n * p.chunks;
-  const int64_t most = std::max<int64_t>(1, kWorkspaceFloats / size - 2);  // two places are for what is carried
+  const int64_t most = std::max<int64_t>(1, f.sums_floats / size - 2);  // two places are for what is carried
   const auto missing = [&](const Segment& s) { return !f.grads[s.tensor].data; };
   if (std::any_of(f.segments, f.segments + f.num_segments, missing))
     zero_async(dfactors, f.num_segments * sizeof(float), stream);

@@ -19,8 +19,7 @@ struct Piece {
 constexpr int kParameterBytes = 32764;  // of a kernel, at most
 constexpr int kMaxPieces = 384;         // in one launch
 
-constexpr int64_t kSegmentFloats = 6'000'000;     // of z and Pi in the adjoint, unless one segment's take more
-constexpr int64_t kWorkspaceFloats = 11'000'000;  // that a call takes, unless it cannot do with so few
+constexpr int64_t kSegmentFloats = 6'000'000;  // of z and Pi in the adjoint, unless one segment's take more
 
 // The offset of element e.
 HSAID_INLINE int64_t element(const Piece& p, int64_t e) {

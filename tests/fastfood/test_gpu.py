@@ -20,7 +20,7 @@ from torch import nn
 
 from hsaid_kernels import HSAID, Hierarchy, Projection, available_backends, hadamard_transform
 from hsaid_kernels.fastfood import ops
-from hsaid_kernels.fastfood.plan import Plan, Segment, whole
+from hsaid_kernels.fastfood.plan import Plan, Segment, stream_id, whole
 from hsaid_kernels.hierarchy.attention import find_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -88,7 +88,7 @@ def assert_same_everywhere(plan: Plan, dtype: torch.dtype, backend: str, missing
 @on_a_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("diagonal", ["gaussian", "rademacher"])
-@pytest.mark.parametrize("dim", [1000, 16384])
+@pytest.mark.parametrize("dim", [1000, 16384, 2**20])
 def test_all_of_mbert(dim, diagonal, dtype, backend):
     assert_same_everywhere(Plan(shapes.mbert(), dim, seed=5, diagonal=diagonal), dtype, backend)
 
@@ -156,6 +156,30 @@ def test_every_width(q, diagonal, segments, backend):
         assert_same_everywhere(plan, dtype, backend)
 
 
+@pytest.mark.parametrize("q", range(5, 15))
+def test_one_chunk(q, backend):
+    """Of every width: each block from one of three chunks; lists of blocks with several groups, a missing gradient."""
+    if backend == "triton" and q not in (5, 8, 14):
+        pytest.skip("left out: the interpreter takes seconds for each, the compiler too")
+    width = 2**q
+    tensors = {"a": (2 * width + 5,), "b": (7,), "w": (5, 3 * width // 4)}
+    bands = [Segment("w", first, 5, width // 4, 3 * width // 4, f"head {first}") for first in (width // 4, width // 2)]
+    segments = [whole("a", tensors["a"]), whole("b", (7,)), *bands]
+    diagonal = ("gaussian", "rademacher")[q % 2]
+    plan = Plan(tensors, 2 * width + 5, 5, width=width, chunks="one", diagonal=diagonal, segments=segments)
+    plan.run_blocks = 1
+    assert_same_everywhere(plan, DTYPES[q % 3], backend, missing=(1,))
+
+
+def test_one_chunk_without_gradients(backend):
+    """And of a chunk from which no block is made: what is written is zeros, of either sign."""
+    plan = Plan({"f": (5,), "g": (9,)}, 90, width=32, chunks="one")
+    assert max(map(stream_id, plan.names)) < 0, "whose remainders are those of unsigned numbers"
+    assert plan.chunks_reached() == 2 < plan.chunks
+    for missing in ((1,), (0, 1)):
+        assert_same_everywhere(plan, torch.float32, backend, missing=missing)
+
+
 class Conv1D(nn.Module):
     """As GPT-2 has it: the outputs are columns."""
 
@@ -204,13 +228,16 @@ def test_sums_that_do_not_fit_come_in_waves(monkeypatch, backend):
         plan = Plan({"a": (9 * 4096 + 5,), "b": (7,), "c": (3 * 4096,)}, 3000, seed=5, width=4096)
         plan.run_blocks = 2
         assert_same_everywhere(plan, torch.float32, "triton", missing=() if most == 2 else (1,))
+    plan = Plan({"a": (9 * 4096 + 5,), "b": (7,), "c": (3 * 4096,)}, 8190, seed=5, width=4096, chunks="one")
+    plan.run_blocks = 1
+    assert_same_everywhere(plan, torch.float32, "triton")
 
 
 def test_sums_of_many_chunks_come_in_waves(backend):
     """Of more groups than have a place in CUDA's workspace: a segment goes on in the next wave."""
     if INTERPRETED:
         pytest.skip("too long for the interpreter")
-    plan = Plan({"a": (9 * 16384,), "b": (40,)}, 2**20, seed=5, diagonal="rademacher")
+    plan = Plan({"a": (9 * 16384,), "b": (40,)}, 2**20, seed=5, chunks="all", diagonal="rademacher")
     assert plan.run_blocks == 1
     theta, factors, tensors = torch.randn(plan.dim), plan.scales, plan.views(values(plan, torch.float32))
     expected = ops.fastfood_adjoint(plan, theta, factors, tensors, "cpu")
@@ -291,8 +318,8 @@ TILE = 2**14
 LONG = 4 * TILE + 1003  # values: the last of five tiles is ragged
 
 
-def listed_plan(width: int, dim: int, diagonal: str = "gaussian") -> Plan:
-    plan = Plan({"a": (LONG,)}, dim, seed=5, width=width, diagonal=diagonal)
+def listed_plan(width: int, dim: int, diagonal: str = "gaussian", chunks: str = "all") -> Plan:
+    plan = Plan({"a": (LONG,)}, dim, seed=5, width=width, chunks=chunks, diagonal=diagonal)
     plan.run_blocks = 2
     return plan
 
@@ -338,6 +365,17 @@ def test_listed_tiles(width, dim, diagonal, dtype, backend):
     assert_same_listed(plan, [1, 4], None, dtype, backend)
 
 
+@pytest.mark.parametrize(
+    "width, diagonal, dtype", [(TILE // 4, "rademacher", DTYPES[2]), (TILE, "gaussian", DTYPES[1])]
+)
+def test_listed_tiles_of_one_chunk(width, diagonal, dtype, backend):
+    """Each block from one of two chunks, one of which none may be from."""
+    plan = listed_plan(width, width + 5, diagonal, "one")
+    base = torch.randn(LONG, generator=torch.Generator().manual_seed(1))
+    for entries in ([0], [1, 2, 4], []):
+        assert_same_listed(plan, entries, base.to(dtype), dtype, backend)
+
+
 def test_all_tiles_listed_are_the_whole(backend):
     plan = listed_plan(256, 250)
     theta, factors, base = torch.randn(250).to(DEVICE), plan.scales.to(DEVICE), torch.randn(LONG).to(DEVICE)
@@ -366,10 +404,11 @@ def test_listed_tiles_come_in_waves(width, monkeypatch, backend):
 
 
 @on_a_device
-def test_listed_tiles_in_a_cuda_graph(backend):
+@pytest.mark.parametrize("dim, chunks", [(1000, "all"), (2000, "one")])
+def test_listed_tiles_in_a_cuda_graph(dim, chunks, backend):
     """Which the device alone knows: they differ from one replay to the next."""
-    plan = listed_plan(1024, 1000)
-    theta, factors, base = torch.randn(1000), plan.scales.clone(), torch.randn(LONG)
+    plan = listed_plan(1024, dim, chunks=chunks)
+    theta, factors, base = torch.randn(dim), plan.scales.clone(), torch.randn(LONG)
     grad, listed, span = torch.randn(2 * TILE), torch.tensor([0, 4]), ops.row_span(plan, backend)
     on = [t.cuda() for t in (theta, factors, base, grad)]
     static = listed.cuda()
@@ -397,8 +436,9 @@ def test_listed_tiles_in_a_cuda_graph(backend):
 
 
 @on_a_device
-def test_theta_of_many_chunks_in_little_memory(backend):
-    plan = Plan({"a": (20, 16384)}, 2**20)
+@pytest.mark.parametrize("chunks", ["all", "one"])
+def test_theta_of_many_chunks_in_little_memory(chunks, backend):
+    plan = Plan({"a": (20, 16384)}, 2**20, chunks=chunks)
     assert_same_everywhere(plan, torch.float32, backend)
     theta, factors = torch.randn(plan.dim, device="cuda"), plan.scales.cuda()
     tensors = plan.views(values(plan, torch.float32).cuda())
@@ -423,10 +463,11 @@ def test_twenty_runs(backend):
 
 
 @on_a_device
+@pytest.mark.parametrize("chunks", ["all", "one"])
 @pytest.mark.parametrize("width", [128, 1024, 16384])
-def test_twenty_runs_of_all_that_goes_through_memory(width, backend):
+def test_twenty_runs_of_all_that_goes_through_memory(width, chunks, backend):
     """Bands, misaligned tensors and several chunks: where a missing barrier would show, now and then."""
-    plan = Plan(SMALL, 2 * width + 5, width=width, segments=BANDS)
+    plan = Plan(SMALL, 2 * width + 5, width=width, chunks=chunks, segments=BANDS)
     flat = values(plan, torch.float32)
     theta, factors, tensors = torch.randn(plan.dim), plan.scales, plan.views(flat)
     expected = (
@@ -680,6 +721,10 @@ def test_arguments_elsewhere(changes, message, backend):
         (lambda a: {"holes": changed(a["holes"], 0, 4, 0)}, "holes: row 0 is no hole of this plan"),
         (lambda a: {"width": 128}, "segments: row 1 is no segment of this plan"),
         (lambda a: {"width": 100}, "width: expected a power of two from 32 to 16384, got 100"),
+        (
+            lambda a: {"width": 32, "theta": torch.ones(2**21 + 1, device=DEVICE)},
+            "width: expected chunks .* 65536, got 65",
+        ),
         (lambda a: {"numel": 64}, "numel: expected at least [0-9]+, got 64"),
         (lambda a: {"dtype": torch.float64}, "dtype: expected float32, bfloat16 or float16"),
     ],
