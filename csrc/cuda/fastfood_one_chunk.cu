@@ -1,10 +1,10 @@
 // dtheta and dfactors where each block is made from one of several chunks of theta. What is added up are the blocks of
-// a chunk, which lie anywhere in any tensor. So a table of the pieces goes to the device, and while z is made, other
-// blocks of threads write down which blocks are made from each chunk: a search for every block would be as long each
-// time. A block of threads then takes a group of a chunk's list, 2^14 / n entries at a time, a run each, adds up
-// f G_b H^T g_b and multiplies each G_b H^T g_b by z, which the second-level cache has. Small kernels add the groups of
-// each chunk, transform the sums, and add each segment's products. All orders are the plan's (docs/rng.md). More groups
-// than there is room for come in waves: of some chunks, or, where one has too many, of some of its groups.
+// a chunk, and these lie in all tensors. So a table of the pieces goes to the device, which lists the blocks of each
+// chunk while other blocks of threads make z. A block of threads then takes a group of a chunk's list, 2^14 / n entries
+// at a time, one for each run: it adds up f G_b H^T g_b, and multiplies G_b H^T g_b by z, which comes from the
+// second-level cache. Small kernels add the groups of each chunk, transform the sums, and add each segment's products.
+// All orders are the plan's (docs/rng.md). More groups than there is room for come in waves: of some chunks, or, where
+// one has too many, of some of its groups.
 
 #include <algorithm>
 #include <vector>
@@ -79,8 +79,7 @@ HSAID_DEVICE Some some_blocks(const Params& p, const OneChunkPiece& piece, int c
   return {first, first < piece.blocks ? (piece.blocks - first + p.chunks - 1) / p.chunks : 0};
 }
 
-// Thread i of a block gets the sum of what threads 0 to i - 1 give, and row i of `memory` [kThreads + 1]; the last row
-// has the sum of all.
+// Leaves in place i of `memory` the sum of the counts of threads 0 to i - 1, in place kThreads that of all.
 HSAID_DEVICE void add_before(Shared memory, int count) {
   const int i = (int)thread_index();
   int sum = count;

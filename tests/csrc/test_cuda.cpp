@@ -162,7 +162,7 @@ void test_chunks() {
 
 // Each block from one of several chunks, some of which may have none.
 void test_one_chunk() {
-  for (int q : quick ? std::vector<int>{6, 9, 14} : XX
+  for (int q : quick ? std::vector<int>{6, 9, 14} : std::vector<int>{5, 7, 8, 11, 14})
     for (bool rademacher : {false, true}) {
       const int chunks = q == 11 ? 30 : 3;
       const Plan c(q, chunks, rademacher, true);
