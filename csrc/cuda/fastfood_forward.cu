@@ -177,25 +177,32 @@ __global__ void __launch_bounds__(kThreads, 2) forward_shared_z_kernel(const __g
   store_z(a.z + ((int64_t)chunk << p.q), p.q);
 }
 
-// z for all values of a tile with one chunk a block.
+// z for all values of a tile with one chunk a block; for n < 256 by way of the exchange, as in draw_slowly.
 HSAID_DEVICE void load_z(const float* z, const Draws& d, float (&x)[kPerThread]) {
   const int q = d.params.q;
-  const float* own = z + ((int64_t)stream_at(d, position<A>(0)).chunk << q);
+  if (q >= kFastDrawBits) {
+    const float* own = z + ((int64_t)stream_at(d, position<A>(0)).chunk << q);
 #pragma unroll
-  for (int v = 0; v < 16; ++v) {
-    if (q >= kFastDrawBits) {
+    for (int v = 0; v < 16; ++v) {
       const float4 four = z_vector(own, v, q);
       x[a_register(v, 0)] = four.x;
       x[a_register(v, 1)] = four.y;
       x[a_register(v, 2)] = four.z;
       x[a_register(v, 3)] = four.w;
-      continue;
+    }
+    return;
+  }
+  const Shared own = exchange() + (int)thread_index();
+  sync_block();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+    for (int i = 0; i < 32; ++i) {
+      const uint32_t e = position<A>(half * 32 + i), mask = (1u << q) - 1;
+      own.store(i * kThreads, z[(int64_t)stream_at(d, e).chunk << q | (e & mask)]);
     }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t e = position<A>(a_register(v, j)), mask = (1u << q) - 1;
-      x[a_register(v, j)] = z[(int64_t)stream_at(d, e).chunk << q | (e & mask)];
-    }
+    for (int i = 0; i < 32; ++i) x[half * 32 + i] = own.load(i * kThreads);
   }
 }
 

@@ -425,9 +425,9 @@ void adjoint_of_one_chunk(const Adjoint& f, float* dtheta, float* dfactors, cons
   const Params& p = f.params;
   const int64_t n = width(p), chunks = p.chunks, longest = longest_list(f);
   const int64_t group_size = group_blocks(p, f.run_blocks), groups = (longest + group_size - 1) / group_size;
-  // A wave has the sums of so many groups of so many chunks, and the sum of each chunk.
-  const int64_t most = f.sums_floats / n;
-  const int64_t wave_chunks = std::clamp<int64_t>(most / (groups + 1), 1, chunks);
+  // A wave has the sums of so many groups of so many chunks, and the sum of each chunk; all waves of as many chunks.
+  const int64_t most = f.sums_floats / n, most_chunks = std::clamp<int64_t>(most / (groups + 1), 1, chunks);
+  const int64_t turns = (chunks + most_chunks - 1) / most_chunks, wave_chunks = (chunks + turns - 1) / turns;
   const int64_t wave_groups = std::clamp<int64_t>(most / wave_chunks - 1, 1, std::min<int64_t>(groups, 65535));
   const Segment& last = f.segments[f.num_segments - 1];
   const int64_t blocks = last.first_block + num_blocks(p, last);
