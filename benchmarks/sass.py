@@ -21,8 +21,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 VALUES = 64  # that a thread holds
 BUTTERFLIES = 14
-KINDS = ("n = 2^14", "n = 2^14, chunks", "n = 1024", "n >= 256", "general")
-KERNEL = re.compile(r"\d+([a-z_]+_kernel)(?:I(?:Lb([01])E)?(?:LNS\w*?4KindE([0-4])E)?(?:Lb([01])E)?)?")
+KINDS = ("n = 2^14", "n = 2^14, chunks", "n = 1024", "n >= 256", "general", "n = 2^14, one chunk", "general, one chunk")
+KERNEL = re.compile(r"\d+([a-z_]+_kernel)(?:I(?:Lb([01])E)?(?:LNS\w*?4KindE([0-6])E)?(?:Lb([01])E)?)?")
 
 
 class Instruction(NamedTuple):
@@ -109,8 +109,8 @@ def count(ops: Counter, *prefixes: str) -> int:
     return sum(n for op, n in ops.items() if all(part in f"{op}." for part in prefixes))
 
 
-def body(code: list[Instruction], adds: int, loads: str, stores: str | None) -> Counter | None:
-    """The shortest way round a loop with so many additions, 16 vector loads of a kind and as many stores.
+def body(code: list[Instruction], adds: int, loads: str, stores: str | None, vectors: int = 16) -> Counter | None:
+    """The shortest way round a loop with so many additions, `vectors` vector loads of a kind and 16 stores.
 
     Ways go forward in the code, but for the branch back to the loop's head.
     """
@@ -119,7 +119,7 @@ def body(code: list[Instruction], adds: int, loads: str, stores: str | None) -> 
         a: (count(b.ops, "FADD"), count(b.ops, "LDG.", loads), count(b.ops, "STG.", stores or "STG"))
         for a, b in blocks.items()
     }
-    wanted = (adds, 16, 16 if stores else 0)
+    wanted = (adds, vectors, 16 if stores else 0)
     best = None
     for tail, block in blocks.items():
         for head in (n for n in block.next if n <= tail):
@@ -181,16 +181,20 @@ def cuda_tables(library: Path, arch: str) -> None:
         title += ", listed" if listed == "1" else ""
         widths = KINDS[int(kind)] if kind is not None else ""
         print(f"| {title} | {widths} | {used[name][0]} | {used[name][1]} | {spills(instructions)} |")
-        if kind == "0" and diagonal is not None:
-            main_kernels[kernel, diagonal] = instructions
+        if kind in ("0", "5") and diagonal is not None and listed != "1":
+            main_kernels[kernel, diagonal, kind == "5"] = instructions
 
     print(f"\n| loop body, n = 2^14, {arch} | {COLUMNS} |")
     print("|---|---|---|---|---|---|")
-    for (kernel, diagonal), instructions in main_kernels.items():
+    for (kernel, diagonal, one_chunk), instructions in main_kernels.items():
         for memory, vector in VECTORS.items():
-            adds = VALUES * (BUTTERFLIES + (3 if diagonal == "0" else 0) + 1)
-            ops = body(instructions, adds, vector, None if "groups" in kernel else vector)
-            print(f"| {kernel}, {('gaussian', 'rademacher')[int(diagonal)]} | {memory} | {body_cells(ops)}")
+            sums = 2 if kernel.startswith("one_chunk") else 1  # with one chunk a gradient's products with z, too
+            adds = VALUES * (BUTTERFLIES + (3 if diagonal == "0" else 0) + sums)
+            vectors = 32 if one_chunk and memory == "float32" else 16  # those of z, in float32, too
+            ops = body(instructions, adds, vector, None if "groups" in kernel else vector, vectors)
+            title = f"{kernel}, {('gaussian', 'rademacher')[int(diagonal)]}"
+            title += ", one chunk" if one_chunk and sums == 1 else ""
+            print(f"| {title} | {memory} | {body_cells(ops)}")
 
 
 def triton_tables(arch: str) -> None:

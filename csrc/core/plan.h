@@ -45,6 +45,7 @@ HSAID_INLINE int chunk_of(const Params& p, uint64_t stream, int64_t block) {
 struct Listed {
   const int64_t* entries;  // [count], rising; each stands for `span` blocks, from entry * span on. Null: all blocks
   int64_t count, span;
+  int64_t blocks = 0;  // for which there could be entries: those of the segment, and the rest of its last entry
 };
 
 HSAID_INLINE int64_t block_of(const Listed& listed, int64_t place) {

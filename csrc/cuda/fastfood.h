@@ -23,6 +23,9 @@ struct DeviceTensor {
 // Gives memory that is free again once the work that the call queues on the stream is done.
 using Workspace = std::function<float*(int64_t floats)>;
 
+// A forward takes so many for z, an adjoint for sums of groups, unless it cannot do with so few.
+constexpr int64_t kWorkspaceFloats = 11'000'000;
+
 struct Forward {
   Params params;
   const float* theta;       // [dim]
@@ -37,7 +40,8 @@ struct Forward {
   Listed listed{};  // on the device, an entry for each tile of 2^14 values: only these are made, side by side in `out`
 };
 
-// Two launches for every kMaxPieces segments and holes, or for fewer where z of so many does not fit into 44 MB.
+// Two launches for every kMaxPieces segments and holes, or for fewer where z of so many does not fit into 44 MB. With
+// one chunk a block z takes `dim` floats, and one launch.
 void fastfood_forward(const Forward&, const Workspace&, cudaStream_t);
 
 struct Adjoint {
@@ -49,10 +53,12 @@ struct Adjoint {
   const DeviceTensor* grads;  // per tensor
   int64_t run_blocks;         // tiles that are added up first (docs/rng.md)
   Listed listed{};            // as in Forward: the gradient of the only segment has these tiles, side by side
+  int64_t sums_floats = kWorkspaceFloats;
 };
 
 // dtheta [dim] and dfactors [num_segments]; the same bits on every device. Takes at most 68 MB, or what one group and
-// one segment need where that is more.
+// one segment need where that is more. With one chunk a block: at most 44 MB, `dim` floats for z, 32 bytes a block and
+// 64 a segment.
 void fastfood_adjoint(const Adjoint&, float* dtheta, float* dfactors, const Workspace&, cudaStream_t);
 
 // rows x dim values with a row stride of dim -> scale * H x, in float32, bfloat16 or float16. Takes memory for

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "pieces.h"
+#include "adjoint.h"
 
 namespace hsaid::cuda {
 
@@ -55,25 +55,6 @@ HSAID_DEVICE float* slot(const AdjointParams& a, int chunk, int number) {
   return a.sums + (((int64_t)chunk * a.slots + number) << a.params.q);
 }
 
-// sum + load(0) + load(1) + ..., in this order; many loads at a time.
-template <int kBatch, class Load>
-HSAID_DEVICE float added(float sum, int count, Load&& load) {
-  const auto add_batch = [&](auto size, int first, int end) {
-    float values[size.value];
-#pragma unroll
-    for (int j = 0; j < size.value; ++j) values[j] = first + j < end ? load(first + j) : -0.0f;  // changes no sum
-#pragma unroll
-    for (int j = 0; j < size.value; ++j) sum = sum + values[j];
-  };
-  int first = 0;
-#pragma unroll 1
-  for (; first + kBatch <= count; first += kBatch)
-    add_batch(std::integral_constant<int, kBatch>{}, first, first + kBatch);
-#pragma unroll 1
-  for (; first < count; first += 8) add_batch(std::integral_constant<int, 8>{}, first, count);
-  return sum;
-}
-
 // --- z and Pi of a segment
 
 template <Kind kKind>
@@ -87,78 +68,6 @@ HSAID_DEVICE void make_segment(const AdjointParams& a, const Params& p, int numb
 }
 
 // --- the groups
-
-HSAID_INLINE bool is_vectors(const Piece& p) { return p.cols == 0 && p.fours; }
-
-template <class T, bool kWhole>
-HSAID_DEVICE void read_vectors(const Piece& p, int64_t first, float (&x)[kPerThread]) {
-  using Load = typename Quad<T>::Bits;
-  const T* data = (const T*)p.data + first + position<C>(0);
-  Load loaded[kPerThread / 4];
-#pragma unroll
-  for (int v = 0; v < kPerThread / 4; ++v) {
-    const uint32_t e = C::Register::spread(4 * v);
-    loaded[v] = Load{};
-    if (kWhole || first + position<C>(4 * v) < p.count) loaded[v] = load_once((const Load*)(data + e));
-  }
-#pragma unroll
-  for (int v = 0; v < kPerThread / 4; ++v) {
-    const float4 w = Quad<T>::widened(loaded[v]);
-    x[4 * v] = w.x;
-    x[4 * v + 1] = w.y;
-    x[4 * v + 2] = w.z;
-    x[4 * v + 3] = w.w;
-  }
-}
-
-// By elements, in fours where the piece allows it, in two halves that go through the exchange.
-HSAID_DEVICE void read_elements(const Piece& p, int64_t first, float (&x)[kPerThread]) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    sync_block();
-    if (p.fours) {
-#pragma unroll 1
-      for (int at = thread_index() * 4; at < kTile / 2; at += kThreads * 4) {
-        const int64_t e = first + half * (kTile / 2) + at;
-        exchange().store(at, e < p.count ? load_four(p, element(p, e)) : float4{});
-      }
-    } else {
-#pragma unroll 1
-      for (int at = thread_index(); at < kTile / 2; at += kThreads) {
-        const int64_t e = first + half * (kTile / 2) + at;
-        exchange().store(at, e < p.count ? load_element(p, element(p, e)) : 0.0f);
-      }
-    }
-    sync_block();
-#pragma unroll
-    for (int i = half * 32; i < half * 32 + 32; i += 4) {
-      const float4 v = exchange().load<float4>((int)position<C>(i & 31));
-      x[i] = v.x;
-      x[i + 1] = v.y;
-      x[i + 2] = v.z;
-      x[i + 3] = v.w;
-    }
-  }
-}
-
-template <bool kWhole>
-HSAID_DEVICE void read_tile(const Piece& p, int64_t first, float (&x)[kPerThread]) {
-  if (p.dtype == Dtype::kFloat)
-    read_vectors<float, kWhole>(p, first, x);
-  else if (p.dtype == Dtype::kBfloat16)
-    read_vectors<bf16, kWhole>(p, first, x);
-  else
-    read_vectors<fp16, kWhole>(p, first, x);
-}
-
-// Asks for the thread's share of a tile, 128 bytes at a time.
-HSAID_DEVICE void prefetch_tile(const Piece& p, int64_t first) {
-  const int64_t e = first + (int64_t)(warp() * 32 + lane()) * kPerThread;
-  if (e + kPerThread > p.count) return;
-  const char* line = (const char*)p.data + e * (p.dtype == Dtype::kFloat ? 4 : 2);
-  prefetch(line);
-  if (p.dtype == Dtype::kFloat) prefetch(line + 128);
-}
 
 template <bool kRademacher, Kind kKind, bool kListed>
 __global__ void __launch_bounds__(kThreads, 2) adjoint_groups_kernel(const __grid_constant__ AdjointParams a) {
@@ -186,12 +95,7 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_groups_kernel(const __gri
 #pragma unroll 1
   for (int tile = first_tile; tile < last_tile; ++tile) {
     const int64_t first = (int64_t)tile << kTileBits;
-    if (!is_vectors(piece.grad))
-      read_elements(piece.grad, first, x);
-    else if (first + kTile <= piece.grad.count)
-      read_tile<true>(piece.grad, first, x);
-    else
-      read_tile<false>(piece.grad, first, x);
+    read_gradient(piece.grad, first, x);
     if (is_vectors(piece.grad) && tile + 1 < last_tile) prefetch_tile(piece.grad, first + kTile);
     transform_reversed(x, p.q);
     const Draws draws = {p, piece.stream, kDiagonal, (int64_t)tile_of<kListed>(a.listed, tile) << (kTileBits - p.q),
@@ -204,33 +108,8 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_groups_kernel(const __gri
     });
   }
 
-#pragma unroll
-  for (int v = 0; v < 16; ++v) {
-    const float4 u = kept().load<float4>(vector_place(v, thread_index()));
-    x[a_register(v, 0)] = u.x;
-    x[a_register(v, 1)] = u.y;
-    x[a_register(v, 2)] = u.z;
-    x[a_register(v, 3)] = u.w;
-  }
-  a_to_b(x);
-  b_to_c(x);
-  float* sum = slot(a, (int)block_index().y, (int)bits_from_float(tables().load(kSlotNumber)));
-  if constexpr (is_tile(kKind)) {
-#pragma unroll
-    for (int i = 0; i < kPerThread; i += 4) *(float4*)(sum + position<C>(i)) = {x[i], x[i + 1], x[i + 2], x[i + 3]};
-  } else {
-#pragma unroll
-    for (int i = 0; i < kPerThread; i += 4)
-      kept().store((int)position<C>(i), float4{x[i], x[i + 1], x[i + 2], x[i + 3]});
-    sync_block();
-    // Runs without a block are 0, which no sum of others is changed by.
-    for (int k = thread_index(); k < 1 << p.q; k += kThreads) {
-      float all = kept().load(k);
-#pragma unroll 8
-      for (int run = 1; run < 1 << (kTileBits - p.q); ++run) all = all + kept().load((run << p.q) + k);
-      sum[k] = all;
-    }
-  }
+  take_runs(x);
+  write_runs<is_tile(kKind)>(x, p.q, slot(a, (int)block_index().y, (int)bits_from_float(tables().load(kSlotNumber))));
 }
 
 // --- the sums of the groups of a segment, into the slot of its first group
@@ -252,8 +131,6 @@ __global__ void __launch_bounds__(kThreads) adjoint_sums_kernel(const __grid_con
 }
 
 // --- from the sums to <u, z> and factor * B H^T Pi^T u, in their place
-
-HSAID_DEVICE float4 sum_of(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
 
 // The sum of eight: those whose numbers differ in the highest bit are added first.
 HSAID_DEVICE float4 folded(const float4 (&v)[8]) {
@@ -396,9 +273,10 @@ std::vector<std::vector<AdjointPiece>> waves_of(const Adjoint& f, int64_t slots,
 
 void fastfood_adjoint(const Adjoint& f, float* dtheta, float* dfactors, const Workspace& workspace,
                       cudaStream_t stream) {
+  if (f.params.one_chunk) return adjoint_of_one_chunk(f, dtheta, dfactors, workspace, stream);
   const Params& p = f.params;
   const int64_t n = width(p), size = n * p.chunks;
-  const int64_t most = std::max<int64_t>(1, kWorkspaceFloats / size - 2);  // two places are for what is carried
+  const int64_t most = std::max<int64_t>(1, f.sums_floats / size - 2);  // two places are for what is carried
   const auto missing = [&](const Segment& s) { return !f.grads[s.tensor].data; };
   if (std::any_of(f.segments, f.segments + f.num_segments, missing))
     zero_async(dfactors, f.num_segments * sizeof(float), stream);

@@ -2,7 +2,9 @@
 // read once and W written once. A launch for each tensor would be hundreds, many too small to fill a device; and tiles
 // in equal shares would wait for the slowest multiprocessor. So the second launch is a persistent grid, whose blocks of
 // threads, none of which waits for another, take equal shares of half the tiles and draw tickets for the other half.
-// Where tiles are listed, there is one piece, and tile t of the call is tile listed[t] of it.
+// Where tiles are listed, there is one piece, and tile t of the call is tile listed[t] of it. With one chunk a block z
+// is the same for all pieces: it is made once, and read for each tile, whose chunk is another than that of the tile
+// before.
 
 #include <algorithm>
 
@@ -21,6 +23,7 @@ struct ForwardPiece {
   int factor;       // -1: a hole
   int first_tile;   // how many tiles the pieces before have
   int whole_tiles;  // so many, the first ones, are read and written in vectors alone
+  int first_chunk;  // with one chunk a block: that of block 0
 };
 
 struct ForwardParams {
@@ -28,13 +31,14 @@ struct ForwardParams {
   const float* theta;
   const float* factors;
   Dtype out_dtype;
-  float* z;       // [pieces, chunks, n], as store_z leaves them
+  float* z;       // [pieces, chunks, n], or [chunks, n] with one chunk a block, as store_z leaves them
   int* taken;     // tickets so far
   int pool;       // so many tiles, the first ones, are taken by ticket
   int runs, run;  // the first `runs` tickets are for `run` tiles each, the others for one
   int num_tiles;
   int num_pieces;
   const int64_t* listed;  // of kernels for listed tiles
+  int launches;           // that go on with the same z
   ForwardPiece pieces[kMaxPieces];
 };
 static_assert(sizeof(ForwardParams) <= kParameterBytes, "kMaxPieces is too large");
@@ -161,9 +165,50 @@ __global__ void __launch_bounds__(kThreads, 2) forward_z_kernel(const __grid_con
   store_z(a.z + ((int64_t)(piece * p.chunks + chunk) << p.q), p.q);
 }
 
+// z of every chunk, the same for all pieces; the counters of `launches` launches.
+template <Kind kKind>
+__global__ void __launch_bounds__(kThreads, 2) forward_shared_z_kernel(const __grid_constant__ ForwardParams a) {
+  start_next_kernel();
+  const Params p = specialised<kKind>(a.params);
+  const int chunk = (int)block_index().x;
+  if (chunk == 0)
+    for (int i = thread_index(); i < a.launches; i += kThreads) a.taken[i] = 0;
+  make_z<kKind>(p, a.theta, kSharedStream, chunk);
+  store_z(a.z + ((int64_t)chunk << p.q), p.q);
+}
+
+// z for all values of a tile with one chunk a block; for n < 256 by way of the exchange, as in draw_slowly.
+HSAID_DEVICE void load_z(const float* z, const Draws& d, float (&x)[kPerThread]) {
+  const int q = d.params.q;
+  if (q >= kFastDrawBits) {
+    const float* own = z + ((int64_t)stream_at(d, position<A>(0)).chunk << q);
+#pragma unroll
+    for (int v = 0; v < 16; ++v) {
+      const float4 four = z_vector(own, v, q);
+      x[a_register(v, 0)] = four.x;
+      x[a_register(v, 1)] = four.y;
+      x[a_register(v, 2)] = four.z;
+      x[a_register(v, 3)] = four.w;
+    }
+    return;
+  }
+  const Shared own = exchange() + (int)thread_index();
+  sync_block();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+    for (int i = 0; i < 32; ++i) {
+      const uint32_t e = position<A>(half * 32 + i), mask = (1u << q) - 1;
+      own.store(i * kThreads, z[(int64_t)stream_at(d, e).chunk << q | (e & mask)]);
+    }
+#pragma unroll
+    for (int i = 0; i < 32; ++i) x[half * 32 + i] = own.load(i * kThreads);
+  }
+}
+
 template <bool kRademacher, Kind kKind, bool kListed>
 __global__ void __launch_bounds__(kThreads, 2) fastfood_forward_kernel(const __grid_constant__ ForwardParams a) {
-  constexpr bool kChunks = has_chunks(kKind);
+  constexpr bool kChunks = has_chunks(kKind), kOneChunk = is_one_chunk(kKind);
   const Params p = specialised<kKind>(a.params);
   const auto first_tile = [&](int64_t i) { return i < a.num_pieces ? a.pieces[i].first_tile : a.num_tiles; };
   const auto share = [&](unsigned block) {  // the first tile of a block of threads
@@ -197,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 2) fastfood_forward_kernel(const __g
       for (; t < t_end; ++t) copy_hole(piece, a.out_dtype, t);
       continue;
     }
-    if (!kChunks && i != ready) {
+    if (!kChunks && !kOneChunk && i != ready) {
 #pragma unroll
       for (int v = 0; v < 16; ++v) kept().store(vector_place(v, thread_index()), z_vector(z_of(i, 0), v, p.q));
       ready = i;
@@ -213,7 +258,14 @@ __global__ void __launch_bounds__(kThreads, 2) fastfood_forward_kernel(const __g
           sum = kChunks ? sum + product[j] : product[j];
         }
       };
-      if constexpr (kChunks) {
+      if constexpr (kOneChunk) {
+        draws.chunk = piece.first_chunk;
+        load_z(a.z, draws, x);
+        draw<kRademacher, kKind>(draws, [&](int v, const auto(&d)[4]) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) x[a_register(v, j)] = d[j].times(x[a_register(v, j)]);
+        });
+      } else if constexpr (kChunks) {
 #pragma unroll
         for (int j = 0; j < kPerThread; ++j) x[j] = -0.0f;  // which changes no product
 #pragma unroll 1
@@ -243,7 +295,8 @@ ForwardPiece forward_piece(const Forward& f, int64_t i) {
                      (uint64_t)s.stream,
                      hole ? -1 : (int)i,
                      0,
-                     0};
+                     0,
+                     hole ? 0 : chunk_of(f.params, (uint64_t)s.stream, 0)};
   if (!is_aligned(piece.out, f.out_dtype))
     piece.base.fours = false;
   else if (base.data && piece.base.cols == 0 && is_aligned(piece.base.data, base.dtype))
@@ -256,17 +309,21 @@ void launch_forward(void (*z_kernel)(ForwardParams), void (*kernel)(ForwardParam
   const char* name = "fastfood_forward_kernel";
   const int64_t pieces = f.num_segments + f.num_holes;
   const int resident = resident_blocks(kernel, name, kThreads, kSharedBytes), chunks = f.params.chunks;
-  const int64_t z_floats = width(f.params) * chunks;
-  const int64_t most = std::clamp<int64_t>(kWorkspaceFloats / z_floats, 1, std::min<int64_t>(kMaxPieces, pieces));
+  const bool shared_z = f.params.one_chunk;
+  const int64_t z_floats = width(f.params) * chunks, z_pieces = shared_z ? kMaxPieces : kWorkspaceFloats / z_floats;
+  const int64_t most = std::clamp<int64_t>(z_pieces, 1, std::min<int64_t>(kMaxPieces, pieces));
   ForwardParams a{};
   a.params = f.params;
   a.theta = f.theta;
   a.factors = f.factors;
   a.out_dtype = f.out_dtype;
   a.listed = f.listed.entries;
-  a.z = workspace(most * z_floats + 1);
-  a.taken = (int*)(a.z + most * z_floats);
-  for (int64_t begin = 0; begin < pieces; begin += most) {
+  a.launches = shared_z ? (int)((pieces + most - 1) / most) : 1;
+  const int64_t all_z = shared_z ? z_floats : most * z_floats;
+  a.z = workspace(all_z + a.launches);
+  a.taken = (int*)(a.z + all_z);
+  if (shared_z) launch(z_kernel, "forward_shared_z_kernel", dim3((unsigned)chunks), kThreads, kSharedBytes, stream, a);
+  for (int64_t begin = 0; begin < pieces; begin += most, a.taken += shared_z) {
     a.num_pieces = (int)std::min(most, pieces - begin);
     a.num_tiles = 0;
     for (int i = 0; i < a.num_pieces; ++i) {
@@ -278,8 +335,9 @@ void launch_forward(void (*z_kernel)(ForwardParams), void (*kernel)(ForwardParam
     a.pool = a.num_tiles > resident ? a.num_tiles / 2 : 0;
     a.run = f.out_dtype == Dtype::kFloat ? 1 : 4;
     a.runs = a.pool / 4 * 3 / a.run;
-    launch(z_kernel, "forward_z_kernel", dim3((unsigned)a.num_pieces, (unsigned)chunks), kThreads, kSharedBytes, stream,
-           a);
+    if (!shared_z)
+      launch(z_kernel, "forward_z_kernel", dim3((unsigned)a.num_pieces, (unsigned)chunks), kThreads, kSharedBytes,
+             stream, a);
     launch_next(kernel, name, dim3((unsigned)std::min(resident, a.num_tiles)), kThreads, kSharedBytes, stream, a);
   }
 }
@@ -287,15 +345,22 @@ void launch_forward(void (*z_kernel)(ForwardParams), void (*kernel)(ForwardParam
 }  // namespace
 
 void fastfood_forward(const Forward& f, const Workspace& workspace, cudaStream_t stream) {
-  const auto z_kernel = choose<ForwardParams>(f.params, [](auto, auto kind) { return forward_z_kernel<kind.value>; });
   const auto all = [](auto rademacher, auto kind) {
     return fastfood_forward_kernel<rademacher.value, kind.value, false>;
   };
   const auto listed = [](auto rademacher, auto kind) {
     return fastfood_forward_kernel<rademacher.value, kind.value, true>;
   };
-  const auto kernel =
-      f.listed.entries ? choose_listed<ForwardParams>(f.params, listed) : choose<ForwardParams>(f.params, all);
+  const bool list = f.listed.entries;
+  if (f.params.one_chunk) {
+    const auto z_kernel =
+        choose_one_chunk<ForwardParams>(f.params, [](auto, auto kind) { return forward_shared_z_kernel<kind.value>; });
+    const auto kernel =
+        list ? choose_one_chunk<ForwardParams>(f.params, listed) : choose_one_chunk<ForwardParams>(f.params, all);
+    return launch_forward(z_kernel, kernel, f, workspace, stream);
+  }
+  const auto z_kernel = choose<ForwardParams>(f.params, [](auto, auto kind) { return forward_z_kernel<kind.value>; });
+  const auto kernel = list ? choose_listed<ForwardParams>(f.params, listed) : choose<ForwardParams>(f.params, all);
   launch_forward(z_kernel, kernel, f, workspace, stream);
 }
 

@@ -19,8 +19,7 @@ struct Piece {
 constexpr int kParameterBytes = 32764;  // of a kernel, at most
 constexpr int kMaxPieces = 384;         // in one launch
 
-constexpr int64_t kSegmentFloats = 6'000'000;     // of z and Pi in the adjoint, unless one segment's take more
-constexpr int64_t kWorkspaceFloats = 11'000'000;  // that a call takes, unless it cannot do with so few
+constexpr int64_t kSegmentFloats = 6'000'000;  // of z and Pi in the adjoint, unless one segment's take more
 
 // The offset of element e.
 HSAID_INLINE int64_t element(const Piece& p, int64_t e) {
@@ -120,16 +119,17 @@ HSAID_DEVICE T* tile_address(T* data, int t) {
   return (T*)((uintptr_t)data + (uint64_t)(uint32_t)t * (uint32_t)(kTile * sizeof(T)));
 }
 
-// Where in the n floats of z, in global memory, the thread's vector v of it lies: beside those that other threads read
-// with it. Only for n >= 256; below, z has its natural order.
-HSAID_DEVICE int dense_place(int v, int q) {
+// Where in the n floats of z, in global memory, the thread's vector 0 of it lies, vector v dense_apart(v, q) behind it:
+// beside those that other threads read with it. Only for n >= 256; below, z has its natural order.
+HSAID_DEVICE int dense_place(int q) {
   const uint32_t k = position<A>(0) & ((1u << q) - 1);
   const int lane_bits = q - 8 < 5 ? q - 8 : 5;
   const uint32_t owner = (k >> 8 & 31) | (k & 3) << lane_bits | (k >> 13 & 1) << 7;  // of n / 64
-  return (int)(((uint32_t)v << (q - 6) | owner) * 4);
+  return (int)owner * 4;
 }
+HSAID_DEVICE int dense_apart(int v, int q) { return v << (q - 4); }
 HSAID_DEVICE float4 z_vector(const float* z, int v, int q) {
-  if (q >= kFastDrawBits) return *(const float4*)(z + dense_place(v, q));
+  if (q >= kFastDrawBits) return *(const float4*)(z + dense_place(q) + dense_apart(v, q));
   const uint32_t own = opaque(position<A>(0)), mask = (1u << q) - 1;
   float x[4];
 #pragma unroll
@@ -150,7 +150,7 @@ HSAID_DEVICE void store_z(float* z, int q) {
     float x[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) x[j] = kept().load(place_in_a(a_register(v, j), n - 1));
-    *(float4*)(z + dense_place(v, q)) = {x[0], x[1], x[2], x[3]};
+    *(float4*)(z + dense_place(q) + dense_apart(v, q)) = {x[0], x[1], x[2], x[3]};
   }
 }
 

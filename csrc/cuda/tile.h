@@ -134,11 +134,15 @@ struct Draws {
   uint64_t stream;
   Purpose purpose;
   int64_t block, block_step;
-  int chunk;
+  int chunk;  // with one chunk a block: that of the segment's first block
 };
 
+HSAID_DEVICE int chunk_at(const Params& p, int first_chunk, int64_t block) {
+  return p.one_chunk ? (int)((uint32_t)(first_chunk + block) % (uint32_t)p.chunks) : first_chunk;
+}
 HSAID_DEVICE Stream stream_at(const Draws& d, uint32_t position) {
-  return {d.params.seed, d.stream, d.purpose, d.block + (int64_t)(position >> d.params.q) * d.block_step, d.chunk};
+  const int64_t block = d.block + (int64_t)(position >> d.params.q) * d.block_step;
+  return {d.params.seed, d.stream, d.purpose, block, chunk_at(d.params, d.chunk, block)};
 }
 
 // Fills `tables` for draw_normal, once, before a barrier: a window with the 32 words of the table's A, one with those
@@ -155,8 +159,8 @@ HSAID_DEVICE Normal draw_normal(uint32_t magic) {
       magic, [](uint32_t s) { return tables().look_up<0>(s); }, [](uint32_t s) { return tables().look_up<1>(s); })};
 }
 
-// Calls use(v, d) for each vector v of A, with the draws d[4] of its components. Only for n >= 256, where all values of
-// a thread are of one block.
+// Calls use(v, d) for each vector v of A, with the draws d[4] of its components; those that differ in bits 4 to 7 of
+// the position only, in order (signs if kInOrder). Only for n >= 256, where all values of a thread are of one block.
 template <class Use>
 HSAID_DEVICE void draw_normals(const Draws& d, Use&& use) {
   const uint32_t magic = bits_from_float(tables().load(128));
@@ -179,7 +183,7 @@ HSAID_DEVICE void draw_normals(const Draws& d, Use&& use) {
   }
 }
 
-template <class Use>
+template <bool kInOrder, class Use>
 HSAID_DEVICE void draw_signs(const Draws& d, Use&& use) {
   const uint32_t own = position<A>(0), k = own & ((1u << d.params.q) - 1);
   const Stream s = stream_at(d, own);
@@ -188,7 +192,8 @@ HSAID_DEVICE void draw_signs(const Draws& d, Use&& use) {
   const bool e8 = k >> 8 & 1;
   const uint32_t halves[2] = {e8 ? words.w[2] : words.w[0], e8 ? words.w[3] : words.w[1]};  // at e7 = 0 and 1
 #pragma unroll
-  for (int v = 0; v < 16; ++v) {
+  for (int n = 0; n < 16; ++n) {
+    const int v = kInOrder ? n >> 1 | (n & 1) << 3 : n;
     Sign signs[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -228,8 +233,9 @@ HSAID_DEVICE void draw_slowly(const Draws& d, Use&& use) {
 constexpr int kFastDrawBits = 8;  // from here on a thread's values are all of one block
 
 // What a kernel is compiled for: n = 2^14 where theta is one chunk (kTile) or several (kChunks); n = 1024 (k1024) and
-// other n >= 256 (kWide) where it is one; everything (kGeneral).
-enum class Kind { kTile, kChunks, k1024, kWide, kGeneral };
+// other n >= 256 (kWide) where it is one; everything (kGeneral). With one of several chunks a block: n = 2^14
+// (kOneChunk) and everything (kOneChunkGeneral).
+enum class Kind { kTile, kChunks, k1024, kWide, kGeneral, kOneChunk, kOneChunkGeneral };
 
 inline Kind kind_of(const Params& p) {
   if (p.q == kTileBits) return p.chunks == 1 ? Kind::kTile : Kind::kChunks;
@@ -237,14 +243,20 @@ inline Kind kind_of(const Params& p) {
   return p.q == 10 ? Kind::k1024 : Kind::kWide;
 }
 HSAID_INLINE constexpr bool has_chunks(Kind kind) { return kind == Kind::kChunks || kind == Kind::kGeneral; }
-HSAID_INLINE constexpr bool is_tile(Kind kind) { return kind == Kind::kTile || kind == Kind::kChunks; }
+HSAID_INLINE constexpr bool is_one_chunk(Kind kind) {
+  return kind == Kind::kOneChunk || kind == Kind::kOneChunkGeneral;
+}
+HSAID_INLINE constexpr bool is_tile(Kind kind) {
+  return kind == Kind::kTile || kind == Kind::kChunks || kind == Kind::kOneChunk;
+}
 
 // The parameters, with what the kind fixes as constants.
 template <Kind kKind>
 HSAID_DEVICE Params specialised(Params p) {
   if (is_tile(kKind)) p.q = kTileBits;
   if (kKind == Kind::k1024) p.q = 10;
-  if (!has_chunks(kKind)) p.chunks = 1;
+  p.one_chunk = is_one_chunk(kKind);
+  if (!has_chunks(kKind) && !p.one_chunk) p.chunks = 1;
   return p;
 }
 
@@ -280,12 +292,22 @@ auto choose_listed(const Params& p, Kernel&& kernel) -> void (*)(P) {
   return p.rademacher ? of_kind(std::true_type{}) : of_kind(std::false_type{});
 }
 
+// The same with one of several chunks a block.
+template <class P, class Kernel>
+auto choose_one_chunk(const Params& p, Kernel&& kernel) -> void (*)(P) {
+  const auto of_kind = [&](auto rademacher) -> void (*)(P) {
+    if (p.q == kTileBits) return kernel(rademacher, std::integral_constant<Kind, Kind::kOneChunk>{});
+    return kernel(rademacher, std::integral_constant<Kind, Kind::kOneChunkGeneral>{});
+  };
+  return p.rademacher ? of_kind(std::true_type{}) : of_kind(std::false_type{});
+}
+
 template <bool kRademacher, Kind kKind, class Use>
 HSAID_DEVICE void draw(const Draws& d, Use&& use) {
-  if (kKind == Kind::kGeneral && d.params.q < kFastDrawBits)
+  if ((kKind == Kind::kGeneral || kKind == Kind::kOneChunkGeneral) && d.params.q < kFastDrawBits)
     draw_slowly(d, use);
   else if constexpr (kRademacher)
-    draw_signs(d, use);
+    draw_signs<is_one_chunk(kKind)>(d, use);
   else
     draw_normals(d, use);
 }

@@ -146,7 +146,7 @@ inline hsaid::Listed check_listed(const CheckedPlan& plan, const Tensor& listed,
     for (int64_t i = 0; i < listed.numel(); ++i)
       STD_TORCH_CHECK(values[i] >= 0 && values[i] < entries && (i == 0 || values[i] > values[i - 1]),
                       "listed: expected rising numbers from 0 to ", entries - 1, ", got ", values[i]);
-  return {values, listed.numel(), span};
+  return {values, listed.numel(), span, entries * span};
 }
 
 // The plan's only segment, of the listed blocks alone, whose gradients lie side by side.

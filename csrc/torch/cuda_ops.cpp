@@ -74,11 +74,12 @@ DeviceGuard guard_for(const Tensor& theta, const char* what) {
 
 Tensor fastfood_forward(const Tensor& given_theta, const Tensor& given_factors, const std::vector<Tensor>& base,
                         const Tensor& segments, int64_t seed, int64_t width, bool rademacher, const Tensor& holes,
-                        int64_t numel, ScalarType dtype, const std::optional<Tensor>& listed, int64_t span) {
+                        int64_t numel, ScalarType dtype, const std::optional<Tensor>& listed, int64_t span,
+                        bool one_chunk) {
   const auto guard = guard_for(given_theta, "theta");
   const Tensor theta = row_major(given_theta), factors = row_major(given_factors);
   const CheckedPlan plan =
-      check_plan(theta, segments, seed, width, rademacher, base.empty() ? -1 : (int64_t)base.size());
+      check_plan(theta, segments, seed, width, rademacher, one_chunk, base.empty() ? -1 : (int64_t)base.size());
   const hsaid::Dtype out_dtype = dtype_of(dtype, "dtype");
   Arguments arguments(theta);
   std::vector<cuda::DeviceTensor> tensors;
@@ -107,10 +108,10 @@ Tensor fastfood_forward(const Tensor& given_theta, const Tensor& given_factors, 
 std::tuple<Tensor, Tensor> fastfood_adjoint(const Tensor& given_theta, const Tensor& given_factors,
                                             const std::vector<std::optional<Tensor>>& grads, const Tensor& segments,
                                             int64_t seed, int64_t width, bool rademacher, int64_t run_blocks,
-                                            const std::optional<Tensor>& listed, int64_t span) {
+                                            const std::optional<Tensor>& listed, int64_t span, bool one_chunk) {
   const auto guard = guard_for(given_theta, "theta");
   const Tensor theta = row_major(given_theta), factors = row_major(given_factors);
-  CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, grads.size());
+  CheckedPlan plan = check_plan(theta, segments, seed, width, rademacher, one_chunk, grads.size());
   check_run_blocks(run_blocks);
   Arguments arguments(theta);
   hsaid::Listed tiles{};

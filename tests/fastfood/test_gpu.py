@@ -88,7 +88,7 @@ def assert_same_everywhere(plan: Plan, dtype: torch.dtype, backend: str, missing
 @on_a_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("diagonal", ["gaussian", "rademacher"])
-@pytest.mark.parametrize("dim", [1000, 16384])
+@pytest.mark.parametrize("dim", [1000, 16384, 2**20])
 def test_all_of_mbert(dim, diagonal, dtype, backend):
     assert_same_everywhere(Plan(shapes.mbert(), dim, seed=5, diagonal=diagonal), dtype, backend)
 
@@ -238,7 +238,7 @@ def test_sums_of_many_chunks_come_in_waves(backend):
     """Of more groups than have a place in CUDA's workspace: a segment goes on in the next wave."""
     if INTERPRETED:
         pytest.skip("too long for the interpreter")
-    plan = Plan({"a": (9 * 16384,), "b": (40,)}, 2**20, seed=5, diagonal="rademacher", chunks="all")
+    plan = Plan({"a": (9 * 16384,), "b": (40,)}, 2**20, seed=5, chunks="all", diagonal="rademacher")
     assert plan.run_blocks == 1
     theta, factors, tensors = torch.randn(plan.dim), plan.scales, plan.views(values(plan, torch.float32))
     expected = ops.fastfood_adjoint(plan, theta, factors, tensors, "cpu")
@@ -437,8 +437,9 @@ def test_listed_tiles_in_a_cuda_graph(dim, chunks, backend):
 
 
 @on_a_device
-def test_theta_of_many_chunks_in_little_memory(backend):
-    plan = Plan({"a": (20, 16384)}, 2**20, chunks="all")
+@pytest.mark.parametrize("chunks", ["all", "one"])
+def test_theta_of_many_chunks_in_little_memory(chunks, backend):
+    plan = Plan({"a": (20, 16384)}, 2**20, chunks=chunks, part=True)
     assert_same_everywhere(plan, torch.float32, backend)
     theta, factors = torch.randn(plan.dim, device="cuda"), plan.scales.cuda()
     tensors = plan.views(values(plan, torch.float32).cuda())
@@ -463,10 +464,11 @@ def test_twenty_runs(backend):
 
 
 @on_a_device
+@pytest.mark.parametrize("chunks", ["all", "one"])
 @pytest.mark.parametrize("width", [128, 1024, 16384])
-def test_twenty_runs_of_all_that_goes_through_memory(width, backend):
+def test_twenty_runs_of_all_that_goes_through_memory(width, chunks, backend):
     """Bands, misaligned tensors and several chunks: where a missing barrier would show, now and then."""
-    plan = Plan(SMALL, 2 * width + 5, width=width, segments=BANDS, chunks="all")
+    plan = Plan(SMALL, 2 * width + 5, width=width, chunks=chunks, segments=BANDS)
     flat = values(plan, torch.float32)
     theta, factors, tensors = torch.randn(plan.dim), plan.scales, plan.views(flat)
     expected = (
