@@ -9,15 +9,20 @@ from hsaid_kernels.wrapper.heads import (
     remove,
     remove_heads,
 )
+from hsaid_kernels.hierarchy.layouts import register_attention
+from hsaid_kernels.wrapper.head_check import Checked, check
 from hsaid_kernels.wrapper.importance import head_importance
 
 __all__ = [
+    "Checked",
     "HeadSlice",
     "HeadStructured",
+    "check",
     "head_importance",
     "head_slices",
     "prune_heads",
     "pruned_heads",
     "remove",
+    "register_attention",
     "remove_heads",
 ]
