@@ -8,6 +8,7 @@ from hsaid_kernels.wrapper.heads import (
     pruned_heads,
     remove,
     remove_heads,
+    undivided,
 )
 from hsaid_kernels.hierarchy.layouts import register_attention
 from hsaid_kernels.wrapper.head_check import Checked, check
@@ -25,4 +26,5 @@ __all__ = [
     "remove",
     "register_attention",
     "remove_heads",
+    "undivided",
 ]

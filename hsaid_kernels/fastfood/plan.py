@@ -48,10 +48,15 @@ class Segment:
     cols: int
     row_stride: int
     label: str = ""  # distinguishes the segments of one tensor
+    stream: str = ""  # the name in the stream id, "" for that of the tensor
 
     @property
     def numel(self) -> int:
         return self.rows * self.cols
+
+    @property
+    def stream_id(self) -> int:
+        return stream_id(self.stream or self.tensor, self.label)
 
 
 def whole(name: str, shape: Sequence[int]) -> Segment:
@@ -265,7 +270,7 @@ class Plan:
             end = p.offset + (p.rows - 1) * p.row_stride + p.cols
             if min(p.rows, p.cols) < 1 or p.offset < 0 or p.row_stride < p.cols or end > size:
                 raise ValueError(f"segments: expected pieces inside their tensors, got {p} of {size} elements")
-            other = seen.setdefault(stream_id(p.tensor, p.label), p)
+            other = seen.setdefault(p.stream_id, p)
             if other is not p:
                 names = f"{(p.tensor, p.label)} and {(other.tensor, other.label)}"
                 raise ValueError(f"segments: {names} have the same stream id")
@@ -294,7 +299,7 @@ class Plan:
         index = {name: i for i, name in enumerate(self.names)}
         rows, first_block = [], 0
         for p in self.pieces:
-            stream = stream_id(p.tensor, p.label)
+            stream = p.stream_id
             i = index[p.tensor]
             blocks = self.blocks(p)
             if blocks > MAX_BLOCKS:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hsaid_kernels.fastfood.plan import MAX_WIDTH, Plan, Segment, stream_id
+from hsaid_kernels.fastfood.plan import MAX_WIDTH, Plan, Segment
 
 DIAGONAL, SIGNS, PERMUTATION = range(3)  # the purpose of a Philox call, part of its counter
 MASK32 = 0xFFFFFFFF
@@ -185,7 +185,7 @@ def forward(
     for w, b in zip(weights, base):
         w.copy_(b)
     for i, piece in enumerate(plan.pieces):
-        stream = stream_id(piece.tensor, piece.label)
+        stream = piece.stream_id
         z = _z(plan, stream, theta)
         values = []
         for block in _slices(plan, piece):
@@ -218,7 +218,7 @@ def adjoint(
         grad = grads[plan.names.index(piece.tensor)]
         if grad is None:
             continue
-        stream = stream_id(piece.tensor, piece.label)
+        stream = piece.stream_id
         g = (grad.flatten() if listed is not None else _elements(piece, grad).flatten()).to(dtype)
         g = torch.nn.functional.pad(g, (0, -len(g) % n)).view(-1, n)
         numbers = torch.arange(len(g))  # of the blocks

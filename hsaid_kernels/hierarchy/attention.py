@@ -178,6 +178,11 @@ def find_attentions(model: nn.Module, version: int = LATEST) -> tuple[Attention,
     return found.divided
 
 
+def find_divisions(model: nn.Module, version: int = LATEST) -> list[Segment]:
+    """The segments of all divided tensors of a model; none if it has no attention heads."""
+    return [segment for attention in survey(model, version).divided for segment in attention.segments()]
+
+
 def find_attention(model: nn.Module, layer: int | str, version: int = LATEST) -> Attention:
     """One of `find_attentions(model)`, by index or by the module's name.
 

@@ -95,4 +95,5 @@ class HSAIDConfig(PeftConfig):
         own += ["pruned", "padding_rows", "backend", "memory", "lr_scale"]
         options: dict[str, Any] = {key: getattr(self, key) for key in own}
         options |= dict(skip=self.skip or (), dtype=None if self.dtype is None else getattr(torch, self.dtype))
+        options |= dict(experts=None, layouts=None, names=None)
         return Settings(**options, task=TASK, include=None, exclude=None, train_fully=None, frozen=left_out)
