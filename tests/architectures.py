@@ -9,6 +9,7 @@ inputs of its own. --out keeps what was found, a line of JSON for each model. --
 """
 
 import argparse
+import inspect
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES  # noqa: 
 
 from hsaid_kernels.app.example_inputs import example_inputs  # noqa: E402
 from hsaid_kernels.heads import check  # noqa: E402
-from hsaid_kernels.hierarchy.attention import survey  # noqa: E402
+from hsaid_kernels.hierarchy.attention import Attention, survey  # noqa: E402
 
 VARIANTS = {"groups": dict(groups=2, size=8), "plain": {}}
 SECONDS = 120  # for a model
@@ -47,16 +48,25 @@ def audit(kind: str, variant: str) -> dict:
     layouts = {attention.name: str(attention.layout) for attention in found.divided}
     reached: dict[str, list] = {}
     parts = [name for name, module in model.named_modules() if name == "" or isinstance(module, transformers.PreTrainedModel)]
-    modules = [name for name in layouts]
-    for prefix in [*parts, *modules]:
+    found_at = {attention.name: attention for attention in found.divided}
+    alone_at = {around: name for name in layouts for around in (name.rpartition(".")[0], name)}  # the output is in either
+    for prefix in dict.fromkeys([*parts, *sorted(alone_at, key=len, reverse=True)]):
         inside = [name for name in layouts if not prefix or name == prefix or name.startswith(f"{prefix}.")]
         if all(reached.get(name, ["", "", 0, "not run"])[3] != "not run" for name in inside):
             continue
         part = model.get_submodule(prefix)
         try:
-            inputs = example_inputs(part) if prefix in parts else alone(part)
-            for checked in check(part, inputs):
-                name = f"{prefix}.{checked.name}".strip(".")
+            if prefix in parts:
+                results = check(part, example_inputs(part))
+            else:
+                part = First(part)
+                results = check(part, alone(part, found_at[alone_at[prefix]]))
+            for checked in results:
+                name = f"{prefix}.{checked.name.removeprefix('module').strip('.')}".strip(".")
+                if prefix in parts:
+                    name = f"{prefix}.{checked.name}".strip(".")
+                if checked.verdict == "whole":
+                    continue
                 if name in layouts and reached.get(name, ["", "", 0, "not run"])[3] == "not run":
                     reached[name] = [checked.kind, layouts[name], checked.heads, checked.verdict, checked.why]
         except Exception as error:
@@ -70,19 +80,55 @@ def audit(kind: str, variant: str) -> dict:
     return record
 
 
-def alone(module: nn.Module) -> dict:
-    """Inputs of an attention module by itself, for those that take hidden states only."""
-    weight = next(parameter for parameter in module.parameters() if parameter.dim() > 1)
-    width = weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[1]
-    states = torch.randn(1, 6, width, generator=torch.Generator().manual_seed(0))
-    for inputs in ({"hidden_states": states}, {"hidden_state": states}, {"query": states, "key": states, "value": states}):
-        try:
-            with torch.no_grad():
-                module(**inputs)
-            return inputs
-        except Exception:
-            continue
-    raise ValueError("other inputs")
+class First(nn.Module):
+    """A module of which only the first result counts: others are attention weights."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs):
+        results = self.module(**inputs)
+        return results[0] if isinstance(results, tuple) else results
+
+
+def alone(part: First, attention: Attention) -> dict:
+    """Inputs of an attention module by itself, made by the names of its arguments."""
+    parameters = inspect.signature(part.module.forward).parameters
+    generator = torch.Generator().manual_seed(0)
+    widths = {bands.role: bands.shape[1 - bands.dim] for bands in attention.bands if len(bands.shape) == 2}
+    width = widths.get("query", next(iter(widths.values())))
+    size = attention.head_dim
+    reasons = []
+    for shape in ((1, 6, width), (6, width), (1, 4, 4, width), (1, 16, width)):
+        length = shape[-2]
+        rotary = tuple(torch.randn(*shape[:-2], length, size, generator=generator) for _ in range(2))
+        known = {
+            **dict.fromkeys(("hidden_states", "hidden_state", "query", "queries", "x", "input_tensor"), shape),
+            **dict.fromkeys(("key", "value", "encoder_hidden_states", "key_value_states", "cross_attention_states",
+                             "current_states", "context", "latents", "kv_states"),
+                            (1, 5, widths.get("key", width))),
+        }  # fmt: skip
+        inputs: dict = {}
+        for name, parameter in parameters.items():
+            if name in known:
+                inputs[name] = torch.randn(*known[name], generator=generator)
+            elif name in ("position_embeddings", "rotary_pos_emb", "position_embedding"):
+                inputs[name] = rotary
+            elif name == "cu_seqlens":
+                inputs[name] = torch.tensor([0, length], dtype=torch.int32)
+            elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+                inputs[name] = None
+        plain = {name: value for name, value in inputs.items() if name not in ("position_embeddings", "rotary_pos_emb")}
+        own = {name: value for name, value in plain.items() if known.get(name) != (1, 5, widths.get("key", width))}
+        for some in (inputs, plain, own, own | {"position_embeddings": None}):
+            try:
+                with torch.no_grad():
+                    part(**some)
+                return some
+            except Exception as error:
+                reasons.append(f"{type(error).__name__} {str(error)[:60]}")
+    raise ValueError(f"other inputs ({'; '.join(reasons[-3:])})")
 
 
 def child(kind: str, variant: str, path: str) -> None:

@@ -26,12 +26,11 @@ RULES: list[tuple[str, object]] = [
      r"perceiver|prelude|coda|memory_attention_num|fusion_num|detr_encoder|detr_decoder|l|r|x)_layers|"
      r"(en|de)coder_num_hidden_layers|num_(en|de)coder_layers|n_(en|de)coder_layers|predictor_depth|resampler_depth|"
      r"memory_attention_num_layers|(predictor|pred)_num_hidden_layers|num_(text|vision|kv|context)_layers", LAYERS),
-    (r"num_(key_value|kv|global_key_value)_heads?|n_kv_heads|multi_query_group_num|(resampler|encoder|decoder)_"
-     r"num_key_value_heads", "groups"),
+    (r"(\w+_)?num_(key_value|kv|global_key_value)_heads?|n_kv_heads|multi_query_group_num", "groups"),
     (r".*(num|n)_(self_|cross_|encoder_|decoder_|query_|attn_|attention_)*(attention_)?heads?|n_head|"
      r"((en|de)coder|speech_encoder|speech_decoder|text_encoder|vision|text|predictor)_(attention_)?heads|attention_heads|"
      r"resampler_n_heads", HEADS),
-    (r"(global_|local_|swa_)?head_dim|kv_channels|d_kv|d_head|attention_(head_dim|dim_head)|(attention_)?head_size",
+    (r"(global_|local_|swa_|cross_|swa_v_)?head_dim|kv_channels|d_kv|d_head|attention_(head_dim|dim_head)|(attention_)?head_size",
      "size"),
     (r"qk_rope_head_dim", 4), (r"qk_nope_head_dim|v_head_dim|index_head_dim|linear_\w+_head_dim", 8),
     (r"qk_head_dim|kv_lora_rank", 12), (r"q_lora_rank|o_lora_rank|router_hidden_size", 16), (r"index_n_heads", 2),
@@ -143,6 +142,11 @@ def tiny_model(kind: str, groups: int = HEADS, size: int = WIDTH // HEADS) -> nn
         model = getattr(transformers, names if isinstance(names, str) else names[0])(config)
     if sum(parameter.numel() for parameter in model.parameters()) > MOST_PARAMETERS:
         raise MemoryError("not a tiny model")
+    for module in model.modules():  # the sections of rotary embeddings, which must fit the size of a head
+        sections, frequencies = getattr(module, "mrope_section", None), getattr(module, "inv_freq", None)
+        if isinstance(sections, list) and len(sections) == 3 and torch.is_tensor(frequencies) and frequencies.dim() == 1:
+            third = frequencies.numel() // 3
+            module.mrope_section = [frequencies.numel() - 2 * third, third, third]
     with torch.no_grad():
         for parameter in filter(torch.is_floating_point, model.parameters()):
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 2 else 0.03)).nan_to_num_(0)
@@ -155,8 +159,12 @@ def tiny_config(config: PreTrainedConfig, options: dict[str, int]) -> PreTrained
     """A configuration of the same class with small numbers."""
     old = {}
     for field in dataclasses.fields(type(config)):
-        if field.init and field.name not in SKIPPED and hasattr(config, field.name):
-            old[field.name] = copy.deepcopy(getattr(config, field.name))
+        if field.init and field.name not in SKIPPED:
+            try:
+                old[field.name] = copy.deepcopy(getattr(config, field.name))
+            except Exception:  # one that has a value for each layer
+                if field.name in vars(config):
+                    old[field.name] = copy.deepcopy(vars(config)[field.name])
     depth = next((old[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(old.get(key), int)), 0)
     new = {key: _tiny(key, value, options, depth, old) for key, value in old.items()}
     if "qk_rope_head_dim" in old:  # latent attention, whose other fields follow

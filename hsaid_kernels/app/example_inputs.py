@@ -60,6 +60,15 @@ def _attempts(model: nn.Module) -> Iterator[dict[str, Any]]:
     groups += [text + images] * bool(text and images) + [[key] for key in first]
     groups += [[key, "decoder_input_ids"] for key in first if "decoder_input_ids" in parameters]
     groups += [[key for key in required if key in makers]]
+    grids = [key for key in ("grid_thw", "image_grid_thw", "image_grid_hws", "grid_hw", "grid_hws") if key in parameters]
+    if grids:  # patches of an image, with the size of the image in patches
+        edge = _number(config, "patch_size", default=8)
+        numel = _number(config, "num_channels", "in_channels", default=3) * edge * edge
+        name = next((key for key in parameters if key in ("pixel_values", "hidden_states", "pixel_values_videos")), "x")
+        for times in (_number(config, "temporal_patch_size", default=1), 1):
+            patches = torch.randn(16, times * numel, generator=generator)
+            grid = [1, 4, 4] if grids[0].endswith("thw") else [4, 4]
+            yield {name: patches, grids[0]: torch.tensor([grid])}
     for keys in filter(None, map(list, dict.fromkeys(map(tuple, groups)))):
         choices = [list(makers[key](config, parameters, generator)) for key in keys]
         for values in itertools.islice(itertools.product(*choices), 8):

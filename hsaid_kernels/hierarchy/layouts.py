@@ -95,6 +95,7 @@ LAYOUTS: list[Layout] = [
     Layout(_each("q_proj", "k_proj", "v_proj"), kinds="Doge.*", whole="the mask of a head is made of all values"),
     Layout({"qkv_proj": "q"}, kinds="MiniMaxLightning.*", whole="a norm divides the results of all heads"),
     Layout({"q_proj": "q"}, kinds="FunAsrNano.*", whole="values also go around the output layer"),
+    Layout({"q_proj": "q"}, kinds="AutoformerAttention", whole="queries and keys of all heads choose the delays of each"),
     # Multi-head latent attention: DeepSeek, Kimi, MiniCPM3, Mistral 4.
     Layout({"q_b_proj": "q*", "kv_b_proj": "k*"}),
     Layout({"q_gate_proj": "q*", "kv_b_proj": "k*"}),
@@ -134,10 +135,10 @@ LAYOUTS: list[Layout] = [
            | {"q_pos_sine_proj?": "q"}),  # Conditional DETR
     Layout({f"../self_attn_{name}": f"{name[0]}*" for name in ("query_content_proj", "query_pos_proj")}
            | {f"../self_attn_{name}": f"{name[0]}*" for name in ("key_content_proj", "key_pos_proj", "value_proj")}
-           ),  # DAB-DETR
+           , kinds="DabDetrAttention"),  # DAB-DETR
     Layout({f"../cross_attn_{name}": f"{name[0]}*" for name in ("query_content_proj", "query_pos_proj?")}
            | {f"../cross_attn_{name}": f"{name[0]}*" for name in ("key_content_proj", "key_pos_proj", "value_proj")}
-           | {"../cross_attn_query_pos_sine_proj": "q*"}),
+           | {"../cross_attn_query_pos_sine_proj": "q*"}, kinds="DabDetrAttention"),
     Layout({"query": "q", "key_protein": "k", "value_protein": "v", "key_structure?": "k", "value_structure?": "v"}
            | {"key_msa?": "k", "value_msa?": "v"}),  # Evolla
     Layout({"vision_proj": "q", "text_proj": "k", "values_vision_proj": "v", "values_text_proj": "v"},

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsaid_kernels.hierarchy.attention import Attention, Bands, survey
@@ -160,7 +161,7 @@ class _Runs:
         enabled = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # an operation that does all of torch's own attention
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad(), inputs:
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), inputs, _Einsums(inputs):
                 torch.manual_seed(0)
                 returned = self.model(**copy.deepcopy(self.inputs))
         finally:
@@ -198,11 +199,27 @@ class _Inputs(TorchDispatchMode):
             tensors = [arg for arg in args if isinstance(arg, Tensor)]
             factors = tensors[-2:] if name in ("addmm", "baddbmm") else tensors[:2]
             for weight, other in (factors, factors[::-1]):
-                key = self.weights.get(_storage(weight))
-                if key is not None and key not in self.seen:
-                    value = other.detach().clone()
-                    self.seen[key] = value.transpose(1, -1) if name == "convolution" else value
+                self.note(weight, other.transpose(1, -1) if name == "convolution" else other)
         return result
+
+    def note(self, weight: Tensor, other: Tensor) -> None:
+        key = self.weights.get(_storage(weight))
+        if key is not None and key not in self.seen:
+            self.seen[key] = other.detach().clone()
+
+
+class _Einsums(TorchFunctionMode):
+    """Notes for `inputs` what einsum multiplies by a weight [..., heads, size], of which it may make a copy first."""
+
+    def __init__(self, inputs: _Inputs):
+        super().__init__()
+        self.inputs = inputs
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.einsum and len(args) == 3:
+            for weight, other in (args[1:], args[:0:-1]):
+                self.inputs.note(weight, other.flatten(-2))
+        return func(*args, **(kwargs or {}))
 
 
 def _storage(tensor: Tensor) -> int:

@@ -152,7 +152,7 @@ def test_a_choice_of_what_is_pruned():
         HSAID(model, 300, pruned={0: [2]})
     with pytest.raises(ValueError, match=r"pruned: expected some of the 2 heads"):
         HSAID(model, 300, pruned={0: [0, 1]})
-    with pytest.raises(TypeError, match=r"pruned: expected \{layer: \[heads\]\}, got list"):
+    with pytest.raises(TypeError, match=r"pruned: expected \{layer: \[numbers\]\}, got list"):
         HSAID(model, 300, pruned=[0])
     with pytest.raises(TypeError, match=r"heads: expected True, False or None, got 'no'"):
         HSAID(model, 300, heads="no")
