@@ -130,7 +130,7 @@ def _reader(names: Names) -> Callable[[str], list[str]]:
                 if found := re.fullmatch(pattern, name):
                     several = [replacement] if isinstance(replacement, str) else list(replacement)
                     return [found.expand(one) for one in several]
-        olds = [name] if old is None else [old] if isinstance(old, str) else list(old)  # type: ignore[call-overload]
+        olds = [name] if old is None else list(old) if isinstance(old, (list, tuple)) else [old]
         if not olds or not all(isinstance(one, str) for one in olds):
             raise TypeError(f"names: expected a name or several for {name!r}, got {old!r}")
         return olds
