@@ -1,5 +1,7 @@
 """Attention heads: their slices, pruning, importance and removal (docs/heads.md)."""
 
+from hsaid_kernels.hierarchy.layouts import register_attention
+from hsaid_kernels.wrapper.head_check import Checked, check
 from hsaid_kernels.wrapper.heads import (
     HeadSlice,
     HeadStructured,
@@ -10,8 +12,6 @@ from hsaid_kernels.wrapper.heads import (
     remove_heads,
     undivided,
 )
-from hsaid_kernels.hierarchy.layouts import register_attention
-from hsaid_kernels.wrapper.head_check import Checked, check
 from hsaid_kernels.wrapper.importance import head_importance
 
 __all__ = [

@@ -47,9 +47,11 @@ def audit(kind: str, variant: str) -> dict:
     record: dict = {"class": type(model).__name__}
     layouts = {attention.name: str(attention.layout) for attention in found.divided}
     reached: dict[str, list] = {}
-    parts = [name for name, module in model.named_modules() if name == "" or isinstance(module, transformers.PreTrainedModel)]
+    parts = [
+        name for name, module in model.named_modules() if name == "" or isinstance(module, transformers.PreTrainedModel)
+    ]
     found_at = {attention.name: attention for attention in found.divided}
-    alone_at = {around: name for name in layouts for around in (name.rpartition(".")[0], name)}  # the output is in either
+    alone_at = {around: name for name in layouts for around in (name.rpartition(".")[0], name)}
     for prefix in dict.fromkeys([*parts, *sorted(alone_at, key=len, reverse=True)]):
         inside = [name for name in layouts if not prefix or name == prefix or name.startswith(f"{prefix}.")]
         if all(reached.get(name, ["", "", 0, "not run"])[3] != "not run" for name in inside):
@@ -166,7 +168,9 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     os.makedirs(os.path.dirname(arguments.out) or ".", exist_ok=True)
-    todo = [(kind, variant) for kind in arguments.types or MODEL_MAPPING_NAMES for variant in arguments.variants.split(",")]
+    todo = [
+        (kind, variant) for kind in arguments.types or MODEL_MAPPING_NAMES for variant in arguments.variants.split(",")
+    ]
     audit("bert", "plain")  # so that what all models import is there before the first fork
     audit("vit", "plain")
     running = 0

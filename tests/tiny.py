@@ -97,7 +97,8 @@ OVERRIDES = {
     "funnel": dict(block_repeats=[1, 1], block_sizes=[1, 1], d_model=64, n_head=4, d_head=16, d_inner=48,
                    num_decoder_layers=1),
     "gemma3n_text": dict(num_kv_shared_layers=2, num_hidden_layers=4, intermediate_size=[48] * 4,
-                         layer_types=["sliding_attention", "full_attention"] * 2, activation_sparsity_pattern=[0.0] * 4),
+                         layer_types=["sliding_attention", "full_attention"] * 2,
+                         activation_sparsity_pattern=[0.0] * 4),
     "gemma4_text": dict(num_kv_shared_layers=2, num_hidden_layers=4,
                         layer_types=["sliding_attention", "full_attention"] * 2),
     "glm5_next_text": dict(index_topk=16),
@@ -144,7 +145,12 @@ def tiny_model(kind: str, groups: int = HEADS, size: int = WIDTH // HEADS) -> nn
         raise MemoryError("not a tiny model")
     for module in model.modules():  # the sections of rotary embeddings, which must fit the size of a head
         sections, frequencies = getattr(module, "mrope_section", None), getattr(module, "inv_freq", None)
-        if isinstance(sections, list) and len(sections) == 3 and torch.is_tensor(frequencies) and frequencies.dim() == 1:
+        if (
+            isinstance(sections, list)
+            and len(sections) == 3
+            and torch.is_tensor(frequencies)
+            and frequencies.dim() == 1
+        ):
             third = frequencies.numel() // 3
             module.mrope_section = [frequencies.numel() - 2 * third, third, third]
     with torch.no_grad():
@@ -165,7 +171,9 @@ def tiny_config(config: PreTrainedConfig, options: dict[str, int]) -> PreTrained
             except Exception:  # one that has a value for each layer
                 if field.name in vars(config):
                     old[field.name] = copy.deepcopy(vars(config)[field.name])
-    depth = next((old[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(old.get(key), int)), 0)
+    depth = next(
+        (old[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(old.get(key), int)), 0
+    )
     new = {key: _tiny(key, value, options, depth, old) for key, value in old.items()}
     if "qk_rope_head_dim" in old:  # latent attention, whose other fields follow
         new |= {key: value for key, value in (("head_dim", 4), ("num_key_value_heads", HEADS)) if key in old}

@@ -116,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--model", help="of a checkpoint that `hsaid train` did not write: directory or hub name")
         command.add_argument("--heads", action="store_true", help="with a model: attention heads as level L5")
         command.add_argument("--experts", action="store_true", help="with a model: experts of mixtures as level L6")
-    info.add_argument("--check", action="store_true", help="with --heads: compare the heads with what the model computes")
+    info.add_argument(
+        "--check", action="store_true", help="with --heads: compare the heads with what the model computes"
+    )
     graph.add_argument(
         "--partition", help="with a model: levels as in L1+L2|L3|L4, whose components are coloured (none)"
     )

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 TOKENS = 12
-IDS = ("input_ids", "decoder_input_ids", "entity_ids")
-MASKED = ("pixel_mask",)
+GRIDS = ("grid_thw", "image_grid_thw", "image_grid_hws", "grid_hw", "grid_hws")
 
 
 def example_inputs(model: nn.Module) -> dict[str, Any]:
@@ -53,14 +52,18 @@ def _attempts(model: nn.Module) -> Iterator[dict[str, Any]]:
         **dict.fromkeys(("input_features", "input_values", "hidden_states", "inputs_embeds", "inputs"), _features),
         "bbox": _boxes,
     }
-    first = [key for key in dict.fromkeys((main, *required, "input_ids", *makers)) if key in makers and key in parameters]
+    first = [
+        key for key in dict.fromkeys((main, *required, "input_ids", *makers)) if key in makers and key in parameters
+    ]
     text = [key for key in ("input_ids", "decoder_input_ids", "bbox") if key in parameters]
     images = [key for key in ("pixel_values",) if key in parameters]
     groups: list[list[str]] = [text] if text and main in ("input_ids", None) else []
     groups += [text + images] * bool(text and images) + [[key] for key in first]
     groups += [[key, "decoder_input_ids"] for key in first if "decoder_input_ids" in parameters]
     groups += [[key for key in required if key in makers]]
-    grids = [key for key in ("grid_thw", "image_grid_thw", "image_grid_hws", "grid_hw", "grid_hws") if key in parameters]
+    grids = [
+        key for key in ("grid_thw", "image_grid_thw", "image_grid_hws", "grid_hw", "grid_hws") if key in parameters
+    ]
     if grids:  # patches of an image, with the size of the image in patches
         edge = _number(config, "patch_size", default=8)
         numel = _number(config, "num_channels", "in_channels", default=3) * edge * edge

@@ -73,7 +73,10 @@ def stream_id(name: str, label: str = "") -> int:
 
 
 def _uncovered(name: str, size: int, pieces: Sequence[Segment]) -> list[tuple[int, int]]:
-    """The intervals [start, end) of a tensor of `size` elements that no piece covers. Raises ValueError if two overlap."""
+    """The intervals [start, end) of a tensor with `size` elements that no piece covers.
+
+    Raises ValueError if two pieces overlap.
+    """
     if all(p.rows == 1 or p.row_stride == p.cols for p in pieces):  # thousands of experts, in tensors of a billion
         spans = sorted((p.offset, p.offset + p.numel) for p in pieces)
         twice = any(end > start for (_, end), (start, _) in itertools.pairwise(spans))

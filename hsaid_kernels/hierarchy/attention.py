@@ -354,8 +354,10 @@ class _Finder:
                 layer = self._layer(name, key) if key in inside else None
                 own = inside[key]._parameters if key in inside else {key: module._parameters[key]}
                 along = layer.outputs if layer else dim
-                found += [(parameter, along if parameter is not None and parameter.dim() > 1 else 0)
-                          for parameter in own.values()]
+                found += [
+                    (parameter, along if parameter is not None and parameter.dim() > 1 else 0)
+                    for parameter in own.values()
+                ]
             for parameter, along in found:
                 tensor = self._names.get(id(parameter))
                 if parameter is None or tensor in taken or tensor is None or parameter.shape[along] % count:
@@ -417,7 +419,8 @@ def _starts(
         heads = counts["q"]
         yield roles[0], range(0, rows, rows // heads or 1), rows // heads
         return
-    parts = int(re.match(r"\d*", order)[0] or (counts[roles[-1]] if "(" in order else 1))
+    before, bracket, _ = order.partition("(")
+    parts = 1 if not bracket else int(before) if before else counts[roles[-1]]
     length = sum(counts[role] // parts * sizes[role] for role in roles)
     offset = 0
     for role in roles:

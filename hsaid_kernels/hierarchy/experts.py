@@ -57,7 +57,7 @@ class Experts:
         return alone | {(tensor, f"expert.{expert}") for tensor in self.fused for expert in experts}
 
     def split(self, segment: Segment, numel: int) -> Iterator[tuple[Segment, int, str]]:
-        """Yields (segment, expert, "gate", "up" or "") for the parts of a segment of a fused tensor with `numel` values.
+        """Yields (part, expert, "gate", "up" or "") for the parts of a segment of a fused tensor with `numel` values.
 
         The segment is the whole tensor or, with a label, the same part of each expert (that of a head).
         """

@@ -153,8 +153,14 @@ class Hierarchy:
             and not any((segment.tensor, part) in without for part in segment.label.split("/"))
         ]
         segments, paths, ranks = zip(*kept)
-        ranks = None if self.ranks is None else ranks
-        return replace(self, tensors=tuple(shapes), shapes=shapes, segments=segments, paths=paths, ranks=ranks)
+        return replace(
+            self,
+            tensors=tuple(shapes),
+            shapes=shapes,
+            segments=segments,
+            paths=paths,
+            ranks=self.ranks and ranks,
+        )
 
     def partition(self, spec: str, combine: str = "product") -> Partition:
         """Divides the levels into components.
@@ -170,7 +176,9 @@ class Hierarchy:
         if combine not in ("product", "sum"):
             raise ValueError(f"combine: expected 'product' or 'sum', got {combine!r}")
         components, columns, first = [], [], 0
-        order = range(len(self.paths)) if self.ranks is None else sorted(range(len(self.paths)), key=self.ranks.__getitem__)
+        order = (
+            range(len(self.paths)) if self.ranks is None else sorted(range(len(self.paths)), key=self.ranks.__getitem__)
+        )
         for levels in parse_partition(spec, self.levels):
             cut = [tuple(path[self.levels.index(level)] for level in levels) for path in self.paths]
             paths = tuple(dict.fromkeys(cut[row] for row in order if any(cut[row])))
@@ -272,14 +280,15 @@ class Hierarchy:
 
     def _divided(self, triples: list[tuple[Segment, Path, int]], level: str) -> Hierarchy:
         segments, paths, ranks = zip(*triples)
-        ranks = None if self.ranks is None else ranks
-        return replace(self, segments=segments, paths=paths, ranks=ranks, levels=(*self.levels, level))
+        return replace(self, segments=segments, paths=paths, ranks=self.ranks and ranks, levels=(*self.levels, level))
 
     def _check_whole(self, tensors: Collection[str], argument: str) -> None:
         """Raises ValueError if one of these tensors consists of several that were separate once."""
         count = Counter(segment.tensor for segment in self.segments if not segment.label)
         if several := next((tensor for tensor in tensors if count[tensor] > 1), None):
-            raise ValueError(f"{argument}: expected False where tensors have been fused since, got {several!r} of pieces")
+            raise ValueError(
+                f"{argument}: expected False where tensors have been fused since, got {several!r} of pieces"
+            )
 
     def _with_experts(self, model: nn.Module) -> Hierarchy:
         """This hierarchy with level L6: tensors of fused experts get segments and paths for each expert."""

@@ -19,15 +19,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 # The layer whose inputs are the results of all heads. OUTPUT[1]: the names that version 1 knew.
-OUTPUT = {1: ("o_proj", "out_proj", "dense", "out_lin", "o", "c_proj", "Wo", "proj", "projection", "../output.dense")}
+OUTPUT: dict[int, tuple[str, ...]] = {}
+OUTPUT[1] = ("o_proj", "out_proj", "dense", "out_lin", "o", "c_proj", "Wo", "proj", "projection", "../output.dense")
 OUTPUT[2] = (
     *OUTPUT[1],
     *("projection_layer", "output", "output_proj", "linear_out", "linear_o", "attention_out", "post", "post_proj"),
     *("to_out", "to_out.0", "../output", "../post", "../post_attention.conv1d"),
 )
 # Attributes of an attention module: the number of its heads, and their size.
-COUNT = ("num_attention_heads", "num_heads", "n_heads", "num_attn_heads", "attention_heads", "n_head", "heads")
-COUNT = (*COUNT, "no_heads")
+COUNT = (
+    *("num_attention_heads", "num_heads", "n_heads", "num_attn_heads", "attention_heads", "n_head", "heads"),
+    "no_heads",
+)
 SIZE = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv", "head_size", "dim_head")
 # Norms of queries, keys or results. If they have a scale for each value of all heads, no head is on its own.
 NORM_OF_ALL = re.compile("(q|k|query|key)_?(layer)?_?norm|attn_sub_norm|inner_attn_ln")
@@ -95,7 +98,7 @@ LAYOUTS: list[Layout] = [
     Layout(_each("q_proj", "k_proj", "v_proj"), kinds="Doge.*", whole="the mask of a head is made of all values"),
     Layout({"qkv_proj": "q"}, kinds="MiniMaxLightning.*", whole="a norm divides the results of all heads"),
     Layout({"q_proj": "q"}, kinds="FunAsrNano.*", whole="values also go around the output layer"),
-    Layout({"q_proj": "q"}, kinds="AutoformerAttention", whole="queries and keys of all heads choose the delays of each"),
+    Layout({"q_proj": "q"}, kinds="AutoformerAttention", whole="all heads choose the delays of each"),
     # Multi-head latent attention: DeepSeek, Kimi, MiniCPM3, Mistral 4.
     Layout({"q_b_proj": "q*", "kv_b_proj": "k*"}),
     Layout({"q_gate_proj": "q*", "kv_b_proj": "k*"}),
@@ -131,18 +134,30 @@ LAYOUTS: list[Layout] = [
     Layout(_each("q_head", "k_head", "v_head"), heads="config.n_head"),  # Funnel
     Layout({"query_key": "q", "value": "v"}),  # Reformer's LSH attention
     # Several layers for a role.
-    Layout({"q_content_proj": "q", "k_content_proj": "k", "v_proj": "v", "q_pos_proj?": "q", "k_pos_proj": "k"}
-           | {"q_pos_sine_proj?": "q"}),  # Conditional DETR
-    Layout({f"../self_attn_{name}": f"{name[0]}*" for name in ("query_content_proj", "query_pos_proj")}
-           | {f"../self_attn_{name}": f"{name[0]}*" for name in ("key_content_proj", "key_pos_proj", "value_proj")}
-           , kinds="DabDetrAttention"),  # DAB-DETR
-    Layout({f"../cross_attn_{name}": f"{name[0]}*" for name in ("query_content_proj", "query_pos_proj?")}
-           | {f"../cross_attn_{name}": f"{name[0]}*" for name in ("key_content_proj", "key_pos_proj", "value_proj")}
-           | {"../cross_attn_query_pos_sine_proj": "q*"}, kinds="DabDetrAttention"),
-    Layout({"query": "q", "key_protein": "k", "value_protein": "v", "key_structure?": "k", "value_structure?": "v"}
-           | {"key_msa?": "k", "value_msa?": "v"}),  # Evolla
-    Layout({"vision_proj": "q", "text_proj": "k", "values_vision_proj": "v", "values_text_proj": "v"},
-           ["out_vision_proj"], ["out_text_proj"]),  # Grounding DINO, both ways
+    Layout(
+        {"q_content_proj": "q", "k_content_proj": "k", "v_proj": "v", "q_pos_proj?": "q", "k_pos_proj": "k"}
+        | {"q_pos_sine_proj?": "q"}
+    ),  # Conditional DETR
+    Layout(
+        {f"../self_attn_{name}": f"{name[0]}*" for name in ("query_content_proj", "query_pos_proj")}
+        | {f"../self_attn_{name}": f"{name[0]}*" for name in ("key_content_proj", "key_pos_proj", "value_proj")},
+        kinds="DabDetrAttention",
+    ),  # DAB-DETR
+    Layout(
+        {f"../cross_attn_{name}": f"{name[0]}*" for name in ("query_content_proj", "query_pos_proj?")}
+        | {f"../cross_attn_{name}": f"{name[0]}*" for name in ("key_content_proj", "key_pos_proj", "value_proj")}
+        | {"../cross_attn_query_pos_sine_proj": "q*"},
+        kinds="DabDetrAttention",
+    ),
+    Layout(
+        {"query": "q", "key_protein": "k", "value_protein": "v", "key_structure?": "k", "value_structure?": "v"}
+        | {"key_msa?": "k", "value_msa?": "v"}
+    ),  # Evolla
+    Layout(
+        {"vision_proj": "q", "text_proj": "k", "values_vision_proj": "v", "values_text_proj": "v"},
+        ["out_vision_proj"],
+        ["out_text_proj"],
+    ),  # Grounding DINO, both ways
     Layout({"sampling_offsets": "q*", "attention_weights": "q*", "value_proj": "v*"}),  # deformable attention
     # One layer for all three.
     Layout({"q_attn": "q", "c_attn": "k v"}, since=1),  # GPT-2's cross-attention
@@ -192,8 +207,9 @@ def register_attention(
         raise TypeError(f"layers: expected {{path: order}}, got {layers!r}")
     for path, order in layers.items():
         if not isinstance(order, str) or not re.fullmatch(ORDER, order):
-            raise ValueError(f"layers: expected an order such as 'q', 'q k v', '(q k v)' or 'q*' for {path!r}, "
-                             f"got {order!r}")
+            raise ValueError(
+                f"layers: expected an order such as 'q', 'q k v', '(q k v)' or 'q*' for {path!r}, got {order!r}"
+            )
     try:
         re.compile(kinds)
     except (re.error, TypeError) as error:

@@ -135,8 +135,8 @@ def basis_of(model: nn.Module, given: Settings) -> Basis:
     if given.pruned is None:
         gone, pruned = pruned_experts(model), pruned_heads(model)
     else:
-        gone, others = check_experts(model, given.pruned, "pruned")
-        pruned = check_heads(model, others, "pruned", layouts)
+        gone, of_heads = check_experts(model, given.pruned, "pruned")
+        pruned = check_heads(model, of_heads, "pruned", layouts)
     heads = _divided("heads", given.heads, pruned, HEADS in str(given.partition))
     experts = _divided("experts", given.experts, gone, EXPERTS in str(given.partition))
     pruned |= gone
@@ -188,7 +188,7 @@ def basis_of(model: nn.Module, given: Settings) -> Basis:
 
 
 def _divided(argument: str, given: bool | None, pruned: Mapping[str, Collection[int]], named: bool) -> bool:
-    """Whether tensors are divided among heads or experts: as `given`, or if some are pruned or the partition says so."""
+    """Whether tensors are divided among heads or experts: as given, or else if some are pruned or the partition is."""
     if pruned and given is False:
         raise ValueError(f"{argument}: expected True or None where {argument} are pruned ({pruned}), got {given}")
     return bool(pruned) or named if given is None else given

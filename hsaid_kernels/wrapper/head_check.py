@@ -3,7 +3,8 @@
 Names and shapes can lie. So parameters of a copy of the model are changed, and what changes in its results is compared
 with what the bands of a head say:
 
-1. Other values in a head's queries, keys or values change the head's columns of the output layer's input, and no others.
+1. Other values in a head's queries, keys or values change this head's columns of the output layer's input, and no
+   others.
 2. With a head's columns of the output layer's weight at zero, other queries, keys and values of this head change
    nothing in what the model returns. This finds keys and values that other layers read too, and ways around the layer.
 3. With all its queries, keys and values at zero, a head's columns of the output layer's input are zero.
@@ -30,6 +31,9 @@ from hsaid_kernels.wrapper.reads.link import link_of
 NO_RESULTS = re.compile(r"past|cache|mems|attentions|shared_kv|attn_weights")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest absolute value
+
+
+Part = tuple[str, tuple[slice, ...]]  # of a parameter: name, slices
 
 
 @dataclass(frozen=True)
@@ -106,24 +110,26 @@ def _judge(runs: _Runs, attention: Attention) -> tuple[str, str]:
                 if old is None or new is None or new.shape != old.shape:
                     continue
                 moved = _columns(new - old) > runs.tolerance * old.abs().max()
-                mine = _mine(bands, heads, len(moved))
-                if (moved & ~mine).any():
+                columns = _mine(bands, heads, len(moved))
+                if (moved & ~columns).any():
                     return "wrong", f"the {role} of heads {list(heads)} reaches the results of others"
-                if (moved & mine).any():
+                if (moved & columns).any():
                     seen.add(role)
     heads = sets[-1]
-    own = _parts(attention, inputs, heads)
+    mine = _parts(attention, inputs, heads)
     with runs.changed(_parts(attention, outputs, heads), torch.zeros_like):
         _, zeroed = runs.run()
-        with runs.changed(own, _other):
+        with runs.changed(mine, _other):
             _, changed = runs.run()
     if _differ(zeroed, changed, runs.tolerance):
         return "wrong", f"queries, keys or values of heads {list(heads)} are used elsewhere too"
     if not {"value", "key", "query"} & seen:
         return "not run", "no change of query, key and value shows"
-    computed = {bands.role for bands in inputs} & {"key", "value"} or any("*" in o for o in attention.layout.layers.values())
+    computed = {bands.role for bands in inputs} & {"key", "value"} or any(
+        "*" in o for o in attention.layout.layers.values()
+    )
     if computed:
-        with runs.changed(own, torch.zeros_like):
+        with runs.changed(mine, torch.zeros_like):
             after, _ = runs.run()
         for bands, old in zip(outputs, before):
             new = after.get(bands.tensor)
@@ -169,7 +175,9 @@ class _Runs:
         return inputs.seen, list(_results(returned))
 
     @contextmanager
-    def changed(self, parts: Iterable[tuple[str, tuple[slice, ...]]], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def changed(
+        self, parts: Iterable[tuple[str, tuple[slice, ...]]], change: Callable[[Tensor], Tensor]
+    ) -> Iterator[None]:
         """A context manager for the time of which parts of parameters have other values."""
         kept = []
         with torch.no_grad():
@@ -238,9 +246,7 @@ def _other(part: Tensor) -> Tensor:
     return part + torch.randn_like(part) * (size if size > 0 else 0.3)
 
 
-def _parts(
-    attention: Attention, bands: Iterable[Bands], heads: tuple[int, ...]
-) -> list[tuple[str, tuple[slice, ...]]]:
+def _parts(attention: Attention, bands: Iterable[Bands], heads: tuple[int, ...]) -> list[tuple[str, tuple[slice, ...]]]:
     """The parts of parameters that serve only these heads."""
     return [
         (some.tensor, some.slices(index))

@@ -268,9 +268,7 @@ def _slices(attention: Attention, head: int) -> Iterator[HeadSlice]:
         yield HeadSlice(bands.role, bands.tensor, bands.slices(index), attention.sharers(bands, index))
 
 
-def check_heads(
-    model: nn.Module, heads: Heads, argument: str = "heads", layouts: int = LATEST
-) -> dict[str, list[int]]:
+def check_heads(model: nn.Module, heads: Heads, argument: str = "heads", layouts: int = LATEST) -> dict[str, list[int]]:
     """`heads` as {attention module: sorted [heads]}; layers with an empty list are dropped.
 
     Raises ValueError for a layer or head that does not exist and for all heads of a layer, TypeError for other types.

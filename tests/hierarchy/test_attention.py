@@ -221,7 +221,9 @@ def test_errors():
 )
 def test_heads_that_are_not_on_their_own_are_refused(name, config, message):
     model = build(name, **config)
-    with pytest.raises(ValueError, match=rf"model: expected one with attention heads that can be told apart.*{message}"):
+    with pytest.raises(
+        ValueError, match=rf"model: expected one with attention heads that can be told apart.*{message}"
+    ):
         Hierarchy.from_model(model, heads=True)
     Hierarchy.from_model(model)
     assert pruned_heads(model) == {}
@@ -258,10 +260,18 @@ def test_keys_that_several_layers_read_belong_to_none():
         assert {bands.tensor.split(".")[-2] for bands in attention.bands} == {"q_proj", "o_proj"}
 
 
+NEW = dict(num_kv_heads=2, new_decoder_architecture=True)
+
+
 @pytest.mark.parametrize(
     "name, config, layer, starts",
     [  # of query, key and value of heads or groups 0, 1, ... in rows of a head's size
-        ("Falcon", dict(num_kv_heads=2, new_decoder_architecture=True), "query_key_value", ([0, 1, 4, 5], [2, 6], [3, 7])),
+        (
+            "Falcon",
+            dict(num_kv_heads=2, new_decoder_architecture=True),
+            "query_key_value",
+            ([0, 1, 4, 5], [2, 6], [3, 7]),
+        ),
         ("Falcon", dict(multi_query=True, new_decoder_architecture=False), "query_key_value", ([0, 1, 2, 3], [4], [5])),
         ("Falcon", dict(multi_query=False), "query_key_value", ([0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11])),
         ("GPTBigCode", dict(multi_query=True), "c_attn", ([0, 1, 2, 3], [4], [5])),
@@ -275,7 +285,10 @@ def test_orders_of_fused_layers(name, config, layer, starts):
         sizes = dict(vocab_size=20, n_layer=1, n_embd=16, n_head=4)
     (attention,) = find_attentions(build(f"{name}Model", **sizes, **config))
     weights = [bands for bands in attention.bands if bands.tensor.endswith(f"{layer}.weight")]
-    assert [bands.role for bands in weights] == ["query", *(["value", "key"] if name == "CodeGen" else ["key", "value"])]
+    assert [bands.role for bands in weights] == [
+        "query",
+        *(["value", "key"] if name == "CodeGen" else ["key", "value"]),
+    ]
     found = {bands.role: [start // 4 for start in bands.starts] for bands in weights}
     assert (found["query"], found["key"], found["value"]) == starts
     segments = list(attention.segments())

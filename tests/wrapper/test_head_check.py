@@ -127,7 +127,10 @@ def test_nothing_is_changed_and_what_cannot_be_is_refused():
         check(model, IDS)
     with pytest.raises(ValueError, match="model: expected one with weights, got one on the meta device"):
         check(copy.deepcopy(model).to("meta"), {"input_ids": IDS})
-    with HSAID(model, 200), pytest.raises(ValueError, match=r"model: expected a plain model, got one that an HSAID wraps"):
+    with (
+        HSAID(model, 200),
+        pytest.raises(ValueError, match=r"model: expected a plain model, got one that an HSAID wraps"),
+    ):
         check(model, {"input_ids": IDS})
     with pytest.raises(ValueError, match="model: expected the same results in two calls"):
         check(nn.Sequential(Attention(), Noise()), {"input": torch.randn(2, 5, 8)})

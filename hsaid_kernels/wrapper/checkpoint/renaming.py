@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,7 +25,9 @@ from hsaid_kernels.wrapper.w0.values import value_of
 Names = Mapping[str, str | Sequence[str]] | Callable[[str], str | Sequence[str] | None]
 
 
-def renamed(config: Config, values: Mapping[str, Tensor], model: nn.Module, names: Names) -> tuple[Config, dict[str, Tensor]]:
+def renamed(
+    config: Config, values: Mapping[str, Tensor], model: nn.Module, names: Names
+) -> tuple[Config, dict[str, Tensor]]:
     """The configuration and the values of a checkpoint for a model with other names; see `State.from_pretrained`.
 
     Raises TypeError if `names` or what it gives has another type, ValueError if the tensors do not fit.
@@ -50,7 +53,9 @@ def renamed(config: Config, values: Mapping[str, Tensor], model: nn.Module, name
         shapes = [saved[old] for old in olds if old in saved]
         whole = len(olds) == 1 and len(shapes) == 1
         sizes = sum(map(math.prod, shapes))
-        if shapes and (tuple(parameters[name].shape) != tuple(shapes[0]) if whole else sizes != parameters[name].numel()):
+        if shapes and (
+            tuple(parameters[name].shape) != tuple(shapes[0]) if whole else sizes != parameters[name].numel()
+        ):
             raise ValueError(
                 f"names: expected {name!r} of shape {tuple(parameters[name].shape)} to be "
                 f"{' and '.join(f'{old!r} of shape {tuple(saved[old])}' for old in olds if old in saved)}"
@@ -79,7 +84,9 @@ def renamed(config: Config, values: Mapping[str, Tensor], model: nn.Module, name
         "names": {"tensors": config["names"].get("tensors") or config["tensors"], "pieces": pieces},
         "padding_rows": {new_of[old]: row for old, row in config["padding_rows"].items()},
         "pruned": _pruned(config, model, olds_of),
-        "w0_dtypes": None if config["w0_dtypes"] is None else {
+        "w0_dtypes": None
+        if config["w0_dtypes"] is None
+        else {
             "*": config["w0_dtypes"]["*"],
             **{new_of[old]: dtype for old, dtype in config["w0_dtypes"].items() if old in new_of},
         },
@@ -130,7 +137,7 @@ def _reader(names: Names) -> Callable[[str], list[str]]:
                 if found := re.fullmatch(pattern, name):
                     several = [replacement] if isinstance(replacement, str) else list(replacement)
                     return [found.expand(one) for one in several]
-        olds = [name] if old is None else list(old) if isinstance(old, (list, tuple)) else [old]
+        olds: list[Any] = [name] if old is None else list(old) if isinstance(old, (list, tuple)) else [old]
         if not olds or not all(isinstance(one, str) for one in olds):
             raise TypeError(f"names: expected a name or several for {name!r}, got {old!r}")
         return olds

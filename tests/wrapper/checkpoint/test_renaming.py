@@ -140,9 +140,7 @@ def test_fused_tensors_keep_the_bases_of_their_pieces(mixtral, tmp_path, partiti
 
 def _same_experts(new: nn.Module, old: nn.Module) -> bool:
     now, before = dict(new.named_parameters()), dict(old_mixtral(new).named_parameters())
-    return len(now) < len(before) and all(
-        torch.equal(value, before[name]) for name, value in old.named_parameters()
-    )
+    return len(now) < len(before) and all(torch.equal(value, before[name]) for name, value in old.named_parameters())
 
 
 def test_the_refusal_proposes_the_names(dinov2, mixtral, tmp_path):
@@ -185,7 +183,9 @@ def test_what_does_not_fit_is_refused(dinov2, mixtral, tmp_path):
     with pytest.raises(ValueError, match=r"names: expected each of the \d+ tensors .* 'encoder.layer.0.attention.att"):
         load({})
     swapped = {**DINOV2, r"(.*)fc1\.weight": r"\1fc2.weight", r"(.*)fc2\.weight": r"\1fc1.weight"}
-    with pytest.raises(ValueError, match=r"names: expected '.*fc1.weight' of shape \(256, 64\) to be '.*fc2.weight' of"):
+    with pytest.raises(
+        ValueError, match=r"names: expected '.*fc1.weight' of shape \(256, 64\) to be '.*fc2.weight' of"
+    ):
         load(swapped)
 
 
