@@ -5,7 +5,8 @@ docs/heads.md.
 
 Every type is built twice, with as many key-value heads as heads, and with half of them in heads of another size than
 usual; `hsaid_kernels.heads.check` judges each attention module, in the whole model or else in the part of it that takes
-inputs of its own. --out keeps what was found, a line of JSON for each model. --report writes the table of such a file.
+inputs of its own, or else alone. --out keeps what was found, a line of JSON for each model; the newest one counts.
+--report writes the table of such a file into docs/heads.md.
 """
 
 import argparse
@@ -123,7 +124,8 @@ def alone(part: First, attention: Attention) -> dict:
                 inputs[name] = None
         plain = {name: value for name, value in inputs.items() if name not in ("position_embeddings", "rotary_pos_emb")}
         own = {name: value for name, value in plain.items() if known.get(name) != (1, 5, widths.get("key", width))}
-        for some in (inputs, plain, own, own | {"position_embeddings": None}):
+        by_head = {"position_embeddings": tuple(torch.randn(1, attention.heads, size) for _ in range(2))}
+        for some in (inputs, inputs | by_head, plain, own, own | {"position_embeddings": None}):
             try:
                 with torch.no_grad():
                     part(**some)
@@ -158,13 +160,59 @@ def child(kind: str, variant: str, path: str) -> None:
             print("    WRONG", name, module[0], module[4], flush=True)
 
 
+def report(path: str) -> str:
+    """The table of docs/heads.md, of the newest record of each type and variant in a file that `main` wrote."""
+    with open(path) as file:
+        records = {(record["type"], record["variant"]): record for record in map(json.loads, file)}
+    seen: dict[tuple[str, str], list] = {}  # (type, class) -> [layout, verdict, why]; the worst verdict of all modules
+    order = ("not run", "whole", "right", "wrong")
+    for (kind, _), record in sorted(records.items()):
+        for name, layout, _, verdict, why in record.get("modules", {}).values():
+            before = seen.get((kind, name), ["", "not run", ""])
+            if order.index(verdict) >= order.index(before[1]):
+                seen[kind, name] = [layout or before[0], verdict, why]
+    rows: dict[tuple[str, str], dict[str, None]] = {}
+    for (kind, name), (layout, verdict, why) in sorted(seen.items()):
+        what = {"right": f"`{layout}`", "whole": f"whole: {why}", "wrong": f"WRONG: {why}"}.get(verdict, "")
+        rows.setdefault((what or f"not run, `{layout}`", verdict), {})[kind if verdict == "right" else f"{kind} ({name})"] = None
+    built = {kind for (kind, _), record in records.items() if "modules" in record}
+    right = {kind for (kind, _), (_, verdict, _) in seen.items() if verdict == "right"}
+    missing = sorted({kind for kind, _ in records} - built)
+    lines = [
+        f"transformers {transformers.__version__}: {len(built)} of {len({kind for kind, _ in records})} types build from "
+        f"a tiny configuration, and {len(right)} have heads that are divided; `python tests/architectures.py` repeats it.",
+        "",
+        "| order of query, key and value, or why whole | types |",
+        "|---|---|",
+    ]
+    places = {"right": 0, "wrong": 1, "whole": 2, "not run": 3}
+    for (what, verdict), kinds in sorted(rows.items(), key=lambda row: (places[row[0][1]], -len(row[1]), row[0][0])):
+        lines.append(f"| {what} | {', '.join(kinds)} |")
+    return "\n".join([*lines, "", f"Not built: {', '.join(missing)}.", ""])
+
+
+def write_report(path: str, table: str) -> None:
+    """Puts the table between its marks in a file."""
+    with open(path) as file:
+        before, begin, rest = file.read().partition("<!-- heads: begin -->\n")
+    _, end, after = rest.partition("<!-- heads: end -->")
+    if not begin or not end:
+        raise ValueError(f"{path}: expected the marks of the table, got none")
+    with open(path, "w") as file:
+        file.write(before + begin + table + end + after)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", default="build/architectures.jsonl")
     parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--report", metavar="FILE", help="write the table of what --out has, and check nothing")
     arguments = parser.parse_args()
+    if arguments.report:
+        write_report(arguments.report, report(arguments.out))
+        return
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     os.makedirs(os.path.dirname(arguments.out) or ".", exist_ok=True)

@@ -20,6 +20,7 @@ MOST_PARAMETERS = 80_000_000
 # What the whole name of an integer field matches, and its number; the first that matches counts. A number is never
 # raised. Strings are keys of the options of `tiny_config`.
 RULES: list[tuple[str, object]] = [
+    (r"mamba_(num_heads|head_dim|n_heads|d_state)|n_mamba_heads_", 8), (r"mamba_(d_head|headdim)", 16),
     (r"(num|n)_?(hidden_|self_attends_per_|encoder_|decoder_|transformer_|predictor_|pred_|adapter_|resnet_)?"
      r"(layers?|blocks?|self_attends_per_block)", LAYERS),
     (r"(en|de)coder_(num_)?(hidden_)?(layers|depth)|depth|layers|(vision|text|speech_encoder|speech_decoder|attention|"
@@ -89,13 +90,10 @@ OVERRIDES = {
     "clap_audio_model": dict(spec_size=64, num_mel_bins=16, patch_embeds_hidden_size=16, hidden_size=128, window_size=4,
                              depths=(1, 1, 1, 1), num_attention_heads=(2, 2, 4, 8), patch_size=4, patch_stride=(4, 4)),
     "cohere_compass_text": dict(layer_types=["sliding_attention", "full_attention"]),
-    "cvt": dict(embed_dim=(16, 32, 64), num_heads=(1, 2, 4), depth=(1, 1, 2)),
     "deepseek_v2": dict(topk_method="greedy", num_experts_per_tok=2, n_group=1, topk_group=1),
     "deformable_detr": dict(backbone_config=_resnet("stage2", "stage3", "stage4"), num_queries=6, num_feature_levels=4),
     "emu3": dict(vocabulary_map={"<image>": 5}),
     "esm": dict(vocab_size=40, pad_token_id=1, mask_token_id=5, emb_layer_norm_before=True),
-    "funnel": dict(block_repeats=[1, 1], block_sizes=[1, 1], d_model=64, n_head=4, d_head=16, d_inner=48,
-                   num_decoder_layers=1),
     "gemma3n_text": dict(num_kv_shared_layers=2, num_hidden_layers=4, intermediate_size=[48] * 4,
                          layer_types=["sliding_attention", "full_attention"] * 2,
                          activation_sparsity_pattern=[0.0] * 4),
@@ -107,6 +105,9 @@ OVERRIDES = {
     "lilt": dict(hidden_size=96),
     "llama4_text": dict(no_rope_layers=[1, 0], layer_types=["chunked_attention", "full_attention"], moe_layers=[1],
                         interleave_moe_layer_step=2),
+    **dict.fromkeys(("mimi", "mimi_decoder", "pocket_tts_audio_tokenizer"), {"upsample_groups": 64}),
+    "pocket_tts_audio_tokenizer_decoder": {"upsample_groups": 64},
+    "mimo_v2_flash": dict(v_head_dim=8, swa_v_head_dim=8, swa_num_key_value_heads=2),
     "mamba2": dict(num_heads=8, head_dim=16),
     "nemotron_h": dict(layers_block_type=["mamba", "attention", "mlp", "attention"], num_hidden_layers=4),
     "reformer": dict(axial_pos_embds=False, attention_head_size=16, attn_layers=["local", "lsh"], num_buckets=4,
@@ -136,8 +137,8 @@ def tiny_model(kind: str, groups: int = HEADS, size: int = WIDTH // HEADS) -> nn
     torch.manual_seed(1)
     try:
         model = AutoModel.from_config(config)
-    except ValueError as error:
-        if "Unrecognized configuration" not in str(error):
+    except (ValueError, TypeError) as error:  # a type without an automatic class, or with several
+        if "Unrecognized configuration" not in str(error) and "NoneType" not in str(error):
             raise
         names = MODEL_MAPPING_NAMES[kind]
         model = getattr(transformers, names if isinstance(names, str) else names[0])(config)
@@ -277,4 +278,13 @@ def _gpt_bigcode(options):
     return transformers.GPTBigCodeConfig(**sizes, multi_query=options["groups"] < 4)
 
 
-SPECIAL = {"dbrx": _dbrx, "falcon": _falcon, "gpt_bigcode": _gpt_bigcode}
+def _funnel(options):
+    sizes = dict(vocab_size=120, d_model=64, n_head=4, d_head=16, d_inner=48, num_decoder_layers=1)
+    return transformers.FunnelConfig(**sizes, block_sizes=[1, 1])
+
+
+def _cvt(options):
+    return transformers.CvtConfig(embed_dim=[16, 32, 64], num_heads=[1, 2, 4], depth=[1, 2, 3])
+
+
+SPECIAL = {"cvt": _cvt, "dbrx": _dbrx, "funnel": _funnel, "falcon": _falcon, "gpt_bigcode": _gpt_bigcode}

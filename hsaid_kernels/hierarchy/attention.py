@@ -189,10 +189,11 @@ def find_attention(model: nn.Module, layer: int | str, version: int = LATEST) ->
     Raises ValueError for an index or name that does not exist, TypeError for a `layer` of another type, and what
     `find_attentions` raises.
     """
-    return _one_of(find_attentions(model, version), layer)
+    return pick(find_attentions(model, version), layer)
 
 
-def _one_of(found: tuple[Attention, ...], layer: int | str) -> Attention:
+def pick(found: tuple[Attention, ...], layer: int | str) -> Attention:
+    """One of these by index or name; raises as `find_attention`."""
     if isinstance(layer, str):
         named = [attention for attention in found if attention.name == layer]
         if not named:
@@ -208,7 +209,7 @@ def _one_of(found: tuple[Attention, ...], layer: int | str) -> Attention:
 def pieces_of(model: nn.Module, heads: Mapping[str, Collection[int]], version: int = LATEST) -> set[tuple[str, str]]:
     """(parameter, label) of the segments that serve only the given heads, {attention module: [heads]}."""
     found = find_attentions(model, version) if heads else ()
-    return set().union(*(_one_of(found, layer).pieces(numbers) for layer, numbers in heads.items()))
+    return set().union(*(pick(found, layer).pieces(numbers) for layer, numbers in heads.items()))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ OUTPUT[1] = ("o_proj", "out_proj", "dense", "out_lin", "o", "c_proj", "Wo", "pro
 OUTPUT[2] = (
     *OUTPUT[1],
     *("projection_layer", "output", "output_proj", "linear_out", "linear_o", "attention_out", "post", "post_proj"),
+    "output_projection.o_proj",
     *("to_out", "to_out.0", "../output", "../post", "../post_attention.conv1d"),
 )
 # Attributes of an attention module: the number of its heads, and their size.
@@ -40,6 +41,7 @@ OTHERS = (
     ("(query|key|value)_global|(w2e|e2w|e2e)_query|layout_(query|key|value)", 0, "heads"),
     ("pos_(key_|query_|q_)?proj|relative_k_proj|linear_pos|relative_position_embedding.pos_proj", 0, "heads"),
     ("(pos_)?bias_[uv]|r_[rws]_bias|[qv]_bias|attention_biases", 0, "heads"),
+    ("output_projection.gate_proj|exclusive_self_attention", 0, "heads"),
     ("gate_proj|g_proj|g_b_proj|gate_bias|linear_g|sinks|sink_proj", 0, "heads"),
     (r"linear_q_adapter_list\.\d+\.1", 0, "heads"),
     (r"linear_[kv]_adapter_list\.\d+\.1", 0, "groups"),

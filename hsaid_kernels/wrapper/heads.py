@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from hsaid_kernels.hierarchy.attention import Attention, find_attention, find_attentions, survey
+from hsaid_kernels.hierarchy.attention import Attention, find_attention, find_attentions, pick, survey
 from hsaid_kernels.hierarchy.layouts import LATEST
 from hsaid_kernels.wrapper.callers import stacklevel
 from hsaid_kernels.wrapper.reads.link import link_of
@@ -277,8 +277,9 @@ def check_heads(model: nn.Module, heads: Heads, argument: str = "heads", layouts
     if not isinstance(heads, Mapping):
         raise TypeError(f"{argument}: expected {{layer: [heads]}}, got {type(heads).__name__} {heads!r}")
     chosen: dict[str, set[int]] = defaultdict(set)
+    found = find_attentions(model, layouts) if heads else ()
     for layer, numbers in heads.items():
-        attention = find_attention(model, layer, layouts)
+        attention = pick(found, layer)
         if isinstance(numbers, str) or not isinstance(numbers, Iterable):
             raise TypeError(f"{argument}: expected a list of heads for layer {layer!r}, got {numbers!r}")
         chosen[attention.name].update(_check_head(attention, head) for head in numbers)
@@ -288,7 +289,8 @@ def check_heads(model: nn.Module, heads: Heads, argument: str = "heads", layouts
 
 def _own_attentions(model: nn.Module, chosen: Iterable[str]) -> list[Attention]:
     """The attention modules of these names. Raises ValueError if one shares a parameter with another module."""
-    attentions = [find_attention(model, name) for name in chosen]
+    found = find_attentions(model) if chosen else ()
+    attentions = [pick(found, name) for name in chosen]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     places = Counter(names[id(p)] for module in model.modules() for p in module._parameters.values() if p is not None)
     for attention in attentions:
