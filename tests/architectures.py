@@ -106,12 +106,12 @@ def alone(part: First, attention: Attention) -> dict:
     for shape in ((1, 6, width), (6, width), (1, 4, 4, width), (1, 16, width)):
         length = shape[-2]
         rotary = tuple(torch.randn(*shape[:-2], length, size, generator=generator) for _ in range(2))
+        others = (*shape[:-2], 5, widths.get("key", width))
         known = {
             **dict.fromkeys(("hidden_states", "hidden_state", "query", "queries", "x", "input_tensor"), shape),
-            **dict.fromkeys(("key", "value", "encoder_hidden_states", "key_value_states", "cross_attention_states",
-                             "current_states", "context", "latents", "kv_states"),
-                            (1, 5, widths.get("key", width))),
-        }  # fmt: skip
+            **dict.fromkeys(("key", "value", "encoder_hidden_states", "key_value_states", "current_states"), others),
+            **dict.fromkeys(("cross_attention_states", "context", "latents", "kv_states"), others),
+        }
         inputs: dict = {}
         for name, parameter in parameters.items():
             if name in known:
@@ -123,7 +123,7 @@ def alone(part: First, attention: Attention) -> dict:
             elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
                 inputs[name] = None
         plain = {name: value for name, value in inputs.items() if name not in ("position_embeddings", "rotary_pos_emb")}
-        own = {name: value for name, value in plain.items() if known.get(name) != (1, 5, widths.get("key", width))}
+        own = {name: value for name, value in plain.items() if known.get(name) != others}
         by_head = {"position_embeddings": tuple(torch.randn(1, attention.heads, size) for _ in range(2))}
         for some in (inputs, inputs | by_head, plain, own, own | {"position_embeddings": None}):
             try:
@@ -174,19 +174,22 @@ def report(path: str) -> str:
     rows: dict[tuple[str, str], dict[str, None]] = {}
     for (kind, name), (layout, verdict, why) in sorted(seen.items()):
         what = {"right": f"`{layout}`", "whole": f"whole: {why}", "wrong": f"WRONG: {why}"}.get(verdict, "")
-        rows.setdefault((what or f"not run, `{layout}`", verdict), {})[kind if verdict == "right" else f"{kind} ({name})"] = None
+        rows.setdefault((what or f"not run, `{layout}`", verdict), {})[
+            kind if verdict == "right" else f"{kind} ({name})"
+        ] = None
     built = {kind for (kind, _), record in records.items() if "modules" in record}
     right = {kind for (kind, _), (_, verdict, _) in seen.items() if verdict == "right"}
     missing = sorted({kind for kind, _ in records} - built)
+    every = len({kind for kind, _ in records})
     lines = [
-        f"transformers {transformers.__version__}: {len(built)} of {len({kind for kind, _ in records})} types build from "
-        f"a tiny configuration, and {len(right)} have heads that are divided; `python tests/architectures.py` repeats it.",
+        f"transformers {transformers.__version__}: {len(built)} of {every} types build from "
+        f"a tiny configuration; in {len(right)} of them heads are divided, and right. `make heads` repeats it.",
         "",
         "| order of query, key and value, or why whole | types |",
         "|---|---|",
     ]
     places = {"right": 0, "wrong": 1, "whole": 2, "not run": 3}
-    for (what, verdict), kinds in sorted(rows.items(), key=lambda row: (places[row[0][1]], -len(row[1]), row[0][0])):
+    for (what, _), kinds in sorted(rows.items(), key=lambda row: (places[row[0][1]], -len(row[1]), row[0][0])):
         lines.append(f"| {what} | {', '.join(kinds)} |")
     return "\n".join([*lines, "", f"Not built: {', '.join(missing)}.", ""])
 

@@ -107,6 +107,7 @@ OVERRIDES = {
                         interleave_moe_layer_step=2),
     **dict.fromkeys(("mimi", "mimi_decoder", "pocket_tts_audio_tokenizer"), {"upsample_groups": 64}),
     "pocket_tts_audio_tokenizer_decoder": {"upsample_groups": 64},
+    "sapiens2": dict(num_key_value_attention_heads=2, num_key_value_heads_per_layer=[4, 2]),
     "mimo_v2_flash": dict(v_head_dim=8, swa_v_head_dim=8, swa_num_key_value_heads=2),
     "mamba2": dict(num_heads=8, head_dim=16),
     "nemotron_h": dict(layers_block_type=["mamba", "attention", "mlp", "attention"], num_hidden_layers=4),

@@ -62,6 +62,16 @@ def _attempts(model: nn.Module) -> Iterator[dict[str, Any]]:
     groups += [text + images] * bool(text and images) + [[key] for key in first]
     groups += [[key, "decoder_input_ids"] for key in first if "decoder_input_ids" in parameters]
     groups += [[key for key in required if key in makers]]
+    if "pixel_position_ids" in parameters:  # patches, each with its place
+        edge = _number(config, "patch_size", default=8)
+        rows, columns = torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij")
+        places = torch.stack([columns, rows], -1).view(1, 36, 2)
+        yield {"pixel_values": torch.rand(1, 36, 3 * edge * edge, generator=generator), "pixel_position_ids": places}
+    # Gemma 3n masks what is not there, Gemma 4 what is.
+    for sound, mask, there in (("audio_mel", "audio_mel_mask", False), ("input_features", "attention_mask", True)):
+        if sound in parameters and mask in parameters:
+            features = torch.randn(1, 64, _number(config, "input_feat_size", default=128), generator=generator)
+            yield {sound: features, mask: torch.full((1, 64), there)}
     grids = [
         key for key in ("grid_thw", "image_grid_thw", "image_grid_hws", "grid_hw", "grid_hws") if key in parameters
     ]

@@ -250,10 +250,9 @@ class _Finder:
         if any(isinstance(child, nn.MultiheadAttention) for child in module._modules.values()):
             return None  # what these layers compute goes through its own
         for layout in self._layouts:
-            first, *_ = layout.layers
-            first = first.partition(".")[0]
-            if first and first not in module._modules and first not in module._parameters and first != "in_proj_":
-                continue
+            first = next(iter(layout.layers)).partition(".")[0]
+            if first and first not in module._modules and not any(key.startswith(first) for key in module._parameters):
+                continue  # the usual case, without looking closer
             if not re.fullmatch(layout.kinds, type(module).__name__):
                 continue
             if layout.when and not getattr(module, layout.when, False):
@@ -329,13 +328,11 @@ class _Finder:
 
     def _configured(self, name: str) -> int | None:
         """The size of a head by the configuration of the innermost enclosing module with one, as in version 1."""
-        for outer in (name, *_outer(name)):
-            config = getattr(self.modules[outer], "config", None)
-            sizes = (_number(config, [key]) for key in ("head_dim", "attention_head_size", "d_kv"))
-            hidden, heads = (_number(config, [key]) for key in ("hidden_size", "num_attention_heads"))
-            if size := next(filter(None, sizes), None) or (hidden and heads and hidden // heads):
-                return size
-        return None
+        configs = [getattr(self.modules[outer], "config", None) for outer in (name, *_outer(name))]
+        sizes = [_number(config, layouts.SIZE) for config in configs]
+        both = [(_number(config, ["hidden_size"]), _number(config, ["num_attention_heads"])) for config in configs]
+        sizes += [hidden // heads for hidden, heads in both if hidden and heads]
+        return next(filter(None, sizes), None)
 
     def _check_norms(self, name: str, layout: Layout, size: int) -> None:
         for key, child in self.modules[name].named_children():
@@ -347,24 +344,21 @@ class _Finder:
     def _others(self, name: str, heads: int, groups: int, taken: set[str]) -> Iterator[Bands]:
         """The bands of what belongs to heads besides query, key, value and output layer (`layouts.OTHERS`)."""
         module = self.modules[name]
-        inside = {key: part for key, part in module.named_modules() if key}
+        parts = {key: list(part._parameters.values()) for key, part in module.named_modules() if key}
+        parts |= {key.removesuffix("_orig"): [parameter] for key, parameter in module._parameters.items()}
         for pattern, dim, among in layouts.OTHERS:
             count = heads if among == "heads" else groups
-            found: list[tuple[nn.Parameter | None, int]] = []
-            for key in filter(re.compile(pattern).fullmatch, (*inside, *module._parameters)):
-                layer = self._layer(name, key) if key in inside else None
-                own = inside[key]._parameters if key in inside else {key: module._parameters[key]}
-                along = layer.outputs if layer else dim
-                found += [
-                    (parameter, along if parameter is not None and parameter.dim() > 1 else 0)
-                    for parameter in own.values()
-                ]
-            for parameter, along in found:
-                tensor = self._names.get(id(parameter))
-                if parameter is None or tensor in taken or tensor is None or parameter.shape[along] % count:
-                    continue
-                each = parameter.shape[along] // count
-                yield Bands("other", tensor, tuple(parameter.shape), along, tuple(range(0, count * each, each)), each)
+            for key in filter(re.compile(pattern).fullmatch, parts):
+                layer = self._layer(name, key)
+                for parameter in parts[key]:
+                    tensor = self._names.get(id(parameter), "")
+                    if parameter is None or not tensor or tensor in taken:
+                        continue
+                    along = 0 if parameter.dim() == 1 else layer.outputs if layer else dim
+                    each, rest = divmod(parameter.shape[along], count)
+                    if not rest:
+                        starts = tuple(range(0, count * each, each))
+                        yield Bands("other", tensor, tuple(parameter.shape), along, starts, each)
 
     def _layer(self, name: str, path: str) -> _Layer | None:
         """The layer at a path from the module of this name, or None if there is none."""
@@ -381,7 +375,8 @@ class _Finder:
 
     def _parameter(self, module: nn.Module, key: str) -> _Layer | None:
         """A parameter [inputs, heads, size] of the attention module itself."""
-        parameter = module._parameters.get(key)
+        own = module._parameters
+        parameter = own.get(key) if own.get(key) is not None else own.get(f"{key}_orig")
         if parameter is None or parameter.dim() != 3 or self.version == 1:
             return None
         return _Layer(self._names[id(parameter)], None, tuple(parameter.shape), 1, 1)

@@ -100,8 +100,8 @@ def prune_heads(model: Model, heads: Heads) -> Model:
     if whole := undivided(model):
         some = ", ".join(f"{name!r} ({why})" for name, why in [*whole.items()][:3])
         warnings.warn(
-            f"model: {len(whole)} attention modules are left whole, of which no head can be pruned: {some}"
-            f"{', ...' if len(whole) > 3 else ''}",
+            f"model: no head can be pruned of attention modules that are left whole: {some}"
+            f"{f' and {len(whole) - 3} more' if len(whole) > 3 else ''}",
             stacklevel=stacklevel(),
         )
     for attention in attentions:
