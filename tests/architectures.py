@@ -104,6 +104,8 @@ def alone(part: First, attention: Attention) -> dict:
     size = attention.head_dim
     reasons = []
     for shape in ((1, 6, width), (6, width), (1, 4, 4, width), (1, 16, width)):
+        if len(shape) == 4 and "position_embeddings" in parameters:
+            continue
         length = shape[-2]
         rotary = tuple(torch.randn(*shape[:-2], length, size, generator=generator) for _ in range(2))
         others = (*shape[:-2], 5, widths.get("key", width))

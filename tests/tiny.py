@@ -121,7 +121,7 @@ OVERRIDES = {
     "yoso": dict(use_expectation=False, hash_code_len=3, num_hash=4),
     "zamba": dict(num_hidden_layers=6, layers_block_type=["mamba", "mamba", "hybrid", "mamba", "hybrid", "mamba"],
                   attention_head_dim=32, attention_hidden_size=128, n_mamba_heads=2, mamba_expand=2),
-    "zamba2": dict(num_hidden_layers=4, layer_types=["linear_attention", "hybrid"] * 2, num_mem_blocks=1,
+    "zamba2": dict(num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid"] * 2, num_mem_blocks=1,
                    mamba_ngroups=1, n_mamba_heads=8, mamba_headdim=16, num_attention_heads=4, num_key_value_heads=4,
                    attention_head_dim=32, attention_hidden_size=128, use_shared_attention_adapter=True, adapter_rank=4),
 }  # fmt: skip

@@ -101,6 +101,13 @@ LAYOUTS: list[Layout] = [
     Layout({"qkv_proj": "q"}, kinds="MiniMaxLightning.*", whole="a norm divides the results of all heads"),
     Layout({"q_proj": "q"}, kinds="FunAsrNano.*", whole="values also go around the output layer"),
     Layout({"q_proj": "q"}, kinds="AutoformerAttention", whole="all heads choose the delays of each"),
+    Layout({"q_b_proj": "q", "o_a_proj": "q"}, kinds="DeepseekV4.*", whole="its output layer is one of each group"),
+    Layout({"in_proj": "q", "x_proj": "q"}, kinds=r"\w*Mixer", whole="it has channels, but no heads"),  # Mamba
+    Layout(
+        {"in_proj": "q"},
+        kinds=r"(Bamba|FalconH1|Zamba2Mamba|\w*Mamba2)Mixer",
+        whole="its heads share B and C, and a norm",
+    ),
     # Multi-head latent attention: DeepSeek, Kimi, MiniCPM3, Mistral 4.
     Layout({"q_b_proj": "q*", "kv_b_proj": "k*"}),
     Layout({"q_gate_proj": "q*", "kv_b_proj": "k*"}),
@@ -122,7 +129,7 @@ LAYOUTS: list[Layout] = [
     Layout({"k_proj": "k", "v_proj": "v"}, kinds="Aimv2AttentionPoolingHead"),
     Layout({"experts.input_linear": "q", "kv_proj": "k v"}, ["experts.output_linear"], heads="num_key_value_heads"),
     Layout({"proj": "q*"}, kinds="EsmFoldSelfAttention"),
-    # Three layers. The results of a single query, key and value in a row of these names.
+    # A layer each.
     Layout(_each("query", "key", "value"), since=1),  # BERT, RoBERTa, ELECTRA, ALBERT
     Layout(_each("q_proj", "k_proj", "v_proj"), since=1),  # Llama, Mistral, Qwen, Gemma, ViT, BART, OPT, Whisper
     Layout(_each("q_lin", "k_lin", "v_lin"), since=1),  # DistilBERT, XLM

@@ -216,7 +216,9 @@ def test_errors():
         ("DogeModel", {}, "DogeAttention.*the mask of a head is made of all values"),
         ("BitNetModel", {}, "BitNetAttention.*attn_sub_norm divides all heads by one norm"),
         ("AutoformerModel", {"prediction_length": 2}, "AutoformerAttention.*choose the delays"),
-        ("MambaModel", {}, "MambaMixer.*its layers have no known layout"),
+        ("MambaModel", {}, "MambaMixer.*it has channels, but no heads"),
+        ("Mamba2Model", {}, "Mamba2Mixer.*its heads share B and C, and a norm"),
+        ("RwkvModel", {}, "RwkvSelfAttention.*its layers have no known layout"),
     ],
 )
 def test_heads_that_are_not_on_their_own_are_refused(name, config, message):
