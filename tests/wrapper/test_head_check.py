@@ -26,7 +26,6 @@ TYPES = {
     "jetmoe": True,
     "xlnet": False,
     "gemma3n_text": True,
-    "gemma4_text": True,
     "perceiver": False,
     "lilt": False,
     "levit": False,
@@ -35,7 +34,6 @@ TYPES = {
     "kyutai_speech_to_text": True,
     "deberta": False,
     "longformer": False,
-    "ctrl": False,
     "gpt_oss": True,
 }
 

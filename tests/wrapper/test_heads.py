@@ -400,10 +400,10 @@ def test_a_model_without_heads_has_no_fifth_level():
         Hierarchy.from_model(mlp(), heads=True)
 
 
-@pytest.mark.parametrize("kind", ["xlnet", "gpt_oss", "gemma3n_text", "falcon", "deepseek_v3", "longformer"])
+@pytest.mark.parametrize("kind", ["xlnet", "gpt_oss", "gemma3n_text"])
 def test_heads_of_other_layouts(kind):
     """Pruned by masks, made permanent: what the model returns without the head's columns of the output layer."""
-    model = tiny_model(kind, **(dict(groups=2, size=8) if kind in ("gpt_oss", "gemma3n_text", "falcon") else {}))
+    model = tiny_model(kind, **(dict(groups=2, size=8) if kind != "xlnet" else {}))
     inputs = {"input_ids": torch.randint(20, 80, (2, 9), generator=torch.Generator().manual_seed(1))}
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -68,8 +68,12 @@ def renamed(
         return {name: tuple(parameters[name].shape) for name, inside in found.items() if inside and all(inside)}
 
     tensors, full = now("tensors"), now("full")
-    if any(len(olds_of[name]) > 1 for name in full):
-        raise ValueError("names: expected fully trained tensors to be whole ones, got pieces of one")
+    for name in (*full, *(name for name, olds in olds_of.items() if set(olds) & config["padding_rows"].keys())):
+        if len(olds_of[name]) > 1:
+            raise ValueError(
+                f"names: expected {name!r} to be one tensor of before, as what is trained fully or has a padding row "
+                f"must be, got {len(olds_of[name])} pieces"
+            )
     checks = dict(zip(config["tensors"], config["w0_checks"].split(), strict=True))
     new_of = {old: name for name, olds in olds_of.items() for old in olds}
     config = {
