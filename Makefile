@@ -15,6 +15,10 @@
 #
 #   make arm      the C++ tests of the CPU kernels, built for 64-bit Arm and run in an emulator
 #
+# After an update of transformers, half an hour:
+#
+#   make heads    the heads of every architecture, judged by numbers; the table of docs/heads.md
+#
 # With 350 MB of packages more:
 #
 #   make clients  other people's training loops on an HSAID: Lightning, sentence-transformers, timm, PEFT, Accelerate,
@@ -53,7 +57,7 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 # Ninja takes all cores, however many jobs make has: it cannot share those of a make before 4.4, and complains.
 unexport MAKEFLAGS
 
-.PHONY: train measure test check arm clients triton-versions cuda-check wheels lint bench bench-full report gpu clean
+.PHONY: train measure test check arm heads clients triton-versions cuda-check wheels lint bench bench-full report gpu clean
 
 train: $(VENV)/.installed
 	$(BIN)/hsaid train $(ARGS)
@@ -76,6 +80,10 @@ arm: $(VENV)/.installed
 	  -DHSAID_CPU=OFF -DHSAID_CUDA=OFF -DHSAID_TESTS=ON -DPython_EXECUTABLE="$(abspath $(BIN))/python" > /dev/null
 	@$(CMAKE) --build build/arm --parallel --target test_core
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm/test_core
+
+heads: $(VENV)/.installed-test
+	$(BIN)/python -W ignore tests/architectures.py --jobs $(shell nproc) $(ARGS)
+	$(BIN)/python tests/architectures.py --report docs/heads.md
 
 clients: build/clients/.installed
 	PYTHONPATH=build/clients $(TESTS) -rs --dist loadfile tests/clients $(ARGS)

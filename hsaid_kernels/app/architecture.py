@@ -37,6 +37,19 @@ def build_architecture(source: str) -> nn.Module:
             return AutoModel.from_config(config)
 
 
+def load_model(source: str) -> nn.Module:
+    """The base model with its weights, random ones if there are none. Raises ValueError if there is no such model."""
+    from transformers import AutoConfig, AutoModel, BertConfig
+
+    with loading(source) as (path, options):
+        if source == MBERT and options.get("local_files_only"):
+            return AutoModel.from_config(BertConfig(**MBERT_CONFIG))
+        files = list(Path(path).iterdir()) if not options else [Path("model.safetensors")]
+        if not any(file.suffix in (".safetensors", ".bin") for file in files):
+            return AutoModel.from_config(AutoConfig.from_pretrained(path))
+        return AutoModel.from_pretrained(path, **options)
+
+
 def build_trained(architecture: Mapping[str, Any]) -> nn.Module:
     """The model that a checkpoint describes (`architecture_of`), with zeros that take no memory.
 

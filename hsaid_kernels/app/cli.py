@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(train, _as_it_is)
     add = _options(train.add_argument_group("subspace"), _as_it_is)
     add("--intrinsic-dim", INTRINSIC_DIM, "numbers to train", type=_integer(1, MAX_DIM), metavar="D")
-    add("--partition", "hsaid-3", "did, said, hsaid-3 or levels as in L1+L2|L3|L4, L5 the heads")
+    add("--partition", "hsaid-3", "did, said, hsaid-3 or levels as in L1+L2|L3|L4, L5 the heads, L6 the experts")
     _add_scale(add)
     add("--dtype", "float32", "of the weights while training", choices=DTYPES)
     add = _add_loop(train, _as_it_is, f"{STEPS}, or {STEPS_IF_LARGE} for a model of {LARGE:,} weights or more")
@@ -115,6 +115,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("source", metavar="DIR|MODEL", help="a checkpoint, or a model's directory or hub name")
         command.add_argument("--model", help="of a checkpoint that `hsaid train` did not write: directory or hub name")
         command.add_argument("--heads", action="store_true", help="with a model: attention heads as level L5")
+        command.add_argument("--experts", action="store_true", help="with a model: experts of mixtures as level L6")
+    info.add_argument(
+        "--check", action="store_true", help="with --heads: compare the heads with what the model computes"
+    )
     graph.add_argument(
         "--partition", help="with a model: levels as in L1+L2|L3|L4, whose components are coloured (none)"
     )

@@ -6,6 +6,7 @@ A checkpoint written by `hsaid train` needs no model, because training.json stor
 from __future__ import annotations
 
 import argparse
+import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,25 +14,52 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from hsaid_kernels.app import trained
+from hsaid_kernels.app.architecture import build_architecture, load_model
+from hsaid_kernels.app.example_inputs import example_inputs
 from hsaid_kernels.app.terminal import num_weights, say, user_input
-from hsaid_kernels.hierarchy import Component
+from hsaid_kernels.hierarchy import Component, Hierarchy
 from hsaid_kernels.wrapper.checkpoint.configuration import BASIS
 from hsaid_kernels.wrapper.checkpoint.files import VALUES_FILE, read_config
+from hsaid_kernels.wrapper.head_check import check
+from hsaid_kernels.wrapper.heads import undivided
 
 PARTITIONS = ("did", "L1+L2+L3+L4", "L1+L2+L3|L4", "L1+L2|L3+L4", "L1+L2|L3|L4", "L1|L2|L3|L4")
+EXPERT_PARTITIONS = ("L1+L2|L3|L4|L6", "L1+L6|L3|L4")
 HEAD_PARTITIONS = ("L1+L2|L3|L4|L5", "L1+L5|L3|L4", "L1+L2+L3+L4+L5")
 
 
 def info(arguments: argparse.Namespace) -> None:
     """Prints the information about `arguments.source`. Raises UsageError for invalid arguments."""
     with user_input():
-        if trained.is_checkpoint(arguments.source, arguments.model, arguments.heads):
+        divided = {"heads": arguments.heads, "experts": arguments.experts}
+        if trained.is_checkpoint(arguments.source, arguments.model, **divided, check=arguments.check):
             _describe_checkpoint(Path(arguments.source), arguments.model)
             return
-        hierarchy = trained.hierarchy_of_model(arguments.source, arguments.heads)
+        if arguments.check and not arguments.heads:
+            raise ValueError("--check: expected with --heads, got it without")
+        model = build_architecture(arguments.source)
+        hierarchy = Hierarchy.from_model(model, **divided)
+        whole = undivided(model) if arguments.heads else {}
     print(hierarchy, end="\n\n")
-    for spec in PARTITIONS + HEAD_PARTITIONS * arguments.heads:
+    for spec in PARTITIONS + HEAD_PARTITIONS * arguments.heads + EXPERT_PARTITIONS * arguments.experts:
         say(spec, str(hierarchy.partition(spec)))
+    for why, names in itertools.groupby(sorted(whole, key=whole.__getitem__), key=whole.__getitem__):
+        _say_attentions("left whole", list(names), why)
+    if arguments.check:
+        with user_input():
+            model = load_model(arguments.source)
+            found = check(model, example_inputs(model))
+        alike = itertools.groupby(
+            sorted(found, key=lambda one: (one.verdict, one.why)), key=lambda one: (one.verdict, one.why)
+        )
+        for (verdict, why), same in alike:
+            if verdict != "whole":
+                _say_attentions(verdict, [one.name for one in same], why)
+
+
+def _say_attentions(what: str, names: Sequence[str], why: str) -> None:
+    some = ", ".join(names[:2]) + (f", ... ({len(names)} attention modules)" if len(names) > 2 else "")
+    say(what, some + (why and f": {why}"))
 
 
 def _describe_checkpoint(directory: Path, model: str | None) -> None:
@@ -44,7 +72,7 @@ def _describe_checkpoint(directory: Path, model: str | None) -> None:
         f"d = {config['intrinsic_dim']:,} numbers: {len(theta):,} in theta, m = {len(multipliers)} multipliers",
     )
     for key in (*BASIS[1:], "include", "exclude", "dtype", "generator"):
-        if config[key] not in (None, [], {}):
+        if config[key] not in (None, [], {}) and key not in ("experts", "layouts", "names"):
             say(key, str(config[key]))
     say("theta", f"norm {theta.norm():.4g}")
     if (directory / trained.RUN_FILE).exists():

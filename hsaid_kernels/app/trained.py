@@ -83,15 +83,14 @@ def load_multipliers(directory: Path, model: str | None = None) -> tuple[Hierarc
     return hierarchy, partition, load_file(directory / VALUES_FILE)["multipliers"]
 
 
-def hierarchy_of_model(source: str, heads: bool) -> Hierarchy:
-    return Hierarchy.from_model(build_architecture(source), heads=heads)
+def is_checkpoint(source: str, model: str | None, **options: bool) -> bool:
+    """Whether `source` is a checkpoint rather than a model. Raises ValueError for arguments that do not apply to it.
 
-
-def is_checkpoint(source: str, model: str | None, heads: bool) -> bool:
-    """Whether `source` is a checkpoint rather than a model. Raises ValueError for arguments that do not apply to it."""
+    `options` are those of the command line that are for a model only.
+    """
     if Path(source, VALUES_FILE).exists():
-        if heads:
-            raise ValueError(f"--heads: expected with a model only, got it with the checkpoint {source!r}")
+        if given := next((name for name, value in options.items() if value), None):
+            raise ValueError(f"--{given}: expected with a model only, got it with the checkpoint {source!r}")
         return True
     if model is not None:
         raise ValueError(f"--model: expected with a checkpoint only, got it with {source!r}, which is none")

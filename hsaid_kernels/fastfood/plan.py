@@ -10,6 +10,7 @@ get the plan's tables and a few numbers, but no names.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,10 +50,15 @@ class Segment:
     cols: int
     row_stride: int
     label: str = ""  # distinguishes the segments of one tensor
+    stream: str = ""  # the name in the stream id, "" for that of the tensor
 
     @property
     def numel(self) -> int:
         return self.rows * self.cols
+
+    @property
+    def stream_id(self) -> int:
+        return stream_id(self.stream or self.tensor, self.label)
 
 
 def whole(name: str, shape: Sequence[int]) -> Segment:
@@ -67,13 +73,33 @@ def stream_id(name: str, label: str = "") -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _runs(name: str, covered: torch.Tensor) -> list[Segment]:
-    """The intervals of False in a mask [numel]. Intervals of equal length and distance form one `Segment` with rows."""
-    outside = torch.zeros(1, dtype=torch.int8, device="cpu")
-    edges = torch.diff((~covered).to(torch.int8), prepend=outside, append=outside).nonzero().flatten()
+def _uncovered(name: str, size: int, pieces: Sequence[Segment]) -> list[tuple[int, int]]:
+    """The intervals [start, end) of a tensor with `size` elements that no piece covers.
+
+    Raises ValueError if two pieces overlap.
+    """
+    if all(p.rows == 1 or p.row_stride == p.cols for p in pieces):  # thousands of experts, in tensors of a billion
+        spans = sorted((p.offset, p.offset + p.numel) for p in pieces)
+        twice = any(end > start for (_, end), (start, _) in itertools.pairwise(spans))
+        edges = [0, *itertools.chain(*spans), size]
+        found = [(end, start) for end, start in zip(edges[::2], edges[1::2], strict=True) if start > end]
+    else:
+        covered = torch.zeros(size, dtype=torch.bool, device="cpu")
+        for p in pieces:
+            covered.as_strided((p.rows, p.cols), (p.row_stride, 1), p.offset).fill_(True)
+        twice = int(covered.count_nonzero()) != sum(p.numel for p in pieces)
+        outside = torch.zeros(1, dtype=torch.int8, device="cpu")
+        changes = torch.diff((~covered).to(torch.int8), prepend=outside, append=outside).nonzero().flatten().tolist()
+        found = list(zip(changes[::2], changes[1::2], strict=True))
+    if twice:
+        raise ValueError(f"segments: expected at most one over any element, got several in {name!r}")
+    return found
+
+
+def _runs(name: str, intervals: Iterable[tuple[int, int]]) -> list[Segment]:
+    """Intervals as segments. Neighbours of equal length and distance form one `Segment` with rows."""
     pieces: list[Segment] = []
-    starts, ends = edges[::2].tolist(), edges[1::2].tolist()
-    for start, end in zip(starts, ends, strict=True):
+    for start, end in intervals:
         last = pieces[-1] if pieces else None
         if last and last.cols == end - start:
             stride = start - last.offset - (last.rows - 1) * last.row_stride
@@ -246,7 +272,7 @@ class Plan:
 
     def first_chunk(self, piece: Segment) -> int:
         """The chunk from which block 0 of a segment is made if `one_chunk`. Block b is made from the b-th after it."""
-        return stream_id(piece.tensor, piece.label) % 2**64 % self.chunks
+        return piece.stream_id % 2**64 % self.chunks
 
     def chunks_reached(self) -> int:
         """From how many chunks some block is made. The other chunks have no effect on the weights."""
@@ -302,7 +328,7 @@ class Plan:
             end = p.offset + (p.rows - 1) * p.row_stride + p.cols
             if min(p.rows, p.cols) < 1 or p.offset < 0 or p.row_stride < p.cols or end > size:
                 raise ValueError(f"segments: expected pieces inside their tensors, got {p} of {size} elements")
-            other = seen.setdefault(stream_id(p.tensor, p.label), p)
+            other = seen.setdefault(p.stream_id, p)
             if other is not p:
                 names = f"{(p.tensor, p.label)} and {(other.tensor, other.label)}"
                 raise ValueError(f"segments: {names} have the same stream id")
@@ -318,18 +344,15 @@ class Plan:
 
     def _hole_rows(self) -> list[list[int]]:
         rows = []
-        pieces = {name: [p for p in self.pieces if p.tensor == name] for name in self.names}
+        pieces: dict[str, list[Segment]] = {name: [] for name in self.names}
+        for p in self.pieces:
+            pieces[p.tensor].append(p)
         for i, (name, shape) in enumerate(self.shapes.items()):
             size, start = math.prod(shape), self.offsets[name]
             if pieces[name] != [whole(name, shape)]:
-                covered = torch.zeros(size, dtype=torch.bool, device="cpu")
-                for p in pieces[name]:
-                    covered.as_strided((p.rows, p.cols), (p.row_stride, 1), p.offset).fill_(True)
-                if covered.count_nonzero() != sum(p.numel for p in pieces[name]):
-                    raise ValueError(f"segments: expected at most one over any element, got several in {name!r}")
                 rows += [
                     [i, hole.offset, start + hole.offset, hole.rows, hole.cols, hole.row_stride, 0, 0]
-                    for hole in _runs(name, covered)
+                    for hole in _runs(name, _uncovered(name, size, pieces[name]))
                 ]
             gap = -size % ALIGNMENT
             if gap:
@@ -340,7 +363,7 @@ class Plan:
         index = {name: i for i, name in enumerate(self.names)}
         rows, first_block = [], 0
         for p in self.pieces:
-            stream = stream_id(p.tensor, p.label)
+            stream = p.stream_id
             i = index[p.tensor]
             blocks = self.blocks(p)
             if blocks > MAX_BLOCKS:

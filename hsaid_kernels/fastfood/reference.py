@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hsaid_kernels.fastfood.plan import MAX_WIDTH, Plan, Segment, stream_id
+from hsaid_kernels.fastfood.plan import MAX_WIDTH, Plan, Segment
 
 DIAGONAL, SIGNS, PERMUTATION = range(3)  # the purpose of a Philox call, part of its counter
 SHARED = 0  # the stream id of B and Pi where blocks are made from one chunk: those of all segments
@@ -209,7 +209,7 @@ def forward(
         w.copy_(b)
     shared = _z(plan, SHARED, theta) if plan.one_chunk else None
     for i, piece in enumerate(plan.pieces):
-        stream = stream_id(piece.tensor, piece.label)
+        stream = piece.stream_id
         z = _z(plan, stream, theta) if shared is None else shared
         values = []
         for block in _slices(plan, piece):
@@ -247,7 +247,7 @@ def adjoint(
         grad = grads[plan.names.index(piece.tensor)]
         if grad is None:
             continue
-        stream = stream_id(piece.tensor, piece.label)
+        stream = piece.stream_id
         g, numbers = _blocks(plan, piece, grad, dtype, listed, span)
         u = torch.zeros(plan.chunks, n, dtype=dtype)
         runs = MAX_WIDTH // n  # number of runs in a group
@@ -302,7 +302,7 @@ def _adjoint_of_one_chunk(
             continue
         g, numbers = _blocks(plan, piece, grad, dtype, listed, span)
         chunks = _chunk_of(plan, piece, numbers)
-        diagonal = _diagonal(plan, stream_id(piece.tensor, piece.label), numbers, chunks, dtype)
+        diagonal = _diagonal(plan, piece.stream_id, numbers, chunks, dtype)
         drawn = diagonal * walsh_hadamard(g, transpose=True)
         for chunk, product in zip(chunks.tolist(), factors[i] * drawn, strict=True):
             lists[chunk].append(product)

@@ -27,7 +27,7 @@ from hsaid_kernels.hierarchy.partition import Partition
 from hsaid_kernels.hierarchy.paths import split_number
 
 FORMATS = (".svg", ".png", ".dot", ".html")
-MEANINGS = {"L1": "block", "L2": "sublayer", "L3": "module", "L4": "parameter", "L5": "head"}
+MEANINGS = {"L1": "block", "L2": "sublayer", "L3": "module", "L4": "parameter", "L5": "head", "L6": "expert"}
 # Of components: from Paul Tol's "light" scheme, on which dark text is legible.
 COLORS = ("#77AADD", "#EEDD88", "#FFAABB", "#44BB99", "#BBCC33")
 BELOW, ABOVE = (67, 147, 195), (214, 96, 77)  # of multipliers below and above 1; a multiplier of 1 is white

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsaid_kernels.hierarchy.paths import HEADS, LEVELS, Path
+from hsaid_kernels.hierarchy.paths import EXPERTS, HEADS, LEVELS, Path
 
 NAMED_PARTITIONS = {"said": "+".join(LEVELS), "hsaid-3": "L1+L2|L3|L4"}  # also "did" and "none", without components
 
@@ -40,7 +40,8 @@ class Component:
 class Partition:
     """A partition of a hierarchy: which multipliers form the factor of each segment.
 
-    A segment is a part of the model with its own factor: a tensor, or one attention head's part of a tensor.
+    A segment is a part of the model with its own factor: a tensor, or an attention head's or an expert's part of
+    one.
 
     spec              canonical specification: `hierarchy.partition(spec, combine)` creates the partition again
     combine           "product": a factor is the product of its components' multipliers.
@@ -129,6 +130,8 @@ def parse_partition(spec: str, known: Sequence[str]) -> list[tuple[str, ...]]:
     for level, times in Counter(itertools.chain(*components)).items():
         if level == HEADS and HEADS not in known:
             raise ValueError(f"{expected} without heads: {HEADS} is there with heads=True")
+        if level == EXPERTS and EXPERTS not in known:
+            raise ValueError(f"{expected} without experts: {EXPERTS} is there with experts=True")
         if level not in known:
             raise ValueError(f"{expected} with " + (f"unknown {level!r}" if level else "an empty place"))
         if times > 1:

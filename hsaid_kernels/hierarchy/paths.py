@@ -31,6 +31,7 @@ from collections.abc import Iterable, Mapping
 
 LEVELS = ("L1", "L2", "L3", "L4")
 HEADS = "L5"
+EXPERTS = "L6"
 
 Path = tuple[str | None, ...]
 

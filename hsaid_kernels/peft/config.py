@@ -36,9 +36,9 @@ class HSAIDConfig(PeftConfig):
     all. Whether the model's parameters require gradients makes no difference: PEFT freezes them.
 
     Args:
-        intrinsic_dim, partition, seed, skip, merge, combine, normalize, diagonal, width, chunks, heads, pruned,
-            padding_rows, backend, memory: as in `HSAID`. Where None means something that depends on the model, the
-            adapter's own configuration says what.
+        intrinsic_dim, partition, seed, skip, merge, combine, normalize, diagonal, width, chunks, heads, experts, layouts,
+            pruned, padding_rows, backend, memory: as in `HSAID`. Where None means something that depends on the model,
+            the adapter's own configuration says what.
         dtype: of the weights: None, "float32", "bfloat16" or "float16", as in `HSAID`.
         target_modules: which modules' tensors, with those of the modules inside them. None means all of the model's.
             Otherwise as in other methods of PEFT: names, or ends of names; or a regular expression for the whole name;
@@ -77,6 +77,8 @@ class HSAIDConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     lr_scale: float = LR_SCALE
     init_weights: bool = True
+    experts: bool | None = None
+    layouts: int | None = None
 
     trainable_token_indices = None  # not an option, though TRL sets it: get_peft_model() refuses another value
 
@@ -93,7 +95,10 @@ class HSAIDConfig(PeftConfig):
         if self.dtype is not None and self.dtype not in DTYPES:
             raise TypeError(f"dtype: expected None or one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}")
         own = ["intrinsic_dim", "partition", "seed", "merge", "combine", "normalize", "diagonal", "width", "chunks"]
-        own += ["heads", "pruned", "padding_rows", "backend", "memory", "lr_scale"]
+        own += ["heads", "experts", "pruned", "padding_rows", "backend", "memory", "lr_scale"]
         options: dict[str, Any] = {key: getattr(self, key) for key in own}
         options |= dict(skip=self.skip or (), dtype=None if self.dtype is None else getattr(torch, self.dtype))
+        # A saved adapter says all of these, and those of versions that knew no other layouts do not say theirs.
+        saved = None not in (self.width, self.heads, self.pruned, self.padding_rows)
+        options |= dict(layouts=1 if saved and self.layouts is None else self.layouts, names=None)
         return Settings(**options, task=TASK, include=None, exclude=None, train_fully=None, frozen=left_out)

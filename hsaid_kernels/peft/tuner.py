@@ -98,7 +98,7 @@ class HSAIDModel(BaseTuner):
             nn.init.normal_(adapter.theta, std=3.0 / config.lr_scale)
         basis = adapter._basis
         self.targeted_module_names = list(dict.fromkeys(name.rpartition(".")[0] for name in basis.plan.names))
-        for key in ("width", "chunks", "heads", "pruned", "padding_rows"):
+        for key in ("width", "chunks", "heads", "experts", "layouts", "pruned", "padding_rows"):
             setattr(config, key, getattr(basis.settings, key))
         return adapter, config
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,8 +21,11 @@ from hsaid_kernels.fastfood.plan import Plan, check_choice, check_int
 from hsaid_kernels.fastfood.projection import check_kept
 from hsaid_kernels.fastfood.selection import Patterns, split_tensors
 from hsaid_kernels.hierarchy import Hierarchy, Partition
-from hsaid_kernels.hierarchy.attention import pieces_of
-from hsaid_kernels.hierarchy.paths import HEADS
+from hsaid_kernels.hierarchy.attention import find_divisions
+from hsaid_kernels.hierarchy.hierarchy import pruned_pieces
+from hsaid_kernels.hierarchy.layouts import LATEST
+from hsaid_kernels.hierarchy.paths import EXPERTS, HEADS
+from hsaid_kernels.wrapper.experts import check_experts, pruned_experts
 from hsaid_kernels.wrapper.heads import Heads, check_heads, pruned_heads
 from hsaid_kernels.wrapper.w0.values import is_frozen
 from hsaid_kernels.wrapper.weight import LOOKUPS
@@ -49,6 +53,9 @@ class Settings:
     skip: Iterable[str]
     merge: Mapping[str, Iterable[str]] | None
     heads: bool | None
+    experts: bool | None
+    layouts: int | None
+    names: Mapping[str, Any] | None
     pruned: Heads | None
     padding_rows: Mapping[str, int] | None
     normalize: str
@@ -82,6 +89,10 @@ class Settings:
         check_choice("memory", self.memory, MEMORY)
         if self.heads is not None and not isinstance(self.heads, bool):
             raise TypeError(f"heads: expected True, False or None, got {self.heads!r}")
+        if self.experts is not None and not isinstance(self.experts, bool):
+            raise TypeError(f"experts: expected True, False or None, got {self.experts!r}")
+        if self.layouts is not None:
+            check_int("layouts", self.layouts, 1, LATEST)
         if self.dtype is not None and self.dtype not in WEIGHT_DTYPES:
             raise TypeError(f"dtype: expected torch.float32, bfloat16, float16 or None, got {self.dtype}")
         if self.lr_scale is not None and not 0 < self.lr_scale < math.inf:
@@ -102,7 +113,7 @@ class Basis:
     Attributes:
         settings: the options, where None has been replaced by what it stands for, as a checkpoint stores them.
         hierarchy, partition, plan: what they define.
-        pruned: {attention module: [heads]}, the heads that receive no update.
+        pruned: {module: [numbers]}, the heads and experts that receive no update.
         padding_rows: {name: row}, the rows that receive no update.
         full: names of the fully trained tensors.
         frozen: {name: shape} of the tensors that are left out because they were frozen or have no elements.
@@ -123,12 +134,19 @@ def basis_of(model: nn.Module, given: Settings) -> Basis:
     include, exclude, train_fully = map(_as_json, (given.include, given.exclude, given.train_fully))
     left_out = _frozen_in(model, include) if given.frozen is None else list(given.frozen)
     tensors, full = split_tensors(model, include, exclude, train_fully, left_out)
-    pruned = pruned_heads(model) if given.pruned is None else check_heads(model, given.pruned, "pruned")
-    if pruned and given.heads is False:
-        raise ValueError(f"heads: expected True or None where heads are pruned ({pruned}), got {given.heads}")
-    heads = bool(pruned) or HEADS in str(given.partition) if given.heads is None else given.heads
-    hierarchy = Hierarchy.from_model(model, given.skip, given.merge, heads)
-    hierarchy = hierarchy.select(tensors, without=pieces_of(model, pruned))
+    layouts = given.layouts or LATEST
+    if given.pruned is None:
+        gone, pruned = pruned_experts(model), pruned_heads(model)
+    else:
+        gone, of_heads = check_experts(model, given.pruned, "pruned")
+        pruned = check_heads(model, of_heads, "pruned", layouts)
+    heads = _divided("heads", given.heads, pruned, HEADS in str(given.partition))
+    experts = _divided("experts", given.experts, gone, EXPERTS in str(given.partition))
+    pruned |= gone
+    if given.layouts is None and (not heads or find_divisions(model, 1) == find_divisions(model)):
+        layouts = 1  # as versions divide that know no other
+    hierarchy = Hierarchy.from_model(model, given.skip, given.merge, heads, experts, layouts, given.names)
+    hierarchy = hierarchy.select(tensors, without=pruned_pieces(model, pruned, layouts))
     partition = replace(hierarchy.partition(given.partition, given.combine), scale=given.lr_scale)
     m = partition.num_multipliers
     if given.intrinsic_dim <= m:
@@ -158,6 +176,9 @@ def basis_of(model: nn.Module, given: Settings) -> Basis:
         skip=hierarchy.skip,
         merge=hierarchy.merge,
         heads=HEADS in hierarchy.levels,
+        experts=EXPERTS in hierarchy.levels,
+        layouts=layouts,
+        names=dict(given.names or {}),
         pruned=pruned,
         padding_rows=rows,
         width=plan.width,
@@ -169,6 +190,13 @@ def basis_of(model: nn.Module, given: Settings) -> Basis:
         frozen=left_out,
     )
     return Basis(settings, hierarchy, partition, plan, pruned, rows, tuple(full), others)
+
+
+def _divided(argument: str, given: bool | None, pruned: Mapping[str, Collection[int]], named: bool) -> bool:
+    """Whether tensors are divided among heads or experts: as given, or else if some are pruned or the partition is."""
+    if pruned and given is False:
+        raise ValueError(f"{argument}: expected True or None where {argument} are pruned ({pruned}), got {given}")
+    return bool(pruned) or named if given is None else given
 
 
 def _frozen_in(model: nn.Module, include: Patterns) -> list[str]:

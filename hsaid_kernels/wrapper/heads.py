@@ -8,6 +8,7 @@ a head masks its parameters with zeros; *removing* it makes the parameters small
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from hsaid_kernels.hierarchy.attention import Attention, find_attention, find_attentions
+from hsaid_kernels.hierarchy.attention import Attention, find_attention, find_attentions, pick, survey
+from hsaid_kernels.hierarchy.layouts import LATEST
+from hsaid_kernels.wrapper.callers import stacklevel
 from hsaid_kernels.wrapper.reads.link import link_of
 from hsaid_kernels.wrapper.w0.kinds import kind_of
 from hsaid_kernels.wrapper.w0.values import value_of
@@ -45,7 +48,8 @@ class HeadSlice:
     """A part of a parameter that belongs to a head: `model.get_parameter(name)[slices]`.
 
     Attributes:
-        role: "query", "key" or "value" for outputs of these layers; "output" for inputs of the output layer.
+        role: "query", "key" or "value" for outputs of these layers; "output" for inputs of the output layer; "other"
+            for what belongs to heads besides, such as gates.
         name: of the parameter.
         slices: a slice for each of the first dimensions of the parameter.
         heads: all heads that use this part; in grouped-query attention several heads share key and value.
@@ -69,13 +73,21 @@ def head_slices(model: nn.Module, layer: int | str, head: int) -> tuple[HeadSlic
     return tuple(_slices(attention, head))
 
 
+def undivided(model: nn.Module) -> dict[str, str]:
+    """{attention module: why it is left whole}: those of which no head is known, in the model's order.
+
+    Their heads are not on their own, or their shapes or layers fit no known layout: see `register_attention`.
+    """
+    return survey(model).whole
+
+
 def prune_heads(model: Model, heads: Heads) -> Model:
     """Prunes heads, given as {layer: [heads]} such as {0: [2, 5], 3: [1]}, with masks. Returns the model.
 
     Uses `torch.nn.utils.prune`: every parameter with a part of these heads is replaced by `..._orig` and `..._mask`,
     until `remove` makes the masks permanent. Existing masks are kept and combined with the new ones. In grouped-query
     attention, key and value of a group are masked together with the last head of the group. The bias of the output
-    layer is not masked.
+    layer is not masked. Warns of attention modules that are left whole (`undivided`).
 
     Raises, before anything is masked:
         ValueError: a layer or head does not exist, no head of a layer would be left, a parameter of the heads is shared
@@ -85,6 +97,13 @@ def prune_heads(model: Model, heads: Heads) -> Model:
     _check_floats(model, "prune_heads()")
     chosen, already = check_heads(model, heads), pruned_heads(model)
     attentions = _own_attentions(model, chosen)
+    if whole := undivided(model):
+        some = ", ".join(f"{name!r} ({why})" for name, why in [*whole.items()][:3])
+        warnings.warn(
+            f"model: no head can be pruned of attention modules that are left whole: {some}"
+            f"{f' and {len(whole) - 3} more' if len(whole) > 3 else ''}",
+            stacklevel=stacklevel(),
+        )
     for attention in attentions:
         _refuse_all(attention, {*already.get(attention.name, ()), *chosen[attention.name]})
     for attention in attentions:
@@ -166,12 +185,12 @@ def pruned_heads(model: nn.Module) -> dict[str, list[int]]:
     for attention in attentions:
         dead = set(range(attention.heads))
         for bands in attention.bands:
-            if dead and bands.count == attention.heads and len(bands.shape) > 1:
+            if dead and bands.count == attention.heads and len(bands.shape) > 1 and bands.role != "other":
                 weight = value_of(_masked(model, bands.tensor))
                 if weight.is_meta:  # offloaded, so that no update is written to it anyway
                     dead = set()
                     break
-                used = (weight != 0).any(dim=1 - bands.dim).tolist()
+                used = (weight != 0).movedim(bands.dim, 0).flatten(1).any(1).tolist()
                 dead -= {head for head in dead if any(used[bands.slices(head)[-1]])}
         if 0 < len(dead) < attention.heads:
             found[attention.name] = sorted(dead)
@@ -249,7 +268,7 @@ def _slices(attention: Attention, head: int) -> Iterator[HeadSlice]:
         yield HeadSlice(bands.role, bands.tensor, bands.slices(index), attention.sharers(bands, index))
 
 
-def check_heads(model: nn.Module, heads: Heads, argument: str = "heads") -> dict[str, list[int]]:
+def check_heads(model: nn.Module, heads: Heads, argument: str = "heads", layouts: int = LATEST) -> dict[str, list[int]]:
     """`heads` as {attention module: sorted [heads]}; layers with an empty list are dropped.
 
     Raises ValueError for a layer or head that does not exist and for all heads of a layer, TypeError for other types.
@@ -258,8 +277,9 @@ def check_heads(model: nn.Module, heads: Heads, argument: str = "heads") -> dict
     if not isinstance(heads, Mapping):
         raise TypeError(f"{argument}: expected {{layer: [heads]}}, got {type(heads).__name__} {heads!r}")
     chosen: dict[str, set[int]] = defaultdict(set)
+    found = find_attentions(model, layouts) if heads else ()
     for layer, numbers in heads.items():
-        attention = find_attention(model, layer)
+        attention = pick(found, layer)
         if isinstance(numbers, str) or not isinstance(numbers, Iterable):
             raise TypeError(f"{argument}: expected a list of heads for layer {layer!r}, got {numbers!r}")
         chosen[attention.name].update(_check_head(attention, head) for head in numbers)
@@ -269,7 +289,8 @@ def check_heads(model: nn.Module, heads: Heads, argument: str = "heads") -> dict
 
 def _own_attentions(model: nn.Module, chosen: Iterable[str]) -> list[Attention]:
     """The attention modules of these names. Raises ValueError if one shares a parameter with another module."""
-    attentions = [find_attention(model, name) for name in chosen]
+    found = find_attentions(model) if chosen else ()
+    attentions = [pick(found, name) for name in chosen]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     places = Counter(names[id(p)] for module in model.modules() for p in module._parameters.values() if p is not None)
     for attention in attentions:

@@ -60,8 +60,14 @@ class HSAID(State, StandIn):
             `include` is given.
         heads: whether the attention heads form level L5 of the hierarchy. Each head's part of a tensor then has its own
             random basis and factor. None means True if the partition names L5 or if heads are pruned, else False.
-        pruned: {layer: [heads]}, the heads that receive no update: their weights in the projected tensors stay at W0.
-            None means `heads.pruned_heads(model)`, the heads whose weights are all zero.
+        experts: whether the experts of mixtures form level L6. Each expert's part of a tensor then has its own random
+            basis and factor, gate and up apart. None means True if the partition names L6 or if experts are pruned.
+        layouts: the version of the rules by which tensors are divided among heads. None means the newest; 1 those of
+            versions that knew no other, for `load_task` and `load_state_dict` of what they saved.
+        names: what tensors were called when they were trained; `from_pretrained(names=)` sets it.
+        pruned: {layer: [heads]} and {module of experts: [experts]} that receive no update: their weights in the
+            projected tensors stay at W0. None means `heads.pruned_heads(model)`, the heads whose weights are all zero,
+            and the experts whose weights are.
         padding_rows: {name of a projected tensor: row}, the rows that receive no update. None means those at
             `padding_idx` of tables that only embeddings hold: fine-tuning does not train them either. {} means none.
         dtype: of the projected weights: torch.float32, bfloat16 or float16. None means for each tensor the dtype of its
@@ -80,7 +86,7 @@ class HSAID(State, StandIn):
         model: the wrapped model, for inference and for its modules: optimizers, trainers and averages take the HSAID.
         hierarchy, partition, plan: the `Hierarchy`, `Partition` and `Plan` that define what theta and the multipliers
             mean.
-        pruned: {attention module: [heads]}, the heads that receive no update.
+        pruned: {module: [numbers]}, the heads and experts that receive no update.
         padding_rows: {name: row}, the rows that receive no update.
         frozen: {name: shape} of the tensors that are left out because they were frozen or have no elements.
 
@@ -137,6 +143,9 @@ class HSAID(State, StandIn):
         train_fully: Patterns = None,
         frozen: Iterable[str] | None = None,
         heads: bool | None = None,
+        experts: bool | None = None,
+        layouts: int | None = None,
+        names: Mapping[str, Any] | None = None,
         pruned: Heads | None = None,
         padding_rows: Mapping[str, int] | None = None,
         dtype: torch.dtype | None = None,
@@ -150,6 +159,7 @@ class HSAID(State, StandIn):
             merge=merge, combine=combine, normalize=normalize, diagonal=diagonal, width=width, chunks=chunks
         )
         options |= dict(include=include, exclude=exclude, train_fully=train_fully, frozen=frozen, heads=heads)
+        options |= dict(experts=experts, layouts=layouts, names=names)
         options |= dict(pruned=pruned, padding_rows=padding_rows, dtype=dtype, backend=backend, memory=memory)
         settings = Settings(**options, task=task)
         if isinstance(model, nn.Module) and any(isinstance(module, HSAID) for module in model.modules()):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hsaid_kernels.hierarchy.attention import find_attentions
+from hsaid_kernels.hierarchy.layouts import LATEST
 from hsaid_kernels.hierarchy.paths import HEADS
 from hsaid_kernels.wrapper.hsaid import HSAID
 from hsaid_kernels.wrapper.w0.stored import showing
@@ -39,13 +40,15 @@ def head_importance(hsaid: HSAID, batches: Iterable[Mapping[str, Any]]) -> dict[
         raise ValueError("hsaid: expected one with heads=True or L5 in its partition, got one without heads")
     if not hsaid.theta.any():
         raise ValueError("hsaid: expected a trained one, got theta = 0, where no multiplier has a gradient")
-    rows = {(piece.tensor, piece.label): row for row, piece in enumerate(hsaid.plan.pieces)}
+    rows: dict[tuple[str, str], list[int]] = {}
+    for row, piece in enumerate(hsaid.plan.pieces):
+        rows.setdefault((piece.tensor, piece.label.rpartition("/")[2]), []).append(row)
     own = {}
     with showing(hsaid.model):
-        attentions = find_attentions(hsaid.model)
+        attentions = find_attentions(hsaid.model, hsaid._basis.settings.layouts or LATEST)
     for attention in attentions:
         pieces = [attention.pieces([head]) for head in range(attention.heads)]
-        own[attention.name] = [[rows[piece] for piece in sorted(parts) if piece in rows] for parts in pieces]
+        own[attention.name] = [[row for piece in sorted(parts) for row in rows.get(piece, ())] for parts in pieces]
     totals = {name: torch.zeros(len(parts)) for name, parts in own.items()}
     count = 0
     for batch in batches:

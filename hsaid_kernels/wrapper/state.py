@@ -28,6 +28,7 @@ from hsaid_kernels.wrapper.checkpoint.configuration import (
     w0_checks,
 )
 from hsaid_kernels.wrapper.checkpoint.ranks import check_active_ranks, check_sharded_ranks
+from hsaid_kernels.wrapper.checkpoint.renaming import Names, renamed
 from hsaid_kernels.wrapper.isolation import runs_eagerly
 from hsaid_kernels.wrapper.tasks import Tasks, groups_of
 from hsaid_kernels.wrapper.w0.beside import PREFIX
@@ -247,6 +248,7 @@ class State(nn.Module):
         *,
         backend: str = "auto",
         memory: str = "step",
+        names: Names | None = None,
         **of_hub: Any,
     ) -> Self:
         """Wraps `model` as saved in a checkpoint.
@@ -259,17 +261,25 @@ class State(nn.Module):
                 Face hub, as in "me/task".
             model: the module to wrap.
             backend, memory: those of `HSAID`.
+            names: what the model's tensors were called when it was trained, if the library has renamed them since:
+                {new: old}, where `new` may be a regular expression for the whole name and `old` its replacement, or a
+                function from new to old; other names are what they were. For a tensor that has been fused since, `old`
+                is the list of its pieces, in the order in which they lie in its memory. They keep the basis and the
+                multipliers of before, and what is saved from here says their names.
             of_hub: arguments of `huggingface_hub.snapshot_download`: revision, token, cache_dir, ...
 
         Raises:
             FileNotFoundError: there is no checkpoint.
             ValueError: the checkpoint has an unknown format or generator version, or is truncated or corrupted; or the
-                names, shapes or order of the model's tensors differ from the saved ones (the message lists the first).
+                names, shapes or order of the model's tensors differ from the saved ones (the message lists the first,
+                and proposes `names` where a renaming is likely), or do not fit `names`.
             OSError: the checkpoint cannot be read.
         """
         config, values = files.read(hub.local_directory(directory, **of_hub))
         model = plain(model)
         with showing(model):
+            if names is not None:
+                config, values = renamed(config, values, model, names)
             arguments = arguments_of(config, model)
         hsaid = cls(model, **arguments, backend=backend, memory=memory)
         hsaid._fill(values)

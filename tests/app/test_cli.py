@@ -430,3 +430,28 @@ def test_mbert_steps(files, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     rows = re.findall(r"^ +(\d+) +\d+\.\d+(?: +\d+\.\d{4}){5}$", said, re.MULTILINE)
     assert rows == ["1", "2"]
+
+
+def test_info_checks_heads(files, tmp_path, capsys):
+    assert cli.main(["info", str(files / "model"), "--heads", "--check"]) == 0
+    printed = capsys.readouterr().out
+    assert "right        encoder.layer.0.attention.self, encoder.layer.1.attention.self\n" in printed
+    assert "left whole" not in printed
+    assert "--check: expected with --heads, got it without" in refusal(
+        capsys, ["info", str(files / "model"), "--check"]
+    )
+
+
+def test_info_and_graph_of_experts(tmp_path, capsys):
+    from transformers import OlmoeConfig
+
+    sizes = dict(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    OlmoeConfig(**sizes, num_experts=4, num_experts_per_tok=2, architectures=["OlmoeModel"]).save_pretrained(tmp_path)
+    assert cli.main(["info", str(tmp_path), "--experts"]) == 0
+    printed = capsys.readouterr().out
+    assert "L6 4" in printed and "L1+L6|L3|L4  L1+L6: 7" in printed
+    assert cli.main(["graph", str(tmp_path), "--partition", "L1+L6|L3|L4", "-o", str(tmp_path / "graph.dot")]) == 0
+    assert "expert.3" in (tmp_path / "graph.dot").read_text()
+    # The heads of this model are not on their own.
+    refused = refusal(capsys, ["info", str(tmp_path), "--heads"])
+    assert "'layers.0.self_attn' (OlmoeAttention) is left whole: q_norm divides all heads by one norm" in refused

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import pickle
 import re
 import sys
@@ -864,3 +865,20 @@ def test_over_four_bits_of_bitsandbytes():
     assert torch.equal(loss, other) and torch.equal(theta.grad / 512, hsaid.theta.grad)
     with tuned.disable_adapter():
         assert torch.equal(tuned(IDS).logits, hsaid.unwrap()(IDS).logits)
+
+
+def test_adapters_of_before_divide_heads_as_before(tmp_path):
+    """Their configurations do not say how; a Longformer's heads own more by now."""
+    sizes = dict(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    torch.manual_seed(0)
+    plain = transformers.LongformerModel(transformers.LongformerConfig(**sizes, attention_window=[4])).eval()
+    options = dict(intrinsic_dim=400, partition="L1+L5|L3|L4", init_weights=False)
+    model = get_peft_model(copy.deepcopy(plain), HSAIDConfig(**options, layouts=1))
+    expected = model(input_ids=torch.arange(3, 11)[None]).last_hidden_state
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config.pop("layouts"), config.pop("experts")) == (1, False)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    assert torch.equal(loaded(input_ids=torch.arange(3, 11)[None]).last_hidden_state, expected)
+    assert get_peft_model(plain, HSAIDConfig(**options)).peft_config["default"].layouts == 2

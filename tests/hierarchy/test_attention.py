@@ -7,7 +7,8 @@ from torch import nn
 
 from hsaid_kernels import Hierarchy
 from hsaid_kernels.fastfood.plan import Plan, Segment
-from hsaid_kernels.hierarchy.attention import find_attention, find_attentions
+from hsaid_kernels.hierarchy.attention import find_attention, find_attentions, find_divisions, survey
+from hsaid_kernels.hierarchy.layouts import LAYOUTS, register_attention
 from hsaid_kernels.wrapper.heads import pruned_heads
 from hsaid_kernels.wrapper.hsaid import HSAID
 
@@ -149,7 +150,7 @@ def test_gpt2_cross_attention():
     model = build("GPT2Model", vocab_size=10, n_embd=8, n_layer=1, n_head=2, add_cross_attention=True)
     own, cross = find_attentions(model)
     assert cross.name == "h.0.crossattention"
-    places = {(bands.role, bands.tensor.rpartition("attention.")[2], bands.start) for bands in cross.bands}
+    places = {(bands.role, bands.tensor.rpartition("attention.")[2], bands.starts[0]) for bands in cross.bands}
     assert {("query", "q_attn.weight", 0), ("key", "c_attn.weight", 0), ("value", "c_attn.weight", 8)} <= places
 
 
@@ -209,29 +210,146 @@ def test_errors():
 @pytest.mark.parametrize(
     "name, config, message",
     [
-        ("ConvBertModel", {}, "ConvBertSelfAttention.*1152 outputs, the output layer 768 inputs, and a head 64"),
-        ("FalconModel", {}, "FalconAttention"),  # one key and value, in a fused layer
-        ("CodeGenModel", {"n_layer": 1}, "CodeGenAttention"),
-        ("Olmo2Model", {"num_hidden_layers": 1}, "Olmo2Attention.*whose q_norm divides all heads by one norm"),
-        ("MiniMaxModel", {"num_hidden_layers": 2}, "MiniMaxLightningAttention"),  # fused head by head
-        ("DiffLlamaModel", {"num_hidden_layers": 1}, "DiffLlama"),  # a result is made of two heads
-        ("BitNetModel", {"num_hidden_layers": 1}, "BitNetAttention.*whose attn_sub_norm divides all heads"),
-        ("SamModel", {}, "SamAttention"),  # says it has more heads than fit
-        ("DeepseekV3Model", {"num_hidden_layers": 1}, "without any"),  # latent attention
+        ("ConvBertModel", {}, "ConvBertSelfAttention.*a convolution adds to the heads' results"),
+        ("Olmo2Model", {}, "Olmo2Attention.*q_norm divides all heads by one norm"),
+        ("DiffLlamaModel", {}, "DiffLlamaAttention.*the results of two heads are subtracted"),
+        ("DogeModel", {}, "DogeAttention.*the mask of a head is made of all values"),
+        ("BitNetModel", {}, "BitNetAttention.*attn_sub_norm divides all heads by one norm"),
+        ("AutoformerModel", {"prediction_length": 2}, "AutoformerAttention.*choose the delays"),
+        ("MambaModel", {}, "MambaMixer.*it has channels, but no heads"),
+        ("Mamba2Model", {}, "Mamba2Mixer.*its heads share B and C, and a norm"),
+        ("RwkvModel", {}, "RwkvSelfAttention.*its layers have no known layout"),
     ],
 )
-def test_unknown_layouts_are_refused(name, config, message):
+def test_heads_that_are_not_on_their_own_are_refused(name, config, message):
     model = build(name, **config)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match=rf"model: expected one with attention heads that can be told apart.*{message}"
+    ):
         Hierarchy.from_model(model, heads=True)
     Hierarchy.from_model(model)
     assert pruned_heads(model) == {}
+
+
+def test_modules_that_are_left_whole_are_named():
+    model = build("MiniMaxModel", num_hidden_layers=2)
+    found = survey(model)
+    assert found.whole == {"layers.1.self_attn": "a norm divides the results of all heads"}
+    assert [attention.name for attention in found.divided] == ["layers.0.self_attn"]
+    assert survey(build("BertModel", num_hidden_layers=1)).whole == {}
+    group = survey(build("GroupViTModel")).whole
+    assert set(group.values()) == {"it says neither the number nor the size of its heads"} and len(group) == 2
 
 
 def test_attention_without_an_output_layer():
     """Not a module that can be known, and no reason for `HSAID` to fail."""
     model = nn.ModuleDict({"qkv": nn.Linear(8, 24), "mix": nn.Linear(8, 8)})
     model.head_dim = 4
-    with pytest.raises(ValueError, match="the output layer 0 inputs"):
+    with pytest.raises(ValueError, match="is left whole: no output layer is known"):
         find_attentions(model)
     assert len(HSAID(model, 100).plan.pieces) == 4
+
+
+def test_keys_that_several_layers_read_belong_to_none():
+    """Gemma 3n: layers 2 and 3 use keys and values of layers 0 and 1."""
+    sizes = dict(vocab_size=20, vocab_size_per_layer_input=20, hidden_size=16, hidden_size_per_layer_input=4)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=4, num_hidden_layers=4, laurel_rank=2)
+    layers = dict(layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2)
+    layers |= dict(intermediate_size=[8] * 4, activation_sparsity_pattern=[0.0] * 4)
+    found = find_attentions(build("Gemma3nTextModel", **sizes, **layers))
+    assert [attention.name for attention in found] == [f"layers.{layer}.self_attn" for layer in range(4)]
+    for attention in found:
+        assert {bands.tensor.split(".")[-2] for bands in attention.bands} == {"q_proj", "o_proj"}
+
+
+NEW = dict(num_kv_heads=2, new_decoder_architecture=True)
+
+
+@pytest.mark.parametrize(
+    "name, config, layer, starts",
+    [  # of query, key and value of heads or groups 0, 1, ... in rows of a head's size
+        (
+            "Falcon",
+            dict(num_kv_heads=2, new_decoder_architecture=True),
+            "query_key_value",
+            ([0, 1, 4, 5], [2, 6], [3, 7]),
+        ),
+        ("Falcon", dict(multi_query=True, new_decoder_architecture=False), "query_key_value", ([0, 1, 2, 3], [4], [5])),
+        ("Falcon", dict(multi_query=False), "query_key_value", ([0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11])),
+        ("GPTBigCode", dict(multi_query=True), "c_attn", ([0, 1, 2, 3], [4], [5])),
+        ("GPTBigCode", dict(multi_query=False), "c_attn", ([0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11])),
+        ("CodeGen", dict(rotary_dim=4), "qkv_proj", ([0, 3, 6, 9], [2, 5, 8, 11], [1, 4, 7, 10])),
+    ],
+)
+def test_orders_of_fused_layers(name, config, layer, starts):
+    sizes = dict(vocab_size=20, num_hidden_layers=1, hidden_size=16, num_attention_heads=4)
+    if name != "Falcon":
+        sizes = dict(vocab_size=20, n_layer=1, n_embd=16, n_head=4)
+    (attention,) = find_attentions(build(f"{name}Model", **sizes, **config))
+    weights = [bands for bands in attention.bands if bands.tensor.endswith(f"{layer}.weight")]
+    assert [bands.role for bands in weights] == [
+        "query",
+        *(["value", "key"] if name == "CodeGen" else ["key", "value"]),
+    ]
+    found = {bands.role: [start // 4 for start in bands.starts] for bands in weights}
+    assert (found["query"], found["key"], found["value"]) == starts
+    segments = list(attention.segments())
+    assert {segment.label for segment in segments} == {
+        *(f"head.{head}" for head in range(4)),
+        *(f"group.{group}" for group in range(attention.groups) if attention.groups < 4),
+    }
+
+
+def test_what_belongs_to_heads_besides():
+    model = build("LongformerModel", num_hidden_layers=1, attention_window=[4])
+    (attention,) = find_attentions(model)
+    others = {bands.tensor.split("self.")[1] for bands in attention.bands if bands.role == "other"}
+    assert others == {f"{name}_global.{key}" for name in ("query", "key", "value") for key in ("weight", "bias")}
+    (attention,) = find_attentions(build("GptOssModel", num_hidden_layers=1))
+    (sinks,) = [bands for bands in attention.bands if bands.role == "other"]
+    assert (sinks.tensor, sinks.size, sinks.count) == ("layers.0.self_attn.sinks", 1, 64)
+
+
+def test_the_first_version_divides_as_it_did():
+    longformer = build("LongformerModel", num_hidden_layers=1, attention_window=[4])
+    assert all(bands.role != "other" for bands in find_attentions(longformer, version=1)[0].bands)
+    assert not survey(build("DeepseekV3Model", num_hidden_layers=1), version=1).divided
+    grouped = survey(build("GroupViTModel"), version=1)  # by the configuration, which is wrong of two of them
+    assert len(grouped.divided) == len(survey(build("GroupViTModel")).divided) + 2
+    for name in ("T5Model", "GPT2Model", "ModernBertModel", "BlipVisionModel", "Phi3Model"):
+        model = build(name, **CASES[name][0])
+        assert find_divisions(model, 1) == find_divisions(model)
+
+
+@pytest.fixture
+def registered():
+    before = list(LAYOUTS)
+    yield register_attention
+    LAYOUTS[:] = before
+
+
+class Mixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.num_heads = 2
+        self.together, self.mixed = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = self.together(x).view(*x.shape[:-1], 2, 12).transpose(-2, -3).split(4, -1)
+        return self.mixed((torch.softmax(q @ k.transpose(-1, -2), -1) @ v).transpose(-2, -3).flatten(-2))
+
+
+def test_an_attention_of_ones_own(registered):
+    model = nn.Sequential(nn.Linear(8, 8), Mixing())
+    with pytest.raises(ValueError, match="without any"):
+        find_attentions(model)
+    registered({"together": "(q k v)"}, "mixed", kinds="Mixing")
+    (attention,) = find_attentions(model)
+    assert [s.offset for s in attention.segments() if s.tensor == "1.together.weight"] == [0, 96]
+    registered({"together": "q"}, kinds="Mixing", whole="it mixes")
+    assert survey(model).whole == {"1": "it mixes"}
+    for wrong in ({}, {"together": "x"}, {"together": "(q k"}, {"together": 3}):
+        with pytest.raises((TypeError, ValueError), match="layers: expected"):
+            registered(wrong)
+    with pytest.raises(ValueError, match="kinds: expected a regular expression, got '\\('"):
+        registered({"together": "q"}, kinds="(")

@@ -4,12 +4,14 @@ test_heads_hsaid.py.
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
 import transformers
 from helpers import assert_same_bits
 from models import FAMILIES, family, mlp, same, snapshot
+from tiny import tiny_model
 from torch import nn
 from torch.nn.utils import prune
 
@@ -396,3 +398,35 @@ def test_amount_that_leaves_none():
 def test_a_model_without_heads_has_no_fifth_level():
     with pytest.raises(ValueError, match=r"model: expected one with attention heads"):
         Hierarchy.from_model(mlp(), heads=True)
+
+
+@pytest.mark.parametrize("kind", ["xlnet", "gpt_oss", "gemma3n_text"])
+def test_heads_of_other_layouts(kind):
+    """Pruned by masks, made permanent: what the model returns without the head's columns of the output layer."""
+    model = tiny_model(kind, **(dict(groups=2, size=8) if kind != "xlnet" else {}))
+    inputs = {"input_ids": torch.randint(20, 80, (2, 9), generator=torch.Generator().manual_seed(1))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruned = prune_heads(copy.deepcopy(model), {0: [0, 1]})
+    attention = find_attention(model, 0)
+    assert find_attention(pruned, 0).heads == attention.heads  # with masked parameters too
+    (bands,) = [bands for bands in attention.bands if bands.role == "output"]
+    before = model(**inputs)[0]
+    with torch.no_grad():
+        for head in (0, 1):
+            model.get_parameter(bands.tensor)[bands.slices(head)] = 0
+        expected = model(**inputs)[0]
+        torch.testing.assert_close(pruned(**inputs)[0], expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(before, expected, rtol=1e-3, atol=1e-3)
+        assert pruned_heads(heads.remove(pruned)) == {attention.name: [0, 1]}
+        torch.testing.assert_close(pruned(**inputs)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_left_whole_is_warned_of():
+    model = tiny_model("minimax", groups=2, size=8)
+    name = find_attentions(model)[0].name
+    with pytest.warns(
+        UserWarning, match=r"model: no head can be pruned of attention modules that are left whole: 'layers"
+    ):
+        prune_heads(model, {name: [0]})
+    assert list(heads.undivided(model).values()) == ["a norm divides the results of all heads"]

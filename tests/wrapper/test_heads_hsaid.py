@@ -1,12 +1,14 @@
 """H-SAID by heads: what is pruned stays, masks, checkpoints, backends, importance."""
 
 import copy
+import json
 
 import pytest
 import torch
 from few_bits import quantized
 from helpers import assert_same_bits
 from models import BACKENDS, IDS, bert, family, moved, same, snapshot
+from tiny import tiny_model
 from torch import nn
 
 from hsaid_kernels.heads import head_importance, head_slices, prune_heads, pruned_heads, remove_heads
@@ -152,7 +154,7 @@ def test_a_choice_of_what_is_pruned():
         HSAID(model, 300, pruned={0: [2]})
     with pytest.raises(ValueError, match=r"pruned: expected some of the 2 heads"):
         HSAID(model, 300, pruned={0: [0, 1]})
-    with pytest.raises(TypeError, match=r"pruned: expected \{layer: \[heads\]\}, got list"):
+    with pytest.raises(TypeError, match=r"pruned: expected \{layer: \[numbers\]\}, got list"):
         HSAID(model, 300, pruned=[0])
     with pytest.raises(TypeError, match=r"heads: expected True, False or None, got 'no'"):
         HSAID(model, 300, heads="no")
@@ -321,3 +323,24 @@ def test_heads_of_a_wrapped_model_stay():
     assert same(before, snapshot(model))
     remove_heads(hsaid.unwrap())
     assert model.bert.encoder.layer[0].attention.self.num_attention_heads == 3
+
+
+def test_checkpoints_of_before_divide_as_before(tmp_path):
+    """Longformer's heads own more than they did; what says nothing of it is of before."""
+    model = tiny_model("longformer")
+    old = moved(HSAID(copy.deepcopy(model), 400, "L1+L5|L3|L4", layouts=1))
+    assert not any("_global" in piece.tensor and piece.label for piece in old.plan.pieces)
+    expected = old.weights()
+    old.save_pretrained(tmp_path / "old")
+    assert "layouts" not in json.loads((tmp_path / "old" / checkpoint.CONFIG_FILE).read_text())
+    again = HSAID.from_pretrained(tmp_path / "old", copy.deepcopy(model))
+    assert again._basis.settings.layouts == 1 and same(again.weights(), expected)
+    new = HSAID(copy.deepcopy(model), 400, "L1+L5|L3|L4")
+    assert any("query_global" in piece.tensor and piece.label == "head.3" for piece in new.plan.pieces)
+    with pytest.raises(ValueError, match=r"expected layouts 2, as in this HSAID, got 1: wrap the model with layouts=1"):
+        new.load_task(tmp_path / "old")
+    new.save_pretrained(tmp_path / "new")
+    assert HSAID.from_pretrained(tmp_path / "new", copy.deepcopy(model))._basis.settings.layouts == 2
+    assert HSAID(bert(), 300, "L1+L5|L3|L4")._basis.settings.layouts == 1  # which divides as ever
+    with pytest.raises(ValueError, match=r"layouts: expected an integer from 1 to 2, got 3"):
+        HSAID(bert(), 300, layouts=3)

@@ -147,7 +147,11 @@ def design_of(
 
 def num_multipliers(model: nn.Module, partition: str) -> int:
     """The number of multipliers of a partition of `model`, whose parameters may be on any device."""
-    return Hierarchy.from_model(model, heads="L5" in partition).partition(partition).num_multipliers
+    return (
+        Hierarchy.from_model(model, heads="L5" in partition, experts="L6" in partition)
+        .partition(partition)
+        .num_multipliers
+    )
 
 
 def described(model: nn.Module) -> str:

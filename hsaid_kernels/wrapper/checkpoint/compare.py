@@ -14,6 +14,7 @@ from hsaid_kernels.fastfood.selection import split_tensors
 from hsaid_kernels.wrapper.basis import BASIS, CHOICE
 from hsaid_kernels.wrapper.callers import stacklevel
 from hsaid_kernels.wrapper.checkpoint.configuration import Config, Shapes, decode_state
+from hsaid_kernels.wrapper.checkpoint.renaming import proposal
 from hsaid_kernels.wrapper.w0.checks import differences
 
 
@@ -51,7 +52,10 @@ def check_tensors(config: Config, got: Mapping[str, Shapes]) -> None:
         expected, found = config[key], got[key]
         if list(expected.items()) != list(found.items()):  # the order matters too: it determines the multipliers' order
             reason = differences(expected, found) or "they are in another order"
-            raise ValueError(f"model: expected the {len(expected)} tensors that were {what}, got others: {reason}")
+            raise ValueError(
+                f"model: expected the {len(expected)} tensors that were {what}, got others: {reason}"
+                f"{proposal(expected, found)}"
+            )
 
 
 def check_config(where: str, config: Config, own: Config) -> None:
@@ -62,7 +66,7 @@ def check_config(where: str, config: Config, own: Config) -> None:
     for key in BASIS:
         if config[key] != own[key]:
             # These are rarely given, and what they are by default has changed.
-            changed = key in ("width", "chunks", "padding_rows")
+            changed = key in ("width", "chunks", "padding_rows", "layouts")
             hint = f": wrap the model with {key}={config[key]!r} for that" if changed else ""
             raise ValueError(f"{where}: expected {key} {own[key]!r}, as in this HSAID, got {config[key]!r}{hint}")
     check_tensors(config, own)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hsaid_kernels.fastfood.ops import WEIGHT_DTYPES
 from hsaid_kernels.fastfood.plan import GENERATOR
+from hsaid_kernels.hierarchy.layouts import LATEST
 from hsaid_kernels.wrapper.basis import BASIS, CHOICE, Basis
 from hsaid_kernels.wrapper.w0.values import samples_of
 
@@ -30,6 +31,7 @@ SHAPES = ("tensors", "full", "frozen")  # keys with {name: shape}
 FIRST: Config = {"task": TASK, "train_fully": None, "full": {}, "frozen": {}, "heads": False, "pruned": {}}
 FIRST["padding_rows"] = {}  # which projected all rows
 FIRST["chunks"] = "all"  # which added them up
+FIRST |= {"experts": False, "layouts": 1, "names": {}}  # which knew none of them
 FIRST |= {"w0_dtypes": None, "architecture": None}  # which did not say so
 MOST_NAMES = 100_000  # limit for a run of numbered modules that is stored as one entry, such as "0..11"
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
@@ -147,6 +149,15 @@ def _is_dtypes(value: Any) -> bool:
     return value is None or (_is_dict_of(lambda dtype: dtype in DTYPES)(value) and "*" in value)
 
 
+def _is_names(value: Any) -> bool:
+    return value == {} or (
+        isinstance(value, dict)
+        and value.keys() == {"tensors", "pieces"}
+        and isinstance(value["tensors"], dict)
+        and _is_dict_of(_is_list_of(str))(value["pieces"])
+    )
+
+
 def _is_choice(value: Any) -> bool:
     return value is None or isinstance(value, str) or _is_list_of(str)(value)
 
@@ -161,7 +172,9 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "skip": ("a list of names", _is_list_of(str)),
     "merge": ("lists of names by name", _is_dict_of(_is_list_of(str))),
-    **dict.fromkeys(("heads", "dtype_given"), ("true or false", _is(bool))),
+    **dict.fromkeys(("heads", "experts", "dtype_given"), ("true or false", _is(bool))),
+    "layouts": (f"a number from 1 to {LATEST}", lambda value: _is(int)(value) and 1 <= value <= LATEST),
+    "names": ("the names of before", _is_names),
     "pruned": ("lists of heads by module", _is_dict_of(_is_list_of(int))),
     "padding_rows": ("rows by tensor", _is_dict_of(_is(int))),
     "w0_dtypes": ("dtypes by tensor or null", _is_dtypes),
@@ -193,6 +206,8 @@ def parse(where: str, text: str) -> Config:
             raise ValueError(f"{where}: expected {key} {expected}{only}, got {config[key]!r}")
     try:
         config |= {key: _unpack(config[key]) for key in SHAPES}
+        if config["names"]:
+            config["names"] = {**config["names"], "tensors": _unpack(config["names"]["tensors"])}
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{where}: expected names and shapes of tensors, got something else") from None
     if len(config["w0_checks"].split()) != len(config["tensors"]) or not config["tensors"]:
@@ -204,10 +219,14 @@ def packed(config: Config) -> Config:
     """The configuration in the form stored as JSON, with the names and shapes of tensors as compact trees (`_pack`).
 
     What says nothing is left out, so that it is that of versions that did not know it: no padding rows, all chunks in
-    every block, no architecture, tensors that all have the dtype of the weights.
+    every block, no architecture, tensors that all have the dtype of the weights, no experts, heads as of old, names
+    that have not changed.
     """
     silent: Config = {"padding_rows": {}, "chunks": "all", "architecture": None, "w0_dtypes": {"*": config["dtype"]}}
+    silent |= {"experts": False, "layouts": 1, "names": {}}
     stored = {key: value for key, value in config.items() if key not in silent or value not in (silent[key], None)}
+    if "names" in stored:
+        stored["names"] = {**stored["names"], "tensors": _pack(stored["names"]["tensors"])}
     return stored | {key: _pack(config[key]) for key in SHAPES}
 
 

@@ -22,7 +22,7 @@ from torch.nn.utils import prune
 
 from hsaid_kernels.files import read_file, replace_files
 from hsaid_kernels.hierarchy import Hierarchy
-from hsaid_kernels.hierarchy.attention import pieces_of
+from hsaid_kernels.hierarchy.hierarchy import pruned_pieces
 from hsaid_kernels.wrapper.basis import CHOICE
 from hsaid_kernels.wrapper.callers import stacklevel
 from hsaid_kernels.wrapper.checkpoint.compare import check_tensors, shapes_of
@@ -146,8 +146,10 @@ def hierarchy_of(config: Config, model: nn.Module) -> Hierarchy:
     chosen = saved if any(config[key] for key in CHOICE) else shapes
     found = {name: (*saved.get(name, shape)[:1], *shape[1:]) for name, shape in shapes.items() if name in chosen}
     check_tensors({"tensors": saved, "full": {}}, {"tensors": found, "full": {}})
-    hierarchy = Hierarchy.from_model(model, config["skip"], config["merge"], config["heads"])
-    return replace(hierarchy.select(saved, without=pieces_of(model, config["pruned"])), shapes=saved)
+    divided = [config[key] for key in ("heads", "experts", "layouts", "names")]
+    hierarchy = Hierarchy.from_model(model, config["skip"], config["merge"], *divided)
+    without = pruned_pieces(model, config["pruned"], config["layouts"])
+    return replace(hierarchy.select(saved, without=without), shapes=saved)
 
 
 def _compare_readable(path: Path, text: str) -> None:

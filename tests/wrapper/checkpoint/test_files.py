@@ -110,14 +110,17 @@ def test_nan_and_signed_zero_come_back(tmp_path):
     assert torch.equal(loaded.theta.view(torch.int32), hsaid.theta.view(torch.int32))
 
 
+SILENT = {"padding_rows": {}, "architecture": None, "w0_dtypes": None, "experts": False, "layouts": 1, "names": {}}
+
+
 def test_both_files_show_the_configuration(tmp_path):
     trained(mlp(), seed=7).save_pretrained(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [VALUES_FILE, CONFIG_FILE]
     config = read_config(tmp_path)
     assert config["generator"] == "philox4x32-10.v1" and config["seed"] == 7 and config["intrinsic_dim"] == 24
     assert config["tensors"] == {"0.weight": (6, 4), "0.bias": (6,), "2.weight": (3, 6), "2.bias": (3,)}
-    silent = {key: config.pop(key) for key in ("padding_rows", "architecture", "w0_dtypes")}  # are not written
-    assert silent == {"padding_rows": {}, "architecture": None, "w0_dtypes": None}
+    silent = {key: config.pop(key) for key in SILENT}  # are not written
+    assert silent == SILENT
     shown = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert list(shown)[1:] == sorted(config) and shown.pop("about") == checkpoint.ABOUT
     tree = {"0": {"weight": "6x4", "bias": "6"}, "2": {"weight": "3x6", "bias": "3"}}
