@@ -16,6 +16,7 @@ import argparse
 import gzip
 import math
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -100,16 +101,18 @@ class Training:
             model = DenseSubspace(model, run.dim, run.seed)
         else:
             model = run.wrap(model)  # the model itself for the baseline, else an HSAID
-        self.train(model, run, *data["train"])
+        fit(model, *data["train"], run.lr, self.epochs, run.seed)
         return Scores(accuracy(model, *data["validation"]), accuracy(model, *data["test"]))
 
-    def train(self, model, run, images, labels):
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
-        optimizer = torch.optim.Adam(trained, lr=run.lr)
-        steps = self.epochs * math.ceil(len(labels) / BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=run.lr, total_steps=steps)
-        order = torch.Generator().manual_seed(run.seed)
-        for _ in range(self.epochs):
+
+def fit(model, images, labels, lr, epochs, seed, bits=None):
+    """Trains; with `bits`, theta and the multipliers of an HSAID stay on levels."""
+    optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=lr)
+    steps = epochs * math.ceil(len(labels) / BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
+    order = torch.Generator().manual_seed(seed)
+    with model.rounded(optimizer, bits) if bits else nullcontext():
+        for _ in range(epochs):
             for batch in torch.randperm(len(labels), generator=order).split(BATCH):
                 loss = cross_entropy(model(images[batch]), labels[batch])
                 if not loss.isfinite():
