@@ -8,9 +8,16 @@ new data can be above that on n examples that are drawn independently from the s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from hsaid_kernels.wrapper.checkpoint.packing import unpack
+from hsaid_kernels.wrapper.hsaid import HSAID
 
 DELTA = 0.05
 
@@ -105,3 +112,26 @@ def catoni(error: float, nats: float) -> float:
     # It holds for every x, so that it does not matter how near the search comes to the best one.
     best = minimize_scalar(bound, bounds=(-12, 5), method="bounded", options={"xatol": 1e-9})
     return min(1.0, float(best.fun))
+
+
+def certified(hsaid: HSAID, bits: int, errors: Callable[[], int], examples: int) -> dict[str, Any]:
+    """{"train_error", "examples", "bits"} of an HSAID's task in few bits, for the `Scores` of a study.
+
+    Its parameters are rounded to levels first, and stay there: after `HSAID.rounded` they are there already.
+
+    Args:
+        bits: of theta, as in `HSAID.pack`.
+        errors: counts how many of the training examples the model, as it is then, classifies wrongly.
+        examples: their number: all that it was trained on, and no others.
+    """
+    found = unpack(hsaid.pack(bits))
+    put(found.values, hsaid)
+    described = sum(number for what, number in found.bits.items() if what != "settings")
+    return {"train_error": errors() / examples, "examples": examples, "bits": described}
+
+
+def put(values: Mapping[str, Tensor], hsaid: HSAID) -> None:
+    """Gives an HSAID the parameters of a packed checkpoint."""
+    with torch.no_grad():
+        for name, parameter in hsaid.named_parameters():
+            parameter.copy_(values[name])

@@ -273,6 +273,8 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     add("--threshold", THRESHOLD, "of the score of full fine-tuning", type=_share, metavar="SHARE")
     text = "methods of PEFT to show beside them, of lora, vera, unilora, fourierft, bitfit; lora:8 is LoRA of rank 8"
     add("--compare", None, text, type=_list, metavar="METHOD,...")
+    text = "also bound the error on new data, by theta in N bits: a second picture (docs/certificates.md)"
+    add("--bits", None, text, type=_integer(1, 16), metavar="N")
     _add_scale(add)
     _add_loop(parser, unset, f"quick: {quick['steps']}; full: {full['steps']}")
 

@@ -6,17 +6,18 @@ import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from hsaid_kernels.app import data, trained, training
-from hsaid_kernels.app.certificate import Certificate
+from hsaid_kernels.app.certificate import Certificate, put
 from hsaid_kernels.app.command_pack import packed
 from hsaid_kernels.app.inputs import DATA, digest_of, load_dataset
 from hsaid_kernels.app.terminal import say, user_input
 from hsaid_kernels.fastfood.ops import choose_device
 from hsaid_kernels.wrapper.checkpoint import packing
+from hsaid_kernels.wrapper.hsaid import HSAID
 
 
 def bound(arguments: argparse.Namespace) -> None:
@@ -34,20 +35,13 @@ def bound(arguments: argparse.Namespace) -> None:
             found = packing.unpack(packed(source, arguments.bits, arguments.multiplier_bits))
         dataset = _dataset(arguments, trained.read_run(source))
         classifier = training.load_trained(source, arguments.model)
-        put(found.values, classifier.model)
+        put(found.values, cast(HSAID, classifier.model))
     classifier.model.to(choose_device())
     predictions = classifier.predict([example.text for example in dataset.train])
     errors = sum(label != example.label for label, example in zip(predictions, dataset.train, strict=True))
     bits = described_by(found.bits, arguments.tried)
     certificate = Certificate(errors, len(dataset.train), sum(bits.values()), arguments.delta)
     _describe(certificate, bits, dataset)
-
-
-def put(values: Mapping[str, torch.Tensor], hsaid: torch.nn.Module) -> None:
-    """Gives an HSAID the parameters of a packed checkpoint."""
-    with torch.no_grad():
-        for name, parameter in hsaid.named_parameters():
-            parameter.copy_(values[name])
 
 
 def described_by(bits: Mapping[str, float], tried: int | None) -> dict[str, float]:
