@@ -29,7 +29,8 @@ from hsaid_kernels.wrapper.levels import fit_levels
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import measure_mnist as mnist
 
-BITS = (8, 6, 4, 3, 2)
+BITS = (8, 6, 5, 4, 3, 2)
+TUNED = (4, 3, 2)  # the widths at which rounding costs something
 DIMS = (1000, 300, 5000)
 EPOCHS, RATE = 4, 0.1  # of MNIST
 
@@ -47,7 +48,11 @@ class Cldr:
 
     def train(self, bits: int | None = None) -> None:
         batches = training_batches(self.classifier, self.dataset.train, BATCH_SIZE, self.seed)
-        steps, lr = (STEPS, LEARNING_RATE) if bits is None else (round(STEPS * TUNED_STEPS), LEARNING_RATE * TUNED_RATE)
+        steps, lr = (
+            (STEPS, LEARNING_RATE)
+            if bits is None
+            else (round(STEPS * TUNED_STEPS), LEARNING_RATE * TUNED_RATE / 2**bits)
+        )
         for _ in training_steps(self.model, batches, steps=steps, lr=lr, seed=self.seed, bits=bits):
             pass
 
@@ -65,7 +70,7 @@ class Mnist:
         self.model = HSAID(mnist.network("lenet", "he", seed), dim, "did", seed)
 
     def train(self, bits: int | None = None) -> None:
-        epochs, lr = (EPOCHS, RATE) if bits is None else (1, RATE * TUNED_RATE)
+        epochs, lr = (EPOCHS, RATE) if bits is None else (1, RATE * TUNED_RATE / 2**bits)
         mnist.fit(self.model, *self.data["train"], lr, epochs, self.seed, bits)
 
     def accuracy(self) -> float:
@@ -80,7 +85,7 @@ def measure(task: type[Cldr] | type[Mnist], dim: int, seed: int, folder: str) ->
     trained = [parameter.detach().clone() for parameter in hsaid.parameters()]
     rows = [{**about, "bits": 32, "how": "", "accuracy": one.accuracy(), "bytes": 4 * dim}]
     for bits in BITS:
-        for how in ("rounded", "tuned"):
+        for how in ("rounded", "tuned") if bits in TUNED else ("rounded",):
             with torch.no_grad():
                 for parameter, value in zip(hsaid.parameters(), trained, strict=True):
                     parameter.copy_(value)

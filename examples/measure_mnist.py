@@ -34,7 +34,7 @@ from hsaid_kernels.certificates import Certificate
 from hsaid_kernels.measure import Diverged, Run, Scores, certified, measure
 
 BATCH = 128
-TUNED = 0.3  # of the rate, for a fourth of the epochs more, with theta on its levels
+TUNED = 2.0  # of the rate, divided by 2**bits, for a fourth of the epochs more, with theta on its levels
 RATES = {"full": 0.01, "theta": 0.3}  # where the search for the best rate starts; theta's is for d = 1,000
 PUBLISHED = {"fc": 750, "lenet": 290}
 DIMS = {"fc": (50, 100, 200, 400, 750, 1500), "lenet": (50, 100, 200, 290, 600)}
@@ -116,7 +116,7 @@ class Training:
         count = len(train[1])
         if run.dim is None:
             return Scores(accuracy(model, *train), test)
-        fit(model, *train, run.lr * TUNED, max(1, self.epochs // 4), run.seed, self.bits)
+        fit(model, *train, run.lr * TUNED / 2**self.bits, max(1, self.epochs // 4), run.seed, self.bits)
         parts = certified(model, self.bits, lambda: round((1 - accuracy(model, *train)) * count), count)
         # Rates are chosen by the bound, of which the settings are a part that is the same for all.
         bound = Certificate(round(parts["train_error"] * count), count, parts["bits"]).bound

@@ -76,15 +76,21 @@ class TextClassification:
         )
         self._save(classifier, run, test)
         trained = sum(p.numel() for p in classifier.model.parameters() if p.requires_grad)
-        known = self._certified(classifier, run) if self.bits and isinstance(classifier.model, HSAID) else {}
+        subspace = isinstance(classifier.model, HSAID)
+        known = self._certified(classifier, run, self.bits) if subspace and self.bits is not None else {}
         return Scores(validation, test, trained, **known)
 
-    def _certified(self, classifier: training.Classifier, run: Run) -> dict[str, Any]:
+    def _certified(self, classifier: training.Classifier, run: Run, bits: int) -> dict[str, Any]:
         """Tunes the values on their levels, as `hsaid train --bits` does, and counts the errors in training."""
         train, steps = self.dataset.train, max(1, round(self.steps * TUNED_STEPS))
         batches = training.training_batches(classifier, train, self.batch_size, run.seed)
-        options: dict[str, Any] = {"steps": steps, "lr": run.lr * TUNED_RATE, "seed": run.seed, "dropout": self.dropout}
-        for step in training.training_steps(classifier.model, batches, bits=self.bits, **options):
+        options: dict[str, Any] = {
+            "steps": steps,
+            "lr": run.lr * TUNED_RATE / 2**bits,
+            "seed": run.seed,
+            "dropout": self.dropout,
+        }
+        for step in training.training_steps(classifier.model, batches, bits=bits, **options):
             if not math.isfinite(step.loss):
                 raise Diverged
 
@@ -92,7 +98,7 @@ class TextClassification:
             predictions = classifier.predict([example.text for example in train])
             return sum(label != example.label for label, example in zip(predictions, train, strict=True))
 
-        return certified(cast(HSAID, classifier.model), cast(int, self.bits), errors, len(train))
+        return certified(cast(HSAID, classifier.model), bits, errors, len(train))
 
     def _save(self, classifier: training.Classifier, run: Run, accuracy: float) -> None:
         """Saves what was trained, unless it is the whole model."""

@@ -38,7 +38,9 @@ def train(arguments: argparse.Namespace) -> None:
     seconds = _fit(classifier, dataset, steps, arguments.lr, arguments)
     if arguments.bits is not None:
         tuned = max(1, round(steps * TUNED_STEPS))
-        more = _fit(classifier, dataset, tuned, arguments.lr * TUNED_RATE, arguments, arguments.bits)
+        more = _fit(
+            classifier, dataset, tuned, arguments.lr * TUNED_RATE / 2**arguments.bits, arguments, arguments.bits
+        )
         seconds = {part: seconds[part] + more[part] for part in seconds}
         steps += tuned
     result = training.evaluate(classifier, dataset.test)

@@ -58,9 +58,10 @@ class Levels:
 
 
 def fit_levels(values: Tensor, bits: int, centre: float = 0.0) -> Levels:
-    """The levels for these values that make the mean squared error times 2**entropy least.
+    """The levels for these values that make the mean squared error times 2**(1.5 entropy) least.
 
-    So a bit more for each value must halve the squared error at least. Values that lie on some levels keep them.
+    So a bit more for each value must divide the squared error by 2.8 at least. Distances go up to those at which no
+    value lies beyond the outermost levels. Values that lie on some levels keep them.
 
     Raises ValueError for values that are not finite, and for bits that are not 1 to 16.
     """
@@ -71,10 +72,11 @@ def fit_levels(values: Tensor, bits: int, centre: float = 0.0) -> Levels:
     largest = (values - centre).abs().max().item() if len(values) else 0.0
     if not largest:
         return Levels(bits, 0, 0, centre)
-    # From a distance of four times the largest value to levels that reach an eighth of it.
-    top = math.ceil(PER_OCTAVE * math.log2(largest / PER_OCTAVE)) + 2 * PER_OCTAVE
-    indices = range(top, top - PER_OCTAVE * (bits + 4), -1)
-    candidates = [Levels(bits, index, shifted, centre) for index in indices for shifted in (0, 1)]
+    # From a distance at which the levels reach to twice the largest value to one at which they reach to a 32nd of it.
+    top = math.ceil(PER_OCTAVE * math.log2(largest / PER_OCTAVE)) + PER_OCTAVE * (2 - bits)
+    candidates = [Levels(bits, top - down, shifted, centre) for down in range(6 * PER_OCTAVE) for shifted in (0, 1)]
+    if bits == 1:  # one level at the centre and one on one side of it would be two in name only
+        candidates = [levels for levels in candidates if levels.shifted]
     return min(candidates, key=lambda levels: _cost(levels, values))
 
 
@@ -83,7 +85,7 @@ def _cost(levels: Levels, values: Tensor) -> float:
     error = (levels.values(numbers).double() - values).square().mean().item()
     shares = numbers.bincount(minlength=1).double() / len(numbers)
     entropy = torch.special.entr(shares).sum().item() / math.log(2)
-    return -math.inf if error == 0 else math.log2(error) + entropy
+    return -math.inf if error == 0 else math.log2(error) + 1.5 * entropy
 
 
 @contextlib.contextmanager

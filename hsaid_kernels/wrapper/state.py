@@ -44,7 +44,7 @@ from hsaid_kernels.wrapper.weights.traced import prepare_tracing
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-TUNING = 0.3  # of the rates of `parameter_groups`, at which values that are kept on levels are tuned
+TUNING = 2.0  # of the rates of `parameter_groups`, divided by 2**bits, at which values are tuned on their levels
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:
@@ -334,7 +334,9 @@ class State(nn.Module):
         if data is not None:
             batches = list(data)
             optimizer = torch.optim.AdamW(self.parameter_groups(weight_decay=0.0))
-            schedule = torch.optim.lr_scheduler.LinearLR(optimizer, TUNING, 0.0, max(1, len(batches)))
+            schedule = torch.optim.lr_scheduler.LinearLR(
+                optimizer, min(1.0, TUNING / 2**bits), 0.0, max(1, len(batches))
+            )
             with self.rounded(optimizer, bits, multiplier_bits=multiplier_bits):
                 for batch in batches:
                     self(**batch).loss.backward()

@@ -1,7 +1,8 @@
 """Arithmetic coding of level numbers, by the range coder of the package `constriction`.
 
-The probability of a number is its share among those before it, (times + 1/2) / (all + levels / 2) (Krichevsky and
-Trofimov 1981), so that no table of frequencies is stored. The shares are those at the beginning of a block; blocks
+The probability of a number is its share among those before it, so that no table of frequencies is stored. Before the
+first, each counts as if it had been there half as often as it is from the outer end of its side: once for the two
+outermost ones together, most often for those in the middle. The shares are those at the beginning of a block; blocks
 grow with what has been coded. Of more than 32 levels, the shares are those of 32 equal groups; which level of a group
 it is takes as many bits as there are.
 """
@@ -63,7 +64,8 @@ def coded_bits(numbers: np.ndarray, bits: int) -> float:
 
 def _blocks(numbers: np.ndarray, bits: int) -> Iterator[tuple[int, int, np.ndarray]]:
     """(start, stop, probabilities float64 [2**bits]) of each block; `numbers` is read after its block was yielded."""
-    twice = np.ones(2**bits)  # twice the number of times, and one
+    places = np.arange(2**bits)
+    twice = np.minimum(places + 1, 2**bits - places).astype(np.float64)  # the number of times, doubled
     start = 0
     while start < len(numbers):
         stop = min(len(numbers), start + 1 + start // 8)
