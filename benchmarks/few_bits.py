@@ -1,4 +1,4 @@
-"""What theta and the multipliers cost in few bits: accuracy and bytes, rounded after training or tuned on the levels.
+"""theta and the multipliers in few bits: accuracy and bytes, rounded after training or tuned on their levels; bounds.
 
     python benchmarks/few_bits.py cldr --out build/few_bits.json             # half an hour of a core
     python benchmarks/few_bits.py mnist --data data/MNIST/raw --out build/few_bits.json
@@ -21,6 +21,7 @@ from hsaid_kernels import HSAID
 from hsaid_kernels.app.architecture import FALLBACK
 from hsaid_kernels.app.defaults import BATCH_SIZE, LEARNING_RATE, MAX_LENGTH, STEPS, TUNED_RATE, TUNED_STEPS
 from hsaid_kernels.app.training import build_classifier, evaluate, training_batches, training_steps
+from hsaid_kernels.certificates import Certificate
 from hsaid_kernels.data import load_cldr
 from hsaid_kernels.wrapper.checkpoint.coding import coded_bits
 from hsaid_kernels.wrapper.checkpoint.packing import pack, unpack
@@ -59,6 +60,10 @@ class Cldr:
     def accuracy(self) -> float:
         return evaluate(self.classifier, self.dataset.test).accuracy
 
+    def errors(self) -> tuple[int, int]:
+        n = len(self.dataset.train)
+        return round(n * (1 - evaluate(self.classifier, self.dataset.train).accuracy)), n
+
 
 class Mnist:
     """LeNet, trained on the first 50,000 images."""
@@ -75,6 +80,10 @@ class Mnist:
 
     def accuracy(self) -> float:
         return mnist.accuracy(self.model, *self.data["test"])
+
+    def errors(self) -> tuple[int, int]:
+        n = len(self.data["train"][1])
+        return round(n * (1 - mnist.accuracy(self.model, *self.data["train"]))), n
 
 
 def measure(task: type[Cldr] | type[Mnist], dim: int, seed: int, folder: str) -> list[dict]:
@@ -100,6 +109,8 @@ def measure(task: type[Cldr] | type[Mnist], dim: int, seed: int, folder: str) ->
             theta = coded_bits(fit_levels(hsaid.theta, bits).numbers(hsaid.theta.detach()).numpy(), bits) / 8
             rows.append({**about, "bits": bits, "how": how, "accuracy": one.accuracy(), "bytes": len(data)})
             rows[-1]["theta"] = round(theta, 1)
+            if how == "tuned" and bits == min(TUNED):
+                rows[-1]["bound"] = Certificate(*one.errors(), sum(unpack(data).bits.values())).bound
     return rows
 
 
@@ -108,7 +119,8 @@ def table(rows: list[dict]) -> str:
     cells = defaultdict(list)
     for row in rows:
         cells[row["task"], row["d"], row["bits"], row["how"]].append(row)
-    lines = ["| task | d | bits | rounded | tuned | bytes of the file | of theta |", "|---|--:|--:|---|---|--:|--:|"]
+    columns = ["task", "d", "bits", "rounded", "tuned", "bytes of the file", "of theta", "bound"]
+    lines = [f"| {' | '.join(columns)} |", "|---|--:|--:|---|---|--:|--:|---|"]
     for name, dim, bits, how in cells:
         if how == "tuned":
             continue
@@ -117,7 +129,8 @@ def table(rows: list[dict]) -> str:
         last = found[1] or found[0]
         theta = f"{mean(row['theta'] for row in last):,.0f}" if bits < 32 else f"{4 * dim:,}"
         size = f"{mean(row['bytes'] for row in last):,.0f}" if bits < 32 else ""
-        lines.append(f"| {name} | {dim:,} | {bits} | {shown[0]} | {shown[1]} | {size} | {theta} |")
+        bound = _accuracies([row["bound"] for row in found[1] if "bound" in row])
+        lines.append(f"| {name} | {dim:,} | {bits} | {shown[0]} | {shown[1]} | {size} | {theta} | {bound} |")
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """Packed checkpoints: small, the same bytes, loaded as they were rounded, or refused in one sentence."""
 
+import json
 import warnings
 import zlib
 
@@ -151,6 +152,24 @@ def test_other_versions_and_contents_are_refused():
         unpack(with_crc(data[:3] + b"\x09" + data[4:]))
     with pytest.raises(ValueError, match="expected the configuration of a packed checkpoint, got"):
         unpack(with_crc(data[: packing.HEAD.size] + b"\xff" * 40))
+
+
+@pytest.mark.parametrize("wrong", [None, -1, 2**70, "x", {"a": [1, 2]}])
+@pytest.mark.parametrize(
+    "key", ["m", "intrinsic_dim", "coded", "raw", "run", "width", "partition", "frozen", "dtype", "seed"]
+)
+def test_configurations_of_another_kind(key, wrong, tmp_path):
+    """They load, or are refused in a sentence, though the CRC is right."""
+    data = trained(60).pack()
+    start, length = packing.HEAD.size, packing.HEAD.unpack_from(data)[-1]
+    about = json.loads(zlib.decompressobj(-15, packing.WORDS).decompress(data[start : start + length]))
+    text = packing._deflated(about | {key: wrong})
+    head = packing.HEAD.pack(*packing.HEAD.unpack_from(data)[:-1], len(text))
+    (tmp_path / "x").write_bytes(with_crc(head + text + data[start + length : -4]))
+    try:
+        HSAID.from_pretrained(tmp_path / "x", mlp())
+    except (ValueError, TypeError) as error:
+        assert "expected" in str(error)
 
 
 def test_another_w0_is_warned_of(tmp_path):
