@@ -29,7 +29,7 @@ def bound(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     with user_input():
         source = arguments.checkpoint
-        if packing.is_packed(source):
+        if source.is_file():
             found = packing.read_packed(source)
         else:
             found = packing.unpack(packed(source, arguments.bits, arguments.multiplier_bits))

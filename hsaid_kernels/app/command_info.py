@@ -19,7 +19,7 @@ from hsaid_kernels.app.terminal import num_weights, say, user_input
 from hsaid_kernels.hierarchy import Component
 from hsaid_kernels.wrapper.checkpoint.configuration import BASIS, Config
 from hsaid_kernels.wrapper.checkpoint.files import VALUES_FILE, read_config
-from hsaid_kernels.wrapper.checkpoint.packing import is_packed, read_packed
+from hsaid_kernels.wrapper.checkpoint.packing import read_packed
 
 PARTITIONS = ("did", "L1+L2+L3+L4", "L1+L2+L3|L4", "L1+L2|L3+L4", "L1+L2|L3|L4", "L1|L2|L3|L4")
 HEAD_PARTITIONS = ("L1+L2|L3|L4|L5", "L1+L5|L3|L4", "L1+L2+L3+L4+L5")
@@ -28,7 +28,7 @@ HEAD_PARTITIONS = ("L1+L2|L3|L4|L5", "L1+L5|L3|L4", "L1+L2+L3+L4+L5")
 def info(arguments: argparse.Namespace) -> None:
     """Prints the information about `arguments.source`. Raises UsageError for invalid arguments."""
     with user_input():
-        if is_packed(arguments.source):
+        if Path(arguments.source).is_file():
             _describe_packed(Path(arguments.source))
             return
         if trained.is_checkpoint(arguments.source, arguments.model, arguments.heads):

@@ -15,7 +15,7 @@ from hsaid_kernels.app.architecture import build_architecture
 from hsaid_kernels.files import read_file
 from hsaid_kernels.hierarchy import Component, Hierarchy, Partition
 from hsaid_kernels.wrapper.checkpoint.files import CONFIG_FILE, VALUES_FILE, hierarchy_of, read_config
-from hsaid_kernels.wrapper.checkpoint.packing import is_packed, read_packed
+from hsaid_kernels.wrapper.checkpoint.packing import read_packed
 
 RUN_FILE = "training.json"
 NEEDED = ("model", "seed", "labels", "max_length")  # of a run, to build its classifier
@@ -33,7 +33,7 @@ def read_run(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(directory, RUN_FILE)
     try:
-        run = read_packed(directory).run if is_packed(directory) else json.loads(read_file(path))
+        run = read_packed(directory).run if Path(directory).is_file() else json.loads(read_file(path))
         if missing := set(NEEDED).difference(run):
             raise ValueError(f"no {', '.join(sorted(missing))}")
     except FileNotFoundError:
@@ -105,7 +105,7 @@ def is_checkpoint(source: str, model: str | None, heads: bool) -> bool:
 
 def size(directory: Path) -> int:
     """The size in bytes of the checkpoint's file or files; other files in the directory do not count."""
-    if is_packed(directory):
+    if directory.is_file():
         return directory.stat().st_size
     files = (directory / name for name in (VALUES_FILE, CONFIG_FILE, RUN_FILE))
     return sum(path.stat().st_size for path in files if path.exists())

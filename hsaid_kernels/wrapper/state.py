@@ -48,7 +48,7 @@ TUNING = 2.0  # of the rates of `parameter_groups`, divided by 2**bits, at which
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:
-    if not packing.is_packed(path):
+    if not os.path.isfile(path):
         return files.read(path)
     found = packing.read_packed(path)
     return found.config, found.values

@@ -34,12 +34,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsaid_kernels.fastfood.limits import DIAGONALS, MAX_DIM
-from hsaid_kernels.fastfood.plan import GENERATOR
+from hsaid_kernels.fastfood.limits import MAX_DIM
 from hsaid_kernels.files import read_file
 from hsaid_kernels.wrapper.checkpoint.coding import Decoder, Encoder, coded_bits
 from hsaid_kernels.wrapper.checkpoint.compare import TENSORS_DIGEST, W0_DIGEST, tensors_digest, w0_digest
-from hsaid_kernels.wrapper.checkpoint.configuration import FORMAT, TASK, Config, bytes_of, packed, parse
+from hsaid_kernels.wrapper.checkpoint.configuration import Config, bytes_of, packed, parse
 from hsaid_kernels.wrapper.levels import Levels, fit_levels
 from hsaid_kernels.wrapper.w0.beside import PREFIX
 
@@ -50,11 +49,12 @@ THETA, MULTIPLIERS = "theta", "multipliers"
 RUN = "run"  # under this key, what `hsaid predict` needs to know of training, beside the configuration
 # Of the configuration, what the model says, or only a person reads.
 LEFT_OUT = ("tensors", "full", "w0_checks", "architecture", "w0_dtypes")
-DEFAULTS: Config = {"format": FORMAT, "generator": GENERATOR, "partition": "L1+L2|L3|L4", "combine": "product"}
+# Part of the format, as WORDS are: never to be changed, whatever becomes the default elsewhere.
+DEFAULTS: Config = {"format": 1, "generator": "philox4x32-10.v1", "partition": "L1+L2|L3|L4", "combine": "product"}
 DEFAULTS |= {"skip": [], "merge": {}, "heads": False, "pruned": {}, "padding_rows": {}, "normalize": "global"}
-DEFAULTS |= {"diagonal": DIAGONALS[0], "width": 1024, "seed": 0, "task": TASK, "include": None, "exclude": None}
+DEFAULTS |= {"diagonal": "gaussian", "width": 1024, "seed": 0, "task": "default", "include": None, "exclude": None}
 DEFAULTS |= {"train_fully": None, "frozen": {}, "dtype_given": False, "dtype": "float32", "coded": {}, "raw": {}}
-# What configurations have in common, the most frequent last. Part of the format: never to be changed.
+# What configurations have in common, the most frequent last.
 WORDS = (
     b'{"model.layers.0.embed_tokens.weight":"scalar"}{"roberta.embeddings.word_embeddings.weight":1}"skip":["merge":'
     b'{"heads":true,"pruned":{"include":["exclude":["train_fully":["frozen":{"dtype_given":true,"dtype":"bfloat16"'
@@ -193,11 +193,6 @@ def _values(
     return values, bits
 
 
-def is_packed(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a file, not a directory: `unpack` says whether it is a packed checkpoint."""
-    return os.path.isfile(path)
-
-
 def read_packed(path: str | os.PathLike[str]) -> Packed:
     """`unpack` of a file. Raises ValueError as it, and OSError if the file cannot be read."""
     return unpack(read_file(Path(path)), f"file: {os.fspath(path)!r}")
@@ -213,7 +208,7 @@ def _from_text(data: bytes) -> bytes:
         try:
             return base64.b64decode(b"".join(data.split()), validate=True)
         except binascii.Error:
-            return MAGIC  # whose length is wrong
+            return MAGIC  # which is too short
     return data
 
 
