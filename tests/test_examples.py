@@ -493,6 +493,8 @@ def test_measure_mnist(run, digits, tmp_path):
 
 def test_measure_mnist_bounds(example, digits):
     """All images are trained on, and the rate is chosen by the bound."""
+    pytest.importorskip("optuna")
+    pytest.importorskip("constriction")
     module = example(MNIST)
     args = module.parse([str(digits), "--bits", "3"])
     training = module.Training(str(digits), args.held_out, "lenet", "he", 1, False, args.bits)

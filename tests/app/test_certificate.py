@@ -11,6 +11,8 @@ from hsaid_kernels.app.certificate import kl_inverse
 from hsaid_kernels.certificates import Certificate, certified
 from hsaid_kernels.wrapper.hsaid import HSAID
 
+pytest.importorskip("constriction")
+
 
 def kl(q, p):
     return sum(a * math.log(a / b) for a, b in ((q, p), (1 - q, 1 - p)) if a)

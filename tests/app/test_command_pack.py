@@ -15,6 +15,10 @@ from hsaid_kernels.app import trained as trained_runs
 from hsaid_kernels.app.data import load_files
 from hsaid_kernels.wrapper.checkpoint.packing import read_packed
 
+pytest.importorskip("constriction")
+pytest.importorskip("segno")
+pytest.importorskip("scipy")
+
 
 @pytest.fixture(scope="module")
 def trained(files, tmp_path_factory):

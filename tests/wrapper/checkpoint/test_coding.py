@@ -5,6 +5,8 @@ import pytest
 
 from hsaid_kernels.wrapper.checkpoint.coding import Decoder, Encoder, coded_bits
 
+pytest.importorskip("constriction")
+
 
 def numbers(count, bits, seed=0):
     found = np.random.default_rng(seed).normal(2 ** (bits - 1), 2**bits / 7, count)

@@ -1,6 +1,7 @@
 """Packed checkpoints: small, the same bytes, loaded as they were rounded, or refused in one sentence."""
 
 import json
+import sys
 import warnings
 import zlib
 
@@ -11,6 +12,8 @@ from torch import nn
 from hsaid_kernels.wrapper.checkpoint import packing
 from hsaid_kernels.wrapper.checkpoint.packing import as_text, pack, read_packed, unpack
 from hsaid_kernels.wrapper.hsaid import HSAID
+
+pytest.importorskip("constriction")
 
 
 def mlp(seed=0) -> nn.Module:
@@ -198,6 +201,13 @@ def test_values_that_are_not_finite_are_refused():
     with torch.no_grad():
         hsaid.theta[3] = float("inf")
     with pytest.raises(ValueError, match="expected finite values, got nan or inf"):
+        hsaid.pack()
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    hsaid = trained()
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    with pytest.raises(ImportError, match="packed checkpoints need the package constriction: pip install constriction"):
         hsaid.pack()
 
 
