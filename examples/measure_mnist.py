@@ -6,6 +6,9 @@ The folder holds MNIST's four idx files, gzipped or not, as torchvision leaves t
     python examples/measure_mnist.py data/MNIST/raw                         # both networks
     python examples/measure_mnist.py data/MNIST/raw --net lenet --workers 2 # after a kill -9, the same goes on
     python examples/measure_mnist.py data/MNIST/raw --dense 100 300         # and with a dense Gaussian matrix
+    python examples/measure_mnist.py data/MNIST/raw --net lenet --bits 4    # and a bound (docs/certificates.md)
+
+With --bits, all 60,000 images are trained on, and rates are chosen by the bound, which needs no other images.
 
 Each network's table, results and picture go to a folder of its own in --out, those with the dense matrix to another.
 With --threads 1, the first takes a quarter of an hour, and gets d90 = 376 and 196 (docs/measuring.md says why less).
@@ -16,6 +19,7 @@ import argparse
 import gzip
 import math
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,9 +30,11 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from hsaid_kernels.measure import Diverged, Run, Scores, measure
+from hsaid_kernels.certificates import Certificate
+from hsaid_kernels.measure import Diverged, Run, Scores, certified, measure
 
 BATCH = 128
+TUNED = 2.0  # of the rate, divided by 2**bits, for a fourth of the epochs more, with theta on its levels
 RATES = {"full": 0.01, "theta": 0.3}  # where the search for the best rate starts; theta's is for d = 1,000
 PUBLISHED = {"fc": 750, "lenet": 290}
 DIMS = {"fc": (50, 100, 200, 400, 750, 1500), "lenet": (50, 100, 200, 290, 600)}
@@ -51,7 +57,7 @@ def main(argv=None):
 def measured(args, name, design):
     """Measures one network, prints the table and returns the `Measurement`."""
     net, _, dense = name.partition("-")
-    training = Training(args.folder, args.held_out, net, args.init, args.epochs, bool(dense))
+    training = Training(args.folder, args.held_out, net, args.init, args.epochs, bool(dense), args.bits)
     _, labels = load(args.folder, args.held_out)["test"]
     title = f"MNIST, {net}" + (", with a dense Gaussian matrix" if dense else "")
     out = Path(args.out, name)
@@ -82,6 +88,7 @@ class Training:
     init: str
     epochs: int
     dense: bool
+    bits: int | None = None
 
     @property
     def settings(self):
@@ -91,7 +98,8 @@ class Training:
             name: f"{len(labels):,} ({zlib.crc32(images.numpy()):08x})" for name, (images, labels) in data.items()
         }
         training = {"net": self.net, "init": self.init, "epochs": self.epochs, "batch": BATCH, "dense": self.dense}
-        return training | {"images": images}
+        bits = {"bits": self.bits} if self.bits else {}
+        return training | {"images": images} | bits
 
     def __call__(self, run: Run) -> Scores:
         data = load(self.folder, self.held_out)
@@ -100,16 +108,29 @@ class Training:
             model = DenseSubspace(model, run.dim, run.seed)
         else:
             model = run.wrap(model)  # the model itself for the baseline, else an HSAID
-        self.train(model, run, *data["train"])
-        return Scores(accuracy(model, *data["validation"]), accuracy(model, *data["test"]))
+        train = data["train"]
+        fit(model, *train, run.lr, self.epochs, run.seed)
+        test = accuracy(model, *data["test"])
+        if not self.bits:
+            return Scores(accuracy(model, *data["validation"]), test)
+        count = len(train[1])
+        if run.dim is None:
+            return Scores(accuracy(model, *train), test)
+        fit(model, *train, run.lr * TUNED / 2**self.bits, max(1, self.epochs // 4), run.seed, self.bits)
+        parts = certified(model, self.bits, lambda: round((1 - accuracy(model, *train)) * count), count)
+        # Rates are chosen by the bound, of which the settings are a part that is the same for all.
+        bound = Certificate(round(parts["train_error"] * count), count, parts["bits"]).bound
+        return Scores(1 - bound, test, **parts)
 
-    def train(self, model, run, images, labels):
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
-        optimizer = torch.optim.Adam(trained, lr=run.lr)
-        steps = self.epochs * math.ceil(len(labels) / BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=run.lr, total_steps=steps)
-        order = torch.Generator().manual_seed(run.seed)
-        for _ in range(self.epochs):
+
+def fit(model, images, labels, lr, epochs, seed, bits=None):
+    """Trains; with `bits`, theta and the multipliers of an HSAID stay on levels."""
+    optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=lr)
+    steps = epochs * math.ceil(len(labels) / BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
+    order = torch.Generator().manual_seed(seed)
+    with model.rounded(optimizer, bits) if bits else nullcontext():
+        for _ in range(epochs):
             for batch in torch.randperm(len(labels), generator=order).split(BATCH):
                 loss = cross_entropy(model(images[batch]), labels[batch])
                 if not loss.isfinite():
@@ -186,7 +207,7 @@ def load(folder, held_out):
     """{part: (images, labels)}. Validation are the last `held_out` training images."""
     (images, labels), test = (read_part(Path(folder), part) for part in ("train", "t10k"))
     count = len(labels) - held_out
-    if not 0 < count < len(labels):
+    if not 0 < count <= len(labels):
         raise SystemExit(f"--held-out: expected 1 to {len(labels) - 1:,} of the training images, got {held_out:,}")
     return {"train": (images[:count], labels[:count]), "validation": (images[count:], labels[count:]), "test": test}
 
@@ -245,10 +266,16 @@ def parse(argv):
     add("--init", choices=("he", "torch"), default="he", help="as theirs, or torch's default (%(default)s)")
     add("--epochs", type=int, default=4, metavar="N", help="(%(default)s)")
     add("--held-out", type=int, default=10_000, metavar="N", help="training images to choose rates by (%(default)s)")
+    add("--bits", type=int, metavar="N", help="of each value of theta: with it, the test error is bounded")
     add("--out", default="runs/measure_mnist", metavar="DIR", help="(%(default)s)")
     add("--workers", type=int, default=1, metavar="N", help="processes (%(default)s)")
     add("--threads", type=int, metavar="N", help="of each process (all, or an equal share)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.held_out < 1:
+        parser.error(f"--held-out: expected 1 or more, got {args.held_out}")
+    if args.bits:
+        args.held_out = 0
+    return args
 
 
 if __name__ == "__main__":

@@ -491,6 +491,21 @@ def test_measure_mnist(run, digits, tmp_path):
     assert re.findall(r"^\|.*", again, re.MULTILINE) == re.findall(r"^\|.*", said, re.MULTILINE)
 
 
+def test_measure_mnist_bounds(example, digits):
+    """All images are trained on, and the rate is chosen by the bound."""
+    pytest.importorskip("optuna")
+    pytest.importorskip("constriction")
+    module = example(MNIST)
+    args = module.parse([str(digits), "--bits", "3"])
+    training = module.Training(str(digits), args.held_out, "lenet", "he", 1, False, args.bits)
+    assert training.settings["bits"] == 3 and training.settings["images"]["train"].startswith("1,500 (")
+    scores = training(module.Run("did", 100, 0.3, 0))
+    found = module.Certificate(round(scores.train_error * 1500), scores.examples, scores.bits)
+    assert scores.examples == 1500 and scores.bits < 3 * 100 + 60
+    assert scores.validation == 1 - found.bound and found.training_error < found.bound < 1
+    assert "bits" not in module.Training(str(digits), 300, "lenet", "he", 1, False).settings
+
+
 def test_measure_mnist_dense_matrix(example):
     module = example(MNIST)
     model = module.network("lenet", "he", seed=0)

@@ -26,6 +26,7 @@ from hsaid_kernels.app.defaults import (
     STEPS,
     STEPS_IF_LARGE,
     THRESHOLD,
+    TUNED_STEPS,
 )
 from hsaid_kernels.app.terminal import RunError, UsageError
 from hsaid_kernels.fastfood.limits import CHUNKS, DIAGONALS, MAX_DIM, MAX_WIDTH, MIN_WIDTH, NORMALIZATIONS
@@ -85,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", "float32", "of the weights while training", choices=DTYPES)
     add = _add_loop(train, _as_it_is, f"{STEPS}, or {STEPS_IF_LARGE} for a model of {LARGE:,} weights or more")
     add("--lr", LEARNING_RATE, "highest learning rate", type=_positive)
+    text = f"then {TUNED_STEPS:.0%} more steps with theta on 2**N levels, so that pack rounds nothing"
+    add("--bits", None, text, type=_integer(1, 16), metavar="N")
     add(
         "--mbert-steps",
         None,
@@ -103,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--format", "tsv", "of the lines that are printed; jsonl has all probabilities", choices=("tsv", "jsonl"))
     add("--model", None, "directory or hub name, where it has moved since (that of training)")
     add("--threads", None, "of the CPU (torch's choice)", type=_integer(1, 4096), metavar="N")
+
+    _add_pack(commands.add_parser("pack", help="a checkpoint in some hundred bytes: a file, a text or a QR code"))
+    unpack = commands.add_parser("unpack", help="the checkpoint again, from what pack wrote")
+    unpack.set_defaults(run=_unpack)
+    unpack.add_argument("packed", type=Path, metavar="FILE", help="what `hsaid pack` wrote, or its text")
+    unpack.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="where the checkpoint goes")
+    unpack.add_argument("--model", help="directory or hub name, where it has moved since (that of training)")
+    _add_bound(commands.add_parser("bound", help="bound the error on new data by training's and the packed bytes"))
 
     _add_merge(commands.add_parser("merge", help="write the tuned weights as files of an ordinary model"))
     _add_measure(commands.add_parser("measure", help="measure the intrinsic dimension of a task"))
@@ -210,6 +221,34 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     add("--dtype", None, "of the files (that of training)", choices=DTYPES)
 
 
+def _add_pack(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_pack)
+    parser.add_argument("checkpoint", metavar="DIR", help="what train or save_pretrained() wrote")
+    parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="(task.hsz, task.txt or task.png)")
+    add = _options(parser, _as_it_is)
+    _add_bits(add)
+    text = "what to write; text is base64, qr a PNG of a QR code with that text"
+    add("--as", "file", text, choices=("file", "text", "qr"), dest="kind")
+
+
+def _add_bits(add: _Add) -> None:
+    add("--bits", 4, "of each value of theta", type=_integer(1, 16), metavar="N")
+    add("--multiplier-bits", 8, "of each multiplier", type=_integer(1, 16), metavar="N")
+
+
+def _add_bound(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_bound)
+    parser.add_argument("checkpoint", type=Path, metavar="DIR|FILE", help="what `hsaid train` or `hsaid pack` wrote")
+    add = _options(parser, _as_it_is)
+    _add_bits(add)
+    add("--delta", 0.05, "probability with which the bound may fail", type=_probability, metavar="SHARE")
+    text = "how many settings were tried, chosen before the data was seen; else the settings' own bits count"
+    add("--tried", None, text, type=_integer(1, 2**62), metavar="N")
+    add("--model", None, "directory or hub name, where it has moved since (that of training)")
+    add("--threads", None, "of the CPU (torch's choice)", type=_integer(1, 4096), metavar="N")
+    _add_data(parser, lambda *_: None)
+
+
 def _add_measure(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `hsaid measure`.
 
@@ -240,6 +279,8 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     add("--threshold", THRESHOLD, "of the score of full fine-tuning", type=_share, metavar="SHARE")
     text = "other methods beside them, of lora, vera, unilora, fourierft, bitfit, gpart; lora:8 is LoRA of rank 8"
     add("--compare", None, text, type=_list, metavar="METHOD,...")
+    text = "also bound the error on new data, by theta in N bits: a second picture (docs/certificates.md)"
+    add("--bits", None, text, type=_integer(1, 16), metavar="N")
     _add_scale(add)
     _add_loop(parser, unset, f"quick: {quick['steps']}; full: {full['steps']}")
 
@@ -296,6 +337,13 @@ def _share(text: str) -> float:
     return value
 
 
+def _probability(text: str) -> float:
+    value = _share(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"expected a probability between 0 and 1, got {text!r}")
+    return value
+
+
 def _list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -310,6 +358,24 @@ def _predict(arguments: argparse.Namespace) -> None:
     from hsaid_kernels.app.command_predict import predict
 
     predict(arguments)
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from hsaid_kernels.app.command_pack import pack
+
+    pack(arguments)
+
+
+def _unpack(arguments: argparse.Namespace) -> None:
+    from hsaid_kernels.app.command_pack import unpack
+
+    unpack(arguments)
+
+
+def _bound(arguments: argparse.Namespace) -> None:
+    from hsaid_kernels.app.command_bound import bound
+
+    bound(arguments)
 
 
 def _merge(arguments: argparse.Namespace) -> None:

@@ -12,14 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from hsaid_kernels.app import trained
 from hsaid_kernels.app.architecture import build_architecture, load_model
+from hsaid_kernels.app.command_pack import describe_size
 from hsaid_kernels.app.example_inputs import example_inputs
 from hsaid_kernels.app.terminal import num_weights, say, user_input
 from hsaid_kernels.hierarchy import Component, Hierarchy
-from hsaid_kernels.wrapper.checkpoint.configuration import BASIS
+from hsaid_kernels.wrapper.checkpoint.configuration import BASIS, Config
 from hsaid_kernels.wrapper.checkpoint.files import VALUES_FILE, read_config
+from hsaid_kernels.wrapper.checkpoint.packing import read_packed
 from hsaid_kernels.wrapper.head_check import check
 from hsaid_kernels.wrapper.heads import undivided
 
@@ -31,6 +34,9 @@ HEAD_PARTITIONS = ("L1+L2|L3|L4|L5", "L1+L5|L3|L4", "L1+L2+L3+L4+L5")
 def info(arguments: argparse.Namespace) -> None:
     """Prints the information about `arguments.source`. Raises UsageError for invalid arguments."""
     with user_input():
+        if Path(arguments.source).is_file():
+            _describe_packed(Path(arguments.source))
+            return
         divided = {"heads": arguments.heads, "experts": arguments.experts}
         if trained.is_checkpoint(arguments.source, arguments.model, **divided, check=arguments.check):
             _describe_checkpoint(Path(arguments.source), arguments.model)
@@ -62,11 +68,19 @@ def _say_attentions(what: str, names: Sequence[str], why: str) -> None:
     say(what, some + (why and f": {why}"))
 
 
-def _describe_checkpoint(directory: Path, model: str | None) -> None:
-    config = read_config(directory)
-    theta, multipliers = map(load_file(directory / VALUES_FILE).__getitem__, ("theta", "multipliers"))
-    say("checkpoint", f"{trained.size(directory):,} bytes in {directory}")
-    say("model", f"{len(config['tensors'])} tensors, {num_weights(config['tensors']):,} weights")
+def _describe_packed(file: Path) -> None:
+    found = read_packed(file)
+    describe_size(found, trained.size(file), str(file))
+    theta, multipliers = found.values["theta"], found.values["multipliers"]
+    _describe_config(found.config, theta, multipliers)
+    for key in trained.NEEDED:
+        if key in found.run:
+            say(key, str(found.run[key]))
+    if len(multipliers):
+        say("multipliers", f"{multipliers.min():.3f} to {multipliers.max():.3f}; hsaid unpack tells their names")
+
+
+def _describe_config(config: Config, theta: Tensor, multipliers: Tensor) -> None:
     say(
         "trained",
         f"d = {config['intrinsic_dim']:,} numbers: {len(theta):,} in theta, m = {len(multipliers)} multipliers",
@@ -75,6 +89,14 @@ def _describe_checkpoint(directory: Path, model: str | None) -> None:
         if config[key] not in (None, [], {}) and key not in ("experts", "layouts", "names"):
             say(key, str(config[key]))
     say("theta", f"norm {theta.norm():.4g}")
+
+
+def _describe_checkpoint(directory: Path, model: str | None) -> None:
+    config = read_config(directory)
+    theta, multipliers = map(load_file(directory / VALUES_FILE).__getitem__, ("theta", "multipliers"))
+    say("checkpoint", f"{trained.size(directory):,} bytes in {directory}")
+    say("model", f"{len(config['tensors'])} tensors, {num_weights(config['tensors']):,} weights")
+    _describe_config(config, theta, multipliers)
     if (directory / trained.RUN_FILE).exists():
         run = trained.read_run(directory)
         for key in ("model", "data", "steps", "lr", "test_accuracy"):

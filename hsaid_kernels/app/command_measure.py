@@ -9,16 +9,18 @@ import math
 import shlex
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from hsaid_kernels.app import data, training
-from hsaid_kernels.app.defaults import PROFILES
+from hsaid_kernels.app.certificate import certified
+from hsaid_kernels.app.defaults import PROFILES, TUNED_RATE, TUNED_STEPS
 from hsaid_kernels.app.inputs import check_writable, load_classifier, load_dataset, num_steps
 from hsaid_kernels.app.measure.compare import save_adapted
 from hsaid_kernels.app.measure.measure import (
+    BOUND_FILE,
     DEFAULT_NAME,
     PICTURE_FILE,
     RESULTS_FILE,
@@ -59,6 +61,7 @@ class TextClassification:
     diagonal: str
     width: int | None = None
     chunks: str | None = None
+    bits: int | None = None  # in which a subspace's values are tuned and certified, after the scores are known
 
     def __call__(self, run: Run) -> Scores:
         classifier = training.build_classifier(self.source, self.dataset.labels, run.seed, self.max_length)
@@ -76,7 +79,29 @@ class TextClassification:
         )
         self._save(classifier, run, test)
         trained = sum(p.numel() for p in classifier.model.parameters() if p.requires_grad)
-        return Scores(validation, test, trained)
+        subspace = isinstance(classifier.model, HSAID)
+        known = self._certified(classifier, run, self.bits) if subspace and self.bits is not None else {}
+        return Scores(validation, test, trained, **known)
+
+    def _certified(self, classifier: training.Classifier, run: Run, bits: int) -> dict[str, Any]:
+        """Tunes the values on their levels, as `hsaid train --bits` does, and counts the errors in training."""
+        train, steps = self.dataset.train, max(1, round(self.steps * TUNED_STEPS))
+        batches = training.training_batches(classifier, train, self.batch_size, run.seed)
+        options: dict[str, Any] = {
+            "steps": steps,
+            "lr": run.lr * TUNED_RATE / 2**bits,
+            "seed": run.seed,
+            "dropout": self.dropout,
+        }
+        for step in training.training_steps(classifier.model, batches, bits=bits, **options):
+            if not math.isfinite(step.loss):
+                raise Diverged
+
+        def errors() -> int:
+            predictions = classifier.predict([example.text for example in train])
+            return sum(label != example.label for label, example in zip(predictions, train, strict=True))
+
+        return certified(cast(HSAID, classifier.model), bits, errors, len(train))
 
     def _save(self, classifier: training.Classifier, run: Run, accuracy: float) -> None:
         """Saves what was trained, unless it is the whole model."""
@@ -118,7 +143,8 @@ def measure(arguments: argparse.Namespace) -> None:
         raise RunError(f"{what} ({_how_to_resume(arguments)})") from error
     print(f"\n{measurement.table()}\n")
     say("time", f"{measurement.runs} runs, together {duration(measurement.seconds)}")
-    say("results", f"{TABLE_FILE}, {RESULTS_FILE}, {PICTURE_FILE} and the checkpoints in {out}")
+    pictures = f"{PICTURE_FILE}, {BOUND_FILE}" if measurement.certificates else PICTURE_FILE
+    say("results", f"{TABLE_FILE}, {RESULTS_FILE}, {pictures} and the checkpoints in {out}")
 
 
 def _shown(arguments: argparse.Namespace, storage: str, out: Path) -> tuple[Study, None]:
@@ -137,8 +163,8 @@ def _prepared(arguments: argparse.Namespace, storage: str, out: Path) -> tuple[S
     chosen = {name: getattr(options, name) for name in asked}
     design = design_of(classifier.model, **chosen, compare=options.compare or (), rates={})
     steps = num_steps(options, sum(p.numel() for p in classifier.model.parameters()), len(dataset.train))
-    names = ("max_length", "batch_size", "dropout", "normalize", "diagonal", "width", "chunks")
-    train = TextClassification(source, dataset, steps=steps, **{name: getattr(options, name) for name in names})
+    of_run = ("max_length", "batch_size", "dropout", "normalize", "diagonal", "width", "chunks", "bits")
+    train = TextClassification(source, dataset, steps=steps, **{name: getattr(options, name) for name in of_run})
     study = Study(storage, arguments.study, _settings(train, classifier.model))
     majority = training.majority_baseline(dataset.train, dataset.test)
     chance = majority.accuracy
@@ -195,6 +221,7 @@ def _settings(train: TextClassification, model: nn.Module) -> dict[str, Any]:
         "weights (digest)": weights.hexdigest(),
         "examples (digest)": hashlib.blake2b(examples.encode(), digest_size=8).hexdigest(),
         **{name: getattr(train, name) for name in names},
+        **({} if train.bits is None else {"bits": train.bits}),
     }
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from hsaid_kernels.app import data, trained, training
 from hsaid_kernels.app.architecture import FALLBACK
-from hsaid_kernels.app.defaults import MBERT_STEPS
-from hsaid_kernels.app.inputs import check_writable, load_classifier, load_dataset, num_steps
+from hsaid_kernels.app.defaults import MBERT_STEPS, TUNED_RATE, TUNED_STEPS
+from hsaid_kernels.app.inputs import check_writable, described_data, load_classifier, load_dataset, num_steps
 from hsaid_kernels.app.terminal import RunError, num_weights, progress, say, user_input
 from hsaid_kernels.fastfood.ops import choose_backend, choose_device
 from hsaid_kernels.wrapper.hsaid import HSAID
@@ -35,9 +35,17 @@ def train(arguments: argparse.Namespace) -> None:
     _describe_data(dataset)
 
     steps = num_steps(arguments, num_weights(classifier.model.plan.shapes), len(dataset.train))
-    seconds = _fit(classifier.model, classifier, dataset, steps, arguments)
+    seconds = _fit(classifier, dataset, steps, arguments.lr, arguments)
+    if arguments.bits is not None:
+        tuned = max(1, round(steps * TUNED_STEPS))
+        more = _fit(
+            classifier, dataset, tuned, arguments.lr * TUNED_RATE / 2**arguments.bits, arguments, arguments.bits
+        )
+        seconds = {part: seconds[part] + more[part] for part in seconds}
+        steps += tuned
     result = training.evaluate(classifier, dataset.test)
     run = {"model": source, "seed": arguments.seed, "data": dataset.name, "steps": steps, "lr": arguments.lr}
+    run["examples"] = described_data(arguments, dataset)
     with user_input():
         training.save_trained(classifier, arguments.out, **run, test_accuracy=result.accuracy)
 
@@ -68,15 +76,21 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def _fit(
-    hsaid: HSAID, classifier: training.Classifier, dataset: data.Dataset, steps: int, arguments: argparse.Namespace
+    classifier: training.Classifier,
+    dataset: data.Dataset,
+    steps: int,
+    lr: float,
+    arguments: argparse.Namespace,
+    bits: int | None = None,
 ) -> dict[str, float]:
     """Trains the classifier's model. Returns the total seconds of all steps for each of `training.PARTS`."""
-    seed, lr, dropout = arguments.seed, arguments.lr, arguments.dropout
+    seed = arguments.seed
     batches = training.training_batches(classifier, dataset.train, arguments.batch_size, seed)
+    options = {"steps": steps, "lr": lr, "seed": seed, "dropout": arguments.dropout, "bits": bits}
     losses: list[float] = []
     seconds: dict[str, float] = defaultdict(float)
-    with progress(steps, "training") as advance:
-        for step in training.training_steps(hsaid, batches, steps=steps, lr=lr, seed=seed, dropout=dropout):
+    with progress(steps, "training" if bits is None else f"tuning in {bits} bits") as advance:
+        for step in training.training_steps(classifier.model, batches, **options):
             losses.append(step.loss)
             if not math.isfinite(step.loss):
                 raise RunError(f"the loss is {step.loss} at step {len(losses)}: try an --lr lower than {lr}")

@@ -4,6 +4,9 @@
 STEPS, BATCH_SIZE, LEARNING_RATE, INTRINSIC_DIM, MAX_LENGTH = 300, 32, 0.05, 5000, 32
 LARGE, STEPS_IF_LARGE = 50_000_000, 60  # models with at least LARGE weights are trained for STEPS_IF_LARGE steps
 MBERT_STEPS = 5
+# With --bits: that share of the steps more, on the levels. Their rate is this share of the rate, divided by 2**bits, as
+# levels are nearer to each other (docs/certificates.md).
+TUNED_STEPS, TUNED_RATE = 0.2, 2.0
 
 # `hsaid measure`: "quick" takes minutes on two cores with the model that stands in for mBERT, "full" hours.
 PROFILES: dict[str, dict[str, object]] = {

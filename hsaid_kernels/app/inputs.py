@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hsaid_kernels.app import data, training
 from hsaid_kernels.app.architecture import FALLBACK, MBERT
 from hsaid_kernels.app.defaults import LARGE, STEPS, STEPS_IF_LARGE
+
+# Arguments that say which data it is.
+DATA = ("data", "test_data", "text_column", "label_column", "train_languages", "test_languages", "seed")
 
 
 def load_dataset(arguments: argparse.Namespace) -> data.Dataset:
@@ -26,6 +32,19 @@ def load_dataset(arguments: argparse.Namespace) -> data.Dataset:
         return data.load_cldr(arguments.train_languages, validation, arguments.test_languages, seed=arguments.seed)
     columns = {"text": arguments.text_column, "label": arguments.label_column}
     return data.load_files(arguments.data, arguments.test_data, **columns, seed=arguments.seed)
+
+
+def described_data(arguments: argparse.Namespace, dataset: data.Dataset) -> dict[str, Any]:
+    """What `load_dataset` needs to load the same data again, and a digest of the training texts, as JSON."""
+    known = {name: getattr(arguments, name) for name in DATA}
+    known |= {name: str(known[name].absolute()) for name in ("data", "test_data") if known[name] is not None}
+    return known | {"digest": digest_of(dataset.train)}
+
+
+def digest_of(examples: Sequence[data.Example]) -> str:
+    """Of texts and labels."""
+    text = json.dumps([(example.text, example.label) for example in examples])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def load_classifier(arguments: argparse.Namespace, labels: Sequence[str]) -> tuple[str, training.Classifier]:

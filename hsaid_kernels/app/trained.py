@@ -15,8 +15,10 @@ from hsaid_kernels.app.architecture import build_architecture
 from hsaid_kernels.files import read_file
 from hsaid_kernels.hierarchy import Component, Hierarchy, Partition
 from hsaid_kernels.wrapper.checkpoint.files import CONFIG_FILE, VALUES_FILE, hierarchy_of, read_config
+from hsaid_kernels.wrapper.checkpoint.packing import read_packed
 
 RUN_FILE = "training.json"
+NEEDED = ("model", "seed", "labels", "max_length")  # of a run, to build its classifier
 
 
 def described(partition: Partition) -> list[dict[str, Any]]:
@@ -25,11 +27,14 @@ def described(partition: Partition) -> list[dict[str, Any]]:
 
 
 def read_run(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The run that `save_trained` wrote. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
+    """The run that `save_trained` wrote, or of a packed checkpoint what it has of it.
+
+    Raises FileNotFoundError if there is none, ValueError if it is damaged.
+    """
     path = Path(directory, RUN_FILE)
     try:
-        run = json.loads(read_file(path))
-        if missing := {"model", "seed", "labels", "max_length"}.difference(run):
+        run = read_packed(directory).run if Path(directory).is_file() else json.loads(read_file(path))
+        if missing := set(NEEDED).difference(run):
             raise ValueError(f"no {', '.join(sorted(missing))}")
     except FileNotFoundError:
         raise FileNotFoundError(
@@ -98,6 +103,8 @@ def is_checkpoint(source: str, model: str | None, **options: bool) -> bool:
 
 
 def size(directory: Path) -> int:
-    """The size in bytes of the checkpoint's files; other files in the directory do not count."""
+    """The size in bytes of the checkpoint's file or files; other files in the directory do not count."""
+    if directory.is_file():
+        return directory.stat().st_size
     files = (directory / name for name in (VALUES_FILE, CONFIG_FILE, RUN_FILE))
     return sum(path.stat().st_size for path in files if path.exists())

@@ -15,7 +15,7 @@ import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -114,7 +114,14 @@ def training_batches(
 
 
 def training_steps(
-    model: nn.Module, batches: Iterable[Batch], *, steps: int, lr: float, seed: int = 0, dropout: bool = False
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    lr: float,
+    seed: int = 0,
+    dropout: bool = False,
+    bits: int | None = None,
 ) -> Iterator[Step]:
     """Trains `model`, wrapped in HSAID or not, with AdamW, one step for each `Step` that it yields.
 
@@ -123,7 +130,8 @@ def training_steps(
     The learning rate rises linearly to `lr` in the first tenth of the steps and then falls linearly to 0. There is no
     weight decay, because it would pull the multipliers towards 0 instead of 1. Dropout is off by default: so few
     parameters hardly overfit, and its noise slows training. `seed` determines dropout. With the same seed, batches and
-    machine the losses are the same bit for bit.
+    machine the losses are the same bit for bit. With `bits`, theta and the multipliers of an HSAID stay on levels, see
+    `HSAID.rounded`.
     """
     from transformers import get_linear_schedule_with_warmup
 
@@ -133,7 +141,8 @@ def training_steps(
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
     watch = _Stopwatch(_device(model))
-    with watch.around(model):
+    levels = nullcontext() if bits is None else cast(HSAID, model).rounded(optimizer, bits)
+    with watch.around(model), levels:
         watch.switch("data")
         for batch in itertools.islice(batches, steps):
             watch.switch("projection")

@@ -36,9 +36,9 @@ class HSAIDConfig(PeftConfig):
     all. Whether the model's parameters require gradients makes no difference: PEFT freezes them.
 
     Args:
-        intrinsic_dim, partition, seed, skip, merge, combine, normalize, diagonal, width, chunks, heads, experts, layouts,
-            pruned, padding_rows, backend, memory: as in `HSAID`. Where None means something that depends on the model,
-            the adapter's own configuration says what.
+        intrinsic_dim, partition, seed, skip, merge, combine, normalize, diagonal, width, chunks, heads, experts,
+            layouts, pruned, padding_rows, backend, memory: as in `HSAID`. Where None means something that depends on
+            the model, the adapter's own configuration says what.
         dtype: of the weights: None, "float32", "bfloat16" or "float16", as in `HSAID`.
         target_modules: which modules' tensors, with those of the modules inside them. None means all of the model's.
             Otherwise as in other methods of PEFT: names, or ends of names; or a regular expression for the whole name;

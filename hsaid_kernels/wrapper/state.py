@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hsaid_kernels.wrapper.basis import Basis, Settings, basis_of
-from hsaid_kernels.wrapper.checkpoint import files, hub
+from hsaid_kernels.wrapper.checkpoint import files, hub, packing
 from hsaid_kernels.wrapper.checkpoint.compare import (
     arguments_of,
     check_config,
@@ -30,6 +30,7 @@ from hsaid_kernels.wrapper.checkpoint.configuration import (
 from hsaid_kernels.wrapper.checkpoint.ranks import check_active_ranks, check_sharded_ranks
 from hsaid_kernels.wrapper.checkpoint.renaming import Names, renamed
 from hsaid_kernels.wrapper.isolation import runs_eagerly
+from hsaid_kernels.wrapper.levels import fit_levels, rounded_after_steps
 from hsaid_kernels.wrapper.tasks import Tasks, groups_of
 from hsaid_kernels.wrapper.w0.beside import PREFIX
 from hsaid_kernels.wrapper.w0.checks import check_layers, check_parameters, plain
@@ -43,6 +44,15 @@ from hsaid_kernels.wrapper.weights.traced import prepare_tracing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+TUNING = 2.0  # of the rates of `parameter_groups`, divided by 2**bits, at which values are tuned on their levels
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:
+    if not os.path.isfile(path):
+        return files.read(path)
+    found = packing.read_packed(path)
+    return found.config, found.values
 
 
 class State(nn.Module):
@@ -233,12 +243,11 @@ class State(nn.Module):
 
         Raises OSError if the directory cannot be written to; nothing is half-written then.
         """
-        values = {name: value_of(parameter.detach()) for name, parameter in self.named_parameters()}
+        config, values = self._checkpoint()
         # The architecture is not in state_dict(), because training may change a model's configuration.
-        config = self.configuration() | {"architecture": architecture_of(self.model)}
+        config |= {"architecture": architecture_of(self.model)}
         if is_main_process:
-            buffers = {f"{PREFIX}{name}": buffer for name, buffer in self.buffers_changed().items()}
-            files.write(directory, config, values | buffers)
+            files.write(directory, config, values)
 
     @classmethod
     def from_pretrained(
@@ -257,8 +266,8 @@ class State(nn.Module):
         differs from that of training, for example if a classification head was newly initialized.
 
         Args:
-            directory: what `save_pretrained` or transformers' Trainer wrote; or the name of a repository of the Hugging
-                Face hub, as in "me/task".
+            directory: what `save_pretrained` or transformers' Trainer wrote; the file of a packed checkpoint (`pack`);
+                or the name of a repository of the Hugging Face hub, as in "me/task".
             model: the module to wrap.
             backend, memory: those of `HSAID`.
             names: what the model's tensors were called when it was trained, if the library has renamed them since:
@@ -275,7 +284,7 @@ class State(nn.Module):
                 and proposes `names` where a renaming is likely), or do not fit `names`.
             OSError: the checkpoint cannot be read.
         """
-        config, values = files.read(hub.local_directory(directory, **of_hub))
+        config, values = _read(hub.local_directory(directory, **of_hub))
         model = plain(model)
         with showing(model):
             if names is not None:
@@ -293,7 +302,7 @@ class State(nn.Module):
         W0. A different W0 only causes a warning. Raises what `from_pretrained` raises, and ValueError for a different
         basis or a task whose name already exists.
         """
-        config, values = files.read(hub.local_directory(directory, **of_hub))
+        config, values = _read(hub.local_directory(directory, **of_hub))
         check_config("directory", config, self.configuration())
         before, task = self.task, config["task"]
         self.add_task(task)
@@ -309,6 +318,64 @@ class State(nn.Module):
     def push_to_hub(self, repo_id: str, **of_hub: Any) -> str:
         """Uploads the checkpoint of the current task and a model card to the Hugging Face hub; see `hub.push`."""
         return hub.push(self.save_pretrained, self.model, repo_id, **of_hub)
+
+    def pack(
+        self,
+        bits: int = packing.BITS,
+        data: Iterable[Mapping[str, Any]] | None = None,
+        *,
+        multiplier_bits: int = packing.MULTIPLIER_BITS,
+    ) -> bytes:
+        """The checkpoint of the current task in few bits, some hundred bytes for d = 1,000; see `packing.pack`.
+
+        Write them to a file, and load it by `from_pretrained(file, model)` or `load_task(file)`.
+
+        Args:
+            bits: theta is rounded to 2**bits levels, from 1 to 16.
+            data: batches to tune on, {name: argument of the model}, a step for each, with the values kept on their
+                levels (`rounded`). The rates are those of `parameter_groups`, falling to 0. The values stay there.
+                None rounds a copy.
+            multiplier_bits: of the multipliers. Fully trained tensors have 8 bits, and buffers that training changed
+                are there as they are.
+
+        Raises TypeError or ValueError for other widths and for values that are not finite, ImportError without the
+        package constriction.
+        """
+        if data is not None:
+            batches = list(data)
+            optimizer = torch.optim.AdamW(self.parameter_groups(weight_decay=0.0))
+            schedule = torch.optim.lr_scheduler.LinearLR(
+                optimizer, min(1.0, TUNING / 2**bits), 0.0, max(1, len(batches))
+            )
+            with self.rounded(optimizer, bits, multiplier_bits=multiplier_bits):
+                for batch in batches:
+                    self(**batch).loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    schedule.step()
+        return packing.pack(*self._checkpoint(), bits, multiplier_bits)
+
+    def rounded(
+        self,
+        optimizer: torch.optim.Optimizer,
+        bits: int = packing.BITS,
+        *,
+        multiplier_bits: int = packing.MULTIPLIER_BITS,
+    ) -> contextlib.AbstractContextManager[None]:
+        """A context manager in which theta and the multipliers stay on the levels that `pack` gives them.
+
+        `optimizer`, of any training loop, trains the values behind the levels, with gradients at the levels ("straight
+        through"): a few steps of it undo most of what rounding costs. The levels are chosen at the beginning. At the
+        end the parameters hold levels, which `pack` with the same widths keeps. Raises as `pack`.
+        """
+        widths = {self.theta: (bits, 0.0), self.multipliers: (multiplier_bits, 1.0)}
+        return rounded_after_steps(optimizer, {p: fit_levels(p, *width) for p, width in widths.items()})
+
+    def _checkpoint(self) -> tuple[Config, dict[str, Tensor]]:
+        """The configuration and the values of the current task."""
+        values = {name: value_of(parameter.detach()) for name, parameter in self.named_parameters()}
+        buffers = {f"{PREFIX}{name}": buffer for name, buffer in self.buffers_changed().items()}
+        return self.configuration(), values | buffers
 
     def _fill(self, values: Mapping[str, Tensor]) -> None:
         """Copies a checkpoint's values into the parameters of the current task, and into the model's buffers.

@@ -314,7 +314,7 @@ def test_version_and_help(capsys):
     assert re.match(r"hsaid \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
-BARS = ("training:", "merging:")  # of progress
+BARS = ("training:", "tuning in", "merging:")  # of progress
 
 
 def refusal(capsys, arguments, code=2):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hsaid_kernels.app import cli, data, training
+from hsaid_kernels.app.command_measure import TextClassification
 from hsaid_kernels.app.measure.compare import METHODS, adapted, check_method
 from hsaid_kernels.measure import Run
 
@@ -225,3 +226,17 @@ def test_gpart_is_an_isometry_on_the_linear_layers(files):
         next(p for n, p in again.named_parameters() if p.requires_grad and len(p) == 40).copy_(theta)
     other = (m for m in again.bert.modules() if isinstance(m, torch.nn.Linear))
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(layers, other, strict=True))
+
+
+def test_a_run_that_is_certified(files, tmp_path):
+    """Its scores are those without bits; the errors are counted on the training texts, on the levels."""
+    dataset = data.with_validation(data.load_files(files / "train.csv", files / "test.csv"), 0)
+    options = dict(max_length=8, steps=40, batch_size=8, dropout=False, normalize="global", diagonal="gaussian")
+    run = Run("did", 300, 0.05, 0, tmp_path)
+    plain = TextClassification(str(files / "model"), dataset, **options)(run)
+    found = TextClassification(str(files / "model"), dataset, **options, bits=3)(run)
+    assert (found.validation, found.test, found.trained) == (plain.validation, plain.test, plain.trained)
+    assert found.examples == len(dataset.train) == 24
+    assert found.train_error * 24 == round(found.train_error * 24) and found.train_error <= 0.25
+    assert 300 < found.bits < 3 * 300 + 3 * 17
+    assert plain.bits is None

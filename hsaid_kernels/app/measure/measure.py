@@ -29,7 +29,7 @@ DIMS = (100, 300, 1000, 3000, 10_000)
 # Where the search for a learning rate starts: AdamW on pretrained models. "theta" is for d = 1,000.
 RATES = {BASELINE: 1e-4, "theta": 0.3, "lora": 0.01, "vera": 0.03, "unilora": 0.03, "fourierft": 0.3, "bitfit": 0.01}
 RATES["gpart"] = 0.1
-RESULTS_FILE, TABLE_FILE, PICTURE_FILE = "results.json", "table.md", "dimension.png"
+RESULTS_FILE, TABLE_FILE, PICTURE_FILE, BOUND_FILE = "results.json", "table.md", "dimension.png", "bound.png"
 
 
 def measure(
@@ -58,7 +58,8 @@ def measure(
     Runs `train` for the baseline (all weights), and for each method over a grid of d, with several seeds, each at the
     learning rate with the best validation score. The study goes on where it was left if it exists already, and other
     processes, also on other machines, may work on it at the same time with the same call. Writes table.md, results.json
-    and dimension.png to `out`. Equivalent to `hsaid measure` for a text classifier; docs/measuring.md has the protocol.
+    and dimension.png to `out`, and bound.png if the scores have what bounds are made of. Equivalent to `hsaid measure`
+    for a text classifier; docs/measuring.md has the protocol.
 
     Args:
         model: the model that is measured, for the names and shapes of its weights; it is neither trained nor changed.
@@ -214,5 +215,8 @@ def write_results(study: Study, design: Design, out: Path) -> Measurement:
     texts = {RESULTS_FILE: json.dumps(results, indent=1, ensure_ascii=False), TABLE_FILE: measurement.table()}
     files = {out / file: f"{text}\n".encode() for file, text in texts.items()}
     out.mkdir(parents=True, exist_ok=True)
-    replace_files(files | {out / PICTURE_FILE: measurement.picture("png", study.noted("title"))})
+    files[out / PICTURE_FILE] = measurement.picture("png", study.noted("title"))
+    if measurement.certificates:
+        files[out / BOUND_FILE] = measurement.bound_picture("png", study.noted("title"))
+    replace_files(files)
     return measurement

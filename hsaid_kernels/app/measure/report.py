@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from hsaid_kernels.app.certificate import DELTA, Certificate
+from hsaid_kernels.app.measure.bounds import best_dim, certificate, certificates
 from hsaid_kernels.app.measure.estimate import Estimate, estimate
 from hsaid_kernels.app.measure.runs import BASELINE, RATES, Design, rate
 from hsaid_kernels.app.measure.schedule import Outcomes, Point, Schedule
@@ -18,6 +20,7 @@ from hsaid_kernels.files import replace_files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FEW = 5  # seeds, fewer than which give too narrow an interval
 NAMES = {
@@ -96,6 +99,15 @@ class Measurement:
         known = [self.baseline] if self.baseline.scores else []
         return [*known, *(point for points in self.curves.values() for point in points), *self.compared]
 
+    @property
+    def certificates(self) -> dict[str, dict[int, dict[int, Certificate]]]:
+        """{method: {d: {seed: what the run certifies}}}, of methods whose runs have training errors (`Scores`)."""
+        found = {
+            method: {point.dim or 0: its for point in points if (its := certificates(self.design, point))}
+            for method, points in self.curves.items()
+        }
+        return {method: bounds for method, bounds in found.items() if bounds}
+
     def named(self, method: str) -> str:
         """What a method is called in table and picture."""
         if method in self.labels:
@@ -128,20 +140,33 @@ class Measurement:
         ends = [f"{self.named(point.method)} {point.dim or ''}".strip() for point in at_end]
         if ends:
             lines += [f"The best learning rate is at the end of those that are tried: {', '.join(ends)}.", ""]
-        rows = [["method", "d", "test", "seeds", "validation", "lr", "s a run"]]
+        bounds = self.certificates
+        for method, its in bounds.items():
+            d = best_dim(its)
+            each = its[d].values()
+            lines += [
+                f"{self.named(method)}: an error of at most {mean(c.bound for c in each):.4f} on new data at d = {d:,} "
+                f"({mean(c.training_error for c in each):.4f} in training, {mean(c.bits for c in each):,.0f} bits), "
+                f"with probability {1 - DELTA:g} (docs/certificates.md).",
+                "",
+            ]
+        rows = [["method", "d", "test", "seeds", "validation", "lr", "s a run", *(["bound"] if bounds else [])]]
         for point in self.points:
             trained = trained_values(point)
             which = [self.named(point.method), "all" if point.method == BASELINE else f"{trained:,}" if trained else ""]
             scores = list(point.scores.values())
             if not scores:
-                rows.append([*which, "diverges at every rate tried", *[""] * 4])
+                rows.append([*which, "diverges at every rate tried", *[""] * (len(rows[0]) - 3)])
                 continue
             validation = mean(o.scores.validation for o in point.outcomes.values() if o.scores is not None)
             seconds = mean(outcome.seconds for outcome in point.outcomes.values())
             spread = " ".join(f"{score:.3f}" for score in scores)
             numbers = [f"{mean(scores):.3f}", spread, f"{validation:.3f}", f"{point.lr:g}", f"{seconds:.1f}"]
+            certified = bounds.get(point.method, {}).get(point.dim or 0, {}).values()
+            if bounds:
+                numbers.append(f"{mean(c.bound for c in certified):.4f}" if certified else "")
             rows.append([*which, *numbers])
-        return "\n".join([*lines, *_aligned(rows, ">1>2>4>5>6")])
+        return "\n".join([*lines, *_aligned(rows, ">1>2>4>5>6>7")])
 
     def to_json(self) -> dict[str, Any]:
         """Everything in a form for JSON. An end of an interval beyond the grid is null."""
@@ -174,6 +199,7 @@ class Measurement:
                             "test": outcome.scores.test,
                             "validation": outcome.scores.validation,
                             "seconds": outcome.seconds,
+                            **_certified(certificate(self.design, outcome)),
                         }
                         for seed, outcome in sorted(point.outcomes.items())
                         if outcome.scores is not None
@@ -203,17 +229,7 @@ class Measurement:
 
         Raises ImportError if Matplotlib is not installed, ValueError for an unknown kind.
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 5.2), dpi=130, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
-        if kind not in canvas.get_supported_filetypes():
-            raise ValueError(f"path: expected the ending .png, .svg or .pdf, got {kind!r}")
-        axes = figure.add_subplot()
-        axes.set(xscale="log", xlabel="trained values (intrinsic dimension d)", ylabel=score, title=title)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="0.92")
+        axes = _new_axes(kind, score, title)
         self._draw_levels(axes)
         for number, (method, points) in enumerate(self.curves.items()):
             if points := [point for point in points if point.scores]:
@@ -223,11 +239,32 @@ class Measurement:
             bars = [[mean(scores) - min(scores)], [max(scores) - mean(scores)]]
             label = f"{self.named(point.method)}: {x:,} values"
             axes.errorbar([x], [mean(scores)], bars, fmt=marker, color="0.25", markersize=5, elinewidth=1, label=label)
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-        image = io.BytesIO()
-        figure.savefig(image, format=kind, metadata={"Date": None} if kind == "svg" else None)
-        return image.getvalue()
+        return _image(axes, kind)
+
+    def bound_picture(self, kind: str, title: str = "") -> bytes:
+        """The bounds on the error on new data against d, above the errors in training, as an image of some kind.
+
+        Each method is a line through the means over the seeds, with a band from the lowest seed to the highest; a
+        vertical line is at the d whose bound is best, by which one could choose d without any test data.
+
+        Raises as `picture`, and ValueError if no run has a training error.
+        """
+        if not self.certificates:
+            raise ValueError("study: expected runs with a training error (Scores, hsaid measure --bits), got none")
+        axes = _new_axes(kind, f"error, bounds hold with probability {1 - DELTA:g}", title)
+        for number, (method, bounds) in enumerate(self.certificates.items()):
+            colour, d = f"C{number}", best_dim(bounds)
+            each = [[its.bound for its in bounds[dim].values()] for dim in bounds]
+            label = f"{self.named(method)}: bound {mean(its.bound for its in bounds[d].values()):.3f} at d = {d:,}"
+            axes.plot(list(bounds), list(map(mean, each)), color=colour, marker="o", markersize=4, label=label)
+            axes.fill_between(
+                list(bounds), list(map(min, each)), list(map(max, each)), color=colour, alpha=0.15, linewidth=0
+            )
+            errors = [mean(its.training_error for its in bounds[dim].values()) for dim in bounds]
+            axes.plot(list(bounds), errors, color=colour, linestyle=":", marker=".", label="in training")
+            axes.axvline(d, color=colour, linewidth=1, linestyle="--")
+        axes.set_ylim(bottom=0)
+        return _image(axes, kind)
 
     def _draw_levels(self, axes: Axes) -> None:
         if self.baseline.scores:
@@ -252,6 +289,37 @@ class Measurement:
         if found and found.answer == "found":
             goal = self.design.threshold * mean(self.baseline.scores.values())
             axes.plot([found.d], [goal], color=colour, marker="|", markersize=16, markeredgewidth=2.5)
+
+
+def _new_axes(kind: str, score: str, title: str) -> Axes:
+    """Raises ImportError if Matplotlib is not installed, ValueError for an unknown kind."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.2), dpi=130, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    if kind not in canvas.get_supported_filetypes():
+        raise ValueError(f"path: expected the ending .png, .svg or .pdf, got {kind!r}")
+    axes = figure.add_subplot()
+    axes.set(xscale="log", xlabel="trained values (intrinsic dimension d)", ylabel=score, title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.92")
+    return axes
+
+
+def _image(axes: Axes, kind: str) -> bytes:
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    image = io.BytesIO()
+    figure = cast("Figure", axes.figure)
+    figure.savefig(image, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return image.getvalue()
+
+
+def _certified(found: Certificate | None) -> dict[str, float]:
+    if found is None:
+        return {}
+    return {"training_error": found.training_error, "bits": round(found.bits, 1), "bound": found.bound}
 
 
 def trained_values(point: Point) -> int | None:

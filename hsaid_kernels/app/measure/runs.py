@@ -68,13 +68,22 @@ class Scores:
         validation: the score by which learning rates are chosen.
         test: the score that is reported; nothing is chosen by it.
         trained: number of trained values; needed for methods of PEFT only.
+        train_error, examples, bits: of the packed model, what its bound is made of (docs/certificates.md), as
+            `certified` returns them: the share of wrong answers among that many training examples, and the bits that
+            say which model of this d, method and seed it is. All or none.
     """
 
     validation: float
     test: float
     trained: int | None = None
+    train_error: float | None = None
+    examples: int | None = None
+    bits: float | None = None
 
     def __post_init__(self) -> None:
+        parts = [self.train_error, self.examples, self.bits]
+        if None in parts and any(part is not None for part in parts):
+            raise ValueError(f"train_error, examples, bits: expected all or none, got {', '.join(map(str, parts))}")
         for name in ("validation", "test"):
             value = getattr(self, name)
             try:

@@ -266,8 +266,9 @@ def _run_of(trial: FrozenTrial) -> Run:
 def _outcome_of(run: Run, trial: FrozenTrial) -> Outcome:
     known, scores = trial.user_attrs["scores"], None
     if trial.state == TrialState.COMPLETE:
-        trained = known.get("trained")
-        scores = Scores(known["validation"], known["test"], None if trained is None else int(trained))
+        counts = {key: None if known.get(key) is None else int(known[key]) for key in ("trained", "examples")}
+        rest = {key: known.get(key) for key in ("train_error", "bits")}
+        scores = Scores(known["validation"], known["test"], **counts, **rest)
     return Outcome(run, scores, known["seconds"], known.get("made_with", ""))
 
 

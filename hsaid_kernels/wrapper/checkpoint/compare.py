@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,6 +18,23 @@ from hsaid_kernels.wrapper.callers import stacklevel
 from hsaid_kernels.wrapper.checkpoint.configuration import Config, Shapes, decode_state
 from hsaid_kernels.wrapper.checkpoint.renaming import proposal
 from hsaid_kernels.wrapper.w0.checks import differences
+
+# In the configuration of a packed checkpoint, in place of "tensors" and "full", and of "w0_checks".
+TENSORS_DIGEST, W0_DIGEST = "tensors_digest", "w0_digest"
+
+
+def tensors_digest(shapes: Mapping[str, Shapes]) -> bytes:
+    """Four bytes that stand for names, shapes and order, {"tensors": projected, "full": fully trained}."""
+    return _digest(json.dumps([[*shapes[key].items()] for key in ("tensors", "full")]))
+
+
+def w0_digest(w0_checks: str) -> bytes:
+    """Four bytes that stand for the hashes of W0, `configuration.w0_checks`."""
+    return _digest(w0_checks)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=4).digest()
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
@@ -46,8 +65,14 @@ def check_value(values: Mapping[str, Tensor], name: str, shape: Sequence[int], d
 def check_tensors(config: Config, got: Mapping[str, Shapes]) -> None:
     """Raises ValueError if names, shapes or order of the tensors in `got` differ from the configuration's.
 
-    `got` is {"tensors": projected, "full": fully trained}, each {name: shape}.
+    `got` is {"tensors": projected, "full": fully trained}, each {name: shape}. The configuration of a packed checkpoint
+    has a digest of these.
     """
+    if TENSORS_DIGEST in config:
+        if config[TENSORS_DIGEST] != tensors_digest(got):
+            count = len(got["tensors"]) + len(got["full"])
+            raise ValueError(f"model: expected the tensors that were trained, got {count} of other names or shapes")
+        return
     for key, what in {"tensors": "trained", "full": "trained fully"}.items():
         expected, found = config[key], got[key]
         if list(expected.items()) != list(found.items()):  # the order matters too: it determines the multipliers' order
@@ -85,7 +110,18 @@ def check_state(state: Tensor, own: Config) -> None:
 
 
 def warn_of_other_w0(config: Config, own: str) -> None:
-    """Warns if the W0 of some tensors, by their `w0_checks`, is not that from which theta was trained."""
+    """Warns if the W0 of some tensors, by their `w0_checks`, is not that from which theta was trained.
+
+    A packed checkpoint has a digest of these, so that it does not say which tensors.
+    """
+    if W0_DIGEST in config:
+        if config[W0_DIGEST] != w0_digest(own):
+            warnings.warn(
+                f"model: W0 is not what was trained from in some of {len(own.split())} tensors, so these will not be "
+                "the trained ones",
+                stacklevel=stacklevel(),
+            )
+        return
     pairs = zip(config["w0_checks"].split(), own.split(), config["tensors"], strict=True)
     if other := [name for saved, now, name in pairs if saved != now]:
         names = ", ".join(map(repr, other[:3])) + (", ..." if len(other) > 3 else "")
