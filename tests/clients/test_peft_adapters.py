@@ -96,9 +96,12 @@ def test_begins_as_the_model():
     assert model.get_model_status().peft_types == {"default": "HSAID"}
 
 
-@pytest.mark.parametrize("options", [{}, {"partition": "did"}, {"seed": 7, "diagonal": "rademacher"}])
+ONE_CHUNK = {"intrinsic_dim": 300, "width": 64, "chunks": "one"}
+
+
+@pytest.mark.parametrize("options", [{}, {"partition": "did"}, {"seed": 7, "diagonal": "rademacher"}, ONE_CHUNK])
 def test_the_weights_are_those_of_an_hsaid_to_the_bit(options):
-    model, hsaid = adapted(**options), HSAID(seeded_bert(), 80, **options)
+    model, hsaid = adapted(**options), HSAID(seeded_bert(), **{"intrinsic_dim": 80} | options)
     own = values(model)
     with torch.no_grad():
         hsaid.theta.copy_(LR_SCALE * own.theta)
@@ -266,10 +269,12 @@ def test_one_configuration_for_two_models():
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("options", [{}, {"modules_to_save": HEAD}, {"partition": "did", "task_type": "SEQ_CLS"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"modules_to_save": HEAD}, {"partition": "did", "task_type": "SEQ_CLS"}, ONE_CHUNK]
+)
 def test_saved_and_loaded(options, low_cpu_mem_usage, tmp_path):
     model = adapted(**options)
-    if options:
+    if options.keys() & {"modules_to_save", "task_type"}:
         with torch.no_grad():
             inside(model).classifier.modules_to_save["default"].weight.add_(1)
     model.save_pretrained(tmp_path)
