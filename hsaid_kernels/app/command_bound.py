@@ -83,11 +83,13 @@ def _describe(certificate: Certificate, bits: Mapping[str, float], dataset: data
     vacuous = certificate.bound >= guess
     what = f"VACUOUS: always saying the same label errs in {guess:.4f} of the training texts" if vacuous else ""
     say("bound", f"{certificate.bound:.4f} with probability {share:g}{f'; {what}' if vacuous else ''}")
-    print()
     languages = " ".join(dict.fromkeys(e.language for e in dataset.train if e.language))
-    scope = f"texts in {languages}: not of the test languages" if languages else "texts like those"
-    print(f"It bounds the error of the packed classifier on new {scope}, if the {n:,} texts of training were drawn")
+    about = f"new texts in {languages}, and not those in the test languages" if languages else "new texts like these"
+    say("about", f"the packed classifier on {about}")
     print(
-        "independently from the same distribution as the new ones, which nothing here can check, and if neither W0 nor"
+        f"\nIt holds if the {n:,} texts of training were drawn independently from the same distribution as the new ones,"
     )
-    print("the settings depend on them: where the model was pretrained on these texts, it does not hold.")
+    print(
+        "which nothing here can check, and if neither W0 nor the length of texts depends on them: where the model was"
+    )
+    print("pretrained on these texts, it does not hold.")

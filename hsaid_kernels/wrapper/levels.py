@@ -1,7 +1,7 @@
 """Numbers in few bits: levels of equal distance, and training whose numbers stay on them.
 
-Levels of equal distance take fewer bits after entropy coding than as many levels of any other kind, because most values
-are near zero (docs/certificates.md).
+With an entropy coder behind them, levels of equal distance are near the best there is for the same error (Gish and
+Pierce 1968; docs/certificates.md).
 """
 
 from __future__ import annotations
