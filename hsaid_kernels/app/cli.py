@@ -192,8 +192,9 @@ def _add_data(parser: argparse.ArgumentParser, default: _Default) -> None:
 def _add_scale(add: _Add) -> None:
     add("--normalize", "global", "scale of the random matrices", choices=NORMALIZATIONS)
     add("--diagonal", DIAGONALS[0], "of the random matrices", choices=DIAGONALS)
-    add("--width", None, "of their blocks (that of theta)", type=_integer(MIN_WIDTH, MAX_WIDTH), metavar="N")
-    add("--chunks", None, "of theta that make a block, where it is wider (all up to d = 16,384)", choices=CHUNKS)
+    text = "values in a block (as many as theta has, at most 16,384)"
+    add("--width", None, text, type=_integer(MIN_WIDTH, MAX_WIDTH), metavar="N")
+    add("--chunks", None, "what each block uses of a longer theta (all up to d = 16,384, else one)", choices=CHUNKS)
 
 
 def _add_loop(parser: argparse.ArgumentParser, default: _Default, steps: str) -> _Add:
