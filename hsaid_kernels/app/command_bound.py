@@ -86,10 +86,6 @@ def _describe(certificate: Certificate, bits: Mapping[str, float], dataset: data
     languages = " ".join(dict.fromkeys(e.language for e in dataset.train if e.language))
     about = f"new texts in {languages}, and not those in the test languages" if languages else "new texts like these"
     say("about", f"the packed classifier on {about}")
-    print(
-        f"\nIt holds if the {n:,} texts of training were drawn independently from the same distribution as the new ones,"
-    )
-    print(
-        "which nothing here can check, and if neither W0 nor the length of texts depends on them: where the model was"
-    )
+    print(f"\nIt holds if these {n:,} texts were drawn independently from the same distribution as the new ones, which")
+    print("nothing here can check, and if neither W0 nor the length of texts depends on them: where the model was")
     print("pretrained on these texts, it does not hold.")
