@@ -512,7 +512,7 @@ def test_groups_are_added_in_order(isa):
 
 def test_waves_of_groups(isa):
     """More sums than are held at a time (8 of 2 MB): segments one after the other, to the last bit."""
-    plan = Plan({f"t{i}": (50,) for i in range(20)}, 2**19)
+    plan = Plan({f"t{i}": (50,) for i in range(20)}, 2**19, chunks="all")
     theta, factors = inputs(plan)
     grads = [values((50,)) * (i + 1) for i in range(20)]
     with threads(2):

@@ -42,9 +42,9 @@ def outcomes(**parts):
 def test_every_run_of_the_design_is_charged_for_its_index():
     grid = math.log2(5 * 2 * 21)  # five pairs of method and d, two seeds, 21 rates
     assert settings_bits(DESIGN, "did", 100) == settings_bits(DESIGN, "said", 1000) == pytest.approx(1 + grid)
-    assert settings_bits(DESIGN, "did", 316) == pytest.approx(1 + 20 + math.log2(2 * 2 * 21))
+    assert settings_bits(DESIGN, "did", 316) == pytest.approx(1 + 24 + math.log2(2 * 2 * 21))
     weight = 5 * 2 * 21 * 2.0 ** -settings_bits(DESIGN, "did", 100)
-    weight += 2 * 2**20 * 2 * 21 * 2.0 ** -settings_bits(DESIGN, "did", 316)
+    weight += 2 * 2**24 * 2 * 21 * 2.0 ** -settings_bits(DESIGN, "did", 316)
     assert weight == pytest.approx(1)
 
 
