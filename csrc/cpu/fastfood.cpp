@@ -171,6 +171,7 @@ void adjoint_of_one_chunk(const Adjoint& given, float* dtheta, float* dfactors, 
     });
   }
   dynamic_for(threads, p.chunks, [&](int64_t c) { kernel.shared_z_transposed(p, (int)c, dtheta + c * n); });
+  const KeepSubnormals keep;
   for (int64_t i = 0; i < a.num_segments; ++i) {
     float sums[kDotSums] = {};
     const float* own = dots.data() + a.segments[i].first_block;

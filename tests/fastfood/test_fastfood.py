@@ -425,10 +425,12 @@ def test_subnormals_are_kept(diagonal, isa):
     assert_same_bits(flushed[1], rounded)
 
 
-def test_gradients_and_transforms_of_a_process_without_subnormals(isa):
+@pytest.mark.parametrize("chunks", ["all", "one"])
+def test_gradients_and_transforms_of_a_process_without_subnormals(chunks, isa):
     """The sums over groups, segments and tensors too, of which some are subnormal here."""
-    plan = Plan({"a": (3000,), "b": (40, 50), "c": (7,)}, 300)
+    plan = Plan({"a": (3000,), "b": (40, 50), "c": (7,)}, 300, width=512 if chunks == "all" else 128, chunks=chunks)
     theta, factors = inputs(plan)
+    theta = theta * 1e-5
     grads = [values(shape) * 1e-38 for shape in plan.shapes.values()]
     rows = values((3, 300)) * 1e-38
     expected = *adjoint(plan, theta, factors, grads), ops.hadamard_transform(rows)
