@@ -174,7 +174,7 @@ def test_one_chunk(q, backend):
 
 def test_one_chunk_without_gradients(backend):
     """And of a chunk from which no block is made: what is written is zeros, of either sign."""
-    plan = Plan({"f": (5,), "g": (9,)}, 90, width=32, chunks="one")
+    plan = Plan({"f": (5,), "g": (9,)}, 90, width=32, chunks="one", part=True)
     assert max(map(stream_id, plan.names)) < 0, "whose remainders are those of unsigned numbers"
     assert plan.chunks_reached() == 2 < plan.chunks
     for missing in ((1,), (0, 1)):
