@@ -139,6 +139,10 @@ class Model:
             return [(stream_id(name) % self.chunks + block) % self.chunks]
         return list(range(self.chunks))
 
+    def length(self) -> int:
+        """Of the chunks of theta."""
+        return -(-self.dim // self.chunks) if self.one_chunk else self.n
+
     def shared(self, name: str) -> int:
         """The stream of B and Pi."""
         return 0 if self.one_chunk else stream_id(name)
@@ -152,9 +156,10 @@ class Model:
         return signs(self.seed, self.shared(name), SIGNS, 0, chunk, self.n)
 
     def z(self, name: str, chunk: int, theta: np.ndarray) -> np.ndarray:
-        padded = np.zeros(self.chunks * self.n, dtype=F)
-        padded[: self.dim] = theta
-        h = walsh_hadamard(self.b(name, chunk) * padded[chunk * self.n : (chunk + 1) * self.n])
+        padded, length = np.zeros(self.n, dtype=F), self.length()
+        own = theta[chunk * length : (chunk + 1) * length]
+        padded[: len(own)] = own
+        h = walsh_hadamard(self.b(name, chunk) * padded)
         return np.array([h[k] for k in permutation(self.seed, self.shared(name), chunk, self.n)])
 
     def forward(self, name: str, theta: np.ndarray, factor: np.float32, base: np.ndarray) -> np.ndarray:
@@ -228,7 +233,7 @@ class Model:
             scattered = np.zeros(self.n, dtype=F)
             scattered[permutation(self.seed, 0, chunk, self.n)] = u
             dtheta[chunk] = self.b("", chunk) * walsh_hadamard(scattered, transposed=True)
-        return dtheta.reshape(-1)[: self.dim], np.array(dfactors, dtype=F)
+        return dtheta[:, : self.length()].reshape(-1)[: self.dim], np.array(dfactors, dtype=F)
 
 
 def folded(x: np.ndarray) -> np.float32:

@@ -267,7 +267,8 @@ def fastfood_forward(
         return reference.forward(plan, theta, factors, base, dtype, listed, span)
     width, signs, seed = plan.width, plan.rademacher, _signed(plan.seed)
     tables = plan.segments, seed, width, signs, plan.holes, plan.numel
-    return _kernels(backend).fastfood_forward(theta, factors, list(base), *tables, dtype, listed, span, plan.one_chunk)
+    of_blocks = dtype, listed, span, plan.one_chunk
+    return _kernels(backend).fastfood_forward(plan.spread(theta), factors, list(base), *tables, *of_blocks)
 
 
 def fastfood_adjoint(
@@ -289,9 +290,10 @@ def fastfood_adjoint(
     if backend == "reference":
         return reference.adjoint(plan, theta, factors, [_plain(grad) for grad in grads], listed, span)
     width, signs, seed = plan.width, plan.rademacher, _signed(plan.seed)
-    return _kernels(backend).fastfood_adjoint(
-        theta, factors, grads, plan.segments, seed, width, signs, plan.run_blocks, listed, span, plan.one_chunk
-    )
+    tables = plan.segments, seed, width, signs, plan.run_blocks
+    of_blocks = listed, span, plan.one_chunk
+    dtheta, dfactors = _kernels(backend).fastfood_adjoint(plan.spread(theta), factors, grads, *tables, *of_blocks)
+    return plan.gathered(dtheta), dfactors
 
 
 def row_span(plan: Plan, backend: str) -> int:

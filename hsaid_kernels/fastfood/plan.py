@@ -179,7 +179,8 @@ class Plan:
         segments: int64 [S, len(COLUMNS)], the same as a table, on the CPU for every backend.
         holes: int64 [H, len(COLUMNS)], a table of the rest of the flat buffer: elements of tensors that are in no
             segment, which keep W0, and gaps between tensors, which are 0 and have -1 in column "tensor".
-        chunks: the number of chunks of theta. Each has `width` values; the last one is padded with zeros.
+        chunks: the number of chunks of theta. Each has `width` values, the last one fewer; if `one_chunk`, all have the
+            same number, or the last one fewer. Missing values are zeros.
         one_chunk: whether each block is made from one of several chunks.
         scales: float32 [S], the s_i, on the CPU; `scales_on` has them on other devices.
         key: a hash of all the arguments, the same in every process. `scales`, which `select` replaces, are not in it:
@@ -273,6 +274,24 @@ class Plan:
     def first_chunk(self, piece: Segment) -> int:
         """The chunk from which block 0 of a segment is made if `one_chunk`. Block b is made from the b-th after it."""
         return piece.stream_id % 2**64 % self.chunks
+
+    def spread(self, theta: torch.Tensor) -> torch.Tensor:
+        """theta [dim] as kernels take it: if `one_chunk`, [chunks * width], chunks of equal length padded with zeros.
+
+        Otherwise theta itself, whose last chunk alone is shorter.
+        """
+        if not self.one_chunk:
+            return theta
+        length = -(-self.dim // self.chunks)
+        even = torch.nn.functional.pad(theta, (0, length * self.chunks - self.dim)).view(self.chunks, length)
+        return torch.nn.functional.pad(even, (0, self.width - length)).flatten()
+
+    def gathered(self, spread: torch.Tensor) -> torch.Tensor:
+        """The inverse of `spread`: [dim]."""
+        if not self.one_chunk:
+            return spread
+        length = -(-self.dim // self.chunks)
+        return spread.view(self.chunks, self.width)[:, :length].flatten()[: self.dim].clone()
 
     def chunks_reached(self) -> int:
         """From how many chunks some block is made. The other chunks have no effect on the weights."""

@@ -165,7 +165,8 @@ def _chunk_streams(plan: Plan, stream: int, dtype: torch.dtype) -> Iterator[tupl
 def _z(plan: Plan, stream: int, theta: Tensor) -> Tensor:
     """z_ic for all chunks c of theta, [chunks, n], for this stream id: that of a segment, or `SHARED`."""
     n = plan.width
-    padded = torch.nn.functional.pad(theta, (0, plan.chunks * n - plan.dim)).view(plan.chunks, n)
+    spread = plan.spread(theta)
+    padded = torch.nn.functional.pad(spread, (0, plan.chunks * n - len(spread))).view(plan.chunks, n)
     streams = _chunk_streams(plan, stream, theta.dtype)
     return torch.stack([walsh_hadamard(t * signs)[pi] for t, (signs, pi) in zip(padded, streams, strict=True)])
 
@@ -324,7 +325,7 @@ def _adjoint_of_one_chunk(
         scattered = torch.empty(n, dtype=dtype)
         scattered[pi] = u
         dtheta[chunk] = signs * walsh_hadamard(scattered, transpose=True)
-    return dtheta.flatten()[: plan.dim].clone(), dfactors
+    return plan.gathered(dtheta.flatten()), dfactors
 
 
 def dots_of_blocks(products: Tensor) -> Tensor:
