@@ -18,11 +18,10 @@ import torch
 from torch.nn.utils import parametrize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from measure_mnist import Training, accuracy, load, network
+from measure_mnist import accuracy, fit, load, network
 
 from hsaid_kernels import HSAID
 from hsaid_kernels.app.measure.compare import OfGroups, splitmix64
-from hsaid_kernels.measure import Run
 
 EPOCHS, HELD_OUT = 3, 10_000
 RATES = (0.3, 1.0, 3.0)  # times sqrt(1000 / d) / 3
@@ -58,7 +57,7 @@ def scores(folder, basis, dim, lr, seed):
         model = partitioned(model, dim, seed)
     else:
         model = HSAID(model, dim, "did", seed, **BASES[basis])
-    Training(folder, HELD_OUT, "fc", "he", EPOCHS, False).train(model, Run("did", dim, lr, seed), *data["train"])
+    fit(model, *data["train"], lr, EPOCHS, seed)
     return accuracy(model, *data["validation"]), accuracy(model, *data["test"])
 
 
