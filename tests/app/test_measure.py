@@ -13,8 +13,9 @@ import torch
 
 from hsaid_kernels.app import cli, data, training
 from hsaid_kernels.app.command_measure import TextClassification
-from hsaid_kernels.app.measure.compare import METHODS, adapted, check_method
+from hsaid_kernels.app.measure.compare import METHODS, TRAINED_FILE, adapted, check_method
 from hsaid_kernels.measure import Run
+from hsaid_kernels.wrapper.checkpoint.files import read_config
 
 PROGRAM = "import sys; from hsaid_kernels.app.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -240,3 +241,24 @@ def test_a_run_that_is_certified(files, tmp_path):
     assert found.train_error * 24 == round(found.train_error * 24) and found.train_error <= 0.25
     assert 300 < found.bits < 3 * 300 + 3 * 17
     assert plain.bits is None
+
+
+def test_a_study_of_one_chunk_a_block_beside_gpart(files, tmp_path, capsys):
+    more = ("--compare", "gpart:40", "--chunks", "one", "--width", "64")
+    arguments = command(files, tmp_path, *more)
+    arguments[arguments.index("--methods") + 1 : arguments.index("--seeds") + 2] = [
+        "did",
+        "--dims",
+        "300",
+        "--seeds",
+        "1",
+    ]
+    assert cli.main(arguments) == 0 and "GPart" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["settings"]["chunks"] == "one" and results["settings"]["width"] == 64
+    (gpart,) = (point for point in results["points"] if point["method"] == "gpart:40")
+    assert len(gpart["runs"]) == 1
+    saved = next(path for path in (tmp_path / "runs").iterdir() if path.name.startswith("gpart"))
+    assert (saved / TRAINED_FILE).stat().st_size > 4 * 40
+    wrapped = next(path for path in (tmp_path / "runs").iterdir() if path.name.startswith("did"))
+    assert read_config(wrapped)["chunks"] == "one"
