@@ -7,7 +7,9 @@ The folder holds MNIST's four idx files, gzipped or not, as torchvision leaves t
     python examples/measure_mnist.py data/MNIST/raw --net lenet --workers 2 # after a kill -9, the same goes on
     python examples/measure_mnist.py data/MNIST/raw --dense 100 300         # and with a dense Gaussian matrix
     python examples/measure_mnist.py data/MNIST/raw --net lenet --bits 4    # and a bound (docs/certificates.md)
+    python examples/measure_mnist.py data/MNIST/raw --net fc --method did did:rademacher --compare gpart:1000
 
+The last compares bases: normal values, random signs, and GPart's partition of all weights (docs/method.md).
 With --bits, all 60,000 images are trained on, and rates are chosen by the bound, which needs no other images.
 
 Each network's table, results and picture go to a folder of its own in --out, those with the dense matrix to another.
@@ -30,6 +32,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from hsaid_kernels.app.measure.compare import partitioned
 from hsaid_kernels.certificates import Certificate
 from hsaid_kernels.measure import Diverged, Run, Scores, certified, measure
 
@@ -47,6 +50,7 @@ def main(argv=None):
     for net in args.net:
         grid = args.dims or DIMS[net]
         designs[net] = {"methods": args.method, "dims": grid, "seeds": args.seeds, "refine": args.refine}
+        designs[net]["compare"] = args.compare
         if args.dense is not None:
             # `measure` asks for "did" here, and `Training` answers with a dense matrix.
             dims = dense_dims(net, args.dense or grid, args.memory, all_must_fit=bool(args.dense))
@@ -104,7 +108,10 @@ class Training:
     def __call__(self, run: Run) -> Scores:
         data = load(self.folder, self.held_out)
         model = network(self.net, self.init, run.seed)
-        if self.dense and run.dim is not None:
+        if run.method.startswith("gpart:"):
+            names = [name for name, _ in model.named_parameters()]
+            model = partitioned(model, names, int(run.method.removeprefix("gpart:")), run.seed)
+        elif self.dense and run.dim is not None:
             model = DenseSubspace(model, run.dim, run.seed)
         else:
             model = run.wrap(model)  # the model itself for the baseline, else an HSAID
@@ -112,7 +119,8 @@ class Training:
         fit(model, *train, run.lr, self.epochs, run.seed)
         test = accuracy(model, *data["test"])
         if not self.bits:
-            return Scores(accuracy(model, *data["validation"]), test)
+            trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+            return Scores(accuracy(model, *data["validation"]), test, trained)
         count = len(train[1])
         if run.dim is None:
             return Scores(accuracy(model, *train), test)
@@ -257,6 +265,7 @@ def parse(argv):
     add("folder", help="with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-..., with or without .gz")
     add("--net", nargs="+", choices=list(DIMS), default=list(DIMS), help="(both)")
     add("--method", nargs="+", default=["did"], help="partitions: did, said, hsaid-3, ... (%(default)s)")
+    add("--compare", nargs="+", default=[], metavar="gpart:D", help="GPart's partition into D groups (none)")
     add("--dims", nargs="+", type=int, metavar="D", help=f"the grid ({DIMS})")
     add("--seeds", type=int, default=3, metavar="N", help="(%(default)s)")
     add("--refine", type=int, default=1, metavar="N", help="d to add where the threshold is crossed (%(default)s)")
@@ -271,6 +280,10 @@ def parse(argv):
     add("--workers", type=int, default=1, metavar="N", help="processes (%(default)s)")
     add("--threads", type=int, metavar="N", help="of each process (all, or an equal share)")
     args = parser.parse_args(argv)
+    for method in args.compare:
+        name, _, size = method.partition(":")
+        if name != "gpart" or not size.isdecimal() or int(size) < 1 or args.bits:
+            parser.error(f"--compare: expected gpart:D, without --bits, got {method}")
     if args.held_out < 1:
         parser.error(f"--held-out: expected 1 or more, got {args.held_out}")
     if args.bits:

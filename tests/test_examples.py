@@ -470,7 +470,7 @@ def digits(tmp_path_factory):
 def test_measure_mnist(run, digits, tmp_path):
     pytest.importorskip("optuna")
     sizes = ["--seeds=1", "--refine=0", "--epochs=1", "--held-out=300", f"--out={tmp_path}", "--threads=1"]
-    command = [MNIST, digits, "--dims", 5, 200, "--dense", 5, *sizes]
+    command = [MNIST, digits, "--dims", 5, 200, "--dense", 5, "--compare", "gpart:5", *sizes]
     said = run(*command)
     check_quiet(said)
     found = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in os.listdir(tmp_path)}
@@ -482,7 +482,7 @@ def test_measure_mnist(run, digits, tmp_path):
         assert f"published d90 {750 if name.startswith('fc') else 290}\n" in said
         assert (tmp_path / name / "dimension.png").stat().st_size > 10_000
         scores = [point["runs"][0]["test"] for point in results["points"]]
-        assert [point["d"] for point in results["points"]] == ([None, 5] if "dense" in name else [None, 5, 200])
+        assert [point["d"] for point in results["points"]] == ([None, 5] if "dense" in name else [None, 5, 200, None])
         assert scores[0] > 0.5 and scores[0] > scores[1] > 0.1
     points = [found[name]["points"] for name in ("fc", "fc-dense")]
     assert points[0][0]["runs"][0]["test"] == points[1][0]["runs"][0]["test"]  # the same baseline

@@ -273,7 +273,8 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
         add(flag, None, f"{text} (quick: {quick[name]}; full: {full[name]})".lstrip(), **options)
 
     add("--profile", "quick", "quick takes minutes, full hours", choices=tuple(PROFILES))
-    add_profiled("--methods", "partitions, as for hsaid train", nargs="+", metavar="PARTITION")
+    text = "partitions, as for hsaid train; in did:rademacher and did:all:1024 with options of their own"
+    add_profiled("--methods", text, nargs="+", metavar="PARTITION")
     add_profiled("--dims", "numbers to train: the grid", nargs="+", type=_integer(1, MAX_DIM), metavar="D")
     add_profiled("--seeds", "how many", type=_integer(1, 1000), metavar="N")
     add_profiled("--refine", "how many d are added where a curve crosses", type=_integer(0, 100), metavar="N")

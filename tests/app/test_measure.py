@@ -244,21 +244,21 @@ def test_a_run_that_is_certified(files, tmp_path):
 
 
 def test_a_study_of_one_chunk_a_block_beside_gpart(files, tmp_path, capsys):
-    more = ("--compare", "gpart:40", "--chunks", "one", "--width", "64")
+    more = ("--compare", "gpart:40,gpart:80", "--chunks", "one", "--width", "64")
     arguments = command(files, tmp_path, *more)
-    arguments[arguments.index("--methods") + 1 : arguments.index("--seeds") + 2] = [
-        "did",
-        "--dims",
-        "300",
-        "--seeds",
-        "1",
-    ]
-    assert cli.main(arguments) == 0 and "GPart" in capsys.readouterr().out
+    design = ["did", "did:rademacher:128", "--dims", "300", "--seeds", "1"]
+    arguments[arguments.index("--methods") + 1 : arguments.index("--seeds") + 2] = design
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert all(f"| {name} " in said for name in ("DID", "DID, rademacher, n = 128", "GPart 40", "GPart 80"))
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["settings"]["chunks"] == "one" and results["settings"]["width"] == 64
     (gpart,) = (point for point in results["points"] if point["method"] == "gpart:40")
     assert len(gpart["runs"]) == 1
     saved = next(path for path in (tmp_path / "runs").iterdir() if path.name.startswith("gpart"))
     assert (saved / TRAINED_FILE).stat().st_size > 4 * 40
-    wrapped = next(path for path in (tmp_path / "runs").iterdir() if path.name.startswith("did"))
-    assert read_config(wrapped)["chunks"] == "one"
+    configurations = [read_config(path) for path in (tmp_path / "runs").iterdir() if path.name.startswith("did")]
+    assert {(c["chunks"], c["width"], c["diagonal"]) for c in configurations} == {
+        ("one", 64, "gaussian"),
+        ("one", 128, "rademacher"),
+    }

@@ -19,7 +19,8 @@ from hsaid_kernels.fastfood.limits import MAX_DIM
 def settings_bits(design: Design, method: str, dim: int) -> float:
     """The bits that say method, d, seed and rate of a run.
 
-    Half of the weight is the grid's. A d that was added is one of all 2**20: which ones are added depends on the data.
+    Half of the weight is the grid's. A d that was added is one of all up to MAX_DIM: which are added depends
+    on the data.
     """
     grids = {name: design.grid(name) for name in design.methods}
     known = dim in grids[method]

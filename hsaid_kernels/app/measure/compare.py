@@ -163,24 +163,33 @@ class OfGroups(nn.Module):
 
 
 def _gpart(model: nn.Module, head: dict[str, Tensor], size: int | None, seed: int) -> nn.Module:
-    """The partition of GPart (arXiv 2605.14841), from its formula: an isometry, with a hash in place of a matrix.
-
-    It adapts the linear layers of the pretrained part, all of them, as published for large models.
-    """
+    """GPart on the linear layers of the pretrained part, all of them, as published for large models."""
     targets = _targets(model, {})
     if not targets:
         raise ValueError(f"model: expected one with linear layers, got {type(model).__name__}")
-    weights: list[Any] = [target.weight for target in targets.values()]
-    counts = [weight.numel() for weight in weights]
-    spare = VALUES - sum(weight.numel() for weight in head.values())
-    dim = min(size or (spare if spare > 0 else VALUES), sum(counts))
-    groups = torch.from_numpy((splitmix64(seed, sum(counts)) % np.uint64(dim)).astype(np.int64)).to(weights[0].device)
-    norms = groups.bincount(minlength=dim).clamp(min=1).sqrt().float()
-    theta = nn.Parameter(torch.zeros(dim, device=norms.device))
     for name, weight in model.named_parameters():
         weight.requires_grad_(name in head)
-    for target, weight, own in zip(targets.values(), weights, groups.split(counts), strict=True):
-        parametrize.register_parametrization(target, "weight", OfGroups(theta, norms, own.view(weight.shape)))
+    spare = VALUES - sum(weight.numel() for weight in head.values())
+    return partitioned(model, [f"{name}.weight" for name in targets], size or (spare if spare > 0 else VALUES), seed)
+
+
+def partitioned(model: nn.Module, names: Iterable[str], dim: int, seed: int) -> nn.Module:
+    """Changes a model so that parameters of these names move with one theta, as in GPart (arXiv 2605.14841).
+
+    A hash puts each of their entries into one of `dim` groups (as many as there are entries at most), and
+    theta[group] / sqrt(size of the group) is added to it: an isometry.
+    """
+    weights: dict[str, Tensor] = {name: model.get_parameter(name) for name in names}
+    counts = [weight.numel() for weight in weights.values()]
+    dim, device = min(dim, sum(counts)), next(iter(weights.values())).device
+    groups = torch.from_numpy((splitmix64(seed, sum(counts)) % np.uint64(dim)).astype(np.int64)).to(device)
+    norms = groups.bincount(minlength=dim).clamp(min=1).sqrt().float()
+    theta = nn.Parameter(torch.zeros(dim, device=device))
+    for (name, weight), own in zip(weights.items(), groups.split(counts), strict=True):
+        weight.requires_grad_(False)
+        module, _, last = name.rpartition(".")
+        adds = OfGroups(theta, norms, own.view(weight.shape))
+        parametrize.register_parametrization(model.get_submodule(module), last, adds)
     return model
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hsaid_kernels.app.measure.report import Measurement
-from hsaid_kernels.app.measure.runs import BASELINE, Design
+from hsaid_kernels.app.measure.runs import BASELINE, Design, split_method
 from hsaid_kernels.app.measure.schedule import Outcomes, Schedule
 from hsaid_kernels.app.measure.storage import sqlite
 from hsaid_kernels.app.measure.study import Study
@@ -66,7 +66,8 @@ def measure(
         train: the training function. It gets a `Run`, builds a new model with its seed, wraps it by `run.wrap(model)`,
             trains with peak learning rate `run.lr`, and returns `Scores`. It raises `Diverged` if the loss is not
             finite. The same run should give the same scores.
-        methods: partitions: "did", "said", "hsaid-3" or levels as in "L1+L2|L3|L4".
+        methods: partitions: "did", "said", "hsaid-3" or levels as in "L1+L2|L3|L4". Options of `HSAID` for this method
+            alone may follow: "did:rademacher", "did:all", "did:one:1024" (diagonal, chunks, width).
         dims: the grid of d, increasing. A method is measured at those above its number of multipliers.
         seeds: number of seeds, which are 0, 1, ...
         threshold: share of the baseline's test score that defines the dimension.
@@ -124,7 +125,7 @@ def design_of(
     """The design of a study of `model`. Arguments and exceptions are those of `measure`."""
     if isinstance(methods, str):
         raise TypeError(f"methods: expected a list of partitions, got the string {methods!r}")
-    counts = {method: num_multipliers(model, method) for method in methods}
+    counts = {method: num_multipliers(model, split_method(method)[0]) for method in methods}
     if compare:
         from hsaid_kernels.app.measure.compare import check_methods
 

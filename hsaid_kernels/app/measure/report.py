@@ -33,6 +33,7 @@ NAMES = {
     "bitfit": "BitFit",
     "gpart": "GPart",
 }
+OPTION_NAMES = {"all": "all chunks", "one": "one chunk"}
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,15 @@ class Measurement:
             return self.labels[method]
         if method == BASELINE:
             return "full fine-tuning"
-        name, _, size = method.partition(":")
+        name, *words = method.split(":")
+        if method in self.design.compare:
+            return " ".join([NAMES.get(name, name), *words])
         if name.startswith("hsaid-"):
-            return "H-SAID"
-        if "|" in name or "+" in name:
-            return f"H-SAID {name}"
-        return NAMES.get(name, name) + (f" {size}" if size else "")
+            name = "H-SAID"
+        elif "|" in name or "+" in name:
+            name = f"H-SAID {name}"
+        options = [f"n = {int(word):,}" if word.isdecimal() else OPTION_NAMES.get(word, word) for word in words]
+        return ", ".join([NAMES.get(name, name), *options])
 
     def table(self) -> str:
         """Two tables in Markdown: the dimension of each method, and all points."""
@@ -234,11 +238,12 @@ class Measurement:
         for number, (method, points) in enumerate(self.curves.items()):
             if points := [point for point in points if point.scores]:
                 self._draw_curve(axes, method, points, f"C{number}")
-        for point, marker in zip((point for point in self.compared if point.scores), itertools.cycle("sD^vPX*")):
-            x, scores = trained_values(point) or 0, list(point.scores.values())
-            bars = [[mean(scores) - min(scores)], [max(scores) - mean(scores)]]
-            label = f"{self.named(point.method)}: {x:,} values"
-            axes.errorbar([x], [mean(scores)], bars, fmt=marker, color="0.25", markersize=5, elinewidth=1, label=label)
+        methods: dict[str, list[Point]] = {}
+        for point in self.compared:
+            if point.scores:
+                methods.setdefault(point.method.partition(":")[0], []).append(point)
+        for points, marker in zip(methods.values(), itertools.cycle("sD^vPX*")):
+            self._draw_compared(axes, sorted(points, key=lambda point: trained_values(point) or 0), marker)
         return _image(axes, kind)
 
     def bound_picture(self, kind: str, title: str = "") -> bytes:
@@ -289,6 +294,16 @@ class Measurement:
         if found and found.answer == "found":
             goal = self.design.threshold * mean(self.baseline.scores.values())
             axes.plot([found.d], [goal], color=colour, marker="|", markersize=16, markeredgewidth=2.5)
+
+    def _draw_compared(self, axes: Axes, points: Sequence[Point], marker: str) -> None:
+        """A method of PEFT: its points, joined where there are several sizes."""
+        values, scores = [trained_values(p) or 0 for p in points], [list(p.scores.values()) for p in points]
+        bars = [[mean(each) - min(each) for each in scores], [max(each) - mean(each) for each in scores]]
+        word = points[0].method.partition(":")[0]
+        name = self.named(points[0].method) if len(points) == 1 else NAMES[word]
+        label = f"{name}: {values[0]:,} values" if len(points) == 1 else f"{name} to {values[-1]:,} values"
+        means = list(map(mean, scores))
+        axes.errorbar(values, means, bars, fmt=f"{marker}:", color="0.25", markersize=5, linewidth=1, label=label)
 
 
 def _new_axes(kind: str, score: str, title: str) -> Axes:

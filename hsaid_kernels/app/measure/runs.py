@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     Model = TypeVar("Model", bound=nn.Module)
 
 BASELINE = "full"  # training all weights
+# What may follow a partition in a method, beside the width: arguments of `HSAID`.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gaussian": {"diagonal": "gaussian"},
+    "rademacher": {"diagonal": "rademacher"},
+    "all": {"chunks": "all"},
+    "one": {"chunks": "one"},
+}
 RATES = range(-14, 7)  # learning rates that are tried at all: 1e-7 to 1e3
 
 
@@ -27,7 +34,8 @@ class Run:
     """One training: what a training function is given.
 
     Attributes:
-        method: "full" (all weights), a partition ("did", "said", "hsaid-3", "L1+L2|L3|L4", ...), or a method of PEFT.
+        method: "full" (all weights), a partition ("did", "said", "hsaid-3", "L1+L2|L3|L4", ...), also with options
+            of its own ("did:rademacher"), or a method of PEFT.
         dim: intrinsic dimension d, theta and multipliers together; None for "full" and methods of PEFT.
         lr: peak learning rate.
         seed: for everything random in this run: the new weights, the subspace, the order of the data.
@@ -43,7 +51,8 @@ class Run:
     def wrap(self, model: nn.Module, **options: Any) -> nn.Module:
         """The model as this method trains it: itself for "full", else an `HSAID`, or a model with PEFT's adapters.
 
-        Train those of its parameters that have `requires_grad`. `options` go to `HSAID`, such as normalize="tensor".
+        Train those of its parameters that have `requires_grad`. `options` go to `HSAID`, such as normalize="tensor";
+        those of the method come first.
         """
         if self.method == BASELINE:
             return model
@@ -53,11 +62,30 @@ class Run:
             return adapted(model, self.method, self.seed)
         from hsaid_kernels.wrapper.hsaid import HSAID
 
-        return HSAID(model, self.dim, self.method, self.seed, **options)
+        partition, own = split_method(self.method)
+        return HSAID(model, self.dim, partition, self.seed, **{**options, **own})
 
     def __str__(self) -> str:
         dim = "" if self.dim is None else f" d={self.dim}"
         return f"{self.method}{dim} lr={self.lr:g} seed={self.seed}"
+
+
+def split_method(method: str) -> tuple[str, dict[str, Any]]:
+    """Splits a method such as "did:rademacher:1024" into its partition and arguments of `HSAID`.
+
+    Raises ValueError for what is neither an option of `OPTIONS` nor a width.
+    """
+    partition, *words = method.split(":")
+    options: dict[str, Any] = {}
+    for word in words:
+        if word not in OPTIONS and not word.isdecimal():
+            expected = f"{', '.join(OPTIONS)} or a width after the partition"
+            raise ValueError(f"methods: expected {expected}, got {word!r} in {method!r}")
+        option: dict[str, Any] = OPTIONS.get(word) or {"width": int(word)}
+        if option.keys() & options.keys():
+            raise ValueError(f"methods: expected one {', '.join(option)}, got two in {method!r}")
+        options |= option
+    return partition, options
 
 
 @dataclass(frozen=True)
@@ -115,7 +143,7 @@ class Design:
     """Which runs a study consists of.
 
     Attributes:
-        methods: partitions, such as "did", "said", "hsaid-3".
+        methods: partitions, such as "did", "said", "hsaid-3", also with options, as in "did:rademacher".
         dims: the grid of d, increasing. Each method is measured at those that exceed its number of multipliers.
         seeds: number of seeds; the seeds are 0, 1, ...
         threshold: share of the baseline's score that defines the dimension.

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from hsaid_kernels.app.measure.runs import Design, Outcome, Run, Scores, nearest_rate, rate
+from hsaid_kernels.app.measure.runs import Design, Outcome, Run, Scores, nearest_rate, rate, split_method
 from hsaid_kernels.app.measure.schedule import Schedule
 
 RATES = {"full": 1e-4, "theta": 0.1, "lora:1": 0.01}
@@ -217,3 +217,25 @@ def test_the_table_says_where_every_rate_diverges():
     rows = [line for line in found.table().splitlines() if "1,000 | diverges at every rate tried" in line]
     assert len(rows) == 2 and found.left == 0
     assert found.dimensions["did"].answer == "not reached" and found.dimensions["did"].grid == (30, 100)
+
+
+def test_a_method_with_options_of_its_own():
+    assert split_method("L1+L2|L3|L4") == ("L1+L2|L3|L4", {})
+    options = {"chunks": "one", "width": 1024, "diagonal": "rademacher"}
+    assert split_method("hsaid-3:one:1024:rademacher") == ("hsaid-3", options)
+
+
+@pytest.mark.parametrize(
+    "method, message",
+    [
+        (
+            "did:signs",
+            "methods: expected gaussian, rademacher, all, one or a width after the partition, got 'signs' in ",
+        ),
+        ("did:", "methods: expected .*, got '' in 'did:'"),
+        ("did:all:one", "methods: expected one chunks, got two in 'did:all:one'"),
+    ],
+)
+def test_options_that_are_none(method, message):
+    with pytest.raises(ValueError, match=message):
+        split_method(method)
