@@ -60,10 +60,15 @@ def version(package: str) -> str | None:
 
 
 def cpu() -> str:
-    """The processor's name: Linux's own, or what Python knows of it."""
+    """The processor's name: Linux's own, with family and model of AMD's, whose name may say neither; or Python's."""
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        return found[1].strip() if found else platform.machine()
+        said = dict(
+            re.findall(r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$", Path("/proc/cpuinfo").read_text(), re.M)
+        )
+        if "model name" not in said:
+            return platform.machine()
+        amd = said["model name"].startswith("AMD")
+        return said["model name"] + (f", family {said['cpu family']}, model {said['model']}" if amd else "")
     except OSError:
         return platform.processor() or platform.machine()
 
