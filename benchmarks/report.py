@@ -181,27 +181,6 @@ class Report(results.Run):
         ]
         return table(["values in", "n", "floor, ms", "floor with a new tensor, ms", "transform, ms", "/ new"], lines)
 
-    def transform_beside(self) -> str:
-        rows = pick(self.rows, what="transform beside")
-        names = sorted({name for row in rows for name in row["packages"]})
-        versions = {name: version for row in rows for name, version in row["packages"].items()}
-
-        def of(row: Row, name: str) -> str:
-            return (
-                "wrong, not timed"
-                if name in row["wrong"]
-                else ratio(row, f"/{name}")
-                if name in row["packages"]
-                else ""
-            )
-
-        lines = [
-            [row["where"], row["dtype"], f"{row['n']:,}", row["ms"], *(of(row, name) for name in names)]
-            for row in sorted(rows, key=lambda row: (row["where"] != "new", row["dtype"], row["n"]))
-        ]
-        header = ["into", "values in", "n", "ours, ms", *(f"/ {name} {versions[name]}" for name in names)]
-        return table(header, lines) + self.remarks("transform beside")
-
     def first_call(self) -> str:
         lines = [
             [f"{row['d']:,}", *(row[k] for k in ("plan_ms", "forward_ms", "adjoint_ms", "forward_MB", "adjoint_MB"))]
@@ -251,6 +230,27 @@ class Report(results.Run):
             lines.append([what, f"{row['weights']:,}", row["ms"], row["ours_ms"], row["/ours"], "", kept])
         header = ["what", "weights", "ms", "ours, ms", "times ours", "all of mBERT", "random state kept, MB"]
         return table(header, lines)
+
+    def transform_beside(self) -> str:
+        rows = pick(self.rows, what="transform beside")
+        names = sorted({name for row in rows for name in row["packages"]})
+        versions = {name: version for row in rows for name, version in row["packages"].items()}
+
+        def of(row: Row, name: str) -> str:
+            return (
+                "wrong, not timed"
+                if name in row["wrong"]
+                else ratio(row, f"/{name}")
+                if name in row["packages"]
+                else ""
+            )
+
+        lines = [
+            [row["where"], row["dtype"], f"{row['n']:,}", row["ms"], *(of(row, name) for name in names)]
+            for row in sorted(rows, key=lambda row: (row["where"] != "new", row["dtype"], row["n"]))
+        ]
+        header = ["into", "values in", "n", "ours, ms", *(f"/ {name} {versions[name]}" for name in names)]
+        return table(header, lines) + self.remarks("transform beside")
 
     def seven_billion(self) -> str:
         """Computed from the largest measured run of each kind."""
