@@ -196,29 +196,33 @@ def tables(targets: list[str], each: bool) -> Iterator[str]:
             cells = [kernel.title, f"2^{kernel.q}", kernel.threads, *found[:-1]]
             details.append("| " + " | ".join(map(str, cells)) + " |")
         main_facts = [facts.get((title, q)) for title in MAIN for q in (14, 10)]
-        cells = [target, TARGETS.get(target, ""), max(found.lanes for found in facts.values())]
+        cells = [target, TARGETS.get(target, ""), max((found.lanes for found in facts.values()), default="")]
         cells += [f"{len(facts)} of {len(all_kernels)}"]
         cells += [f"{found.registers}, {found.stack}" if found else "" for found in main_facts]
         stacks = [found.stack for found in facts.values() if found.stack]
-        cells += [len(stacks), max(stacks, default=0), max(found.shared for found in facts.values())]
+        cells += [len(stacks), max(stacks, default=0), max((found.shared for found in facts.values()), default=0)]
         yield "| " + " | ".join(map(str, cells)) + " |"
     if each:
         yield from details
 
 
+H200 = GPUTarget("cuda", 90, 32)
+
+
 class FakeDevice:
-    """Takes the place of Triton's driver for an H200: kernels are compiled, and launches written down."""
+    """Takes the place of Triton's driver for a GPU: kernels are compiled, and launches written down."""
 
     numbers = itertools.count()
 
-    def __init__(self):
+    def __init__(self, target: GPUTarget):
+        self.target = target
         self.number = next(self.numbers)  # another device each time, for which Triton has compiled nothing yet
         self.launches: list[tuple[str, tuple, int]] = []  # name, grid, number of the binary
         self.binaries: list[bytes] = []
         self.utils = self
 
     def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
+        return self.target
 
     def get_current_device(self):
         return self.number
@@ -241,15 +245,20 @@ class FakeDevice:
 
 
 @contextmanager
-def fake_device() -> Iterator[FakeDevice]:
+def fake_device(target: GPUTarget = H200) -> Iterator[FakeDevice]:
     """A fake device to which tensors on the CPU belong."""
-    fake = FakeDevice()
+    fake = FakeDevice(target)
+    of_target = (ops._is_cuda, ops._options)  # what is remembered of the GPU that was there before
+    for remembered in of_target:
+        remembered.cache_clear()
     with mock.patch.multiple(ops, _check_place=lambda tensor, what: None, _on=lambda device: torch.no_grad()):
         triton.runtime.driver.set_active(fake)
         try:
             yield fake
         finally:
             triton.runtime.driver.set_active(None)
+            for remembered in of_target:
+                remembered.cache_clear()
 
 
 def main() -> None:
