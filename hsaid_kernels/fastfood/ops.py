@@ -194,7 +194,6 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and not torch.version.hip else None
 
 
-@torch.compiler.assume_constant_result  # torch.compile would not trace the question, and need not
 def _too_old(backend: str, device: torch.device) -> str | None:
     """The reason why a backend cannot be used on a GPU that is too old for it; None for any other device."""
     if backend not in _NEEDED or (found := _capability(device)) is None:
@@ -203,6 +202,11 @@ def _too_old(backend: str, device: torch.device) -> str | None:
     if found >= needed:
         return None
     return f"{device} has compute capability {_dotted(found)}, and {_dotted(needed)} is needed at least: {why}"
+
+
+# What torch.compiler.assume_constant_result sets, which would import all of torch._dynamo here: torch.compile need not
+# trace what a GPU is asked.
+_too_old.__dict__["_dynamo_marked_constant"] = True
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -305,6 +305,16 @@ def test_each_gpu_is_asked(gpus):
         ops.choose_backend("auto", torch.device("cuda", 2))
 
 
+@needs_cpu
+def test_a_gpu_is_not_asked_in_graphs(monkeypatch):
+    """torch.compile takes the answer for a constant, here of the CPU, as if its capability mattered."""
+    monkeypatch.setitem(ops._NEEDED, "cpu", ((7, 0), "a reason"))
+    monkeypatch.setattr(ops, "_capability", lambda device: tuple(torch.ones(2, dtype=torch.int64).add(7).tolist()))
+    projection, theta = Projection.from_shapes({"a": (3, 5)}, 10), torch.randn(10)
+    compiled = torch.compile(lambda theta: projection.forward(theta)["a"], fullgraph=True, backend="eager")
+    assert torch.equal(compiled(theta), projection.forward(theta)["a"])
+
+
 @pytest.mark.parametrize("capability", [(9, 4), (6, 1)])
 def test_rocm_takes_triton(capability, gpus, monkeypatch):
     """ROCm's torch is a CUDA build with devices called "cuda", whose capability is on another scale."""
