@@ -107,10 +107,10 @@ class GPart(torch.autograd.Function):
 
 
 class Transform(NamedTuple):
-    """How a package is called. `in_place` loops over the rows where the package transforms one at a time."""
+    """How a package is called; `in_place` row by row where it takes one, and None where that takes seconds."""
 
     new: Callable[[Tensor], Tensor]
-    in_place: Callable[[Tensor], object]
+    in_place: Callable[[Tensor], object] | None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
     normalized: bool = False
 
@@ -142,9 +142,10 @@ def pyfwht() -> Transform:
 
 
 def others_hadamard_transform() -> Transform:
-    from hadamard_transform import hadamard_transform, hadamard_transform_
+    """In place it takes one row at a time, for which it needs seconds."""
+    from hadamard_transform import hadamard_transform
 
-    return Transform(hadamard_transform, lambda x: [hadamard_transform_(row) for row in x], normalized=True)
+    return Transform(hadamard_transform, None, normalized=True)
 
 
 PACKAGES = {  # name: (module, how it is called)
