@@ -186,4 +186,33 @@ def memory(run: Run, axes: Axes) -> bool:
     return True
 
 
-PICTURES = {f.__name__: f for f in (time_against_d, time_against_weights, roofline, step, memory)}
+def _transforms(run: Run, axes: Axes, where: str) -> bool:
+    rows = sorted(pick(run.rows, what="transform beside", where=where), key=lambda row: row["n"])
+    if len({row["n"] for row in rows}) < 2:
+        return False
+    names = ["ours", *sorted({name for row in rows for name in row["packages"]})]
+    colors = ("black", "tab:blue", "tab:orange", "tab:green", "tab:red")
+    for dtype, style in (("float32", "o-"), ("float64", "s--")):
+        for name, color in zip(names, colors):
+            column = "ms" if name == "ours" else f"{name}_ms"
+            found = [row for row in rows if row["dtype"] == dtype and column in row]
+            if found:
+                label = f"{name}, {dtype}"
+                axes.plot([row["n"] for row in found], [row[column] for row in found], style, color=color, label=label)
+    axes.set_xscale("log", base=2)
+    title = f"2^22 values on one thread, {'in place' if where == 'in place' else 'into a new array'}"
+    axes.set(yscale="log", xlabel="n, values of a row", ylabel="milliseconds", title=title)
+    axes.legend(ncols=2, fontsize=8)
+    return True
+
+
+def transform_new(run: Run, axes: Axes) -> bool:
+    return _transforms(run, axes, "new")
+
+
+def transform_in_place(run: Run, axes: Axes) -> bool:
+    return _transforms(run, axes, "in place")
+
+
+DRAWN = (time_against_d, time_against_weights, roofline, step, memory, transform_new, transform_in_place)
+PICTURES = {f.__name__: f for f in DRAWN}

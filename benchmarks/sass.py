@@ -68,6 +68,16 @@ def functions(*library: object) -> dict[str, list[Instruction]]:
     return found
 
 
+def of_cubin(binary: bytes) -> tuple[int, int, list[Instruction]]:
+    """Registers, bytes of stack and code of the only kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        ((registers, stack),) = resources(file.name).values()
+        (code,) = functions(file.name).values()
+    return registers, stack, code
+
+
 class Block(NamedTuple):
     ops: Counter
     length: int  # without NOP
@@ -203,12 +213,8 @@ def triton_tables(arch: str) -> None:
 
     rows, bodies = [], []
     for kernel in triton_offline.kernels():
-        built = triton_offline.compiled(kernel, arch=int(arch.removeprefix("sm_")))
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(built.asm["cubin"])
-            file.flush()
-            ((registers, stack),) = resources(file.name).values()
-            (code,) = functions(file.name).values()
+        built = triton_offline.compiled_for(kernel, arch)
+        registers, stack, code = of_cubin(built.asm["cubin"])
         cells = [kernel.title, f"2^{kernel.q}", kernel.threads, registers, stack, spills(code), built.metadata.shared]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
         diagonal = kernel.constants.get("RADEMACHER")

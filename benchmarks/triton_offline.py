@@ -1,13 +1,21 @@
 """The Triton kernels and launches for a GPU that need not be there: what tests look at and sass.py and host_time.py
-count and time.
+count and time; and what Triton makes of every kernel for GPUs of many kinds.
+
+    python benchmarks/triton_offline.py                     docs/kernels.md's table: a line for each of TARGETS
+    python benchmarks/triton_offline.py gfx942 [sm_75 ...]  the same of these, and below it a line for each kernel
+
+Needs no GPU. Takes two to four minutes a target.
 """
 
+import argparse
 import itertools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 from unittest import mock
 
+import sass
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -19,10 +27,24 @@ import hsaid_kernels.fastfood.triton.fastfood_forward as forward
 import hsaid_kernels.fastfood.triton.hadamard_transform as hadamard
 from hsaid_kernels.fastfood.plan import MAX_WIDTH
 from hsaid_kernels.fastfood.triton import memory, ops, tile
+from hsaid_kernels.fastfood.triton.stream_values import stream_values_kernel
 
+TARGETS = {
+    "sm_75": "T4, RTX 20",
+    "sm_80": "A100",
+    "sm_90": "H100, H200",
+    "sm_100": "B200",
+    "sm_120": "RTX 50",
+    "gfx90a": "MI200",
+    "gfx942": "MI300",
+    "gfx950": "MI350",
+    "gfx1100": "RX 7900",
+    "gfx1201": "RX 9070",
+}
 FLOATS = "theta factors scratch zs sums carry totals dots dfactors dtheta x".split()
 TABLES = "listed runs first_runs pieces places first_places bases grads items parts lines table".split()
-TYPES = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(TABLES, "*i64") | {"seed": "i64", "scale": "fp32"}
+TYPES = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(TABLES, "*i64")
+TYPES |= {"seed": "i64", "stream": "i64", "scale": "fp32", "words": ("i64",) * memory.WORDS}
 OUT_TYPES = ("*fp32", "*bf16", "*fp16")
 
 
@@ -38,7 +60,8 @@ class Kernel(NamedTuple):
 
     @property
     def q(self) -> int:
-        return self.constants["Q"]
+        """n = 2^q; of the columns' kernel the rows' length, of the one that writes words none."""
+        return self.constants.get("Q", self.constants.get("BIT", 0) + self.constants.get("M", 0))
 
 
 def kernels(qs: tuple[int, ...] = (14, 10), codes: tuple[int, ...] = (0, 1)) -> list[Kernel]:
@@ -74,9 +97,17 @@ def kernels(qs: tuple[int, ...] = (14, 10), codes: tuple[int, ...] = (0, 1)) -> 
         found.append(Kernel("adjoint_chunks_kernel", one_chunk.adjoint_chunks_kernel, shape, threads, 128))
         of_segments = dict(RUNS=runs, Q=q)
         found.append(Kernel("adjoint_factors_kernel", one_chunk.adjoint_factors_kernel, of_segments, 128))
-        rows = dict(row_tiles=1, IN=0, OUT=0, FINISH=True, **shape)
-        found.append(Kernel("hadamard_rows_kernel, float32", hadamard.hadamard_rows_kernel, rows, threads))
-    return found
+        for code in codes:
+            rows = dict(row_tiles=1, IN=code, OUT=code, FINISH=True, **shape)
+            found.append(Kernel(f"hadamard_rows_kernel, {names[code]}", hadamard.hadamard_rows_kernel, rows, threads))
+        for rademacher in (False, True):
+            title = f"stream_values_kernel, {('gaussian', 'rademacher')[rademacher]}"
+            of_stream = dict(PURPOSE=0, RADEMACHER=rademacher, **shape)
+            found.append(Kernel(title, stream_values_kernel, of_stream, threads))
+    for code in codes:  # of rows of 2^20 values
+        last = dict(OUT=code, FINISH=True, BIT=14, M=6, T=12)
+        found.append(Kernel(f"hadamard_columns_kernel, {names[code]}", hadamard.hadamard_columns_kernel, last, 64))
+    return [*found, Kernel("write_words", memory.write_words, {}, 32)]
 
 
 def compiled(kernel: Kernel, backend: str = "cuda", arch: int | str = 90, warp_size: int = 32):
@@ -87,7 +118,7 @@ def compiled(kernel: Kernel, backend: str = "cuda", arch: int | str = 90, warp_s
         constants = constants | dict(PREFETCH=backend == "cuda")
     types = {name: TYPES.get(name, "i32") for name in names} | {"out": OUT_TYPES[constants.get("OUT", 0)]}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
     given = {(names.index(name),): value for name, value in constants.items()}
     options = dict(num_warps=max(1, kernel.threads // warp_size), enable_fp_fusion=False)
     if kernel.registers and backend == "cuda":
@@ -96,19 +127,102 @@ def compiled(kernel: Kernel, backend: str = "cuda", arch: int | str = 90, warp_s
     return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
 
 
+def compiled_for(kernel: Kernel, target: str):
+    """For "sm_90", or "gfx942" with its 64 lanes, and other names of this kind."""
+    if target.startswith("sm_"):
+        return compiled(kernel, "cuda", int(target.removeprefix("sm_")))
+    return compiled(kernel, "hip", target, 64 if target.startswith("gfx9") else 32)
+
+
+def inexact(built) -> set[str]:
+    """What a kernel may not do, because its bits would be others: fused multiplications, subnormals taken for 0."""
+    if "ptx" in built.asm:
+        return set(re.findall(r"\bfma\.\w+|\bmad\.(?:rn\.)?f\w+|\w+\.ftz\b", built.asm["ptx"]))
+    code = built.asm["amdgcn"]
+    code = re.sub(r"v_fma\w+ .*0x[4c]f800000.*", "", code)  # times 2^32: of a division of 64-bit integers
+    fused = re.findall(r"v_(?:pk_|dual_)?(?:fma|mac_f|mad_f|mad_mix)\w*", code)
+    return {*fused, *re.findall(r"amdhsa_float_denorm_mode_32 [0-2]", code)}
+
+
+class Facts(NamedTuple):
+    """What a kernel takes."""
+
+    registers: int  # of a thread, of AMD's both kinds
+    accumulation: int  # those of the second kind
+    scalar: int  # of a wave, on AMD
+    stack: int  # bytes of a thread in memory
+    spills: int  # instructions for them on NVIDIA, registers on AMD
+    shared: int  # bytes
+    lanes: int
+
+
+def facts_of(built) -> Facts:
+    if "cubin" in built.asm:
+        registers, stack, code = sass.of_cubin(built.asm["cubin"])
+        return Facts(registers, 0, 0, stack, sass.spills(code), built.metadata.shared, 32)
+    said = {name: int(x) for name, x in re.findall(r"^ +(?:- )?\.(\w+): +(\d+)$", built.asm["amdgcn"], re.MULTILINE)}
+    spills = said["vgpr_spill_count"] + said["sgpr_spill_count"]
+    of_kinds = said["vgpr_count"], said.get("agpr_count", 0), said["sgpr_count"]
+    return Facts(*of_kinds, said["private_segment_fixed_size"], spills, built.metadata.shared, said["wavefront_size"])
+
+
+MAIN = ("fastfood_forward_kernel, gaussian, float32", "adjoint_groups_kernel, gaussian, float32")
+
+
+def tables(targets: list[str], each: bool) -> Iterator[str]:
+    """Lines of Markdown."""
+    columns = "of them accumulation | SGPR | stack, bytes | spills | shared memory, bytes |"
+    details = []
+    of_main = "registers, stack: forward, n = 2^14 | 2^10 | adjoint, 2^14 | 2^10"
+    of_all = "kernels with a stack | stack at most, bytes | shared memory at most, bytes"
+    yield f"| Triton {triton.__version__}, for | | lanes | kernels that compile | {of_main} | {of_all} |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    for target in targets:
+        facts, all_kernels = {}, kernels()
+        details += [
+            "",
+            f"| kernel, {target} | n | threads | registers | {columns}",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for kernel in all_kernels:
+            try:
+                built = compiled_for(kernel, target)
+            except Exception as error:  # of any kind, from several compilers
+                details.append(f"| {kernel.title} | 2^{kernel.q} | does not compile: {str(error).splitlines()[0]} |")
+                continue
+            if wrong := inexact(built):
+                raise SystemExit(f"{target}, {kernel.title}: expected exact operations, got {sorted(wrong)}")
+            facts[kernel.title, kernel.q] = found = facts_of(built)
+            cells = [kernel.title, f"2^{kernel.q}", kernel.threads, *found[:-1]]
+            details.append("| " + " | ".join(map(str, cells)) + " |")
+        main_facts = [facts.get((title, q)) for title in MAIN for q in (14, 10)]
+        cells = [target, TARGETS.get(target, ""), max((found.lanes for found in facts.values()), default="")]
+        cells += [f"{len(facts)} of {len(all_kernels)}"]
+        cells += [f"{found.registers}, {found.stack}" if found else "" for found in main_facts]
+        stacks = [found.stack for found in facts.values() if found.stack]
+        cells += [len(stacks), max(stacks, default=0), max((found.shared for found in facts.values()), default=0)]
+        yield "| " + " | ".join(map(str, cells)) + " |"
+    if each:
+        yield from details
+
+
+H200 = GPUTarget("cuda", 90, 32)
+
+
 class FakeDevice:
-    """Takes the place of Triton's driver for an H200: kernels are compiled, and launches written down."""
+    """Takes the place of Triton's driver for a GPU: kernels are compiled, and launches written down."""
 
     numbers = itertools.count()
 
-    def __init__(self):
+    def __init__(self, target: GPUTarget):
+        self.target = target
         self.number = next(self.numbers)  # another device each time, for which Triton has compiled nothing yet
         self.launches: list[tuple[str, tuple, int]] = []  # name, grid, number of the binary
         self.binaries: list[bytes] = []
         self.utils = self
 
     def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
+        return self.target
 
     def get_current_device(self):
         return self.number
@@ -131,12 +245,29 @@ class FakeDevice:
 
 
 @contextmanager
-def fake_device() -> Iterator[FakeDevice]:
+def fake_device(target: GPUTarget = H200) -> Iterator[FakeDevice]:
     """A fake device to which tensors on the CPU belong."""
-    fake = FakeDevice()
+    fake = FakeDevice(target)
+    of_target = (ops._is_cuda, ops._options)  # what is remembered of the GPU that was there before
+    for remembered in of_target:
+        remembered.cache_clear()
     with mock.patch.multiple(ops, _check_place=lambda tensor, what: None, _on=lambda device: torch.no_grad()):
         triton.runtime.driver.set_active(fake)
         try:
             yield fake
         finally:
             triton.runtime.driver.set_active(None)
+            for remembered in of_target:
+                remembered.cache_clear()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", default=[], help="such as sm_75 or gfx942")
+    options = parser.parse_args()
+    for line in tables(options.targets or list(TARGETS), bool(options.targets)):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import gpu
 import host_time
 import peers
+import plots
 import pytest
 import report
 import results
@@ -68,6 +69,33 @@ def test_published_algorithm(transform, numel, dim):
     assert math.isclose(
         dfactor.item(), (matrix @ theta[:used].detach().double()) @ grad.double(), rel_tol=1e-3, abs_tol=1e-3
     )
+
+
+def splitmix64(x: int) -> int:
+    """As published, in Python's own integers."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+def test_gpart():
+    """Groups by SplitMix64, whose first number of seed 0 is known; an isometry; and its transpose as the gradient."""
+    assert splitmix64(0) == 0xE220A8397B1DCDAF
+    first, count, seed, dim = 2**40 + 5, 700, 3, 30
+    groups = peers.gpart_groups(first, count, seed, dim)
+    assert groups.tolist() == [splitmix64(seed + first + i) % 2**63 % dim for i in range(count)]
+    matrix = torch.nn.functional.one_hot(groups, dim).double()
+    norms = matrix.sum(0).sqrt()
+    matrix = matrix / norms
+    assert torch.allclose(matrix.T @ matrix, torch.eye(dim, dtype=torch.float64))
+    theta, base = torch.randn(dim, dtype=torch.float64, requires_grad=True), torch.randn(70, 10, dtype=torch.float64)
+    weights = peers.GPart.apply(theta, base, norms, first, seed)
+    assert torch.allclose(weights, base + (matrix @ theta).view(70, 10))
+    grad = torch.randn(70, 10, dtype=torch.float64)
+    assert torch.allclose(torch.autograd.grad(weights, theta, grad)[0], matrix.T @ grad.flatten())
+    measured = {"what": "gpart", "weights": count, "d": dim, "ms": 900.0, "ours_ms": 30.0, "/ours": 30.0}
+    assert "| GPart's formula in torch, groups made anew, d = 30, forward and backward |" in report.terminal([measured])
 
 
 def row(what: str, ms: float, **columns) -> dict:
@@ -132,6 +160,58 @@ def test_plots(tmp_path):
 
 
 SWEEP = ((1000, 1024, 1.0), (16384, 16384, 1.3), (100_000, 16384, 6.0))
+
+
+def beside(dtype: str, n: int, **ratios) -> dict:
+    """A row of the transform beside packages; a ratio of None: its result was wrong."""
+    row = dict(what="transform beside", where="new", dtype=dtype, n=n, threads=1, ms=6.0, ms_20=6.0, ms_80=6.0)
+    row |= {"packages": dict.fromkeys(ratios, "1.0"), "wrong": [name for name, r in ratios.items() if r is None]}
+    timed = {name: r for name, r in ratios.items() if r}
+    row |= {f"{name}_ms": 6.0 / r for name, r in timed.items()}
+    return row | {f"/{name}{part}": r for name, r in timed.items() for part in PARTS}
+
+
+def test_transforms_of_others(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [beside("float64", 256, fast=2.0), beside("float32", 1024, fast=0.5, wrong=None)]
+    text = report.Report({}, rows).transform_beside()
+    assert text in report.terminal(rows)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert lines[0] == ["into", "values in", "n", "ours, ms", "/ fast 1.0", "/ wrong 1.0"]
+    assert lines[2] == ["new", "float32", "1,024", "6.00", "0.50 (0.50 to 0.50)", "wrong, not timed"]
+    assert lines[3] == ["new", "float64", "256", "6.00", "2.00 (2.00 to 2.00)", ""]  # the other does not take it
+    assert plots.draw(results.Run({}, rows), tmp_path) == {"transform_new"}
+
+
+@pytest.mark.parametrize("name", peers.PACKAGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [32, 4096])
+def test_installed_transforms(name, dtype, n):
+    """In the order of scipy's matrix, new and in place, within what is taken for right."""
+    if (transform := peers.installed_transforms(dtype).get(name)) is None:
+        pytest.skip(f"{name} is not installed, or takes no rows in {dtype}")
+    x = torch.randn(3, n, dtype=dtype)
+    kept, y = x.clone(), x.clone()
+    matrix = torch.from_numpy(scipy.linalg.hadamard(n)).double() / (math.sqrt(n) if transform.normalized else 1)
+    if transform.in_place:
+        transform.in_place(y)
+    for result in (transform.new(x), y) if transform.in_place else (transform.new(x),):
+        assert torch.allclose(result.double(), x.double() @ matrix, rtol=0, atol=1e-3)
+        assert peers.error_of(result, x, transform.normalized) <= 1
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_wrong_transform_is_found(dtype):
+    """Of another order, of one sign, of a value in the wrong place, not a number, rounded more coarsely, or cut."""
+    x = torch.randn(4, 256, dtype=dtype)
+    exact = (x.double() @ torch.from_numpy(scipy.linalg.hadamard(256)).double()).to(dtype)
+    assert peers.error_of(exact, x) <= 1 and peers.error_of(exact / 16, x, normalized=True) <= 1
+    nan, sign = exact.clone(), exact.clone()
+    nan[3, 7], sign[0, 255] = math.nan, -sign[0, 255]
+    coarse = exact.to(torch.bfloat16 if dtype == torch.float32 else torch.float32)
+    for wrong in (exact.flip(1), exact / 16, nan, sign, coarse.to(dtype), coarse, exact[:3], torch.zeros_like(exact)):
+        assert peers.error_of(wrong, x) > 1
 
 
 def test_sharding_is_said_to_be_computed():

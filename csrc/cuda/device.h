@@ -17,6 +17,10 @@
 
 #include <cuda_runtime.h>
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "HSAID_CUDA_ARCHITECTURES: expected 80 or newer, older GPUs have too little shared memory for the kernels"
+#endif
+
 #define HSAID_MEMBER __device__ __forceinline__
 #define HSAID_DEVICE static HSAID_MEMBER  // a function of its file
 

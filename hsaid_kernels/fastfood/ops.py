@@ -137,10 +137,10 @@ def _load(library: str, key: str, folder: Path | None = None) -> bool | str:
 
 
 def _load_cuda() -> bool | str:
+    if torch.version.hip:  # whose devices are called "cuda" too
+        return "this torch is built for ROCm, and the CUDA library for NVIDIA's GPUs"
     if not torch.backends.cuda.is_built():
         return "this torch is built without CUDA"
-    if torch.version.hip:
-        return "this torch is built for ROCm"
     if not torch.cuda.is_available():
         return "no CUDA device"
     return _load("_cuda", "CUDA")
@@ -181,10 +181,56 @@ def _warn_of_a_broken_library(available: dict[str, bool | str]) -> None:
 
 _warn_of_a_broken_library(_AVAILABLE)
 
+# The oldest compute capability of NVIDIA's GPUs that a backend runs on, and why.
+_NEEDED = {
+    "cuda": ((8, 0), "its kernels take 99 KB of shared memory"),
+    "triton": ((7, 5), "its kernels are compiled for none that is older"),
+}
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of one of NVIDIA's GPUs; None for any other device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and not torch.version.hip else None
+
+
+def _too_old(backend: str, device: torch.device) -> str | None:
+    """The reason why a backend cannot be used on a GPU that is too old for it; None for any other device."""
+    if backend not in _NEEDED or (found := _capability(device)) is None:
+        return None
+    needed, why = _NEEDED[backend]
+    if found >= needed:
+        return None
+    return f"{device} has compute capability {_dotted(found)}, and {_dotted(needed)} is needed at least: {why}"
+
+
+# What torch.compiler.assume_constant_result sets, which would import all of torch._dynamo here: torch.compile need not
+# trace what a GPU is asked.
+_too_old.__dict__["_dynamo_marked_constant"] = True
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+def _reason(backend: str, device: torch.device) -> bool | str:
+    """True if a backend can be used on a device, if it is of a type that it serves; else the reason why not."""
+    available = _AVAILABLE[backend]
+    return _too_old(backend, device) or True if available is True else available
+
 
 def available_backends() -> dict[str, bool | str]:
-    """{backend: True, or the reason why it cannot be used on this machine}."""
-    return dict(_AVAILABLE)
+    """{backend: True, or the reason why it cannot be used on this machine}.
+
+    True if one of several GPUs can use it. Asks the GPUs what they are, for which torch initializes CUDA.
+    """
+    found = dict(_AVAILABLE)
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    for backend in _NEEDED:
+        reasons = [_reason(backend, gpu) for gpu in gpus]
+        if reasons and True not in reasons:
+            found[backend] = reasons[0]
+    return found
 
 
 def _serves(backend: str, device: torch.device) -> bool:
@@ -204,22 +250,24 @@ def choose_backend(backend: str, device: torch.device) -> str:
     """
     check_choice("backend", backend, BACKENDS)
     wanted = _AUTO.get(device.type, ()) if backend == "auto" else (backend,)
-    for name in wanted:
-        if _AVAILABLE[name] is not True:
+    reasons = {name: _reason(name, device) for name in wanted}
+    for name, reason in reasons.items():
+        if reason is not True:
             continue
         if not _serves(name, device):
             own = {"cuda": "a CUDA device", "triton": "the CPU" if _interpreting() else "a GPU"}.get(name, "the CPU")
             raise RuntimeError(f"backend: {name!r} expects tensors on {own}, got tensors on {device}")
         return name
-    reasons = "; ".join(f"{name!r} cannot be used: {_AVAILABLE[name]}" for name in wanted)
-    raise RuntimeError(f"backend: {reasons or f'nothing serves tensors on device type {device.type!r}'}")
+    said = "; ".join(f"{name!r} cannot be used: {reason}" for name, reason in reasons.items())
+    raise RuntimeError(f"backend: {said or f'nothing serves tensors on device type {device.type!r}'}")
 
 
 def choose_device() -> torch.device:
     """A GPU if there is one that a backend supports, else the CPU."""
     for name, there in (("cuda", torch.cuda.is_available()), ("xpu", torch.xpu.is_available())):
-        if there and any(_AVAILABLE[backend] is True for backend in _AUTO[name]):
-            return torch.device(name)
+        device = torch.device(name)
+        if there and any(_reason(backend, device) is True for backend in _AUTO[name]):
+            return device
     return torch.device("cpu")
 
 

@@ -23,7 +23,10 @@ constexpr const char* kDeviceName = "CUDA device";
 
 inline bool is_on_device(const torch::stable::Tensor& t) { return t.is_cpu(); }
 inline cudaStream_t current_stream(const torch::stable::Tensor&) {
-  hsaid::emulator::device().idle = std::getenv("HSAID_EMULATED_IDLE") != nullptr;
+  hsaid::emulator::Device& device = hsaid::emulator::device();
+  device.idle = std::getenv("HSAID_EMULATED_IDLE") != nullptr;
+  const char* capability = std::getenv("HSAID_EMULATED_CAPABILITY");
+  device.shared_bytes = capability && std::string(capability) == "7.5" ? 64 << 10 : 99 << 10;
   return nullptr;
 }
 

@@ -20,7 +20,6 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 256 << 10;
-constexpr int kSmallestDevice = 99 << 10;  // bytes of shared memory that a block may have on every device
 
 enum class Waits { kNo, kForBlock, kForWarp, kDone };
 
@@ -310,8 +309,10 @@ void run(const char* name, dim3 grid, int threads, int shared_bytes, const std::
   const std::string what = std::string(name) + ", grid " + std::to_string(grid.x) + " x " + std::to_string(grid.y) +
                            ", " + std::to_string(threads) + " threads, " + std::to_string(shared_bytes) + " bytes";
   m.device.launches.push_back(what);
-  if (shared_bytes > kSmallestDevice || threads < 1 || threads > 1024 || grid.x < 1 || grid.y < 1 || grid.y > 65535)
+  if (threads < 1 || threads > 1024 || grid.x < 1 || grid.y < 1 || grid.y > 65535)
     throw std::runtime_error(what + ": no device can run this");
+  if (shared_bytes > m.device.shared_bytes)
+    throw std::runtime_error(what + " of shared memory: the device has " + std::to_string(m.device.shared_bytes));
   m.body = &body;
   m.grid = grid;
   m.error.clear();

@@ -51,6 +51,7 @@ namespace hsaid::emulator {
 // The device: what a test sets, and what it then looks at.
 struct Device {
   int resident_blocks = 3;
+  int shared_bytes = 99 << 10;     // that a block may have: the least of all devices that the kernels are compiled for
   bool last_thread_first = false;  // the order in which threads run, and blocks
   bool last_block_first = false;
   int64_t only_block = -1;  // of the grid's first dimension, where it has so many; -1: all

@@ -429,6 +429,38 @@ void test_stream_values() {
       }
 }
 
+// On a device of compute capability 7.5 a block has 64 KB: the projection, which keeps z or sums in as much, is refused
+// before anything is written, and what must be said of such a device is in fastfood/ops.py.
+void test_little_shared_memory() {
+  device().shared_bytes = 64 << 10;
+  const Plan c(10, 1, false);
+  std::vector<float> out(c.numel, NAN), dtheta(c.params.dim, NAN), dfactors(c.segments.size(), NAN);
+  const std::vector<float> grad(36000);
+  const std::vector<cuda::DeviceTensor> grads(5, {grad.data(), Dtype::kFloat});
+  const auto refused = [](const char* kernel, auto&& call) {
+    std::string got = "nothing";
+    try {
+      call();
+    } catch (const std::runtime_error& error) {
+      got = error.what();
+    }
+    CHECK(got.find(kernel) == 0 && got.find("101120 bytes of shared memory: the device has 65536") != std::string::npos,
+          "%s", got.c_str());
+  };
+  refused("forward_z_kernel", [&] {
+    cuda::fastfood_forward({c.params, c.theta.data(), c.factors.data(), c.segments.data(), (int64_t)c.segments.size(),
+                            nullptr, 0, nullptr, out.data(), Dtype::kFloat},
+                           workspace(), {});
+  });
+  refused("adjoint_groups_kernel", [&] {
+    cuda::fastfood_adjoint(
+        {c.params, c.theta.data(), c.factors.data(), c.segments.data(), (int64_t)c.segments.size(), grads.data(), 1},
+        dtheta.data(), dfactors.data(), workspace(), {});
+  });
+  check_hadamard<float>(32768, 1, "float");  // takes all of the 64
+  device().shared_bytes = emulator::Device().shared_bytes;
+}
+
 // Shared memory is accessed without bank conflicts, but where z is permuted at random.
 void test_banks() {
   const Plan c(14, 1, false);
@@ -511,6 +543,7 @@ int main(int argc, char** argv) {
   timed("emulator", test_emulator);
   timed("stream values", test_stream_values);
   timed("Hadamard transform", test_hadamard);
+  timed("little shared memory", test_little_shared_memory);
   timed("no gradients", test_no_gradients);
   timed("zero theta", test_zero_theta);
   timed("large tensor", test_large_tensor);

@@ -795,6 +795,28 @@ def test_lists_of_other_plans(backend):
             op.fastfood_adjoint(theta, factors, [grad], *rest, LISTED, 64)
 
 
+@pytest.mark.skipif(not EMULATED, reason="only of an emulated device the compute capability can be chosen")
+def test_a_device_of_too_little_shared_memory(monkeypatch, backend):
+    """A Turing card: named, the backend says what it needs; what goes round that fails, and leaves nothing behind."""
+    monkeypatch.setenv("HSAID_EMULATED_CAPABILITY", "7.5")
+    projection = Projection.from_shapes(SMALL, dim=200, backend=backend)
+    message = (
+        "^backend: 'cuda' cannot be used: cpu has compute capability 7.5, and 8.0 is needed at least: its kernels "
+    )
+    with pytest.raises(RuntimeError, match=message):
+        projection.forward(torch.ones(200))
+    with pytest.raises(RuntimeError, match=message):
+        projection.adjoint({name: torch.ones(shape) for name, shape in SMALL.items()}, torch.ones(200))
+    with pytest.raises(RuntimeError, match=message):
+        hadamard_transform(torch.ones(4), backend=backend)
+    with pytest.raises(RuntimeError, match="forward_z_kernel.* bytes of shared memory: the device has 65536"):
+        kernels(backend).fastfood_forward(**arguments())
+    monkeypatch.setenv("HSAID_EMULATED_CAPABILITY", "8.6")
+    expected = Projection.from_shapes(SMALL, dim=200, backend="cpu").forward(torch.ones(200))
+    for name, tensor in projection.forward(torch.ones(200)).items():
+        assert_same_bits(tensor, expected[name], name)
+
+
 @on_a_device
 def test_bad_arguments_of_a_projection(backend):
     projection = Projection.from_shapes(SMALL, dim=200, backend=backend)

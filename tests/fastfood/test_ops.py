@@ -226,6 +226,7 @@ def test_available_backends():
 def test_choose_backend(monkeypatch):
     everything = dict.fromkeys(("cpu", "cuda", "triton", "reference"), True)
     monkeypatch.setattr(ops, "_AVAILABLE", everything)
+    monkeypatch.setattr(ops, "_capability", lambda device: (9, 0))
     cpu, cuda, xpu = torch.device("cpu"), torch.device("cuda", 1), torch.device("xpu")
     assert ops.choose_backend("auto", cpu) == ops.choose_backend("cpu", cpu) == "cpu"
     assert ops.choose_backend("auto", cuda) == ops.choose_backend("cuda", cuda) == "cuda"
@@ -249,8 +250,92 @@ def test_choose_backend(monkeypatch):
         ops.choose_backend("gpu", cpu)
 
 
+@pytest.fixture
+def gpus(monkeypatch):
+    """gpus((7, 5), ...): from then on the machine has GPUs of these compute capabilities, and all backends."""
+    asked_each_time = ops._capability.__wrapped__
+
+    def plug_in(*capabilities: tuple[int, int]) -> None:
+        monkeypatch.setattr(ops, "_AVAILABLE", dict.fromkeys(("cpu", "cuda", "triton", "reference"), True))
+        monkeypatch.setattr(ops, "_capability", asked_each_time)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index or 0])
+
+    return plug_in
+
+
+OF_CUDA = "{} has compute capability {}, and 8.0 is needed at least: its kernels take 99 KB of shared memory"
+OF_TRITON = "{} has compute capability {}, and 7.5 is needed at least: its kernels are compiled for none that is older"
+
+
+def test_turing_takes_triton(gpus):
+    gpus((7, 5))
+    t4 = torch.device("cuda", 0)
+    assert available_backends() == {
+        "cpu": True,
+        "cuda": OF_CUDA.format("cuda:0", "7.5"),
+        "triton": True,
+        "reference": True,
+    }
+    assert ops.choose_backend("auto", t4) == ops.choose_backend("triton", t4) == "triton"
+    assert ops.choose_device() == torch.device("cuda")
+    with pytest.raises(RuntimeError, match=f"^backend: 'cuda' cannot be used: {OF_CUDA.format('cuda:0', '7.5')}$"):
+        ops.choose_backend("cuda", t4)
+
+
+def test_older_gpus_are_refused(gpus):
+    gpus((7, 0))
+    v100 = torch.device("cuda", 0)
+    found = available_backends()
+    assert (found["cuda"], found["triton"]) == (OF_CUDA.format("cuda:0", "7.0"), OF_TRITON.format("cuda:0", "7.0"))
+    message = f"backend: 'cuda' cannot be used: {found['cuda']}; 'triton' cannot be used: {found['triton']}"
+    with pytest.raises(RuntimeError, match=f"^{message}$"):
+        ops.choose_backend("auto", v100)
+    assert ops.choose_device() == torch.device("cpu")
+
+
+def test_each_gpu_is_asked(gpus):
+    """Backends are there where one GPU of several can have them, and chosen for each by itself."""
+    gpus((7, 5), (8, 6), (6, 1))
+    assert available_backends()["cuda"] is True
+    chosen = [ops.choose_backend("auto", torch.device("cuda", i)) for i in range(2)]
+    assert chosen == ["triton", "cuda"]
+    with pytest.raises(RuntimeError, match=OF_TRITON.format("cuda:2", "6.1")):
+        ops.choose_backend("auto", torch.device("cuda", 2))
+
+
+@needs_cpu
+def test_a_gpu_is_not_asked_in_graphs(monkeypatch):
+    """torch.compile takes the answer for a constant, here of the CPU, as if its capability mattered."""
+    monkeypatch.setitem(ops._NEEDED, "cpu", ((7, 0), "a reason"))
+    monkeypatch.setattr(ops, "_capability", lambda device: tuple(torch.ones(2, dtype=torch.int64).add(7).tolist()))
+    projection, theta = Projection.from_shapes({"a": (3, 5)}, 10), torch.randn(10)
+    compiled = torch.compile(lambda theta: projection.forward(theta)["a"], fullgraph=True, backend="eager")
+    assert torch.equal(compiled(theta), projection.forward(theta)["a"])
+
+
+@pytest.mark.parametrize("capability", [(9, 4), (6, 1)])
+def test_rocm_takes_triton(capability, gpus, monkeypatch):
+    """ROCm's torch is a CUDA build with devices called "cuda", whose capability is on another scale."""
+    gpus(capability)
+    monkeypatch.setattr(torch.version, "hip", "7.1.52802")
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    reason = ops._load_cuda()
+    assert reason == "this torch is built for ROCm, and the CUDA library for NVIDIA's GPUs"
+    assert ops._find_triton() is True
+    monkeypatch.setitem(ops._AVAILABLE, "cuda", reason)
+    assert available_backends() == {"cpu": True, "cuda": reason, "triton": True, "reference": True}
+    mi300 = torch.device("cuda", 0)
+    assert ops.choose_backend("auto", mi300) == ops.choose_backend("triton", mi300) == "triton"
+    assert ops.choose_device() == torch.device("cuda")
+    with pytest.raises(RuntimeError, match=f"^backend: 'cuda' cannot be used: {reason}$"):
+        ops.choose_backend("cuda", mi300)
+
+
 def test_choose_device(monkeypatch):
     everything = dict.fromkeys(("cpu", "cuda", "triton", "reference"), True)
+    monkeypatch.setattr(ops, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for there, device in (({}, "cuda"), ({"cuda": "no"}, "cuda"), ({"cuda": "no", "triton": "no"}, "cpu")):
         monkeypatch.setattr(ops, "_AVAILABLE", everything | there)

@@ -24,6 +24,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 import triton_offline
+from triton.backends.compiler import GPUTarget
 
 from hsaid_kernels.fastfood.triton import memory, ops, tables, tile
 
@@ -350,6 +351,19 @@ def test_listed_tiles_leave_nothing_behind(chunks, device):
     assert call_listed(0) == []
 
 
+def test_launches_on_amd():
+    """The same kernels in the same order, as many threads in waves of 64, and no option or instruction of NVIDIA's."""
+    plan = Plan({"a": (5000,), "b": (7,)}, 1000)
+    with triton_offline.fake_device() as nvidia:
+        call(plan)
+        assert ops._options(256, 128) == {"num_warps": 8, "enable_fp_fusion": False, "maxnreg": 128}
+    with triton_offline.fake_device(GPUTarget("hip", "gfx942", 64)) as amd:
+        call(Plan({"a": (5000,), "b": (7,)}, 1000))
+        assert ops._options(256, 128) == {"num_warps": 4, "enable_fp_fusion": False}
+    assert [launch[:2] for launch in amd.launches] == [launch[:2] for launch in nvidia.launches]
+    assert len(amd.binaries) == len(nvidia.binaries) and all(b"gfx942" in binary for binary in amd.binaries)
+
+
 def test_hadamard_transform_of_any_length_compiles(device):
     for dim in (1, 2, 5, 2**15, 2**22 - 1):
         ops.hadamard_transform(torch.ones(1, dim), 0.5)
@@ -364,21 +378,47 @@ def test_hadamard_transform_of_any_length_compiles(device):
 # --- compiled
 
 
-@pytest.mark.parametrize("backend, arch, warp_size", [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)])
-def test_compiles_for(backend, arch, warp_size):
+@pytest.mark.parametrize("target", ["sm_75", "sm_80", "sm_90", "gfx942"])
+def test_compiles_for(target):
     """Without fused multiplications, within the shared memory and registers that are counted on."""
     kernels = triton_offline.kernels(qs=(14,), codes=(1,))
     listed = ("fastfood_forward_kernel, g", "adjoint_groups_kernel, g", "adjoint_sums_kernel")
     listed += ("fastfood_forward_kernel, one chunk, g", "adjoint_lists_kernel, g", "adjoint_factors_kernel")
-    if arch == 90:  # the others are compiled from the same lines
+    if target == "sm_90":  # the others are compiled from the same lines
         kernels += [kernel._replace(listed=True) for kernel in kernels if kernel.title.startswith(listed)]
     for kernel in kernels:
-        built = triton_offline.compiled(kernel, backend, arch, warp_size)
-        assert built.metadata.shared <= 65536, kernel.title
-        code = built.asm["ptx" if backend == "cuda" else "amdgcn"]
-        fused = re.findall(r"\bfma\.|\bmad\.(?:rn\.)?f|v_(?:pk_)?fmac?_", code)
-        assert not fused, (kernel.title, fused[:3])
-        assert not re.search(r"\.ftz", code), kernel.title
-        if backend == "cuda" and {"OUT", "GRADS"} & set(kernel.constants) and "hadamard" not in kernel.title:
+        built = triton_offline.compiled_for(kernel, target)
+        assert built.metadata.shared <= 65536, kernel.title  # all that a block has on the smallest of these
+        assert not triton_offline.inexact(built), kernel.title
+        if target.startswith("sm_") and {"OUT", "GRADS"} & set(kernel.constants) and "hadamard" not in kernel.title:
             vectors = r"evict_first.*\.v2\.b32" if "GRADS" in kernel.constants else r"st\.global\.cs.*\.v2\.b32"
-            assert len(re.findall(vectors, code)) >= 16, kernel.title
+            assert len(re.findall(vectors, built.asm["ptx"])) >= 16, kernel.title
+
+
+@pytest.mark.parametrize("fusion", [False, True])
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_fused_multiplications_are_found(target, fusion, monkeypatch):
+    """Where they are allowed there are some, and nowhere else."""
+    (kernel,) = (k for k in triton_offline.kernels(qs=(10,), codes=(0,)) if k.title == triton_offline.MAIN[0])
+    exact = triton_offline.triton.compile
+    monkeypatch.setattr(
+        triton_offline.triton,
+        "compile",
+        lambda source, target, options: exact(source, target=target, options=options | {"enable_fp_fusion": fusion}),
+    )
+    assert bool(triton_offline.inexact(triton_offline.compiled_for(kernel, target))) == fusion
+
+
+def test_table_of_targets(monkeypatch):
+    """Lanes, what compiles, and the kernels one by one; what does not compile says so and is counted."""
+    sums = [k for k in triton_offline.kernels(qs=(10,), codes=()) if k.title == "adjoint_sums_kernel"]
+    monkeypatch.setattr(triton_offline, "kernels", lambda: sums)
+    lines = list(triton_offline.tables(["sm_75", "gfx942", "sm_1"], each=True))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line]
+    assert len(set(map(len, rows[:5]))) == 1 and rows[2][:4] == ["sm_75", "T4, RTX 20", "32", "1 of 1"]
+    assert rows[3][:4] == ["gfx942", "MI300", "64", "1 of 1"] and rows[4][:4] == ["sm_1", "", "", "0 of 1"]
+    of_kernels = [row for row in rows[5:] if row[0] == "adjoint_sums_kernel"]
+    assert [len(row) for row in of_kernels] == [9, 9, 3] and of_kernels[2][2].startswith("does not compile: ")
+    facts = [triton_offline.facts_of(triton_offline.compiled_for(sums[0], target)) for target in ("sm_75", "gfx942")]
+    assert [[int(cell) for cell in row[3:]] for row in of_kernels[:2]] == [[*found[:-1]] for found in facts]
+    assert all(found.registers > 10 for found in facts) and facts[0].scalar == 0 < facts[1].scalar
