@@ -55,7 +55,7 @@ def backend(request):
     return request.param
 
 
-kernels = ops._kernels
+kernels = ops.kernels
 
 
 def values(plan: Plan, dtype: torch.dtype) -> torch.Tensor:
