@@ -54,7 +54,7 @@ constexpr int kPartValues = kPartVectors<C> * kLanesOf<C>;
 
 // Rows of at most this many bytes stay in the second-level cache until they go past all caches.
 constexpr int64_t kRowInCache = int64_t{1} << 20;
-// From another place in memory, step 0 fetches what comes next while the passes only compute.
+// Where x and out differ, step 0 fetches what it reads and writes next, while the passes only compute.
 constexpr int64_t kAheadBytes = 4096;
 
 typedef double vd __attribute__((vector_size(kVectorBytes), may_alias));
@@ -116,7 +116,8 @@ HSAID_NOINLINE void tiles(const C* x, C* out, int64_t count, C scale) {
     Vector<C> v[vectors];
     unroll<vectors>([&](auto i) HSAID_LAMBDA {
       v[i] = load_of(x + i * lanes);
-      if constexpr (!kWhole) __builtin_prefetch((const char*)(x + i * lanes) + ahead, 0, 2);
+      if constexpr (!kStream) __builtin_prefetch((const char*)(x + i * lanes) + ahead, 0, 2);
+      if constexpr (!kWhole) __builtin_prefetch((const char*)(out + i * lanes) + ahead, 1, 2);
     });
     stages<2, kEnd, C>(v);
     if constexpr (kWhole) {
