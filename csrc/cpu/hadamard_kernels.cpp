@@ -54,7 +54,8 @@ constexpr int kPartValues = kPartVectors<C> * kLanesOf<C>;
 
 // Rows of at most this many bytes stay in the second-level cache until they go past all caches.
 constexpr int64_t kRowInCache = int64_t{1} << 20;
-// Where x and out differ, step 0 fetches what it reads and writes next, while the passes only compute.
+// Step 0 fetches what it reads and writes next, while the passes only compute; in place, and for what is in the cache
+// anyway, nothing.
 constexpr int64_t kAheadBytes = 4096;
 
 typedef double vd __attribute__((vector_size(kVectorBytes), may_alias));
@@ -109,15 +110,15 @@ HSAID_INLINE void put(C* p, Vector<C> x) {
 
 // `count` tiles side by side: stages 2 .. kEnd-1. kWhole: rows of 2^kEnd values, with all that there is to do.
 template <class C, int kEnd, bool kWhole, bool kStream>
-HSAID_NOINLINE void tiles(const C* x, C* out, int64_t count, C scale) {
+HSAID_NOINLINE void tiles(const C* x, C* out, int64_t count, C scale, bool to_cache) {
   constexpr int lanes = kLanesOf<C>, vectors = 1 << (kTileBitsOf<C> - kLaneBitsOf<C>), tile = vectors * lanes;
-  const int64_t ahead = x == out ? 0 : kAheadBytes;
+  const int64_t ahead = x == out ? 0 : kAheadBytes, ahead_of_out = to_cache ? 0 : ahead;
   for (const C* end = x + count * tile; x < end; x += tile, out += tile) {
     Vector<C> v[vectors];
     unroll<vectors>([&](auto i) HSAID_LAMBDA {
       v[i] = load_of(x + i * lanes);
       if constexpr (!kStream) __builtin_prefetch((const char*)(x + i * lanes) + ahead, 0, 2);
-      if constexpr (!kWhole) __builtin_prefetch((const char*)(out + i * lanes) + ahead, 1, 2);
+      if constexpr (!kWhole) __builtin_prefetch((const char*)(out + i * lanes) + ahead_of_out, 1, 2);
     });
     stages<2, kEnd, C>(v);
     if constexpr (kWhole) {
@@ -128,15 +129,16 @@ HSAID_NOINLINE void tiles(const C* x, C* out, int64_t count, C scale) {
   }
 }
 template <class C>
-HSAID_INLINE void first_step(const C* x, C* out, int64_t count) {
-  tiles<C, kTileBitsOf<C>, false, false>(x, out, count, C(1));
+HSAID_INLINE void first_step(const C* x, C* out, int64_t count, bool to_cache) {
+  tiles<C, kTileBitsOf<C>, false, false>(x, out, count, C(1), to_cache);
 }
 
 // kBits stages between 2^kBits blocks of `stride` values: the parts [begin, end) of each.
 template <class C, int kBits, bool kLast, bool kStream>
 HSAID_NOINLINE void join_blocks(const C* x, C* out, int64_t stride, int64_t begin, int64_t end, C scale) {
-  constexpr int lanes = kLanesOf<C>, vectors = kPartVectors<C>;
-  for (int64_t k = begin * vectors * lanes; k < end * vectors * lanes; k += vectors * lanes) {
+  // Past the caches go whole lines.
+  constexpr int lanes = kLanesOf<C>, vectors = kStream ? kLineBytes / kVectorBytes : kPartVectors<C>;
+  for (int64_t k = begin * kPartValues<C>; k < end * kPartValues<C>; k += vectors * lanes) {
     Vector<C> v[vectors][1 << kBits];
     unroll<vectors>([&](auto j) HSAID_LAMBDA {
       unroll<1 << kBits>([&](auto i) HSAID_LAMBDA { v[j][i] = load_of(x + k + i * stride + j * lanes); });
@@ -188,18 +190,18 @@ void pass_of_block(const C* x, C* out, int q, int step, int64_t begin, int64_t e
   });
 }
 
-// Steps 0 to `step` of one block, the last of them from `work` to out.
+// Steps 0 to `step` of one block, the last of them from `work`, which may be in the cache, to out.
 template <class C>
-void steps_of_block(const C* x, C* work, C* out, int q, int step, C scale, bool stream) {
-  if (step == 0) return first_step(x, out, 1);
+void steps_of_block(const C* x, C* work, C* out, int q, int step, C scale, bool to_cache, bool stream) {
+  if (step == 0) return first_step(x, out, 1, to_cache);
   const int below = block_bits<C>(q, step - 1);
   const int64_t count = (int64_t)1 << (block_bits<C>(q, step) - below);
   if (step == 1)
-    first_step(x, work, count);
+    first_step(x, work, count, to_cache);
   else
     for (int64_t i = 0; i < count; ++i) {
       C* sub = work + (i << below);
-      steps_of_block(x + (i << below), sub, sub, q, step - 1, scale, false);
+      steps_of_block(x + (i << below), sub, sub, q, step - 1, scale, to_cache, false);
     }
   pass_of_block(work, out, q, step, 0, parts_of_block<C>(q, step), scale, stream);
 }
@@ -209,11 +211,11 @@ template <class C, int kEnd>
 void short_rows(const C* x, C* out, int64_t rows, C scale, bool stream) {
   constexpr int64_t tile = (int64_t)1 << kTileBitsOf<C>;
   const int64_t values = rows << kEnd, count = values / tile, rest = values % tile;
-  (stream ? tiles<C, kEnd, true, kStreams> : tiles<C, kEnd, true, false>)(x, out, count, scale);
+  (stream ? tiles<C, kEnd, true, kStreams> : tiles<C, kEnd, true, false>)(x, out, count, scale, false);
   if (!rest) return;
   alignas(kLineBytes) C side[tile] = {};
   std::memcpy(side, x + count * tile, rest * sizeof(C));
-  tiles<C, kEnd, true, false>(side, side, 1, scale);
+  tiles<C, kEnd, true, false>(side, side, 1, scale, true);
   std::memcpy(out + count * tile, side, rest * sizeof(C));
 }
 
@@ -231,7 +233,7 @@ void rows(const C* x, C* out, int64_t rows, int q, C scale, bool stream) {
     Arena arena(stream ? bytes : 0);
     C* work = stream ? arena.take<C>(n) : nullptr;
     for (int64_t k = 0; k < rows * n; k += n)
-      steps_of_block(x + k, work ? work : out + k, out + k, q, num_passes<C>(q), scale, stream);
+      steps_of_block(x + k, work ? work : out + k, out + k, q, num_passes<C>(q), scale, stream, stream);
   }
   if (stream) finish_streaming();
 }
@@ -241,7 +243,7 @@ void blocks(const C* x, C* out, int q, int step, int64_t begin, int64_t end) {
   const KeepSubnormals keep;
   const int bits = block_bits<C>(q, step);
   for (int64_t i = begin; i < end; ++i)
-    steps_of_block(x + (i << bits), out + (i << bits), out + (i << bits), q, step, C(1), false);
+    steps_of_block(x + (i << bits), out + (i << bits), out + (i << bits), q, step, C(1), false, false);
 }
 
 template <class C>
