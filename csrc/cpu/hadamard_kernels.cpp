@@ -1,7 +1,8 @@
 // The Walsh-Hadamard transform of rows of n = 2^q values, compiled once for each instruction set (HSAID_ISA):
 //
 //     step 0           stages at bits 2 .. t-1, in a tile of 2^t values in registers
-//     step 1, 2, ...   passes: up to three stages more, between the lines of eight blocks of the step before
+//     step 1           a pass: one to four stages more, between the lines of the tiles
+//     step 2, 3, ...   passes of three stages, between the lines of eight blocks of the step before
 //     the last step    stages 0 and 1 too, which lie within a line, and the scale
 //
 // A row of a tile or less takes one step. A block goes through all its steps before the next one begins, so that what a
@@ -43,6 +44,9 @@ template <class C>
 constexpr int kLaneBitsOf = log2_of(kLanesOf<C>);
 
 constexpr int kPassBits = 3;
+// The first pass takes what is left of the stages: up to four with 32 registers. Tiles are near enough, 1 KB, for their
+// lines to fall into several sets.
+constexpr int kFirstPassBits = kLanes == 16 ? 4 : 3;
 // A tile has 16 vectors where there are 32 registers, else 8.
 template <class C>
 constexpr int kTileBitsOf = kLaneBitsOf<C> + (kLanes == 16 ? 4 : 3);
@@ -158,13 +162,12 @@ HSAID_NOINLINE void join_blocks(const C* x, C* out, int64_t stride, int64_t begi
 
 template <class C>
 int num_passes(int q) {
-  return q > kTileBitsOf<C> ? (q - kTileBitsOf<C> + kPassBits - 1) / kPassBits : 0;
+  const int left = q - kTileBitsOf<C> - kFirstPassBits;
+  return q <= kTileBitsOf<C> ? 0 : left <= 0 ? 1 : 1 + (left + kPassBits - 1) / kPassBits;
 }
-// The passes share their stages out equally.
 template <class C>
 int block_bits(int q, int step) {
-  const int passes = num_passes<C>(q);
-  return passes ? kTileBitsOf<C> + (q - kTileBitsOf<C>)*step / passes : q;
+  return step == 0 && q > kTileBitsOf<C> ? kTileBitsOf<C> : q - kPassBits * (num_passes<C>(q) - step);
 }
 // Parts of a block of the step before, which a pass joins with others.
 template <class C>
@@ -181,7 +184,7 @@ template <class C>
 void pass_of_block(const C* x, C* out, int q, int step, int64_t begin, int64_t end, C scale, bool stream) {
   const int below = block_bits<C>(q, step - 1), bits = block_bits<C>(q, step) - below;
   const bool last = step == num_passes<C>(q);
-  unroll<kPassBits>([&](auto i) HSAID_LAMBDA {
+  unroll<kFirstPassBits>([&](auto i) HSAID_LAMBDA {
     if (bits != i + 1) return;
     const auto join = !last    ? join_blocks<C, i + 1, false, false>
                       : stream ? join_blocks<C, i + 1, true, kStreams>
