@@ -177,9 +177,19 @@ class Report(results.Run):
     def transform(self) -> str:
         lines = [
             [row["dtype"], f"{row['n']:,}", row["floor_ms"], row["new_ms"], row["ms"], ratio(row, "/new")]
+            + [row.get("in_place_ms", "")]
             for row in pick(self.rows, what="hadamard_transform")
         ]
-        return table(["values in", "n", "floor, ms", "floor with a new tensor, ms", "transform, ms", "/ new"], lines)
+        header = [
+            "values in",
+            "n",
+            "floor, ms",
+            "floor with a new tensor, ms",
+            "transform, ms",
+            "/ new",
+            "in place, ms",
+        ]
+        return table(header, lines)
 
     def first_call(self) -> str:
         lines = [

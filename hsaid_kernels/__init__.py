@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from hsaid_kernels.version import __version__
 
 if TYPE_CHECKING:
-    from hsaid_kernels.fastfood.ops import available_backends, empty_cache, hadamard_transform
+    from hsaid_kernels.fastfood.hadamard import hadamard_transform, hadamard_transform_
+    from hsaid_kernels.fastfood.ops import available_backends, empty_cache
     from hsaid_kernels.fastfood.projection import Projection
     from hsaid_kernels.hierarchy import Hierarchy
     from hsaid_kernels.wrapper.checkpoint.files import last_checkpoint
@@ -21,6 +22,7 @@ __all__ = [
     "available_backends",
     "empty_cache",
     "hadamard_transform",
+    "hadamard_transform_",
     "last_checkpoint",
     "register_quantized",
 ]
@@ -32,7 +34,8 @@ _MODULES = {
     "Projection": "fastfood.projection",
     "available_backends": "fastfood.ops",
     "empty_cache": "fastfood.ops",
-    "hadamard_transform": "fastfood.ops",
+    "hadamard_transform": "fastfood.hadamard",
+    "hadamard_transform_": "fastfood.hadamard",
     "last_checkpoint": "wrapper.checkpoint.files",
     "register_quantized": "wrapper.w0.kinds",
 }

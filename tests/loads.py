@@ -16,7 +16,7 @@ for library, key in (("_cpu", "CPU"), ("_cuda", "CUDA")):
     failed |= reason is not True
     print(f"{what}: {folder.parent.name}'s {library}.so", "is loaded and registered" if reason is True else reason)
 try:
-    ops._kernels("cpu").hadamard_transform(torch.ones(2, dtype=torch.int32), 1.0)
+    ops.kernels("cpu").hadamard_transform(torch.ones(2, dtype=torch.int16), 1.0)
 except RuntimeError as error:
     failed |= "expected float32" not in str(error)
 except NotImplementedError:  # nothing is registered, as said above

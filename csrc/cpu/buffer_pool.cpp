@@ -87,6 +87,8 @@ void give_buffer(void* buffer, int64_t bytes) {
   pool().kept.push_back({buffer, bytes});
 }
 
+void free_buffer(void* buffer) { std::free(buffer); }
+
 int64_t empty_pool() {
   std::lock_guard<std::mutex> lock(pool().mutex);
   int64_t bytes = 0;

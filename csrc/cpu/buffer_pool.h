@@ -13,6 +13,8 @@ void* take_buffer(int64_t bytes);
 // Back into the pool, which keeps one buffer of each size, and frees the oldest where all together take much more than
 // the largest.
 void give_buffer(void* buffer, int64_t bytes);
+// Frees it instead.
+void free_buffer(void* buffer);
 // Frees what the pool keeps; returns its bytes.
 int64_t empty_pool();
 

@@ -14,7 +14,6 @@
 #include <vector>
 
 #include "../core/half.h"
-#include "../core/walsh_hadamard.h"
 #include "subnormals.h"
 
 namespace hsaid {
@@ -258,43 +257,5 @@ void fastfood_adjoint(const Adjoint& a, float* dtheta, float* dfactors, const Th
     });
   }
 }
-
-template <class T>
-void hadamard_transform(const T* x, T* out, int64_t rows, int64_t dim, double scale, const Threads& threads) {
-  using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  const Kernels& kernel = kernels();
-  int q = 0;
-  while (((int64_t)1 << q) < dim) ++q;
-  const int64_t n = (int64_t)1 << q;
-  threads.parallel_for(rows, [&](int64_t begin, int64_t end) {
-    const KeepSubnormals keep;
-    std::vector<Compute> row(n);
-    for (int64_t r = begin; r < end; ++r) {
-      for (int64_t k = 0; k < dim; ++k) {
-        if constexpr (std::is_same_v<T, double>)
-          row[k] = x[r * dim + k];
-        else
-          row[k] = to_float(x[r * dim + k]);
-      }
-      std::fill(row.begin() + dim, row.end(), Compute(0));
-      if (std::is_same_v<Compute, float> && q >= kMinWidthBits)
-        kernel.walsh_hadamard((float*)row.data(), q);
-      else
-        walsh_hadamard(row.data(), q);
-      for (int64_t k = 0; k < dim; ++k) {
-        const Compute y = row[k] * (Compute)scale;
-        if constexpr (std::is_same_v<T, double>)
-          out[r * dim + k] = y;
-        else
-          from_float(y, out + r * dim + k);
-      }
-    }
-  });
-}
-
-template void hadamard_transform(const float*, float*, int64_t, int64_t, double, const Threads&);
-template void hadamard_transform(const bf16*, bf16*, int64_t, int64_t, double, const Threads&);
-template void hadamard_transform(const fp16*, fp16*, int64_t, int64_t, double, const Threads&);
-template void hadamard_transform(const double*, double*, int64_t, int64_t, double, const Threads&);
 
 }  // namespace hsaid

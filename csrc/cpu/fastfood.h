@@ -76,6 +76,8 @@ HSAID_INLINE int64_t num_blocks(const Forward& a) {
   return last.first_block + num_blocks(a.params, last);
 }
 
+struct HadamardKernels;
+
 struct Kernels {
   const char* isa;
   // Blocks [begin, end), counted over all segments.
@@ -88,8 +90,7 @@ struct Kernels {
   // With one chunk a block: z [n] of a chunk; B H Pi^T u in u's place.
   void (*shared_z)(const Params&, int chunk, const float* theta, float* z);
   void (*shared_z_transposed)(const Params&, int chunk, float* u);
-  // H x in place, n = 2^q >= 32.
-  void (*walsh_hadamard)(float* x, int q);
+  const HadamardKernels* hadamard;  // hadamard.h
 };
 
 // Throws std::runtime_error for the kernels, which must not instantiate any of the standard library's functions.
@@ -116,8 +117,5 @@ struct Threads {
 void fastfood_forward(const Forward&, const Threads&);
 // dtheta [chunks, n] and dfactors [num_segments]; the same bits for any number of threads.
 void fastfood_adjoint(const Adjoint&, float* dtheta, float* dfactors, const Threads&);
-// rows x dim values with a row stride of dim -> scale * H x, for float, bf16, fp16 and double.
-template <class T>
-void hadamard_transform(const T* x, T* out, int64_t rows, int64_t dim, double scale, const Threads&);
 
 }  // namespace hsaid

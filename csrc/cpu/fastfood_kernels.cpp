@@ -10,6 +10,7 @@
 // Everything here and in the headers beside it has internal linkage, and nothing calls the standard library's inline
 // functions, of which the linker would keep one instruction set's copy for all.
 
+#include "hadamard.h"
 #include "subnormals.h"
 #include "z.h"
 
@@ -459,9 +460,13 @@ void shared_z_transposed(const Params& p, int chunk, float* u) {
 }  // namespace
 
 const Kernels* HSAID_CONCAT(kernels_, HSAID_ISA)() {
-  static constexpr Kernels table = {HSAID_STRING(HSAID_ISA), forward,  adjoint_group,
-                                    adjoint_segment,         shared_z, shared_z_transposed,
-                                    walsh_hadamard_block};
+  static constexpr Kernels table = {HSAID_STRING(HSAID_ISA),
+                                    forward,
+                                    adjoint_group,
+                                    adjoint_segment,
+                                    shared_z,
+                                    shared_z_transposed,
+                                    &HSAID_CONCAT(hadamard_, HSAID_ISA)};
   return &table;
 }
 

@@ -10,6 +10,7 @@
 #include "../core/permutation.h"
 #include "../cpu/buffer_pool.h"
 #include "../cpu/fastfood.h"
+#include "../cpu/hadamard.h"
 #include "arguments.h"
 
 namespace {
@@ -18,6 +19,8 @@ namespace {
 constexpr int64_t kLargeBytes = int64_t{16} << 20;
 // Weights of more bytes than this go into a pooled buffer.
 constexpr int64_t kPooledBytes = int64_t{1} << 20;
+// Results of hadamard_transform of more bytes than this leave the pool with their tensor.
+constexpr int64_t kMostKeptBytes = int64_t{64} << 20;
 
 hsaid::Threads torch_threads() {
   return {torch::stable::get_num_threads(),
@@ -115,30 +118,73 @@ std::tuple<Tensor, Tensor> fastfood_adjoint(const Tensor& given_theta, const Ten
   return {dtheta, dfactors};
 }
 
-Tensor hadamard_transform(const Tensor& given, double scale) {
-  const Tensor x = row_major(given);
-  Tensor out = torch::stable::empty_like(x);
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x: expected a last dimension of at least 1");
+void transform_into(const Tensor& x, double scale, void* to) {
   const int64_t dim = x.size(x.dim() - 1), rows = x.numel() / dim;
   const void* in = x.const_data_ptr();
-  void* to = out.mutable_data_ptr();
+  const auto of_floats = [&](auto type) {
+    using T = decltype(type);
+    hsaid::hadamard_transform((const T*)in, (T*)to, rows, dim, scale, torch_threads());
+  };
+  const auto of_integers = [&](auto type, const char* name) {
+    using T = decltype(type);
+    STD_TORCH_CHECK(scale == 1, "scale: expected 1 for integers, got ", scale);
+    const bool fits = hsaid::hadamard_transform((const T*)in, (T*)to, rows, dim, torch_threads());
+    STD_TORCH_CHECK(fits, "x: expected integers whose transform fits ", name, ", got larger ones");
+  };
   switch (x.scalar_type()) {
     case ScalarType::Float:
-      hsaid::hadamard_transform((const float*)in, (float*)to, rows, dim, scale, torch_threads());
-      break;
+      return of_floats(float{});
     case ScalarType::Double:
-      hsaid::hadamard_transform((const double*)in, (double*)to, rows, dim, scale, torch_threads());
-      break;
+      return of_floats(double{});
     case ScalarType::BFloat16:
-      hsaid::hadamard_transform((const hsaid::bf16*)in, (hsaid::bf16*)to, rows, dim, scale, torch_threads());
-      break;
+      return of_floats(hsaid::bf16{});
     case ScalarType::Half:
-      hsaid::hadamard_transform((const hsaid::fp16*)in, (hsaid::fp16*)to, rows, dim, scale, torch_threads());
-      break;
+      return of_floats(hsaid::fp16{});
+    case ScalarType::Int:
+      return of_integers(int32_t{}, "int32");
+    case ScalarType::Long:
+      return of_integers(int64_t{}, "int64");
     default:
-      STD_TORCH_CHECK(false, "x: expected float32, float64, bfloat16 or float16");
+      STD_TORCH_CHECK(false, "x: expected float32, float64, bfloat16, float16, int32 or int64");
   }
+}
+
+// Memory from the system would cost more than the transform: pages, one by one.
+Tensor like_in_pool(const Tensor& x) {
+  const int64_t bytes = x.numel() * x.element_size();
+  if (bytes < kLargeBytes) return torch::stable::empty_like(x);
+  void* buffer = hsaid::take_buffer(bytes);
+  STD_TORCH_CHECK(buffer, "x: no memory for a result of ", bytes, " bytes");
+  return torch::stable::from_blob(buffer, x.sizes(), x.strides(), x.device(), x.scalar_type(), [bytes](void* p) {
+    if (bytes <= kMostKeptBytes)
+      hsaid::give_buffer(p, bytes);
+    else
+      hsaid::free_buffer(p);
+  });
+}
+
+void check_transformed(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x: expected a last dimension of at least 1");
+}
+
+Tensor hadamard_transform(const Tensor& given, double scale) {
+  check_transformed(given);
+  const Tensor x = row_major(given);
+  Tensor out = like_in_pool(x);
+  transform_into(x, scale, out.mutable_data_ptr());
   return out;
+}
+
+void hadamard_transform_into(const Tensor& given, double scale, Tensor out) {
+  check_transformed(given);
+  STD_TORCH_CHECK(out.is_cpu() && out.scalar_type() == given.scalar_type() && out.sizes().equals(given.sizes()),
+                  "out: expected a tensor like x, on the CPU");
+  STD_TORCH_CHECK(out.is_contiguous(), "out: expected a contiguous tensor");
+  const Tensor x = row_major(given);
+  const char *in = (const char*)x.const_data_ptr(), *to = (const char*)out.const_data_ptr();
+  const int64_t bytes = x.numel() * x.element_size();
+  STD_TORCH_CHECK(in == to || in + bytes <= to || to + bytes <= in, "out: expected x's memory, or none of it");
+  transform_into(x, scale, out.mutable_data_ptr());
 }
 
 // The scalar streams of csrc/core; the kernels have their own, vectorised ones.
@@ -158,6 +204,7 @@ STABLE_TORCH_LIBRARY_IMPL(hsaid_kernels, CPU, m) {
   m.impl("fastfood_forward", TORCH_BOX(&fastfood_forward));
   m.impl("fastfood_adjoint", TORCH_BOX(&fastfood_adjoint));
   m.impl("hadamard_transform", TORCH_BOX(&hadamard_transform));
+  m.impl("hadamard_transform_into", TORCH_BOX(&hadamard_transform_into));
   m.impl("stream_values", TORCH_BOX(&stream_values));
 }
 

@@ -52,3 +52,15 @@ def register(name: str, op: Callable[..., Tensor]) -> None:
 
     torch.library.impl(name, "Autograd")(differentiated)
     torch.library.register_vmap(name, batched)
+
+
+def refuse(name: str, op: Callable[..., None]) -> None:
+    """Makes `op`, a hadamard_transform_into of this name, raise where its result would need a derivative."""
+
+    def written(x: Tensor, scale: float, out: Tensor) -> None:
+        if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+            raise RuntimeError(f"out: {name} has no derivative, expected tensors that do not require grad")
+        with torch._C._AutoDispatchBelowAutograd():
+            op(x, scale, out)
+
+    torch.library.impl(name, "Autograd")(written)

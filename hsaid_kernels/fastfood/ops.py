@@ -11,7 +11,6 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import numbers
 import os
 import shutil
 import warnings
@@ -45,6 +44,12 @@ _SCHEMAS = {
     "bool rademacher) -> Tensor",
 }
 torch.library.define(f"{NAMESPACE}::empty_cache", "() -> int")
+# Only the CPU has a kernel for it. `out` is contiguous, and x itself or no part of its memory.
+torch.library.define(
+    f"{NAMESPACE}::hadamard_transform_into",
+    "(Tensor x, float scale, Tensor(a!) out) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
 
 def _fake_forward(
@@ -61,6 +66,11 @@ def _fake_adjoint(
 
 def _fake_hadamard(x, scale):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::hadamard_transform_into")
+def _fake_hadamard_into(x, scale, out):
+    return None
 
 
 def _fake_stream(like, seed, stream, purpose, block, chunk, width, rademacher):
@@ -107,6 +117,7 @@ def _in_triton(name: str) -> None:
     torch.library.impl(f"{TRITON_NAMESPACE}::{name}", "CompositeExplicitAutograd")(run)
 
 
+derivatives.refuse(f"{NAMESPACE}::hadamard_transform_into", torch.ops.hsaid_kernels.hadamard_transform_into)
 _define(NAMESPACE)
 _define(TRITON_NAMESPACE)
 for _name in _SCHEMAS:
@@ -116,7 +127,7 @@ for _name in _SCHEMAS:
 _NAMESPACES = {"cpu": NAMESPACE, "cuda": NAMESPACE, "triton": TRITON_NAMESPACE}
 
 
-def _kernels(backend: str) -> Any:
+def kernels(backend: str) -> Any:
     """The namespace of torch.ops that contains a backend's kernels."""
     return getattr(torch.ops, _NAMESPACES[backend])
 
@@ -316,7 +327,7 @@ def fastfood_forward(
     width, signs, seed = plan.width, plan.rademacher, _signed(plan.seed)
     tables = plan.segments, seed, width, signs, plan.holes, plan.numel
     of_blocks = dtype, listed, span, plan.one_chunk
-    return _kernels(backend).fastfood_forward(plan.spread(theta), factors, list(base), *tables, *of_blocks)
+    return kernels(backend).fastfood_forward(plan.spread(theta), factors, list(base), *tables, *of_blocks)
 
 
 def fastfood_adjoint(
@@ -340,7 +351,7 @@ def fastfood_adjoint(
     width, signs, seed = plan.width, plan.rademacher, _signed(plan.seed)
     tables = plan.segments, seed, width, signs, plan.run_blocks
     of_blocks = listed, span, plan.one_chunk
-    dtheta, dfactors = _kernels(backend).fastfood_adjoint(plan.spread(theta), factors, grads, *tables, *of_blocks)
+    dtheta, dfactors = kernels(backend).fastfood_adjoint(plan.spread(theta), factors, grads, *tables, *of_blocks)
     return plan.gathered(dtheta), dfactors
 
 
@@ -389,41 +400,3 @@ def _fake_planned_adjoint(theta, factors, grads, plan, backend):
 def empty_cache() -> int:
     """Frees the buffers that the CPU backend keeps for the next step, as large as the weights. Returns their bytes."""
     return torch.ops.hsaid_kernels.empty_cache() if _AVAILABLE["cpu"] is True else 0
-
-
-def hadamard_transform(x: Tensor, scale: float = 1.0, backend: str = "auto") -> Tensor:
-    """Walsh-Hadamard transform along the last dimension, times `scale`; shape and dtype are those of x.
-
-    Args:
-        x: [..., dim] in float32, float64, bfloat16 or float16, with any strides; may be on the meta device. If dim is
-            not a power of two, x is padded with zeros to n, the next power of two, and the result truncated to dim.
-        scale: a real number. 1 / sqrt(n) makes the transform orthonormal.
-        backend: "auto", or one of `available_backends()`.
-
-    Equivalent to `torch.nn.functional.linear(pad(x), hadamard_matrix(n))[..., :dim] * scale`, but needs only n log2 n
-    additions per row. 16-bit inputs are accumulated in float32 and rounded once. Differentiable to any order in
-    backward and forward mode, also by `torch.func`, whose vmap works too.
-
-    Raises:
-        TypeError: x is not a dense tensor of one of the four dtypes, or scale is not a real number.
-        ValueError: x has no dimension or an empty last one, or backend is an unknown name.
-        RuntimeError: the backend cannot be used, or not for x's device.
-    """
-    if not isinstance(x, Tensor) or x.dtype not in (*WEIGHT_DTYPES, torch.float64):
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x: expected a tensor in float32, float64, bfloat16 or float16, got {got}")
-    if x.layout != torch.strided:
-        raise TypeError(f"x: expected a dense tensor, got layout {x.layout}")
-    if not isinstance(scale, numbers.Real):
-        raise TypeError(f"scale: expected a real number, got {type(scale).__name__}")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: expected a last dimension of at least 1, got shape {tuple(x.shape)}")
-    if x.is_meta:  # no values to compute: the fake kernel
-        check_choice("backend", backend, BACKENDS)
-        return torch.ops.hsaid_kernels.hadamard_transform(x, float(scale))
-    backend = choose_backend(backend, x.device)
-    # GPU kernels support the dtypes of models only. float64 is for gradient checks.
-    if backend == "reference" or (backend != "cpu" and x.dtype == torch.float64):
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        return reference.hadamard_transform(wide, float(scale)).to(x.dtype)
-    return _kernels(backend).hadamard_transform(x, float(scale))

@@ -353,3 +353,18 @@ def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
     dim = x.shape[-1]
     n = 1 << max(0, dim - 1).bit_length()
     return (walsh_hadamard(torch.nn.functional.pad(x, (0, n - dim)))[..., :dim] * scale).contiguous()
+
+
+def integer_hadamard_transform(x: Tensor) -> Tensor:
+    """H x along the last dimension of integers, padded and truncated as in `hadamard_transform`; exact.
+
+    Raises RuntimeError if a value of the result does not fit x's dtype.
+    """
+    halves = (x.long() >> 32, x.long() & MASK32)  # x = 2^32 high + low; sums of halves fit int64
+    high, low = (hadamard_transform(half, 1) for half in halves)
+    high = high + (low >> 32)
+    limits = torch.iinfo(x.dtype)
+    result = (high << 32) + (low & MASK32)
+    if ((high < -(2**31)) | (high >= 2**31) | (result < limits.min) | (result > limits.max)).any():
+        raise RuntimeError(f"x: expected integers whose transform fits {limits.dtype}, got larger ones")
+    return result.to(x.dtype)

@@ -78,3 +78,4 @@ void for_each_isa(F&& f) {
 }
 
 void test_fastfood();
+void test_hadamard();

@@ -225,6 +225,7 @@ int main() {
   test_buffer_pool();
   test_unknown_isa();
   test_fastfood();
+  test_hadamard();
   std::printf("%s: %d checks failed\n", failures ? "FAILED" : "passed", failures);
   return failures != 0;
 }

@@ -8,6 +8,7 @@
 
 #include "../../csrc/core/permutation.h"
 #include "../../csrc/core/walsh_hadamard.h"
+#include "../../csrc/cpu/hadamard.h"
 #include "../../csrc/cuda/fastfood.h"
 #include "cases.h"
 #include "emulator.h"

@@ -307,53 +307,9 @@ void test_no_gradients() {
   for (float x : dfactors) CHECK(bits_of(x) == 0, "%g", x);
 }
 
-void test_walsh_hadamard() {
-  for (int q = kMinWidthBits; q <= 18; ++q) {
-    std::vector<float> x((size_t)1 << q), expected;
-    for (size_t k = 0; k < x.size(); ++k) x[k] = value(k);
-    expected = x;
-    walsh_hadamard(expected.data(), q);
-    for_each_isa([&](const std::string& isa) {
-      std::vector<float> y = x;
-      kernels().walsh_hadamard(y.data(), q);
-      check_same_bits(y.data(), expected.data(), y.size(), isa + ", q " + std::to_string(q));
-    });
-  }
-}
-
-// Rows of any length, padded; guards before and after.
-template <class T>
-void test_hadamard_transform(const char* type) {
-  for (int64_t dim : {1, 2, 3, 31, 33, 500, 1024})
-    for (int64_t rows : {0, 1, 7}) {
-      int q = 0;
-      while ((int64_t)1 << q < dim) ++q;
-      const T guard = kGuard<T>;
-      std::vector<T> x(rows * dim), expected(rows * dim + 2, guard);
-      for (int64_t k = 0; k < rows * dim; ++k) x[k] = narrowed<T>(value(k));
-      for (int64_t row = 0; row < rows; ++row) {
-        std::vector<float> y((size_t)1 << q);
-        for (int64_t k = 0; k < dim; ++k) y[k] = to_float(x[row * dim + k]);
-        walsh_hadamard(y.data(), q);
-        for (int64_t k = 0; k < dim; ++k) expected[1 + row * dim + k] = narrowed<T>(y[k] * 0.3f);
-      }
-      for_each_isa([&](const std::string& isa) {
-        for (int64_t threads : {1, 3}) {
-          std::vector<T> out(rows * dim + 2, guard);
-          hadamard_transform(x.data(), out.data() + 1, rows, dim, 0.3, fake_threads(threads));
-          check_same_bits(out.data(), expected.data(), out.size(), isa + ", " + type + ", " + std::to_string(dim));
-        }
-      });
-    }
-}
-
 }  // namespace
 
 void test_fastfood() {
-  test_walsh_hadamard();
-  test_hadamard_transform<float>("float");
-  test_hadamard_transform<bf16>("bf16");
-  test_hadamard_transform<fp16>("fp16");
   test_no_gradients();
   test_zero_theta();
   test_special_values();

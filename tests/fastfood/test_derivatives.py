@@ -125,7 +125,7 @@ def test_vmap(f, dtype):
 @needs_cpu
 def test_vmap_over_scalars():
     """They have no dimension to transform, and the batch is none."""
-    with pytest.raises(ValueError, match=r"x: expected a last dimension of at least 1, got shape \(\)"):
+    with pytest.raises(ValueError, match=r"x: expected at least one dimension, got shape \(\)"):
         func.vmap(hadamard_transform)(torch.ones(4))
     with pytest.raises(IndexError):
         func.vmap(lambda x: OP(x, SCALE))(torch.ones(4))

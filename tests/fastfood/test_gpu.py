@@ -18,7 +18,7 @@ from emulated import emulate_cuda
 from helpers import assert_same_bits, poison
 from torch import nn
 
-from hsaid_kernels import HSAID, Hierarchy, Projection, available_backends, hadamard_transform
+from hsaid_kernels import HSAID, Hierarchy, Projection, available_backends, hadamard_transform, hadamard_transform_
 from hsaid_kernels.fastfood import ops
 from hsaid_kernels.fastfood.plan import Plan, Segment, stream_id, whole
 from hsaid_kernels.hierarchy.attention import find_attention
@@ -55,7 +55,7 @@ def backend(request):
     return request.param
 
 
-kernels = ops._kernels
+kernels = ops.kernels
 
 
 def values(plan: Plan, dtype: torch.dtype) -> torch.Tensor:
@@ -497,6 +497,26 @@ def test_hadamard_transform(dim, dtype, backend):
     assert_same_bits(hadamard_transform(on, 0.3, backend).cpu(), hadamard_transform(x, 0.3))
     if dim > 1:  # rows that begin anywhere
         assert_same_bits(hadamard_transform(on[:, :-1], 0.3, backend).cpu(), hadamard_transform(x[:, :-1], 0.3))
+
+
+def test_forms_of_hadamard_transform(backend):
+    """Other dimensions, complex numbers, in place and into a tensor: torch around the op."""
+    for dtype in (torch.float32, torch.complex64):
+        x = torch.randn(3, 5, 40, dtype=dtype)
+        on = x.to(DEVICE)
+        for dim in (0, 1, -1):
+            expected = torch.view_as_real(hadamard_transform(x, 0.5, dim=dim) + 0j)
+            out = torch.empty_like(on)
+            forms = (
+                hadamard_transform(on, 0.5, backend, dim=dim),
+                hadamard_transform(on, 0.5, backend, dim=dim, out=out),
+                hadamard_transform_(on.clone(), 0.5, backend, dim=dim),
+            )
+            for got in forms:
+                assert got.dtype == dtype and got.device == on.device
+                assert_same_bits(torch.view_as_real(got + 0j).cpu(), expected)
+    with pytest.raises(TypeError, match=f"x: expected floating-point or complex numbers for backend '{backend}'"):
+        hadamard_transform(torch.ones(4, dtype=torch.int32, device=DEVICE), backend=backend)
 
 
 def test_hadamard_transform_is_differentiable(backend):

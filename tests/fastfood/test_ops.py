@@ -197,12 +197,11 @@ def test_hadamard_transform_compiles_whole():
 @pytest.mark.parametrize(
     "x, error, message",
     [
-        ([1.0, 2.0], TypeError, "x: expected a tensor in float32, float64, bfloat16 or float16, got list"),
-        (torch.ones(4, dtype=torch.int64), TypeError, "got torch.int64"),
-        (torch.ones(4, dtype=torch.complex64), TypeError, "got torch.complex64"),
+        ([1.0, 2.0], TypeError, "x: expected a tensor in float32, .*, int32 or int64, got list"),
+        (torch.ones(4, dtype=torch.int8), TypeError, "got torch.int8"),
         (torch.ones(4, dtype=torch.bool), TypeError, "got torch.bool"),
-        (torch.tensor(1.0), ValueError, r"x: expected a last dimension of at least 1, got shape \(\)"),
-        (torch.ones(3, 0), ValueError, r"x: expected a last dimension of at least 1, got shape \(3, 0\)"),
+        (torch.tensor(1.0), ValueError, r"x: expected at least one dimension, got shape \(\)"),
+        (torch.ones(3, 0), ValueError, r"x: expected a size of at least 1 along dimension -1, got shape \(3, 0\)"),
     ],
 )
 def test_hadamard_transform_refuses(x, error, message):
