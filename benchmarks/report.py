@@ -157,11 +157,22 @@ class Report(results.Run):
         )
 
     def places(self) -> str:
+        """A line for each instruction set, part and diagonal, a column for each n: the slowest place / the fastest."""
+        found: dict[tuple, dict[int, str]] = {}
+        for row in pick(self.rows, what="place"):
+            # Rows of older files have one place only, and the time of all threads.
+            key = (
+                row.get("isa", self.isa),
+                row.get("part", "forward, a line behind W"),
+                row.get("diagonal", "rademacher"),
+            )
+            found.setdefault(key, {})[row["width"]] = f"{row['/elsewhere']:.2f}"
+        widths = sorted({width for line in found.values() for width in line})
         lines = [
-            [f"{row['d']:,}", f"{row['width']:,}", row["elsewhere_ms"], row["ms"], ratio(row, "/elsewhere")]
-            for row in pick(self.rows, what="place")
+            [ISAS.get(isa, isa), part, diagonal, *(line.get(width, "") for width in widths)]
+            for (isa, part, diagonal), line in found.items()
         ]
-        header = ["d", "n", "elsewhere, ms", "one line behind W, ms", "/ elsewhere"]
+        header = ["instruction set", "", "diagonal", *(f"n = {width:,}" for width in widths)]
         return table(header, lines) + self.remarks("place")
 
     def long_theta(self) -> str:
@@ -192,13 +203,14 @@ class Report(results.Run):
         return table(header, lines)
 
     def first_call(self) -> str:
-        lines = [
-            [f"{row['d']:,}", *(row[k] for k in ("plan_ms", "forward_ms", "adjoint_ms", "forward_MB", "adjoint_MB"))]
-            for row in pick(self.rows, what="first call")
-        ]
-        return table(
-            ["d", "plan, ms", "forward, ms", "adjoint, ms", "forward, MB beyond W0 and W", "adjoint, MB"], lines
-        )
+        lines = []
+        for row in pick(self.rows, what="first call"):
+            times = [row["plan_ms"], row["forward_ms"]]
+            times += [row["later_ms"], row["/later"], row["new_ms"], row["again_ms"]] if "later_ms" in row else [""] * 4
+            lines.append([f"{row['d']:,}", *times, row["adjoint_ms"], row["forward_MB"], row["adjoint_MB"]])
+        header = ["d", "plan, ms", "forward, ms", "later, ms", "/ later", "new memory filled, ms", "again, ms"]
+        header += ["adjoint, ms", "forward, MB beyond W0 and W", "adjoint, MB"]
+        return table(header, lines) + self.remarks("first call")
 
     def steps(self) -> str:
         lines = []
@@ -385,7 +397,8 @@ def sections(report: Report) -> list[Section]:
         Section(
             "Where W0 lies",
             report.places(),
-            "10,240,000 weights, rademacher: addresses modulo a page (docs/cpu.md).",
+            "The slowest place of W0 (of W, of the gradients) within a page as a multiple of the fastest, in CPU\n"
+            "time of one thread (benchmarks/places.py, docs/cpu.md).",
         ),
         Section(
             "A training step",
@@ -410,7 +423,8 @@ def sections(report: Report) -> list[Section]:
         Section(
             "Once in a process",
             report.first_call(),
-            "The first forward and adjoint, mBERT in float32, and the memory they take beyond what goes in and out.",
+            "The first forward and adjoint, mBERT in float32, and the memory they take beyond what goes in and out;\n"
+            "beside them later forwards, and filling as much memory as W takes that is new to the process, and again.",
         ),
         Section(
             "A study beside its runs",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
+import places
 import pytest
 import results
 import shapes
@@ -152,20 +153,15 @@ def measure_once(f: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-@pytest.mark.skipif(not ISAS, reason="the CPU library was not built")
-@pytest.mark.parametrize("dim", [2000, 4000, 16384])
-def test_place_of_w0(measure, record, dim):
-    """W0 one line behind W, modulo a page, against W0 half a page from it (docs/cpu.md, "Addresses")."""
-    plan = Plan({"w": (10_000, 1024)}, dim, diagonal="rademacher")
-    room = torch.zeros(plan.numel + 2048)
+QUICK_PLACES = [(isa, "forward", "rademacher", width) for isa in ISAS[:1] for width in (2048, 4096, 16384)]
 
-    def forward(place: int) -> Callable[[], object]:
-        """W begins on a page: it is large, and the buffers of large weights do."""
-        first = (place - room.data_ptr()) % 4096 // 4
-        base = [room[first : first + plan.numel].view(10_000, 1024)]
-        return lambda: ops.fastfood_forward(plan, torch.ones(dim), plan.scales, base, torch.float32, "cpu")
 
-    columns = measure(forward(4096 - 64), {"elsewhere": forward(2048)}, rounds=9)
-    asked = 2  # 2.6 to 4.2 where loads wait for stores
-    columns |= results.remark(f"d = {dim:,}, one line behind W / elsewhere", columns["/elsewhere"], asked)
-    record(what="place", backend="cpu", weights=plan.numel, dtype="float32", d=dim, width=plan.width, **columns)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case in QUICK_PLACES else pytest.mark.full, id="-".join(map(str, case)))
+        for case in product(places.MEASURED, places.PARTS, DIAGONALS, places.WIDTHS)
+    ],
+)
+def test_places(record, case):
+    record(**places.row(*case))

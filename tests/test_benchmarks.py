@@ -4,12 +4,14 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import gpu
 import host_time
 import peers
+import places
 import plots
 import pytest
 import report
@@ -428,6 +430,37 @@ def test_time_in_which_a_kernel_runs():
 def test_places_are_taken_as_they_become_free():
     assert schedule.groups_of([5 * 2**14 + 1, 3, 4 * 2**14], 2) == [2, 2, 2, 2, 2, 1]
     assert schedule.time_until_done([2, 2, 1], 2) == pytest.approx(3 + 2 * schedule.BESIDE)
+
+
+def test_a_slow_place_is_found():
+    """Among 64 that take as long as each other, and its row in the table with the remark below."""
+
+    def working(seconds: float) -> places.Call:
+        def work() -> None:
+            begin = time.thread_time()
+            while time.thread_time() - begin < seconds:
+                pass
+
+        return work
+
+    calls = {place: working(3e-4 if place == 4032 else 1e-4) for place in places.ALL}
+    columns = places.slowest(calls, 3)
+    assert columns["place"] == 4032 and 2 < columns["/elsewhere"] < 4
+    assert columns["/elsewhere_20"] <= columns["/elsewhere"] <= columns["/elsewhere_80"]
+    rows = [dict(what="place", isa="avx2", part="forward", diagonal="gaussian", width=w) | columns for w in (256, 512)]
+    lines = report.Report({}, [rows[1], rows[0] | {"remark": "too slow"}]).places().splitlines()
+    assert lines[0].split() == "| instruction set | | diagonal | n = 256 | n = 512 |".split()
+    assert lines[2].split()[1:6:2] == ["AVX2", "forward", "gaussian"] and len(lines) == 5
+    assert lines[4] == "- Remark: too slow"
+
+
+def test_places_are_where_they_say():
+    room = torch.zeros(places.WEIGHTS + 2 * places.PAGE)
+    for part, place, moved in (("forward", 192, 0), ("adjoint", 4032, 0), ("forward, W moved", 128, 32)):
+        plan, tensors = places.case(part, "rademacher", 4096, room, place)
+        offset = plan.numel - places.WEIGHTS
+        assert offset == moved and tensors[-1].numel() == places.WEIGHTS
+        assert tensors[0].data_ptr() % places.PAGE == (places.PAGE // 2 if moved else place)
 
 
 def test_host_time_of_the_backends_that_can_be_measured_here():

@@ -82,9 +82,11 @@ HSAID_INLINE int64_t counts(const Params& p) {
   return (p.rademacher ? kDrawCounts<true> : kDrawCounts<false>)*num_drawn(p) + 1 + num_middle_passes(p.q);
 }
 // Moves lines of T while a block is generated or accumulated: eight at a time, which cost much more than a call.
+constexpr int kBurst = 8;
 template <class T>
 HSAID_INLINE Beside beside(const Params& p, void (*move)(const void*, int64_t, int64_t), const void* what) {
-  const int64_t lines = num_lines<kLineVectors<T>>(p.q), most = 8 >> last_bits(p.q), step = lines < most ? lines : most;
+  const int64_t lines = num_lines<kLineVectors<T>>(p.q), most = kBurst >> last_bits(p.q);
+  const int64_t step = lines < most ? lines : most;
   return {move, what, step, counts(p) * width(p) / lines * step};
 }
 
@@ -100,7 +102,29 @@ struct Emission {
   const void* base = nullptr;  // what it is added to; null: 0
   int64_t ahead = 0;           // from a line of it to the one that is fetched, in values
   bool stream = false;
+  bool apart = false;  // all of a burst is read before any of it is stored
 };
+
+// Some processors let a load wait for older stores whose addresses have the same lowest twelve bits, and a store past
+// the caches is not done for long (docs/cpu.md, "Addresses"). Whether loads of a burst may meet two or more such stores
+// of the same burst, which takes a block longer than a page: parts of it then are at the same place in a page.
+HSAID_INLINE bool loads_meet_stores(const void* from, const void* to, int q, uintptr_t item) {
+  constexpr uintptr_t page = 4096;
+  const uintptr_t part = (item << q) >> last_bits(q), repeats = part < page ? part : page;
+  const uintptr_t length = (kBurst >> last_bits(q)) * kLineBytes;
+  return item << q > page && ((uintptr_t)from - (uintptr_t)to + length - 1) % repeats < length + kLineBytes - 1;
+}
+
+// kBurst lines to memory, each to its own place.
+HSAID_INLINE void store_burst(const void* lines, void* const (&to)[kBurst], bool stream) {
+  constexpr int vectors = kLineBytes / sizeof(vu);
+  vu x[kBurst][vectors];
+  unroll<kBurst>([&](auto line) HSAID_LAMBDA {
+    unroll<vectors>([&](auto i) HSAID_LAMBDA { x[line][i] = ((const vu*)lines)[line * vectors + i]; });
+  });
+  asm volatile("" : : "r"(lines) : "memory");  // or the compiler might mix loads and stores
+  unroll<kBurst>([&](auto line) HSAID_LAMBDA { store_words(to[line], x[line], stream); });
+}
 
 // Lines [begin, end) of each part of the last pass.
 template <class T, class Base>
@@ -109,7 +133,10 @@ void emit_lines(const void* emission, int64_t begin, int64_t end) {
   T* out = (T*)e.out;
   const Base* base = (const Base*)e.base;
   const vf factor = broadcast(e.factor);
-  constexpr int vectors = kLineVectors<T>;
+  constexpr int vectors = kLineVectors<T>, line = kLineBytes / sizeof(T);
+  alignas(kLineBytes) T burst[kBurst * line];
+  void* to[kBurst];
+  int count = 0;
   const auto drain = [&](int64_t k, const vf(&y)[vectors]) HSAID_LAMBDA {
     vf w[vectors];
     if constexpr (std::is_void_v<Base>)
@@ -126,9 +153,15 @@ void emit_lines(const void* emission, int64_t begin, int64_t end) {
     if constexpr (!std::is_void_v<Base>)
       for (int i = 0; i < (int)(vectors * kLanes * sizeof(Base)); i += kLineBytes)
         __builtin_prefetch((const char*)(base + k + e.ahead) + i, 0, 2);
-    store_line(out + k, w, e.stream);
+    if (e.apart) {
+      to[count] = out + k;
+      store_line(burst + line * count++, w, false);
+    } else {
+      store_line(out + k, w, e.stream);
+    }
   };
   last_pass<vectors, kSplit<T>>(e.buffer, e.forward->params.q, begin, end, drain);
+  if (e.apart) store_burst(burst, to, e.stream);
 }
 
 // A block that is ragged, or whose segment or base is not dense. `scratch` is two times n.
@@ -177,6 +210,7 @@ Beside begin_emission(Emission& e, float* scratch) {
     e.ahead = fetch_ahead(e.base, (e.next - e.block) << p.q, p.q, item);
   }
   e.stream = e.forward->stream && (uintptr_t)e.out % kLineBytes == 0;
+  e.apart = kStreams && base && item_size(base->dtype) == sizeof(T) && loads_meet_stores(e.base, e.out, p.q, sizeof(T));
   return beside<T>(p, !base ? emit_lines<T, const void> : wide ? emit_lines<T, float> : emit_lines<T, T>, &e);
 }
 

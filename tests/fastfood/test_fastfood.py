@@ -226,6 +226,33 @@ def test_large_output(isa):
         assert_same_bits(ops.fastfood_forward(plan, *inputs(plan), [], dtype, "cpu"), large_weights().to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_any_place_of_the_base_within_a_page(dtype, isa):
+    """Where loads of W0 would meet stores of W, lines go out in another order: at some places, in blocks longer than a
+    page."""
+    for width in (1024, 2048, 4096, 16384):
+        plan = Plan({"a": (2 * width + 64,)}, 100, width=width, diagonal="rademacher")
+        base = values((plan.numel,), dtype)
+        expected = reference.forward(plan, *inputs(plan), [base], dtype)
+        room = torch.empty(plan.numel + 4096, dtype=dtype)
+        for place in range(0, 4096, 36):
+            moved = room[place // room.element_size() :][: plan.numel].copy_(base)
+            assert_same_bits(forward(plan, *inputs(plan), [moved], dtype), expected, f"n = {width}, place {place}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_place_of_the_base_of_a_large_output(dtype, isa):
+    plan = Plan({"a": (2100, 4096)}, 100, width=8192, diagonal="rademacher")
+    room = torch.empty(plan.numel + 4096, dtype=dtype)
+    results = {}
+    for place in (2048, 0, 64, 4032, 4064):  # W begins on a page
+        first = (place - room.data_ptr()) % 4096 // room.element_size()
+        moved = room[first : first + plan.numel].copy_(values((plan.numel,), dtype)).view(2100, 4096)
+        results[place] = ops.fastfood_forward(plan, *inputs(plan), [moved], dtype, "cpu")
+        assert results[place].nbytes > 2**24 and results[place].data_ptr() % 4096 == 0
+        assert_same_bits(results[place], results[2048], f"place {place}")
+
+
 def test_live_large_outputs_never_share_memory():
     plan = Plan(LARGE, 1000, diagonal="rademacher")
     theta, factors = inputs(plan)
