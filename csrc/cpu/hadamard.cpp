@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <type_traits>
@@ -22,6 +23,8 @@ constexpr int64_t kGrain = int64_t{1} << 15;
 constexpr int kSharedBits = 16;
 // Results of this many bytes or more are stored past the caches.
 constexpr int64_t kStreamedBytes = int64_t{8} << 20;
+// Short rows are padded together, but not many: they are written while the next ones are computed.
+constexpr int64_t kPaddedBytes = 2048;
 
 template <class C>
 const HadamardOf<C>& kernels_of() {
@@ -78,6 +81,20 @@ void whole_rows(const C* x, C* out, int64_t rows, int q, C scale, const Threads&
   });
 }
 
+// Rows to compute in, from a cache line on: vectors across two lines take twice as long.
+template <class C>
+struct Rows {
+  static constexpr int64_t kLine = 64;
+  C* values;
+
+  explicit Rows(int64_t count)
+      : values((C*)std::aligned_alloc(kLine, (count * (int64_t)sizeof(C) + kLine - 1) / kLine * kLine)) {
+    if (!values) out_of_memory(count * (int64_t)sizeof(C));
+  }
+  ~Rows() { std::free(values); }
+  Rows(const Rows&) = delete;
+};
+
 void read(const float* x, float* out, int64_t count) { std::memcpy(out, x, count * sizeof(float)); }
 void read(const double* x, double* out, int64_t count) { std::memcpy(out, x, count * sizeof(double)); }
 void read(const bf16* x, float* out, int64_t count) { kernels().hadamard->widen_bf16(x, out, count); }
@@ -109,23 +126,25 @@ void padded_rows(const T* x, T* out, int64_t rows, int64_t dim, C scale, const T
   const int q = bits_for(dim);
   const int64_t n = (int64_t)1 << q;
   if (shares_rows(rows, q, threads)) {
-    const std::unique_ptr<C[]> padded(new C[n]);
+    const Rows<C> scratch(n);
+    C* padded = scratch.values;
     for (int64_t row = 0; row < rows; ++row, x += dim, out += dim) {
-      parallel(threads, dim, 1, [&](int64_t begin, int64_t end) { read(x + begin, &padded[begin], end - begin); });
-      std::fill(&padded[dim], padded.get() + n, C(0));
-      share_row<C>(padded.get(), padded.get(), q, scale, threads);
-      parallel(threads, dim, 1, [&](int64_t begin, int64_t end) { write(&padded[begin], out + begin, end - begin); });
+      parallel(threads, dim, 1, [&](int64_t begin, int64_t end) { read(x + begin, padded + begin, end - begin); });
+      std::fill(padded + dim, padded + n, C(0));
+      share_row<C>(padded, padded, q, scale, threads);
+      parallel(threads, dim, 1, [&](int64_t begin, int64_t end) { write(padded + begin, out + begin, end - begin); });
     }
     return;
   }
-  const int64_t many = std::min(rows, std::max<int64_t>(1, 4096 / n));
+  const int64_t many = std::min(rows, std::max<int64_t>(1, kPaddedBytes / (n * (int64_t)sizeof(C))));
   parallel(threads, rows, n, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<C[]> padded(new C[many * n]);
+    const Rows<C> scratch(many * n);
+    C* padded = scratch.values;
     for (int64_t row = begin; row < end; row += many) {
       const int64_t count = std::min(many, end - row);
-      pad_rows<C>(x + row * dim, count, dim, n, padded.get());
-      kernels_of<C>().rows(padded.get(), padded.get(), count, q, scale, false);
-      for (int64_t i = 0; i < count; ++i) write(&padded[i * n], out + (row + i) * dim, dim);
+      pad_rows<C>(x + row * dim, count, dim, n, padded);
+      kernels_of<C>().rows(padded, padded, count, q, scale, false);
+      for (int64_t i = 0; i < count; ++i) write(padded + i * n, out + (row + i) * dim, dim);
     }
   });
 }

@@ -233,10 +233,16 @@ void rows(const C* x, C* out, int64_t rows, int q, C scale, bool stream) {
   } else {
     const int64_t n = (int64_t)1 << q, bytes = n * (int64_t)sizeof(C);
     stream = stream && bytes <= kRowInCache;
-    Arena arena(stream ? bytes : 0);
-    C* work = stream ? arena.take<C>(n) : nullptr;
-    for (int64_t k = 0; k < rows * n; k += n)
-      steps_of_block(x + k, work ? work : out + k, out + k, q, num_passes<C>(q), scale, stream, stream);
+    const auto each = [&](C* work) HSAID_LAMBDA {
+      for (int64_t k = 0; k < rows * n; k += n)
+        steps_of_block(x + k, work ? work : out + k, out + k, q, num_passes<C>(q), scale, stream, stream);
+    };
+    if (stream) {
+      Arena arena(bytes);
+      each(arena.take<C>(n));
+    } else {
+      each(nullptr);
+    }
   }
   if (stream) finish_streaming();
 }
