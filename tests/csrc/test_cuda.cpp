@@ -394,7 +394,7 @@ void check_hadamard(int64_t dim, int64_t rows, const std::string& type, int64_t 
   check_same_bits(out.data(), expected.data(), out.size(), type + ", " + std::to_string(dim));
 }
 
-void test_hadamard() {
+void test_transform() {
   for (int64_t dim : quick ? std::vector<int64_t>{1, 2, 500, 8192}
                            : std::vector<int64_t>{1, 2, 3, 4, 31, 64, 500, 1024, 3000, 4096, 8192, 16384})
     for (int64_t rows : {0, 3}) check_hadamard<float>(dim, rows, "float");
@@ -543,7 +543,7 @@ int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   timed("emulator", test_emulator);
   timed("stream values", test_stream_values);
-  timed("Hadamard transform", test_hadamard);
+  timed("Hadamard transform", test_transform);
   timed("little shared memory", test_little_shared_memory);
   timed("no gradients", test_no_gradients);
   timed("zero theta", test_zero_theta);
