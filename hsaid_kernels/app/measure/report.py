@@ -117,7 +117,7 @@ class Measurement:
             return "full fine-tuning"
         name, *words = method.split(":")
         if method in self.design.compare:
-            return " ".join([NAMES.get(name, name), *words])
+            return " ".join([NAMES.get(name, name), *(f"{int(word):,}" for word in words)])
         if name.startswith("hsaid-"):
             name = "H-SAID"
         elif "|" in name or "+" in name:
@@ -288,7 +288,8 @@ class Measurement:
         dims = [point.dim or 0 for point in points]
         scores = [list(point.scores.values()) for point in points]
         found = self.dimensions.get(method)
-        label = self.named(method) + (f": {self.label} = {found}" if found else "")
+        equals = "= " if found and found.answer == "found" else ""  # else it is "< 1,000" or "> 1,000"
+        label = self.named(method) + (f": {self.label} {equals}{found}" if found else "")
         axes.plot(dims, list(map(mean, scores)), color=colour, marker="o", markersize=4, linewidth=1.6, label=label)
         axes.fill_between(dims, list(map(min, scores)), list(map(max, scores)), color=colour, alpha=0.15, linewidth=0)
         if found and found.answer == "found":
