@@ -16,7 +16,8 @@ from hsaid_kernels import HSAID
 
 def memory_of_tensors() -> int:
     gc.collect()
-    storages = (held.untyped_storage() for held in gc.get_objects() if type(held) in (torch.Tensor, nn.Parameter))
+    tensors = (held for held in gc.get_objects() if type(held) in (torch.Tensor, nn.Parameter))
+    storages = (held.untyped_storage() for held in tensors if held.layout == torch.strided)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
