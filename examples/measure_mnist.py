@@ -49,8 +49,8 @@ def main(argv=None):
     designs = {}
     for net in args.net:
         grid = args.dims or DIMS[net]
-        designs[net] = {"methods": args.method, "dims": grid, "seeds": args.seeds, "refine": args.refine}
-        designs[net]["compare"] = args.compare
+        methods = {"methods": args.method, "compare": args.compare}
+        designs[net] = {**methods, "dims": grid, "seeds": args.seeds, "refine": args.refine}
         if args.dense is not None:
             # `measure` asks for "did" here, and `Training` answers with a dense matrix.
             dims = dense_dims(net, args.dense or grid, args.memory, all_must_fit=bool(args.dense))

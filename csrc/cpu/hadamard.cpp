@@ -95,28 +95,20 @@ struct Rows {
   Rows(const Rows&) = delete;
 };
 
-void read(const float* x, float* out, int64_t count) { std::memcpy(out, x, count * sizeof(float)); }
-void read(const double* x, double* out, int64_t count) { std::memcpy(out, x, count * sizeof(double)); }
-void read(const bf16* x, float* out, int64_t count) { kernels().hadamard->widen_bf16(x, out, count); }
-void read(const fp16* x, float* out, int64_t count) { kernels().hadamard->widen_fp16(x, out, count); }
-template <class T, class C>
-void read(const T* x, C* out, int64_t count) {
+void convert(const bf16* x, float* out, int64_t count) { kernels().hadamard->widen_bf16(x, out, count); }
+void convert(const fp16* x, float* out, int64_t count) { kernels().hadamard->widen_fp16(x, out, count); }
+void convert(const float* x, bf16* out, int64_t count) { kernels().hadamard->narrow_bf16(x, out, count); }
+void convert(const float* x, fp16* out, int64_t count) { kernels().hadamard->narrow_fp16(x, out, count); }
+template <class A, class B>
+void convert(const A* x, B* out, int64_t count) {
   std::copy(x, x + count, out);
-}
-void write(const float* x, float* out, int64_t count) { std::memcpy(out, x, count * sizeof(float)); }
-void write(const double* x, double* out, int64_t count) { std::memcpy(out, x, count * sizeof(double)); }
-void write(const float* x, bf16* out, int64_t count) { kernels().hadamard->narrow_bf16(x, out, count); }
-void write(const float* x, fp16* out, int64_t count) { kernels().hadamard->narrow_fp16(x, out, count); }
-template <class C, class T>
-void write(const C* x, T* out, int64_t count) {
-  std::transform(x, x + count, out, [](C value) { return (T)value; });
 }
 
 // Rows that are not of 2^q values of C: `many` at a time, padded in `padded` [many, n], are transformed there.
 template <class C, class T>
 void pad_rows(const T* x, int64_t rows, int64_t dim, int64_t n, C* padded) {
   for (int64_t row = 0; row < rows; ++row, x += dim, padded += n) {
-    read(x, padded, dim);
+    convert(x, padded, dim);
     std::fill(padded + dim, padded + n, C(0));
   }
 }
@@ -129,10 +121,10 @@ void padded_rows(const T* x, T* out, int64_t rows, int64_t dim, C scale, const T
     const Rows<C> scratch(n);
     C* padded = scratch.values;
     for (int64_t row = 0; row < rows; ++row, x += dim, out += dim) {
-      parallel(threads, dim, 1, [&](int64_t begin, int64_t end) { read(x + begin, padded + begin, end - begin); });
+      parallel(threads, dim, 1, [&](int64_t begin, int64_t end) { convert(x + begin, padded + begin, end - begin); });
       std::fill(padded + dim, padded + n, C(0));
       share_row<C>(padded, padded, q, scale, threads);
-      parallel(threads, dim, 1, [&](int64_t begin, int64_t end) { write(padded + begin, out + begin, end - begin); });
+      parallel(threads, dim, 1, [&](int64_t begin, int64_t end) { convert(padded + begin, out + begin, end - begin); });
     }
     return;
   }
@@ -144,7 +136,7 @@ void padded_rows(const T* x, T* out, int64_t rows, int64_t dim, C scale, const T
       const int64_t count = std::min(many, end - row);
       pad_rows<C>(x + row * dim, count, dim, n, padded);
       kernels_of<C>().rows(padded, padded, count, q, scale, false);
-      for (int64_t i = 0; i < count; ++i) write(padded + i * n, out + (row + i) * dim, dim);
+      for (int64_t i = 0; i < count; ++i) convert(padded + i * n, out + (row + i) * dim, dim);
     }
   });
 }

@@ -300,9 +300,11 @@ class Measurement:
         """A method of PEFT: its points, joined where there are several sizes."""
         values, scores = [trained_values(p) or 0 for p in points], [list(p.scores.values()) for p in points]
         bars = [[mean(each) - min(each) for each in scores], [max(each) - mean(each) for each in scores]]
-        word = points[0].method.partition(":")[0]
-        name = self.named(points[0].method) if len(points) == 1 else NAMES[word]
-        label = f"{name}: {values[0]:,} values" if len(points) == 1 else f"{name} to {values[-1]:,} values"
+        method = points[0].method
+        if len(points) == 1:
+            label = f"{self.named(method)}: {values[0]:,} values"
+        else:
+            label = f"{self.named(method.partition(':')[0])}: up to {values[-1]:,} values"
         means = list(map(mean, scores))
         axes.errorbar(values, means, bars, fmt=f"{marker}:", color="0.25", markersize=5, linewidth=1, label=label)
 

@@ -9,18 +9,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hsaid_kernels.fastfood.limits import CHUNKS, DIAGONALS, MAX_WIDTH, MIN_WIDTH
+
 if TYPE_CHECKING:
     from torch import nn
 
     Model = TypeVar("Model", bound=nn.Module)
 
 BASELINE = "full"  # training all weights
-# What may follow a partition in a method, beside the width: arguments of `HSAID`.
+# What may follow a partition in a method: arguments of `HSAID`. A number is the width.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "gaussian": {"diagonal": "gaussian"},
-    "rademacher": {"diagonal": "rademacher"},
-    "all": {"chunks": "all"},
-    "one": {"chunks": "one"},
+    **{name: {"diagonal": name} for name in DIAGONALS},
+    **{name: {"chunks": name} for name in CHUNKS},
+    **{str(1 << q): {"width": 1 << q} for q in range(MIN_WIDTH.bit_length() - 1, MAX_WIDTH.bit_length())},
 }
 RATES = range(-14, 7)  # learning rates that are tried at all: 1e-7 to 1e3
 
@@ -73,15 +74,15 @@ class Run:
 def split_method(method: str) -> tuple[str, dict[str, Any]]:
     """Splits a method such as "did:rademacher:1024" into its partition and arguments of `HSAID`.
 
-    Raises ValueError for what is neither an option of `OPTIONS` nor a width.
+    Raises ValueError for what is not in `OPTIONS`.
     """
     partition, *words = method.split(":")
     options: dict[str, Any] = {}
     for word in words:
-        if word not in OPTIONS and not word.isdecimal():
-            expected = f"{', '.join(OPTIONS)} or a width after the partition"
+        if word not in OPTIONS:
+            expected = f"options after the partition of {', '.join(OPTIONS)}"
             raise ValueError(f"methods: expected {expected}, got {word!r} in {method!r}")
-        option: dict[str, Any] = OPTIONS.get(word) or {"width": int(word)}
+        option = OPTIONS[word]
         if option.keys() & options.keys():
             raise ValueError(f"methods: expected one {', '.join(option)}, got two in {method!r}")
         options |= option
