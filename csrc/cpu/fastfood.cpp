@@ -4,9 +4,13 @@
 
 #include "fastfood.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -21,8 +25,8 @@ namespace hsaid {
 namespace {
 
 constexpr int64_t kSliceElements = 1024;
-// Sums of groups that the adjoint holds at a time: it works in waves of so many groups.
-constexpr int64_t kWaveBytes = int64_t{2} << 20, kMostBytes = int64_t{16} << 20;
+// The adjoint works in waves of groups, whose sums are this many bytes at most, but for kMinWave.
+constexpr int64_t kMostBytes = int64_t{16} << 20;
 constexpr int64_t kMinWave = 8;
 constexpr int kDotSums = 256;  // sums that a segment's products with z are added to in turn
 
@@ -98,6 +102,22 @@ const Kernels& kernels() {
     names += names.empty() ? k->isa : std::string(", ") + k->isa;
   }
   throw std::runtime_error("HSAID_CPU_ISA: expected one of " + names + " on this machine, got " + wanted);
+}
+
+int64_t second_level_cache() {
+  constexpr int64_t usual = int64_t{1} << 20;
+  if (const char* wanted = std::getenv("HSAID_CPU_L2"); wanted && *wanted) {
+    int64_t bytes = 0;
+    const char* end = wanted + std::strlen(wanted);
+    const auto [read, error] = std::from_chars(wanted, end, bytes);
+    if (error == std::errc() && read == end && bytes > 0) return bytes;
+    throw std::runtime_error(std::string("HSAID_CPU_L2: expected a number of bytes, got ") + wanted);
+  }
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (found > 0) return found;
+#endif
+  return usual;
 }
 
 namespace {
@@ -220,11 +240,10 @@ void fastfood_adjoint(const Adjoint& a, float* dtheta, float* dfactors, const Th
     for (int64_t g = 0; g < count; ++g) groups.push_back({i, g, g + 1 == count});
   }
   std::fill(dtheta, dtheta + size, 0.0f);
-  // As many groups as stay in the cache, or four for each thread within kMostBytes if that is more; one for each at
-  // least.
-  const int64_t several = std::min<int64_t>(4 * threads.count, kMostBytes / (size * 4));
-  const int64_t wave =
-      std::min<int64_t>(std::max({kWaveBytes / (size * 4), several, kMinWave, (int64_t)threads.count}), groups.size());
+  // As many groups as stay in the threads' caches, or four for each thread if that is more; one for each at least.
+  const int64_t cached = threads.count * second_level_cache() / (size * 4);
+  const int64_t several = std::min(std::max(cached, 4 * threads.count), kMostBytes / (size * 4));
+  const int64_t wave = std::min<int64_t>(std::max({several, kMinWave, threads.count}), groups.size());
   const std::unique_ptr<float[]> partial(new float[wave * size]);  // each group clears its own
   std::vector<float> carried(size, 0.0f);
 

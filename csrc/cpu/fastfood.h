@@ -105,6 +105,10 @@ const Kernels* kernels_portable();
 // Throws std::runtime_error for a name that is unknown, or of instructions that this machine does not have.
 const Kernels& kernels();
 
+// Bytes of a core's second-level cache: what the environment variable HSAID_CPU_L2 says, or the system; else 1 MB.
+// Throws std::runtime_error where the variable is not a positive number.
+int64_t second_level_cache();
+
 using RangeBody = std::function<void(int64_t begin, int64_t end)>;
 
 // The caller's threads: `parallel_for` calls body over a partition of [0, size) into at most `count` contiguous

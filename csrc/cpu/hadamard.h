@@ -5,14 +5,15 @@
 
 namespace hsaid {
 
-// H x * scale for rows of `dim` values, padded with zeros to n = 2^q and cut again, T being float, double, bf16 or
-// fp16. x and out may be the same. float and the 16-bit types compute in float32.
+// H x * scale for rows of `dim` values, padded with zeros to n = order * 2^q and cut again, T being float, double, bf16
+// or fp16. order: 1, or that of a matrix in core/paley.h, whose Kronecker product with that of order 2^q is H. x and
+// out may be the same. float and the 16-bit types compute in float32.
 template <class T>
-void hadamard_transform(const T* x, T* out, int64_t rows, int64_t dim, double scale, const Threads&);
+void hadamard_transform(const T* x, T* out, int64_t rows, int64_t dim, double scale, int order, const Threads&);
 
 // H x of integers, T being int32_t or int64_t; false, and nothing is written, where a value does not fit T.
 template <class T>
-bool hadamard_transform(const T* x, T* out, int64_t rows, int64_t dim, const Threads&);
+bool hadamard_transform(const T* x, T* out, int64_t rows, int64_t dim, int order, const Threads&);
 
 // What an instruction set provides for rows of n = 2^q values of C. A row goes through a number of steps: step 0 is the
 // stages within a tile, each later one, a pass, a few more. A block of step s is 2^block_bits(q, s) values, which its
@@ -28,6 +29,8 @@ struct HadamardOf {
   int64_t (*num_parts)(int q, int step);
   int (*num_passes)(int q);
   int (*block_bits)(int q, int step);
+  // Columns [begin, end) of x [order, columns] times a matrix of core/paley.h. x and out may be the same.
+  void (*paley)(const C* x, C* out, int order, int64_t columns, int64_t begin, int64_t end);
 };
 
 struct HadamardKernels {

@@ -8,8 +8,10 @@
 // A row of a tile or less takes one step. A block goes through all its steps before the next one begins, so that what a
 // pass reads is in the smallest cache that holds the block. Eight lines and no more, because their distance is a power
 // of two: they fall into the same set of the first-level cache, which has eight ways.
-// Everything here has internal linkage, as in fastfood_kernels.cpp.
+// Rows of m 2^q values, m = 12, 20 or 28, go through Paley's matrix of order m first, m values 2^q apart; what is left
+// are m rows of 2^q values. Everything here has internal linkage, as in fastfood_kernels.cpp.
 
+#include "../core/paley.h"
 #include "arena.h"
 #include "hadamard.h"
 #include "subnormals.h"
@@ -56,8 +58,6 @@ constexpr int kPartVectors = kLanesOf<C> < 4 ? 4 / kLanesOf<C> : 1;
 template <class C>
 constexpr int kPartValues = kPartVectors<C> * kLanesOf<C>;
 
-// Rows of at most this many bytes stay in the second-level cache until they go past all caches.
-constexpr int64_t kRowInCache = int64_t{1} << 20;
 // Step 0 fetches what it reads and writes next, while the passes only compute; in place, and for what is in the cache
 // anyway, nothing.
 constexpr int64_t kAheadBytes = 4096;
@@ -232,7 +232,6 @@ void rows(const C* x, C* out, int64_t rows, int q, C scale, bool stream) {
     });
   } else {
     const int64_t n = (int64_t)1 << q, bytes = n * (int64_t)sizeof(C);
-    stream = stream && bytes <= kRowInCache;
     const auto each = [&](C* work) HSAID_LAMBDA {
       for (int64_t k = 0; k < rows * n; k += n)
         steps_of_block(x + k, work ? work : out + k, out + k, q, num_passes<C>(q), scale, stream, stream);
@@ -268,6 +267,41 @@ void pass(C* x, int q, int step, int64_t begin, int64_t end, C scale) {
   }
 }
 
+// core/paley.h at one value of each row, or at a vector of them.
+template <class V, int kOrder, class C>
+HSAID_INLINE void paley_at(const C* x, C* out, int64_t columns) {
+  typedef V any __attribute__((aligned(sizeof(C)), may_alias));
+  constexpr int half = kOrder / 2;
+  V sum[half], difference[half];
+  unroll<half>([&](auto i) HSAID_LAMBDA {
+    const V a = *(const any*)(x + 2 * i * columns), b = *(const any*)(x + (2 * i + 1) * columns);
+    sum[i] = a + b;
+    difference[i] = a - b;
+  });
+  unroll<half>([&](auto i) HSAID_LAMBDA {
+    V even = difference[i], odd = -sum[i];
+    unroll<half - 1>([&](auto step) HSAID_LAMBDA {
+      constexpr int row = i, j = (row + step + 1) % half;
+      constexpr bool plus = conference_sign(half, row, j) > 0;
+      even = plus ? even + sum[j] : even - sum[j];
+      odd = plus ? odd + difference[j] : odd - difference[j];
+    });
+    *(any*)(out + 2 * i * columns) = even;
+    *(any*)(out + (2 * i + 1) * columns) = odd;
+  });
+}
+template <class C, int kOrder>
+HSAID_NOINLINE void paley_columns(const C* x, C* out, int64_t columns, int64_t begin, int64_t end) {
+  for (; begin + kLanesOf<C> <= end; begin += kLanesOf<C>) paley_at<Vector<C>, kOrder>(x + begin, out + begin, columns);
+  for (; begin < end; ++begin) paley_at<C, kOrder>(x + begin, out + begin, columns);
+}
+template <class C>
+void paley(const C* x, C* out, int order, int64_t columns, int64_t begin, int64_t end) {
+  const KeepSubnormals keep;
+  const auto stage = order == 12 ? paley_columns<C, 12> : order == 20 ? paley_columns<C, 20> : paley_columns<C, 28>;
+  stage(x, out, columns, begin, end);
+}
+
 template <class T>
 void widen(const T* x, float* out, int64_t count) {
   for (; count >= kLanes; count -= kLanes, x += kLanes, out += kLanes) {
@@ -292,7 +326,8 @@ void narrow(const float* x, T* out, int64_t count) {
 }
 
 template <class C>
-constexpr HadamardOf<C> kernels_of = {rows<C>, blocks<C>, pass<C>, num_parts<C>, num_passes<C>, block_bits<C>};
+constexpr HadamardOf<C> kernels_of = {rows<C>,       blocks<C>,     pass<C>, num_parts<C>,
+                                      num_passes<C>, block_bits<C>, paley<C>};
 
 }  // namespace
 

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../core/paley.h"
 #include "../core/permutation.h"
 #include "../cpu/buffer_pool.h"
 #include "../cpu/fastfood.h"
@@ -118,17 +119,18 @@ std::tuple<Tensor, Tensor> fastfood_adjoint(const Tensor& given_theta, const Ten
   return {dtheta, dfactors};
 }
 
-void transform_into(const Tensor& x, double scale, void* to) {
+void transform_into(const Tensor& x, double scale, int64_t order, void* to) {
+  STD_TORCH_CHECK(hsaid::is_order(order), "order: expected 1, 12, 20 or 28, got ", order);
   const int64_t dim = x.size(x.dim() - 1), rows = x.numel() / dim;
   const void* in = x.const_data_ptr();
   const auto of_floats = [&](auto type) {
     using T = decltype(type);
-    hsaid::hadamard_transform((const T*)in, (T*)to, rows, dim, scale, torch_threads());
+    hsaid::hadamard_transform((const T*)in, (T*)to, rows, dim, scale, (int)order, torch_threads());
   };
   const auto of_integers = [&](auto type, const char* name) {
     using T = decltype(type);
     STD_TORCH_CHECK(scale == 1, "scale: expected 1 for integers, got ", scale);
-    const bool fits = hsaid::hadamard_transform((const T*)in, (T*)to, rows, dim, torch_threads());
+    const bool fits = hsaid::hadamard_transform((const T*)in, (T*)to, rows, dim, (int)order, torch_threads());
     STD_TORCH_CHECK(fits, "x: expected integers whose transform fits ", name, ", got larger ones");
   };
   switch (x.scalar_type()) {
@@ -167,15 +169,15 @@ void check_transformed(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x: expected a last dimension of at least 1");
 }
 
-Tensor hadamard_transform(const Tensor& given, double scale) {
+Tensor hadamard_transform(const Tensor& given, double scale, int64_t order) {
   check_transformed(given);
   const Tensor x = row_major(given);
   Tensor out = like_in_pool(x);
-  transform_into(x, scale, out.mutable_data_ptr());
+  transform_into(x, scale, order, out.mutable_data_ptr());
   return out;
 }
 
-void hadamard_transform_into(const Tensor& given, double scale, Tensor out) {
+void hadamard_transform_into(const Tensor& given, double scale, Tensor out, int64_t order) {
   check_transformed(given);
   STD_TORCH_CHECK(out.is_cpu() && out.scalar_type() == given.scalar_type() && out.sizes().equals(given.sizes()),
                   "out: expected a tensor like x, on the CPU");
@@ -184,7 +186,7 @@ void hadamard_transform_into(const Tensor& given, double scale, Tensor out) {
   const char *in = (const char*)x.const_data_ptr(), *to = (const char*)out.const_data_ptr();
   const int64_t bytes = x.numel() * x.element_size();
   STD_TORCH_CHECK(in == to || in + bytes <= to || to + bytes <= in, "out: expected x's memory, or none of it");
-  transform_into(x, scale, out.mutable_data_ptr());
+  transform_into(x, scale, order, out.mutable_data_ptr());
 }
 
 // The scalar streams of csrc/core; the kernels have their own, vectorised ones.

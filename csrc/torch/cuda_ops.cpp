@@ -139,7 +139,8 @@ std::tuple<Tensor, Tensor> fastfood_adjoint(const Tensor& given_theta, const Ten
   return {dtheta, dfactors};
 }
 
-Tensor hadamard_transform(const Tensor& given, double scale) {
+Tensor hadamard_transform(const Tensor& given, double scale, int64_t order) {
+  STD_TORCH_CHECK(order == 1, "order: expected 1 of the kernel on CUDA, got ", order);
   const auto guard = guard_for(given, "x");
   const Tensor x = row_major(given);
   Tensor out = torch::stable::empty_like(x);

@@ -6,8 +6,8 @@ torch.func. This op has a kernel for the dispatch key Autograd instead, as torch
 differentiates by one level of nested transforms; then the dispatcher calls the op for the next level.
 """
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,16 +39,19 @@ class _Transform(torch.autograd.Function):
 
 
 def register(name: str, op: Callable[..., Tensor]) -> None:
-    """Registers the derivatives and the vmap rule of `op`, a hadamard_transform of this name ("namespace::op")."""
+    """Registers the derivatives and the vmap rule of `op`, a hadamard_transform of this name ("namespace::op").
 
-    def differentiated(x: Tensor, scale: float) -> Tensor:
+    `op` takes the tensor, and after it what says which transform it is.
+    """
+
+    def differentiated(x: Tensor, *which: Any) -> Tensor:
         modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
         with enable_single_level_autograd_function():  # Function.apply would begin with the first level again
-            return super(torch.autograd.Function, _Transform).apply(x, functools.partial(op, scale=scale), *modes)
+            return super(torch.autograd.Function, _Transform).apply(x, lambda x: op(x, *which), *modes)
 
-    def batched(info, in_dims: tuple[int, None], x: Tensor, scale: float) -> tuple[Tensor, int]:
+    def batched(info, in_dims: Sequence[Any], x: Tensor, *which: Any) -> tuple[Tensor, int]:
         # Second to last, not first: there, the dimension of a batch of scalars would be taken for the one to transform.
-        return op(x.movedim(in_dims[0], -2), scale), x.dim() - 2
+        return op(x.movedim(in_dims[0], -2), *which), x.dim() - 2
 
     torch.library.impl(name, "Autograd")(differentiated)
     torch.library.register_vmap(name, batched)
@@ -57,10 +60,10 @@ def register(name: str, op: Callable[..., Tensor]) -> None:
 def refuse(name: str, op: Callable[..., None]) -> None:
     """Makes `op`, a hadamard_transform_into of this name, raise where its result would need a derivative."""
 
-    def written(x: Tensor, scale: float, out: Tensor) -> None:
+    def written(x: Tensor, scale: float, out: Tensor, order: int = 1) -> None:
         if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
             raise RuntimeError(f"out: {name} has no derivative, expected tensors that do not require grad")
         with torch._C._AutoDispatchBelowAutograd():
-            op(x, scale, out)
+            op(x, scale, out, order)
 
     torch.library.impl(name, "Autograd")(written)

@@ -39,7 +39,7 @@ _SCHEMAS = {
     "ScalarType dtype, Tensor? listed=None, int span=1, bool one_chunk=False) -> Tensor",
     "fastfood_adjoint": f"(Tensor theta, Tensor factors, Tensor?[] grads, {_PLAN}, int run_blocks, "
     "Tensor? listed=None, int span=1, bool one_chunk=False) -> (Tensor, Tensor)",
-    "hadamard_transform": "(Tensor x, float scale) -> Tensor",
+    "hadamard_transform": "(Tensor x, float scale, int order=1) -> Tensor",
     "stream_values": "(Tensor like, int seed, int stream, int purpose, int block, int chunk, int width, "
     "bool rademacher) -> Tensor",
 }
@@ -47,7 +47,14 @@ torch.library.define(f"{NAMESPACE}::empty_cache", "() -> int")
 # Only the CPU has a kernel for it. `out` is contiguous, and x itself or no part of its memory.
 torch.library.define(
     f"{NAMESPACE}::hadamard_transform_into",
-    "(Tensor x, float scale, Tensor(a!) out) -> ()",
+    "(Tensor x, float scale, Tensor(a!) out, int order=1) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+# For GPUs, whose kernels are of order 1.
+torch.library.define(
+    f"{NAMESPACE}::hadamard_transform_of_order",
+    "(Tensor x, float scale, int order, str backend) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -64,12 +71,15 @@ def _fake_adjoint(
     return torch.empty_like(theta), torch.empty_like(factors)
 
 
-def _fake_hadamard(x, scale):
+def _fake_hadamard(x, scale, order=1, backend=None):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+torch.library.register_fake(f"{NAMESPACE}::hadamard_transform_of_order")(_fake_hadamard)
+
+
 @torch.library.register_fake(f"{NAMESPACE}::hadamard_transform_into")
-def _fake_hadamard_into(x, scale, out):
+def _fake_hadamard_into(x, scale, out, order=1):
     return None
 
 
@@ -117,6 +127,15 @@ def _in_triton(name: str) -> None:
     torch.library.impl(f"{TRITON_NAMESPACE}::{name}", "CompositeExplicitAutograd")(run)
 
 
+@torch.library.impl(f"{NAMESPACE}::hadamard_transform_of_order", "CompositeExplicitAutograd")
+def _hadamard_transform_of_order(x: Tensor, scale: float, order: int, backend: str) -> Tensor:
+    size = x.shape[-1]
+    padded = torch.nn.functional.pad(x.float(), (0, reference.padded_size(size, order) - size))
+    parts = reference.paley(padded.unflatten(-1, (order, -1)))
+    return kernels(backend).hadamard_transform(parts, scale).flatten(-2)[..., :size].to(x.dtype).contiguous()
+
+
+derivatives.register(f"{NAMESPACE}::hadamard_transform_of_order", torch.ops.hsaid_kernels.hadamard_transform_of_order)
 derivatives.refuse(f"{NAMESPACE}::hadamard_transform_into", torch.ops.hsaid_kernels.hadamard_transform_into)
 _define(NAMESPACE)
 _define(TRITON_NAMESPACE)

@@ -348,20 +348,65 @@ def fold(x: Tensor) -> Tensor:
     return x[..., 0]
 
 
-def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
-    """H x * scale along the last dimension, padded with zeros to a power of two; the result is truncated again."""
+def padded_size(dim: int, order: int) -> int:
+    """The least order * 2^k, k >= 0, that is not less than dim."""
+    return order << max(0, -(-dim // order) - 1).bit_length()
+
+
+def hadamard_transform(x: Tensor, scale: float = 1.0, order: int = 1) -> Tensor:
+    """H x * scale along the last dimension, padded with zeros to `padded_size`; the result is truncated again."""
     dim = x.shape[-1]
-    n = 1 << max(0, dim - 1).bit_length()
-    return (walsh_hadamard(torch.nn.functional.pad(x, (0, n - dim)))[..., :dim] * scale).contiguous()
+    x = torch.nn.functional.pad(x, (0, padded_size(dim, order) - dim))
+    if order > 1:
+        x = paley(x.unflatten(-1, (order, -1)))
+    x = walsh_hadamard(x)
+    return ((x.flatten(-2) if order > 1 else x)[..., :dim] * scale).contiguous()
 
 
-def integer_hadamard_transform(x: Tensor) -> Tensor:
+def conference_matrix(half: int) -> Tensor:
+    """Paley's symmetric conference matrix C of order 6, 10 or 14 [half, half], in int64: C C^T = (half - 1) I.
+
+    C_ij, for i, j >= 1, is 1 where the difference of the field's elements i - 1 and j - 1 is a square, else -1. Of the
+    field of 9 elements, a + 3 b stands for a + b sqrt(-1).
+    """
+    field = half - 1
+    p = 3 if field == 9 else field
+    element = torch.arange(field)
+    a, b = ((part[:, None] - part) % p for part in (element % p, element // p))
+    square = (a * a + b * b) % p == 1 if field == 9 else torch.isin(a, element[1:] ** 2 % p)
+    c = torch.ones(half, half, dtype=torch.int64)
+    c[1:, 1:] = torch.where(square, 1, -1)
+    return c.fill_diagonal_(0)
+
+
+def paley(x: Tensor) -> Tensor:
+    """The product of Paley's symmetric Hadamard matrix with x [..., order, columns], not normalized; order 12, 20, 28.
+
+    The matrix is the Kronecker product of C with [[1, 1], [1, -1]] plus that of I with [[1, -1], [-1, -1]] (Paley's
+    second construction). Row i adds the terms of the pairs i + 1, i + 2, ... in this order, modulo order / 2.
+    """
+    half = x.shape[-2] // 2
+    a, b = x.unflatten(-2, (half, 2)).unbind(-2)
+    total, difference = a + b, a - b
+    signs = conference_matrix(half)
+    row = torch.arange(half)
+    even, odd = difference, -total
+    for step in range(1, half):
+        pair = (row + step) % half
+        plus = (signs[row, pair] > 0)[:, None].to(x.device)
+        pair = pair.to(x.device)
+        even = torch.where(plus, even + total[..., pair, :], even - total[..., pair, :])
+        odd = torch.where(plus, odd + difference[..., pair, :], odd - difference[..., pair, :])
+    return torch.stack((even, odd), -2).flatten(-3, -2)
+
+
+def integer_hadamard_transform(x: Tensor, order: int = 1) -> Tensor:
     """H x along the last dimension of integers, padded and truncated as in `hadamard_transform`; exact.
 
     Raises RuntimeError if a value of the result does not fit x's dtype.
     """
     halves = (x.long() >> 32, x.long() & MASK32)  # x = 2^32 high + low; sums of halves fit int64
-    high, low = (hadamard_transform(half, 1) for half in halves)
+    high, low = (hadamard_transform(half, 1, order) for half in halves)
     high = high + (low >> 32)
     limits = torch.iinfo(x.dtype)
     result = (high << 32) + (low & MASK32)

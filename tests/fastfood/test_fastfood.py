@@ -452,6 +452,18 @@ def test_subnormals_are_kept(diagonal, isa):
     assert_same_bits(flushed[1], rounded)
 
 
+def test_size_of_the_cache_changes_no_bit_of_a_gradient(monkeypatch):
+    """How many groups of blocks are summed at a time follows it."""
+    plan = Plan({"a": (2000, 1500), "b": (700, 300)}, 5000, width=256, chunks="all")
+    theta, factors = inputs(plan)
+    grads = [values(shape) for shape in plan.shapes.values()]
+    expected = adjoint(plan, theta, factors, grads)
+    for size in ("32768", "524288", "67108864"):
+        monkeypatch.setenv("HSAID_CPU_L2", size)
+        for a, b in zip(adjoint(plan, theta, factors, grads), expected, strict=True):
+            assert_same_bits(a, b)
+
+
 @pytest.mark.parametrize("chunks", ["all", "one"])
 def test_gradients_and_transforms_of_a_process_without_subnormals(chunks, isa):
     """The sums over groups, segments and tensors too, of which some are subnormal here."""

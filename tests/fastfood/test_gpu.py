@@ -519,6 +519,18 @@ def test_forms_of_hadamard_transform(backend):
         hadamard_transform(torch.ones(4, dtype=torch.int32, device=DEVICE), backend=backend)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", [12, 20, 28])
+def test_order_of_hadamard_transform(order, dtype, backend):
+    for size in (1, order, 5 * order, 1000):
+        x = torch.randn(3, size).to(dtype)
+        got = hadamard_transform(x.to(DEVICE), 0.3, backend, order=order)
+        assert_same_bits(got.cpu(), hadamard_transform(x, 0.3, order=order))
+    x = torch.randn(2, order, device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(hadamard_transform(x, 0.7, backend, order=order).sum(), x)
+    assert_same_bits(grad, hadamard_transform(torch.ones_like(x), 0.7, backend, order=order))
+
+
 def test_hadamard_transform_is_differentiable(backend):
     x = torch.randn(2, 12, dtype=torch.float64, device=DEVICE, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: hadamard_transform(x, 0.7, backend), (x,))

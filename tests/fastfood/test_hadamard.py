@@ -1,4 +1,4 @@
-"""`hadamard_transform` along any dimension, into memory that is there, of integers and of complex numbers."""
+"""`hadamard_transform` along any dimension, of any order, into given memory, of integers and of complex numbers."""
 
 import functools
 import warnings
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import transformers
 from helpers import ISAS, assert_same_bits, poison, threads
 from torch import Tensor, func
 from torch._subclasses import FakeTensorMode
@@ -222,6 +223,121 @@ def test_out_refuses(out, error, message):
 def test_refuses(transform, x, keywords, error, message):
     with pytest.raises(error, match=message):
         transform(x, **keywords)
+
+
+# --- order * 2^k values
+
+
+def paley_matrix(order: int) -> np.ndarray:
+    """By the definition: the squares of the field, found one by one."""
+    half = order // 2
+    if half == 10:  # a + b sqrt(-1), a and b modulo 3
+        elements = [(k % 3, k // 3) for k in range(9)]
+        squares = {((a * a - b * b) % 3, 2 * a * b % 3) for a, b in elements[1:]}
+    else:
+        elements = [(k, 0) for k in range(half - 1)]
+        squares = {(a * a % (half - 1), 0) for a, _ in elements[1:]}
+    p = 3 if half == 10 else half - 1
+    c = np.ones((half, half), dtype=int)
+    for i, (a, b) in enumerate(elements):
+        for j, (d, e) in enumerate(elements):
+            c[i + 1, j + 1] = 1 if ((a - d) % p, (b - e) % p) in squares else -1
+    np.fill_diagonal(c, 0)
+    return np.kron(c, [[1, 1], [1, -1]]) + np.kron(np.eye(half, dtype=int), [[1, -1], [-1, -1]])
+
+
+orders = pytest.mark.parametrize("order", [12, 20, 28])
+
+
+@backends
+@orders
+def test_order_is_the_matrix_of_paley(order, backend):
+    for k in (0, 1, 2, 5):
+        expected = torch.from_numpy(np.kron(paley_matrix(order), scipy.linalg.hadamard(1 << k)))
+        got = hadamard_transform(torch.eye(order << k, dtype=torch.int64), backend=backend, order=order)
+        assert torch.equal(got, expected)
+        assert torch.equal(got, got.T)
+        assert torch.equal(got @ got, (order << k) * torch.eye(order << k, dtype=torch.int64))
+
+
+@needs_cpu
+@orders
+@pytest.mark.parametrize("dtype", (*FLOATS, *COMPLEX, *INTEGERS))
+def test_order_has_the_same_bits_on_every_isa_and_for_any_threads(order, dtype, isa):
+    """Whole and padded rows, in place, in `out`, along another dimension."""
+    scale = scale_for(dtype)
+    for size in (1, order, 2 * order, 3 * order - 1, order << 6, (order << 12) - 7, order << 12):
+        x = numbers((3, size), dtype)
+        expected = hadamard_transform(x, scale, "reference", order=order)
+        for count in (1, 3):
+            with threads(count):
+                assert torch.equal(hadamard_transform(x, scale, order=order), expected), (isa, size, count)
+        assert torch.equal(hadamard_transform_(x.clone(), scale, order=order), expected)
+        assert torch.equal(hadamard_transform(x, scale, order=order, out=torch.empty_like(x)), expected)
+        assert torch.equal(hadamard_transform(x.mT, scale, order=order, dim=0), expected.mT)
+
+
+@pytest.mark.parametrize("order", [0, 2, 3, 5, 40, -12, "12", 12.5, None])
+def test_orders_that_are_refused(order):
+    for transform in (hadamard_transform, hadamard_transform_):
+        with pytest.raises(ValueError, match=f"order: expected 1, 12, 20 or 28, got {order!r}"):
+            transform(torch.ones(24), order=order)
+    if ISAS and isinstance(order, int):
+        with pytest.raises(RuntimeError, match=f"order: expected 1, 12, 20 or 28, got {order}"):
+            torch.ops.hsaid_kernels.hadamard_transform(torch.ones(24), 1.0, order)
+
+
+@backends
+@orders
+def test_derivatives_of_an_order(order, backend):
+    x = torch.randn(2, 2 * order - 3, dtype=torch.float64, requires_grad=True)
+    f = functools.partial(hadamard_transform, scale=SCALE, backend=backend, order=order)
+    assert torch.autograd.gradcheck(f, x, check_forward_ad=True, check_batched_grad=True)
+    (grad,) = torch.autograd.grad(f(x).pow(3).sum(), x)
+    torch.testing.assert_close(func.vmap(func.grad(lambda x: f(x).pow(3).sum()))(x.detach()), grad)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).pow(3).sum(), x)[0], grad)
+    assert f(torch.empty(2, 5, device="meta")).shape == (2, 5)
+
+
+@needs_cpu
+@orders
+def test_integers_of_an_order_are_exact_or_refused(order):
+    most = torch.iinfo(torch.int32).max
+    for backend in ("cpu", "reference"):
+        fits = torch.full((order,), most // order, dtype=torch.int32)
+        exact = paley_matrix(order).sum(1) * (most // order)
+        assert hadamard_transform(fits, backend=backend, order=order).tolist() == exact.tolist()
+        with pytest.raises(RuntimeError, match="x: expected integers whose transform fits int32, got larger ones"):
+            hadamard_transform(torch.full((order,), most, dtype=torch.int32), backend=backend, order=order)
+
+
+@backends
+def test_rotates_the_hidden_values_of_a_model(backend):
+    """As quantization methods rotate what a layer takes, so that no value stands out: the model computes the same."""
+    config = transformers.BertConfig(vocab_size=50, hidden_size=24, num_attention_heads=2, intermediate_size=80)
+    model = transformers.BertModel(config).eval().requires_grad_(False)
+    tokens = torch.randint(50, (2, 7))
+    expected = model(tokens).last_hidden_state
+    for layer in model.encoder.layer:
+        rotate = functools.partial(hadamard_transform, scale=80**-0.5, backend=backend, order=20)
+        layer.output.dense.weight.copy_(rotate(layer.output.dense.weight))
+        layer.output.dense.register_forward_pre_hook(lambda _, inputs, rotate=rotate: (rotate(inputs[0]),))
+    torch.testing.assert_close(model(tokens).last_hidden_state, expected)
+
+
+@needs_cpu
+def test_size_of_the_cache_changes_no_bit(monkeypatch):
+    """Rows that fit it go past the caches."""
+    x = torch.randn(40, 2**16)
+    expected = hadamard_transform(x)
+    for size in ("32768", "524288", "67108864", ""):
+        monkeypatch.setenv("HSAID_CPU_L2", size)
+        assert_same_bits(hadamard_transform(x), expected)
+    for wrong in ("1 MB", "-5", "0", "1e6"):
+        monkeypatch.setenv("HSAID_CPU_L2", wrong)
+        with pytest.raises(RuntimeError, match=f"HSAID_CPU_L2: expected a number of bytes, got {wrong}"):
+            hadamard_transform(x)
 
 
 # --- integers

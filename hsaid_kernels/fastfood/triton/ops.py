@@ -477,7 +477,8 @@ def _in_memory(x: Tensor) -> Tensor:
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
 
 
-def hadamard_transform(x: Tensor, scale: float) -> Tensor:
+def hadamard_transform(x: Tensor, scale: float, order: int = 1) -> Tensor:
+    _check(order == 1, f"order: expected 1 of the kernel in Triton, got {order}")
     _check(x.dtype in memory.CODES, f"x: expected float32, bfloat16 or float16, got {x.dtype}")
     _check(x.dim() >= 1 and x.shape[-1] >= 1, "x: expected a last dimension of at least 1")
     _check_place(x, "x")
