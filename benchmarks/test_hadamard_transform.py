@@ -1,6 +1,6 @@
-"""`hadamard_transform` alone, about 2^24 values in rows of n, against torch.add over the same bytes: into a tensor that is
-there, and ("new") into one that is made, as the transform's is, whose pages the system must give first. Beside it the
-transform in place.
+"""`hadamard_transform` alone, 2^24 values or a few less in rows of n, against torch.add over the same bytes: into a
+tensor that is there, and ("new") into one that is made, as the transform's is, whose pages the system must give first.
+Beside it the transform in place.
 """
 
 import math

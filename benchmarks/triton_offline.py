@@ -251,7 +251,10 @@ def fake_device(target: GPUTarget = H200) -> Iterator[FakeDevice]:
     of_target = (ops._is_cuda, ops._options)  # what is remembered of the GPU that was there before
     for remembered in of_target:
         remembered.cache_clear()
-    with mock.patch.multiple(ops, _check_place=lambda tensor, what: None, _on=lambda device: torch.no_grad()):
+    with (
+        mock.patch.object(ops.arguments, "check_place", lambda tensor, what: None),
+        mock.patch.object(ops, "_on", lambda device: torch.no_grad()),
+    ):
         triton.runtime.driver.set_active(fake)
         try:
             yield fake

@@ -1,4 +1,4 @@
-"""The ops of the Triton backend: argument checks, tables, kernel launches. For any GPU that Triton supports.
+"""The ops of the Triton backend: tables, kernel launches. For any GPU that Triton supports.
 
 The schemas of the ops are defined and explained in fastfood/ops.py. Every op is opaque to torch.compile: the host code
 looks up tables by plan and takes addresses of tensors, which fake tensors do not have.
@@ -18,25 +18,20 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hsaid_kernels.fastfood import plan
+from hsaid_kernels.fastfood.triton import arguments, memory, streams, tables, tile
 from hsaid_kernels.fastfood.triton import fastfood_adjoint as adjoint_kernels
 from hsaid_kernels.fastfood.triton import fastfood_adjoint_one_chunk as one_chunk_kernels
 from hsaid_kernels.fastfood.triton import hadamard_transform as hadamard_kernels
-from hsaid_kernels.fastfood.triton import memory, streams, tables, tile
+from hsaid_kernels.fastfood.triton.arguments import INTERPRETED
 from hsaid_kernels.fastfood.triton.fastfood_forward import fastfood_forward_kernel, forward_z_kernel
 from hsaid_kernels.fastfood.triton.stream_values import stream_values_kernel
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 SIZE = 256  # values of a program, in the kernels that add up sums
 SEGMENT_PROGRAMS = 128  # the most programs that transform sums: each has a scratch of two tiles
 
 Made = TypeVar("Made")
 _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # a plan's table -> what was made from it
 _lines: dict[torch.device, Tensor] = {}
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise RuntimeError(message)
 
 
 def _once(table: Tensor, key: tuple, make: Callable[[], Made]) -> Made:
@@ -86,65 +81,8 @@ def _on(device: torch.device):
     return contextlib.nullcontext() if INTERPRETED else torch.get_device_module(device).device(device)
 
 
-def _check_device(tensor: Tensor, theta: Tensor, what: str) -> None:
-    _check(
-        tensor.device == theta.device,
-        f"{what}: expected a tensor on {theta.device}, where theta is, got one on {tensor.device}",
-    )
-
-
-def _floats(tensor: Tensor, theta: Tensor, count: int, what: str) -> Tensor:
-    _check_device(tensor, theta, what)
-    good = tensor.dtype == torch.float32 and tensor.dim() == 1 and tensor.numel() == count
-    _check(good, f"{what}: expected a float32 tensor of {count} values")
-    return tensor.contiguous()
-
-
-def _check_place(tensor: Tensor, what: str) -> None:
-    expected = "the CPU, where the interpreter runs" if INTERPRETED else "a GPU"
-    good = (tensor.device.type == "cpu") == INTERPRETED
-    _check(good, f"{what}: expected a tensor on {expected}, got one on {tensor.device}")
-
-
 def _workspace(floats: int, device: torch.device) -> Tensor:
     return torch.empty(floats, dtype=torch.float32, device=device)
-
-
-def _theta(theta: Tensor) -> Tensor:
-    _check_place(theta, "theta")
-    dim = theta.numel()
-    _check(1 <= dim <= plan.MAX_DIM, f"theta: expected 1 to {plan.MAX_DIM} values, got {dim}")
-    return _floats(theta, theta, dim, "theta")
-
-
-def _bits(width: int) -> int:
-    good = plan.MIN_WIDTH <= width <= plan.MAX_WIDTH and width & (width - 1) == 0
-    _check(good, f"width: expected a power of two from {plan.MIN_WIDTH} to {plan.MAX_WIDTH}, got {width}")
-    return width.bit_length() - 1
-
-
-def _chunks(theta: Tensor, width: int) -> int:
-    chunks = -(-theta.numel() // width)
-    good = chunks <= plan.MAX_CHUNKS
-    _check(good, f"width: expected chunks of theta that are at most {plan.MAX_CHUNKS}, got {chunks}")
-    return chunks
-
-
-def _check_listed(listed: Tensor, span: int, theta: Tensor, segments: Tensor, width: int) -> None:
-    """Raises RuntimeError for a list that does not fit; looks at its values only in the interpreter, not on a GPU."""
-    expected = plan.MAX_WIDTH // width
-    _check(span == expected, f"span: expected {expected}, a tile of {plan.MAX_WIDTH} values, got {span}")
-    _, _, out_offset, rows, cols, row_stride, *_ = segments[0].tolist()
-    dense = len(segments) == 1 and (rows == 1 or row_stride == cols) and out_offset == 0
-    _check(dense, "segments: expected one dense segment that begins at 0 with `listed`")
-    _check_device(listed, theta, "listed")
-    good = listed.dtype == torch.int64 and listed.dim() == 1 and listed.is_contiguous()
-    _check(good, "listed: expected a contiguous int64 tensor [count]")
-    entries = -(-rows * cols // plan.MAX_WIDTH)
-    _check(len(listed) <= entries, f"listed: expected at most {entries} entries of {span} blocks, got {len(listed)}")
-    if INTERPRETED:
-        rising = torch.equal(listed, listed.unique()) and bool(((listed >= 0) & (listed < entries)).all())
-        _check(rising, f"listed: expected rising numbers from 0 to {entries - 1}, got {listed.tolist()}")
 
 
 class _Forward(NamedTuple):
@@ -183,7 +121,7 @@ def prepare(of: plan.Plan, device: torch.device) -> None:
 
     With torch.compile(mode="reduce-overhead"), memory that is allocated in that call is taken back afterwards.
     """
-    q = _bits(of.width)
+    q = arguments.width_bits(of.width)
     _normal_lines(device)
     _forward_tables(device, of.segments, of.holes, q, of.chunks, of.one_chunk, len(of.names), of.numel)
     if of.one_chunk:
@@ -207,16 +145,16 @@ def fastfood_forward(
     span: int = 1,
     one_chunk: bool = False,
 ) -> Tensor:
-    theta, q, t = _theta(theta), _bits(width), tile.tile_bits(_bits(width))
-    device, chunks = theta.device, _chunks(theta, width)
+    theta, q, t = arguments.theta_of(theta), arguments.width_bits(width), tile.tile_bits(arguments.width_bits(width))
+    device, chunks = theta.device, arguments.num_chunks(theta, width)
     one_chunk = one_chunk and chunks > 1
-    _check(dtype in memory.CODES, f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    arguments.check(dtype in memory.CODES, f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     made = _forward_tables(device, segments, holes, q, chunks, one_chunk, len(base), numel)
-    factors = _floats(factors, theta, len(segments), "factors")
+    factors = arguments.floats(factors, theta, len(segments), "factors")
 
     waves, tiles, most = made.waves, 0, max(len(wave.pieces) for wave in made.waves)
     if listed is not None:
-        _check_listed(listed, span, theta, segments, width)
+        arguments.check_listed(listed, span, theta, segments, width)
         # The only segment is the first piece. A program computes which tiles it takes: no table is made for a list.
         waves, tiles, most = waves[:1], len(listed) << (plan.MAX_WIDTH.bit_length() - 1 - t), 1
         numel = tiles << t
@@ -229,7 +167,7 @@ def fastfood_forward(
     with _on(device):
         bases = memory.table_of(base or [None] * len(made.needed), made.needed, device, "base")
         allowed = 1 | 1 << memory.CODES[dtype]
-        _check(bases.codes & ~allowed == 0, "base: expected tensors in float32 or in the dtype of the weights")
+        arguments.check(bases.codes & ~allowed == 0, "base: expected tensors in float32 or in the dtype of the weights")
         for rows, first, pieces in waves:
             programs = len(first) - 1 if listed is None else min(made.programs, tiles)
             count = (len(pieces) if listed is None and not one_chunk else 1) * chunks
@@ -266,9 +204,9 @@ def _adjoint_pieces(segments: Tensor, q: int, num_grads: int, run_blocks: int) -
     """(number of elements that each gradient must have, `tables.pieces_of` the segments)."""
     t = tile.tile_bits(q)
     good = 1 <= run_blocks <= plan.MAX_BLOCKS
-    _check(good, f"run_blocks: expected 1 to {plan.MAX_BLOCKS}, got {run_blocks}")
+    arguments.check(good, f"run_blocks: expected 1 to {plan.MAX_BLOCKS}, got {run_blocks}")
     # Kernels count the values of a group in 32 bits.
-    _check(run_blocks << t < 2**31, f"run_blocks: Triton expects at most {(2**31 - 1) >> t}, got {run_blocks}")
+    arguments.check(run_blocks << t < 2**31, f"run_blocks: Triton expects at most {(2**31 - 1) >> t}, got {run_blocks}")
     rows, needed = tables.check_segments(segments, 1 << q, num_grads)
     return needed, tables.pieces_of(rows)
 
@@ -306,18 +244,18 @@ def fastfood_adjoint(
     span: int = 1,
     one_chunk: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    theta, q, t = _theta(theta), _bits(width), tile.tile_bits(_bits(width))
+    theta, q, t = arguments.theta_of(theta), arguments.width_bits(width), tile.tile_bits(arguments.width_bits(width))
     device, dim = theta.device, theta.numel()
-    if one_chunk and _chunks(theta, width) > 1:
+    if one_chunk and arguments.num_chunks(theta, width) > 1:
         return _adjoint_of_one_chunk(theta, factors, grads, segments, seed, q, rademacher, run_blocks, listed, span)
     needed, of_plan = _adjoint_tables(device, segments, q, len(grads), run_blocks)
-    factors = _floats(factors, theta, len(segments), "factors")
+    factors = arguments.floats(factors, theta, len(segments), "factors")
 
     dtheta, dfactors, num_listed = torch.zeros_like(theta), torch.zeros_like(factors), 0
     # Of a wave: number of items, first item, three arguments of adjoint_sums_kernel, items, parts, finished parts.
     waves = [(len(wave.items), 0, (None, None, None), *wave) for wave in of_plan]
     if listed is not None:
-        _check_listed(listed, span, theta, segments, width)
+        arguments.check_listed(listed, span, theta, segments, width)
         num_listed, (items, parts, _) = len(listed), of_plan[0]  # whose first rows are the only segment's
         needed = [*needed[:-1], num_listed * plan.MAX_WIDTH]
         waves = [
@@ -396,11 +334,11 @@ def _adjoint_of_one_chunk(
 ) -> tuple[Tensor, Tensor]:
     """`fastfood_adjoint` if each block is made from one of several chunks."""
     device, dim, width, t = theta.device, theta.numel(), 1 << q, tile.tile_bits(q)
-    chunks, programs = _chunks(theta, width), _programs(device, q)
+    chunks, programs = arguments.num_chunks(theta, width), _programs(device, q)
     needed, lists = _adjoint_lists(device, segments, q, chunks, len(grads), run_blocks)
-    factors = _floats(factors, theta, len(segments), "factors")
+    factors = arguments.floats(factors, theta, len(segments), "factors")
     if listed is not None:
-        _check_listed(listed, span, theta, segments, width)
+        arguments.check_listed(listed, span, theta, segments, width)
         if len(listed) == 0:
             return torch.zeros_like(theta), torch.zeros_like(factors)
         needed = [*needed[:-1], len(listed) * plan.MAX_WIDTH]
@@ -478,10 +416,10 @@ def _in_memory(x: Tensor) -> Tensor:
 
 
 def hadamard_transform(x: Tensor, scale: float, order: int = 1) -> Tensor:
-    _check(order == 1, f"order: expected 1 of the kernel in Triton, got {order}")
-    _check(x.dtype in memory.CODES, f"x: expected float32, bfloat16 or float16, got {x.dtype}")
-    _check(x.dim() >= 1 and x.shape[-1] >= 1, "x: expected a last dimension of at least 1")
-    _check_place(x, "x")
+    arguments.check(order == 1, f"order: expected 1 of the kernel in Triton, got {order}")
+    arguments.check(x.dtype in memory.CODES, f"x: expected float32, bfloat16 or float16, got {x.dtype}")
+    arguments.check(x.dim() >= 1 and x.shape[-1] >= 1, "x: expected a last dimension of at least 1")
+    arguments.check_place(x, "x")
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return out
@@ -547,11 +485,9 @@ def hadamard_transform(x: Tensor, scale: float, order: int = 1) -> Tensor:
 def stream_values(
     like: Tensor, seed: int, stream: int, purpose: int, block: int, chunk: int, width: int, rademacher: bool
 ) -> Tensor:
-    _check(0 <= purpose <= 2, f"purpose: expected 0, 1 or 2, got {purpose}")
-    _check(0 <= block < 1 << 28, f"block: expected 0 to 2**28 - 1, got {block}")
-    _check(0 <= chunk < 1 << 16, f"chunk: expected 0 to 65535, got {chunk}")
-    q = _bits(width)
-    _check_place(like, "like")
+    arguments.check_stream(purpose, block, chunk)
+    q = arguments.width_bits(width)
+    arguments.check_place(like, "like")
     out = _workspace(width, like.device)
     with _on(like.device):
         stream_values_kernel[(1,)](
