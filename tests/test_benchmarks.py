@@ -21,6 +21,7 @@ import scipy.linalg
 import shapes
 import sharding
 import stages
+import tables
 import torch
 from helpers import ISAS
 
@@ -111,7 +112,7 @@ PARTS = ("", "_20", "_80")
 
 def test_tables():
     rows = [row("forward", 100.0), row("adjoint", 120.0), row("forward", 300.0, d=16384, width=16384)]
-    lines = report.Report({}, rows).headline().splitlines()
+    lines = tables.Tables({}, rows).headline().splitlines()
     assert len({len(line) for line in lines}) == 1  # columns of one width
     assert len(lines) == 4
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
@@ -123,12 +124,12 @@ def test_tables():
     assert "speed-up" not in report.terminal(rows) and "GPU" not in report.terminal(rows)  # no rows, no section
     speedup = {f"/all_threads{part}": 1.9 for part in PARTS}
     rows.append(row("forward", 190.0, threads=1, all_threads_ms=100.0, floor_all_threads_ms=40.0, **speedup))
-    cells = [cell.strip() for cell in report.Report({}, rows).by_threads().splitlines()[2].strip("| ").split("|")]
+    cells = [cell.strip() for cell in tables.Tables({}, rows).by_threads().splitlines()[2].strip("| ").split("|")]
     assert cells[3:] == ["190", "100", "1.90 (1.90 to 1.90)", "1.25"]
 
 
 def test_computed_rows_say_so():
-    rows = [row("forward", 100.0, weights=report.WEIGHTS_7B // 10), row("adjoint", 120.0)]
+    rows = [row("forward", 100.0, weights=tables.WEIGHTS_7B // 10), row("adjoint", 120.0)]
     text = report.terminal(rows)
     line = next(line for line in text.splitlines() if line.startswith("| float32") and "27.0" in line)
     assert "computed, not measured" in text
@@ -176,7 +177,7 @@ def beside(dtype: str, n: int, **ratios) -> dict:
 def test_transforms_of_others(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [beside("float64", 256, fast=2.0), beside("float32", 1024, fast=0.5, wrong=None)]
-    text = report.Report({}, rows).transform_beside()
+    text = tables.Tables({}, rows).transform_beside()
     assert text in report.terminal(rows)
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert lines[0] == ["into", "values in", "n", "ours, ms", "/ fast 1.0", "/ wrong 1.0"]
@@ -240,8 +241,8 @@ def test_remarks():
     assert results.remark("d = 9, a / b", 2.852, 2) == said
     assert results.remark("d = 9, a / b", math.nan, 2)
     study = {"what": "study", "runs": 40} | {f"ms{part}": 250.0 for part in PARTS}
-    assert "Remark" not in report.Report({}, [study]).study()
-    lines = report.Report({}, [study | said]).study().splitlines()
+    assert "Remark" not in tables.Tables({}, [study]).study()
+    lines = tables.Tables({}, [study | said]).study().splitlines()
     assert lines[2:] == [
         "|   40 |      250 |             250 |  250 |",
         "",
@@ -451,7 +452,7 @@ def test_a_slow_place_is_found():
     assert columns["place"] == 4032 and 2 < columns["/elsewhere"] < 4
     assert columns["/elsewhere_20"] <= columns["/elsewhere"] <= columns["/elsewhere_80"]
     rows = [dict(what="place", isa="avx2", part="forward", diagonal="gaussian", width=w) | columns for w in (256, 512)]
-    lines = report.Report({}, [rows[1], rows[0] | {"remark": "too slow"}]).places().splitlines()
+    lines = tables.Tables({}, [rows[1], rows[0] | {"remark": "too slow"}]).places().splitlines()
     assert lines[0].split() == "| instruction set | | diagonal | n = 256 | n = 512 |".split()
     assert lines[2].split()[1:6:2] == ["AVX2", "forward", "gaussian"] and len(lines) == 5
     assert lines[4] == "- Remark: too slow"
