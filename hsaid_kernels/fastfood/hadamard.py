@@ -52,7 +52,7 @@ def hadamard_transform(
         RuntimeError: the backend cannot be used, or not for x's device; the transform of integers does not fit their
             dtype, in which case out is left as it was; out is given, and it or x requires grad.
     """
-    scale, dim = _checked(x, scale, dim, order)
+    scale, dim, order = _checked(x, scale, dim, order)
     if out is None:
         return _transform(x, scale, dim, backend, order)
     if not isinstance(out, Tensor):
@@ -80,12 +80,12 @@ def hadamard_transform_(
     Raises what `hadamard_transform` does, and
         ValueError: elements of x may overlap in memory, as those of an expanded tensor do.
     """
-    scale, dim = _checked(x, scale, dim, order)
+    scale, dim, order = _checked(x, scale, dim, order)
     return _write(x, scale, dim, backend, order, x, "x")
 
 
-def _checked(x: Tensor, scale: float, dim: int, order: int) -> tuple[float, int]:
-    """`scale` as a float, `dim` counted from the front."""
+def _checked(x: Tensor, scale: float, dim: int, order: int) -> tuple[float, int, int]:
+    """`scale` as a float, `dim` counted from the front, `order` as an int."""
     if not isinstance(x, Tensor) or x.dtype not in DTYPES:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         narrow = isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex()
@@ -104,9 +104,9 @@ def _checked(x: Tensor, scale: float, dim: int, order: int) -> tuple[float, int]
         raise IndexError(f"dim: expected {-x.dim()} to {x.dim() - 1} for shape {tuple(x.shape)}, got {dim}")
     if x.shape[dim] == 0:
         raise ValueError(f"x: expected a size of at least 1 along dimension {dim}, got shape {tuple(x.shape)}")
-    if order not in ORDERS:
+    if not isinstance(order, numbers.Integral) or order not in ORDERS:
         raise ValueError(f"order: expected 1, 12, 20 or 28, got {order!r}")
-    return float(scale), dim % x.dim()
+    return float(scale), dim % x.dim(), int(order)
 
 
 def _transform(x: Tensor, scale: float, dim: int, backend: str, order: int) -> Tensor:
