@@ -26,7 +26,7 @@ import hsaid_kernels.fastfood.triton.fastfood_adjoint_one_chunk as one_chunk
 import hsaid_kernels.fastfood.triton.fastfood_forward as forward
 import hsaid_kernels.fastfood.triton.hadamard_transform as hadamard
 from hsaid_kernels.fastfood.plan import MAX_WIDTH
-from hsaid_kernels.fastfood.triton import memory, ops, tile
+from hsaid_kernels.fastfood.triton import memory, ops, paley, tile
 from hsaid_kernels.fastfood.triton.stream_values import stream_values_kernel
 
 TARGETS = {
@@ -44,7 +44,14 @@ TARGETS = {
 FLOATS = "theta factors scratch zs sums carry totals dots dfactors dtheta x".split()
 TABLES = "listed runs first_runs pieces places first_places bases grads items parts lines table".split()
 TYPES = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(TABLES, "*i64")
-TYPES |= {"seed": "i64", "stream": "i64", "scale": "fp32", "words": ("i64",) * memory.WORDS}
+TYPES |= {
+    "columns": "i64",
+    "total": "i64",
+    "seed": "i64",
+    "stream": "i64",
+    "scale": "fp32",
+    "words": ("i64",) * memory.WORDS,
+}
 OUT_TYPES = ("*fp32", "*bf16", "*fp16")
 
 
@@ -107,6 +114,9 @@ def kernels(qs: tuple[int, ...] = (14, 10), codes: tuple[int, ...] = (0, 1)) -> 
     for code in codes:  # of rows of 2^20 values
         last = dict(OUT=code, FINISH=True, BIT=14, M=6, T=12)
         found.append(Kernel(f"hadamard_columns_kernel, {names[code]}", hadamard.hadamard_columns_kernel, last, 64))
+    for order in paley.ORDERS:
+        of_order = dict(ORDER=order, PLUS=paley.plus_bits(order), SIZE=256)
+        found.append(Kernel(f"paley_kernel, order {order}", paley.paley_kernel, of_order, 256))
     return [*found, Kernel("write_words", memory.write_words, {}, 32)]
 
 

@@ -26,6 +26,20 @@ HSAID_INLINE constexpr int conference_sign(int half, int i, int j) {
   return -1;
 }
 
+// Bit j of plus[i] is set where C_ij is 1.
+template <int kHalf>
+struct ConferenceSigns {
+  uint32_t plus[kHalf] = {};
+};
+template <int kHalf>
+HSAID_INLINE constexpr ConferenceSigns<kHalf> conference_signs() {
+  ConferenceSigns<kHalf> signs;
+  for (int i = 0; i < kHalf; ++i)
+    for (int j = 0; j < kHalf; ++j)
+      if (i != j && conference_sign(kHalf, i, j) > 0) signs.plus[i] |= 1u << j;
+  return signs;
+}
+
 // The product with the matrix of this order, over the columns of x [order, columns], in place. The order of the
 // additions is part of the contract.
 template <class T>

@@ -66,6 +66,9 @@ void fastfood_adjoint(const Adjoint&, float* dtheta, float* dfactors, const Work
 void hadamard_transform(const void* x, void* out, Dtype, int64_t rows, int64_t dim, double scale, const Workspace&,
                         cudaStream_t);
 
+// Rows of [order, columns] floats times the matrix of core/paley.h, order 12, 20 or 28. x and out may be the same.
+void paley(const float* x, float* out, int order, int64_t rows, int64_t columns, cudaStream_t);
+
 // out [n = 2^q]: the values of one block of a stream.
 void stream_values(const Stream&, int q, bool rademacher, float* out, cudaStream_t);
 

@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../core/paley.h"
 #include "../cuda/fastfood.h"
 #include "arguments.h"
 #if defined(USE_CUDA)
@@ -139,16 +140,27 @@ std::tuple<Tensor, Tensor> fastfood_adjoint(const Tensor& given_theta, const Ten
   return {dtheta, dfactors};
 }
 
+// With an order above 1, of whole rows in float32 (hadamard_transform_of_order in fastfood/ops.py makes them).
 Tensor hadamard_transform(const Tensor& given, double scale, int64_t order) {
-  STD_TORCH_CHECK(order == 1, "order: expected 1 of the kernel on CUDA, got ", order);
   const auto guard = guard_for(given, "x");
-  const Tensor x = row_major(given);
+  Tensor x = row_major(given);
   Tensor out = torch::stable::empty_like(x);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x: expected a last dimension of at least 1");
-  const int64_t dim = x.size(x.dim() - 1);
+  int64_t dim = x.size(x.dim() - 1), rows = x.numel() / dim;
+  const hsaid::Dtype dtype = dtype_of(x.scalar_type(), "x");
   Arguments arguments(x);
-  cuda::hadamard_transform(x.const_data_ptr(), out.mutable_data_ptr(), dtype_of(x.scalar_type(), "x"), x.numel() / dim,
-                           dim, scale, arguments.workspace(x), current_stream(x));
+  if (order != 1) {
+    const int64_t columns = dim / order;
+    STD_TORCH_CHECK(hsaid::is_order(order), "order: expected 1, 12, 20 or 28, got ", order);
+    STD_TORCH_CHECK(dtype == hsaid::Dtype::kFloat && columns * order == dim && (columns & (columns - 1)) == 0,
+                    "x: expected float32 and rows of ", order, " times a power of two with this order, got ", dim);
+    cuda::paley(x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), (int)order, rows, columns, current_stream(x));
+    x = out;
+    rows *= order;
+    dim = columns;
+  }
+  cuda::hadamard_transform(x.const_data_ptr(), out.mutable_data_ptr(), dtype, rows, dim, scale, arguments.workspace(x),
+                           current_stream(x));
   return out;
 }
 

@@ -32,7 +32,7 @@ def hadamard_transform(
         out: a tensor for the result, with x's shape, dtype and device. It may be x, or share memory with x.
         order: 1, 12, 20 or 28: n is the least order * 2^k that holds d, for example 20 * 2^10 = 20,480. Above 1, H is
             the Kronecker product of Paley's symmetric Hadamard matrix of this order (second construction) and the one
-            of order 2^k. On the CPU this costs half as much again; on GPUs it takes a dozen passes over memory.
+            of order 2^k. On the CPU this costs half as much again; on GPUs it takes one pass over memory more.
 
     With order 1 equivalent to `torch.nn.functional.linear(pad(x), hadamard_matrix(n))[..., :d] * scale` for the last
     dimension, but needs only n log2 n additions per row. H is in natural (Hadamard) order, as scipy.linalg.hadamard's.

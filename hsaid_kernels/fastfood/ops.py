@@ -51,7 +51,7 @@ torch.library.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 
-# For GPUs, whose kernels are of order 1.
+# For GPUs, whose kernels take an order above 1 of whole rows in float32 only.
 torch.library.define(
     f"{NAMESPACE}::hadamard_transform_of_order",
     "(Tensor x, float scale, int order, str backend) -> Tensor",
@@ -131,8 +131,7 @@ def _in_triton(name: str) -> None:
 def _hadamard_transform_of_order(x: Tensor, scale: float, order: int, backend: str) -> Tensor:
     size = x.shape[-1]
     padded = torch.nn.functional.pad(x.float(), (0, reference.padded_size(size, order) - size))
-    parts = reference.paley(padded.unflatten(-1, (order, -1)))
-    return kernels(backend).hadamard_transform(parts, scale).flatten(-2)[..., :size].to(x.dtype).contiguous()
+    return kernels(backend).hadamard_transform(padded, scale, order)[..., :size].to(x.dtype).contiguous()
 
 
 derivatives.register(f"{NAMESPACE}::hadamard_transform_of_order", torch.ops.hsaid_kernels.hadamard_transform_of_order)

@@ -522,13 +522,21 @@ def test_forms_of_hadamard_transform(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", [12, 20, 28])
 def test_order_of_hadamard_transform(order, dtype, backend):
-    for size in (1, order, 5 * order, 1000):
+    for size in (1, order, 5 * order, 1000, order << 8, *([order << 16] if order == 12 and not INTERPRETED else [])):
         x = torch.randn(3, size).to(dtype)
         got = hadamard_transform(x.to(DEVICE), 0.3, backend, order=order)
+        assert got.is_contiguous()
         assert_same_bits(got.cpu(), hadamard_transform(x, 0.3, order=order))
     x = torch.randn(2, order, device=DEVICE, requires_grad=True)
     (grad,) = torch.autograd.grad(hadamard_transform(x, 0.7, backend, order=order).sum(), x)
     assert_same_bits(grad, hadamard_transform(torch.ones_like(x), 0.7, backend, order=order))
+    assert hadamard_transform(x[:0], backend=backend, order=order).shape == (0, order)
+    op = ops.kernels(backend).hadamard_transform
+    for wrong, which in ((torch.ones(3, order + 1), order), (torch.ones(3, 3 * order), order), (torch.ones(3, 5), 5)):
+        with pytest.raises(
+            RuntimeError, match="(x: expected float32 and rows of|order: expected 1, 12, 20 or 28, got 5)"
+        ):
+            op(wrong.to(DEVICE), 1.0, which)
 
 
 def test_hadamard_transform_is_differentiable(backend):

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from hsaid_kernels.fastfood import plan
+from hsaid_kernels.fastfood.triton import paley
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -77,3 +78,12 @@ def check_stream(purpose: int, block: int, chunk: int) -> None:
     check(0 <= purpose <= 2, f"purpose: expected 0, 1 or 2, got {purpose}")
     check(0 <= block < 1 << 28, f"block: expected 0 to 2**28 - 1, got {block}")
     check(0 <= chunk < 1 << 16, f"chunk: expected 0 to 65535, got {chunk}")
+
+
+def check_order(order: int, x: Tensor) -> None:
+    check(order in paley.ORDERS, f"order: expected 1, 12, 20 or 28, got {order}")
+    check_place(x, "x")
+    columns, rest = divmod(x.shape[-1], order)
+    good = x.dtype == torch.float32 and rest == 0 and columns & (columns - 1) == 0
+    got = f"{x.dtype} and {x.shape[-1]}"
+    check(good, f"x: expected float32 and rows of {order} times a power of two with this order, got {got}")

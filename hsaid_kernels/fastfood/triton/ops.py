@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hsaid_kernels.fastfood import plan
-from hsaid_kernels.fastfood.triton import arguments, memory, streams, tables, tile
+from hsaid_kernels.fastfood.triton import arguments, memory, paley, streams, tables, tile
 from hsaid_kernels.fastfood.triton import fastfood_adjoint as adjoint_kernels
 from hsaid_kernels.fastfood.triton import fastfood_adjoint_one_chunk as one_chunk_kernels
 from hsaid_kernels.fastfood.triton import hadamard_transform as hadamard_kernels
@@ -416,7 +416,8 @@ def _in_memory(x: Tensor) -> Tensor:
 
 
 def hadamard_transform(x: Tensor, scale: float, order: int = 1) -> Tensor:
-    arguments.check(order == 1, f"order: expected 1 of the kernel in Triton, got {order}")
+    if order != 1:  # of whole rows in float32: hadamard_transform_of_order in fastfood/ops.py makes them
+        return hadamard_transform(_paley(x, order).unflatten(-1, (order, -1)), scale).view(x.shape)
     arguments.check(x.dtype in memory.CODES, f"x: expected float32, bfloat16 or float16, got {x.dtype}")
     arguments.check(x.dim() >= 1 and x.shape[-1] >= 1, "x: expected a last dimension of at least 1")
     arguments.check_place(x, "x")
@@ -478,6 +479,25 @@ def hadamard_transform(x: Tensor, scale: float, order: int = 1) -> Tensor:
                 M=stages,
                 T=12,
                 **_options(tile.threads(12)),
+            )
+    return out
+
+
+def _paley(x: Tensor, order: int) -> Tensor:
+    """Paley's matrix over rows of x, order * 2^k floats each."""
+    arguments.check_order(order, x)
+    total, source, out = x.numel() // order, x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    if total:
+        with _on(x.device):
+            paley.paley_kernel[(triton.cdiv(total, SIZE),)](
+                source,
+                out,
+                x.shape[-1] // order,
+                total,
+                ORDER=order,
+                PLUS=paley.plus_bits(order),
+                SIZE=SIZE,
+                **_options(SIZE),
             )
     return out
 
