@@ -182,8 +182,11 @@ def body_cells(ops: Counter | None) -> str:
 
 COLUMNS = "values in memory | instructions per value | FADD, FMUL, FFMA | shared memory | loads"
 VECTORS = {"float32": ".128.", "bfloat16": ".64."}
-# Pass, bits of a tile's positions, stages: n = 2^10, 2^13, 2^14, 2^15; then the two passes for n = 2^16 and 2^20.
-TRANSFORM_BODIES = ((0, 11, 10), (0, 13, 13), (0, 14, 14), (0, 15, 15), (1, 11, 8), (3, 11, 8), (1, 13, 10), (3, 13, 10))
+# Pass, bits of a tile, stages. n = 2^11, 2^13, 2^14 and 2^15 in one pass; then both passes for n = 2^17, 2^20 and 2^25.
+TRANSFORM_BODIES = (
+    *((0, 11, 11), (0, 13, 13), (0, 14, 14), (0, 15, 15)),
+    *((1, 11, 9), (3, 11, 8), (1, 13, 10), (3, 13, 10), (1, 15, 13), (3, 15, 12)),
+)
 
 
 def cuda_tables(library: Path, arch: str) -> None:

@@ -1,23 +1,24 @@
 // scale * H x along rows of any length, the stages in the order of csrc/core/walsh_hadamard.h. Memory is what takes
-// time, so a row is read and written as seldom as can be: once up to n = 2^15, twice up to n = 2^25, of which the
-// second time is meant to be from and to the second-level cache, because rows go through both passes in groups of 16
-// MB.
+// time, so a row of n = 2^q values goes to and from it as seldom as can be: once up to n = 2^15, twice up to n = 2^25.
+// What lies between two passes is meant to stay in the second-level cache: rows go through all passes in groups of so
+// many as have 2^22 values.
 //
 // A block of threads holds a tile of 2^11 ... 2^15 values in registers, 64 a thread. These are the bits of a position
 // in the tile; with fewer warps, only as many of them change places as a warp's number has:
 //
 //           register (from its lowest bit)    lane        warp                  stages
-//   first   e0 e1 e7 e8 e9 e10                e2 ... e6   e11 e12 e13 e14       at lanes by shuffles, at registers
-//   then    e0 e1 e11 e12 e13 e14             e2 ... e6   e7 e8 e9 e10          at registers, 0, 1
+//   first   e0 e1 e7 e8 e9 e10                e2 ... e6   e11 e12 e13 e14       2 ... 6 by shuffles, 7 ... 10
+//   then    e0 e1 e11 e12 e13 e14             e2 ... e6   e7 e8 e9 e10          11 ... 14, 0, 1
 //
-// In a pass over rows a tile is values in a row, all bits have their stage. In one over columns it is 32 columns, 128
-// bytes, of a row of 2^q values seen as a matrix: e5 and those that follow are a line's number, and have stages.
+// A pass over rows has a tile of neighbours, and all their stages. One over columns takes the values between the passes
+// as a matrix with lines of 2^l: a tile is 32 neighbours, 128 bytes, of 2^h lines, and as the stages of e2, e3, e4 are
+// done, the tile has those from e5 on.
 //
-//   pass     of the row's bits                    from            to
-//   whole    all                                  x               out
-//   first    2 ... l - 1                          x               float32
-//   middle   h bits from l on, where q > 25       float32         float32, in place
-//   last     h bits, up to q - 1; then 0, 1       float32         out
+//   pass     stages                                     from        to
+//   whole    2 ... q - 1, 0, 1                          x           out
+//   first    2 ... l - 1                                x           float32
+//   middle   l ... l + h - 1; only where q > 25         float32     float32, in place
+//   last     q - h ... q - 1, 0, 1                      float32     out
 
 #include <math.h>
 
@@ -40,8 +41,8 @@ struct PassParams {
   void* out;
   int64_t rows, dim;  // of x and out: rows lie without gaps; those of float32 between passes have 2^row_bits values
   int row_bits;       // q, but at least 2, so that a vector is of one row
-  int end;            // of a pass over rows: stages of bits below this one
-  int line_bit;       // of a pass over columns: the lowest bit of a line's number
+  int end;            // of a pass over rows: q or l, the bits that have stages
+  int line_bit;       // of a pass over columns: l, or what is in its place behind a middle one
   bool vectors;       // x and out can be read and written four values at a time
   float scale;
 };
@@ -60,6 +61,8 @@ HSAID_DEVICE void store_value(T* p, float value) {
   else
     p->bits = (uint16_t)narrow(value, 0.0f, T{});
 }
+
+HSAID_DEVICE int at_most(int64_t count, int most) { return count < 0 ? 0 : count < most ? (int)count : most; }
 
 // Up to four values of a row, of which `left` are left at p; the others are 0.
 template <class T>
@@ -178,14 +181,15 @@ __global__ void __launch_bounds__(1 << (kTileBits - 6), 1 << (kMaxTileBits - kTi
     const int64_t row = first >> a.row_bits, k = first & mask;
     const bool whole = a.vectors && (kShort ? a.dim > mask && row + ((1 << kTileBits) >> a.row_bits) <= a.rows
                                             : k + distance((1 << kTileBits) - 1) < a.dim);
-    // Where x and out have the value at position e, and how many of its row are left there.
-    const auto find = [&](int e, int64_t& left) {
+    // Where x and out have the value at position e, and of how many, up to four, it is the first in its row.
+    const int left_at_first = at_most(a.dim - k, 1 << kTileBits);
+    const auto find = [&](int e, int& left) {
       if constexpr (kShort) {
         const int below = e >> a.row_bits, in_row = e & (int)mask;
-        left = row + below < a.rows ? a.dim - in_row : 0;
+        left = row + below < a.rows ? left_at_first - in_row : 0;
         return row * a.dim + (below * (int)a.dim + in_row);
       } else {
-        left = a.dim - k - distance(e);
+        left = kColumns ? at_most(a.dim - k - distance(e), 4) : left_at_first - e;
         return row * a.dim + k + distance(e);
       }
     };
@@ -206,7 +210,7 @@ __global__ void __launch_bounds__(1 << (kTileBits - 6), 1 << (kMaxTileBits - kTi
       const int own = (int)opaque(first_position());  // or places would be kept in registers, all the way to the stores
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
-        int64_t left;
+        int left;
         const In* p = (const In*)a.in + find(own + first_vector(j), left);
         load_four(p, left, a.vectors, x + 4 * j);
       }
@@ -249,7 +253,7 @@ __global__ void __launch_bounds__(1 << (kTileBits - 6), 1 << (kMaxTileBits - kTi
       const int own = (int)opaque(then_position());
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
-        int64_t left;
+        int left;
         Out* p = (Out*)a.out + find(own + then_vector<kWarpBits>(j), left);
         store_four(p, left, a.vectors, x + 4 * j);
       }
@@ -257,7 +261,7 @@ __global__ void __launch_bounds__(1 << (kTileBits - 6), 1 << (kMaxTileBits - kTi
   }
 }
 
-// With the smallest tile of at least 2^bits values; between kernels for long rows lie two bits.
+// With the smallest tile that has `bits` bits; the passes over long rows do with every second size.
 template <class T, Pass kPass, int kTileBits = kMinTileBits>
 void launch_pass(const PassParams& a, int bits, bool early, cudaStream_t stream) {
   if constexpr (kTileBits < kMaxTileBits)
@@ -279,7 +283,7 @@ void transform_rows(const void* x, void* out, Dtype dtype, int64_t rows, int64_t
   const PassParams all{x, out, rows, dim, std::max(q, 2), q, 0, vectors, scale};
   if (q <= kMaxTileBits) return launch_pass<T, Pass::kWhole>(all, q, false, stream);
 
-  // As few passes over columns as can be, with tiles no smaller than those over rows.
+  // As few passes over columns as can be, each of the fewest stages with which the first pass's tiles are no larger.
   constexpr int kMaxLineBits = kMaxTileBits - kColumnBits;
   const int passes = (q - kMaxTileBits + kMaxLineBits - 1) / kMaxLineBits;
   int line_bits = kMinTileBits - kColumnBits;
