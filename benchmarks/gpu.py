@@ -414,7 +414,7 @@ def measurements(backend: str) -> Iterator[tuple[Callable[..., dict | list[dict]
         yield blockwise_row, (backend, name, diagonal, 1000)
     for diagonal, dtype in itertools.product(DIAGONALS, (None, torch.bfloat16)):
         yield step_row, (backend, diagonal, dtype)
-    for name, dim in itertools.product(("float32", "bfloat16"), (1024, 16384, 32768, 65536)):
+    for name, dim in itertools.product(("float32", "bfloat16"), (1024, 16384, 32768, 65536, 2**20)):
         yield hadamard_row, (backend, name, dim)
     with tempfile.TemporaryDirectory() as cache:  # of Triton: at first there is nothing compiled in it
         for what in ("cold", "cached") if backend == "triton" else ("loaded",):

@@ -23,6 +23,9 @@ VALUES = 64  # that a thread holds
 BUTTERFLIES = 14
 KINDS = ("n = 2^14", "n = 2^14, chunks", "n = 1024", "n >= 256", "general", "n = 2^14, one chunk", "general, one chunk")
 KERNEL = re.compile(r"\d+([a-z_]+_kernel)(?:I(?:Lb([01])E)?(?:LNS\w*?4KindE([0-6])E)?(?:Lb([01])E)?)?")
+TRANSFORM = re.compile(r"hadamard_kernelI(f|NS_4bf16E|NS_4fp16E)LNS\w*?4PassE([0-3])ELi(\d+)E")
+PASSES = ("whole", "first", "middle", "last")
+TYPES = {"f": "float32", "NS_4bf16E": "bfloat16", "NS_4fp16E": "float16"}
 
 
 class Instruction(NamedTuple):
@@ -126,7 +129,11 @@ def body(code: list[Instruction], adds: int, loads: str, stores: str | None, vec
     """
     blocks = blocks_of(code)
     features = {
-        a: (count(b.ops, "FADD"), count(b.ops, "LDG.", loads), count(b.ops, "STG.", stores or "STG"))
+        a: (
+            count(b.ops, "FADD") + count(b.ops, "FFMA"),
+            count(b.ops, "LDG.", loads),
+            count(b.ops, "STG.", stores or "STG"),
+        )
         for a, b in blocks.items()
     }
     wanted = (adds, vectors, 16 if stores else 0)
@@ -168,12 +175,18 @@ def body_cells(ops: Counter | None) -> str:
     if ops is None:
         return "no such loop | | | |"
     shared = count(ops, "LDS") + count(ops, "STS")
-    per_value = [ops.total(), count(ops, "FADD") + count(ops, "FMUL"), shared, count(ops, "LDG.")]
+    arithmetic = count(ops, "FADD") + count(ops, "FMUL") + count(ops, "FFMA")
+    per_value = [ops.total(), arithmetic, shared, count(ops, "LDG.")]
     return " | ".join(f"{n / VALUES:.2f}" for n in per_value) + " |"
 
 
-COLUMNS = "values in memory | instructions per value | FADD, FMUL | shared memory | loads"
+COLUMNS = "values in memory | instructions per value | FADD, FMUL, FFMA | shared memory | loads"
 VECTORS = {"float32": ".128.", "bfloat16": ".64."}
+# Pass, bits of a tile, stages. n = 2^11, 2^13, 2^14 and 2^15 in one pass; then both passes for n = 2^17, 2^20 and 2^25.
+TRANSFORM_BODIES = (
+    *((0, 11, 11), (0, 13, 13), (0, 14, 14), (0, 15, 15)),
+    *((1, 11, 9), (3, 11, 8), (1, 13, 10), (3, 13, 10), (1, 15, 13), (3, 15, 12)),
+)
 
 
 def cuda_tables(library: Path, arch: str) -> None:
@@ -184,8 +197,11 @@ def cuda_tables(library: Path, arch: str) -> None:
 
     print(f"| kernel, {arch} | widths | registers | stack, bytes | spill instructions |")
     print("|---|---|---|---|---|")
-    main_kernels = {}
+    main_kernels, transforms = {}, {}
     for name, instructions in sorted(code.items()):
+        if match := TRANSFORM.search(name):
+            transforms[int(match[2]), int(match[3]), TYPES[match[1]]] = name
+            continue
         kernel, diagonal, kind, listed = KERNEL.search(name).groups()
         title = kernel if diagonal is None else f"{kernel}, {('gaussian', 'rademacher')[int(diagonal)]}"
         title += ", listed" if listed == "1" else ""
@@ -193,6 +209,10 @@ def cuda_tables(library: Path, arch: str) -> None:
         print(f"| {title} | {widths} | {used[name][0]} | {used[name][1]} | {spills(instructions)} |")
         if kind in ("0", "5") and diagonal is not None and listed != "1":
             main_kernels[kernel, diagonal, kind == "5"] = instructions
+    for kind, tile in sorted({key[:2] for key in transforms}):  # the most that any type takes
+        names = [name for key, name in transforms.items() if key[:2] == (kind, tile)]
+        most = [max(column) for column in zip(*((*used[name], spills(code[name])) for name in names), strict=True)]
+        print(f"| hadamard_kernel, {PASSES[kind]} | tile of 2^{tile} | {' | '.join(map(str, most))} |")
 
     print(f"\n| loop body, n = 2^14, {arch} | {COLUMNS} |")
     print("|---|---|---|---|---|---|")
@@ -205,6 +225,14 @@ def cuda_tables(library: Path, arch: str) -> None:
             title = f"{kernel}, {('gaussian', 'rademacher')[int(diagonal)]}"
             title += ", one chunk" if one_chunk and sums == 1 else ""
             print(f"| {title} | {memory} | {body_cells(ops)}")
+
+    print(f"\n| loop body of hadamard_kernel, {arch} | {COLUMNS} |")
+    print("|---|---|---|---|---|---|")
+    for kind, tile, stages in TRANSFORM_BODIES:
+        for memory, vector in VECTORS.items():
+            vectors = [vector if kind in ends else ".128." for ends in ((0, 1), (0, 3))]
+            ops = body(code[transforms[kind, tile, memory]], VALUES * stages, *vectors)
+            print(f"| {PASSES[kind]}, {stages} stages, tile of 2^{tile} | {memory} | {body_cells(ops)}")
 
 
 def triton_tables(arch: str) -> None:

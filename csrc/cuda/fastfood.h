@@ -61,10 +61,13 @@ struct Adjoint {
 // 64 a segment.
 void fastfood_adjoint(const Adjoint&, float* dtheta, float* dfactors, const Workspace&, cudaStream_t);
 
+// Float32 values between the two passes over long rows that are meant to stay in the second-level cache.
+constexpr int64_t kGroupFloats = 1 << 22;
+
 // rows x dim values with a row stride of dim -> scale * H x, in float32, bfloat16 or float16. Takes memory for
-// dim > 32,768, unless it is a power of two and the values are float32.
+// dim > 32,768, unless it is a power of two and the values are float32: for `group_floats` values, or for one row.
 void hadamard_transform(const void* x, void* out, Dtype, int64_t rows, int64_t dim, double scale, const Workspace&,
-                        cudaStream_t);
+                        cudaStream_t, int64_t group_floats = kGroupFloats);
 
 // Rows of [order, columns] floats times the matrix of core/paley.h, order 12, 20 or 28. x and out may be the same.
 void paley(const float* x, float* out, int order, int64_t rows, int64_t columns, cudaStream_t);

@@ -1,13 +1,26 @@
 // scale * H x along rows of any length, the stages in the order of csrc/core/walsh_hadamard.h. Memory is what takes
-// time, so a pass over it for each stage would take log2 n times as long as needed. Up to n = 2^15 a row lies in the
-// registers of a block of threads, 64 values a thread, and is read and written once; longer rows take one pass for
-// their first 15 bits and one for each four bits more.
+// time, so a row of n = 2^q values goes to and from it as seldom as can be: once up to n = 2^15, twice up to n = 2^25.
+// What lies between two passes is meant to stay in the second-level cache: rows go through all passes in groups of so
+// many as have 2^22 values.
 //
-//           register (from its lowest bit)    lane        warp
-//   first   k0 k1 k7 k8 k9 k10                k2 ... k6   k11 k12 k13 k14    stages 2 ... 6 by shuffles, 7 ... 10
-//   then    k0 k1 k11 k12 k13 k14             k2 ... k6   k7 k8 k9 k10       stages 11 ... 14, 0, 1
+// A block of threads holds a tile of 2^11 ... 2^15 values in registers, 64 a thread. These are the bits of a position
+// in the tile; with fewer warps, only as many of them change places as a warp's number has:
 //
-// With fewer warps, only as many of these bits change places as a warp's number has.
+//           register (from its lowest bit)    lane        warp                  stages
+//   first   e0 e1 e7 e8 e9 e10                e2 ... e6   e11 e12 e13 e14       2 ... 6 by shuffles, 7 ... 10
+//   then    e0 e1 e11 e12 e13 e14             e2 ... e6   e7 e8 e9 e10          11 ... 14, 0, 1
+//
+// A pass over rows has a tile of neighbours, and all their stages. One over columns takes the values between the passes
+// as a matrix with lines of 2^l: a tile is 32 neighbours, 128 bytes, of 2^h lines, and as the stages of e2, e3, e4 are
+// done, the tile has those from e5 on.
+//
+//   pass     stages                                     from        to
+//   whole    2 ... q - 1, 0, 1                          x           out
+//   first    2 ... l - 1                                x           float32
+//   middle   l ... l + h - 1; only where q > 25         float32     float32, in place
+//   last     q - h ... q - 1, 0, 1                      float32     out
+
+#include <math.h>
 
 #include <algorithm>
 #include <type_traits>
@@ -19,16 +32,18 @@ namespace hsaid::cuda {
 namespace {
 
 constexpr int kMinTileBits = 11, kMaxTileBits = 15;  // 1 and 16 warps
-constexpr int kColumnBits = 4;                       // of a pass over the columns of a long row
+constexpr int kColumnBits = 5;                       // of a position that tell columns apart
 
-struct RowParams {
+enum class Pass { kWhole, kFirst, kMiddle, kLast };
+
+struct PassParams {
   const void* in;
   void* out;
-  int64_t rows, in_dim, out_dim;  // rows lie without gaps
-  int q, row_bits, tile_bits;     // row_bits: q, but at least 2, so that a vector is of one row
-  bool last;                      // does stages 0 and 1 and the scale
-  bool vectors;                   // rows can be read and written four values at a time
-  bool whole;                     // and are as long as the transform: a tile has no gaps
+  int64_t rows, dim;  // of x and out: rows lie without gaps; those of float32 between passes have 2^row_bits values
+  int row_bits;       // q, but at least 2, so that a vector is of one row
+  int end;            // of a pass over rows: q or l, the bits that have stages
+  int line_bit;       // of a pass over columns: l, or what is in its place behind a middle one
+  bool vectors;       // x and out can be read and written four values at a time
   float scale;
 };
 
@@ -47,216 +62,259 @@ HSAID_DEVICE void store_value(T* p, float value) {
     p->bits = (uint16_t)narrow(value, 0.0f, T{});
 }
 
-// Four values of a row of `dim`, from k on; 0 behind its end.
+HSAID_DEVICE int at_most(int64_t count, int most) { return count < 0 ? 0 : count < most ? (int)count : most; }
+
+// Up to four values of a row, of which `left` are left at p; the others are 0.
 template <class T>
-HSAID_DEVICE void load_four(const T* row, int64_t k, int64_t dim, bool vectors, float* x) {
-  if (vectors && k + 3 < dim) {
-    const float4 v = Quad<T>::widened(*(const typename Quad<T>::Bits*)(row + k));
-    x[0] = v.x;
-    x[1] = v.y;
-    x[2] = v.z;
-    x[3] = v.w;
-    return;
+HSAID_DEVICE void load_four(const T* p, int64_t left, bool vectors, float* x) {
+  float4 v{0.0f, 0.0f, 0.0f, 0.0f};
+  if (vectors) {
+    if (left > 0) v = Quad<T>::widened(load_once((const typename Quad<T>::Bits*)p));
+  } else {
+    if (left > 0) v.x = load_value(p);
+    if (left > 1) v.y = load_value(p + 1);
+    if (left > 2) v.z = load_value(p + 2);
+    if (left > 3) v.w = load_value(p + 3);
   }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) x[j] = k + j < dim ? load_value(row + k + j) : 0.0f;
+  *(float4*)x = v;
 }
 template <class T>
-HSAID_DEVICE void store_four(T* row, int64_t k, int64_t dim, bool vectors, const float* x) {
-  if (vectors && k + 3 < dim) {
-    *(typename Quad<T>::Bits*)(row + k) = Quad<T>::narrowed({x[0], x[1], x[2], x[3]});
+HSAID_DEVICE void store_four(T* p, int64_t left, bool vectors, const float* x) {
+  if (vectors) {
+    if (left > 0) store_once((typename Quad<T>::Bits*)p, Quad<T>::narrowed(*(const float4*)x));
     return;
   }
 #pragma unroll
   for (int j = 0; j < 4; ++j)
-    if (k + j < dim) store_value(row + k + j, x[j]);
+    if (left > j) store_value(p + j, x[j]);
 }
 
+// Times 1 or -1 and added is the sum or the difference, rounded once, in one instruction.
 template <int bit>
 HSAID_DEVICE void lane_stage(float (&x)[kPerThread]) {
-  const bool upper = thread_index() >> bit & 1;
+  const float sign = thread_index() >> bit & 1 ? -1.0f : 1.0f;
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const float other = shuffle_xor(x[i], 1 << bit);
-    x[i] = upper ? other - x[i] : x[i] + other;
-  }
+  for (int i = 0; i < kPerThread; ++i) x[i] = fmaf(x[i], sign, shuffle_xor(x[i], 1 << bit));
 }
 
-// Where vector j (k7 ... k10 at first) of a thread lies in its tile.
-HSAID_DEVICE int64_t first_place(int j) {
-  return (thread_index() & 31) << 2 | j << 7 | (int64_t)(thread_index() >> 5) << 11;
+template <int kCount>
+HSAID_DEVICE void register_stages(float (&x)[kPerThread]) {
+  if constexpr (kCount > 0) butterflies<4>(x);
+  if constexpr (kCount > 1) butterflies<8>(x);
+  if constexpr (kCount > 2) butterflies<16>(x);
+  if constexpr (kCount > 3) butterflies<32>(x);
 }
-HSAID_DEVICE int64_t then_place(int j, int warp_bits) {
-  const int low = j & ((1 << warp_bits) - 1), high = j >> warp_bits << warp_bits;
-  return (thread_index() & 31) << 2 | (int64_t)(high | (int)(thread_index() >> 5)) << 7 | (int64_t)low << 11;
+// Where the count is known only now: a condition for each stage would cost half a move a value.
+HSAID_DEVICE void register_stages(float (&x)[kPerThread], int count) {
+  if (count > 3)
+    register_stages<4>(x);
+  else if (count == 3)
+    register_stages<3>(x);
+  else if (count == 2)
+    register_stages<2>(x);
+  else if (count == 1)
+    register_stages<1>(x);
 }
 
-HSAID_DEVICE void exchange_warps(float (&x)[kPerThread], int warp_bits) {
+// The position in the tile of a thread's vector 0, and what is added for vector j.
+HSAID_DEVICE int first_position() { return (thread_index() & 31) << 2 | (thread_index() >> 5) << 11; }
+HSAID_INLINE constexpr int first_vector(int j) { return j << 7; }
+HSAID_DEVICE int then_position() { return (thread_index() & 31) << 2 | (thread_index() >> 5) << 7; }
+template <int kWarpBits>
+HSAID_INLINE constexpr int then_vector(int j) {
+  constexpr int kMoved = (1 << kWarpBits) - 1;
+  return (j & ~kMoved) << 7 | (j & kMoved) << 11;
+}
+
+template <int kWarpBits>
+HSAID_DEVICE void exchange_warps(float (&x)[kPerThread]) {
+  constexpr int kMoved = (1 << kWarpBits) - 1;
   const int own = (int)(thread_index() >> 5), lane = (int)(thread_index() & 31);
-  const Shared memory = shared_memory();
+  const Shared store = shared_memory() + (own * 32 + lane) * 2,
+               load = shared_memory() + ((own << kWarpBits) * 32 + lane) * 2;
 #pragma unroll
   for (int k1 = 0; k1 < 2; ++k1) {
     sync_block();
 #pragma unroll
-    for (int j = 0; j < 16; ++j)
-      memory.store(((j << warp_bits | own) * 32 + lane) * 2, float2{x[4 * j + 2 * k1], x[4 * j + 2 * k1 + 1]});
+    for (int j = 0; j < 16; ++j) store.store((j << kWarpBits) * 64, float2{x[4 * j + 2 * k1], x[4 * j + 2 * k1 + 1]});
     sync_block();
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
-      const int from = j >> warp_bits << warp_bits | own, warp = j & ((1 << warp_bits) - 1);
-      const float2 pair = memory.load<float2>(((from << warp_bits | warp) * 32 + lane) * 2);
+      const float2 pair = load.load<float2>(((j & ~kMoved) << kWarpBits | (j & kMoved)) * 64);
       x[4 * j + 2 * k1] = pair.x;
       x[4 * j + 2 * k1 + 1] = pair.y;
     }
   }
 }
 
-template <class In, class Out>
-__global__ void __launch_bounds__(512) hadamard_rows_kernel(const __grid_constant__ RowParams a) {
-  const int q = a.q, warp_bits = a.tile_bits - kMinTileBits;
-  const int64_t mask = ((int64_t)1 << a.row_bits) - 1, end = a.rows << a.row_bits;
-  for (int64_t first = (int64_t)block_index().x << a.tile_bits; first < end;
-       first += (int64_t)grid_width() << a.tile_bits) {
-    const bool whole = a.whole && first + ((int64_t)1 << a.tile_bits) <= end;
+template <class T, Pass kPass, int kTileBits>
+__global__ void __launch_bounds__(1 << (kTileBits - 6), 1 << (kMaxTileBits - kTileBits))
+    hadamard_kernel(const __grid_constant__ PassParams a) {
+  constexpr bool kReads = kPass == Pass::kWhole || kPass == Pass::kFirst;  // x
+  constexpr bool kWrites = kPass == Pass::kWhole || kPass == Pass::kLast;  // out
+  constexpr bool kColumns = kPass == Pass::kMiddle || kPass == Pass::kLast;
+  constexpr bool kShort = kPass == Pass::kWhole && kTileBits == kMinTileBits;  // a tile may have several rows
+  constexpr int kWarpBits = kTileBits - kMinTileBits;
+  using In = std::conditional_t<kReads, T, float>;
+  using Out = std::conditional_t<kWrites, T, float>;
+  using InBits = typename Quad<In>::Bits;
+  using OutBits = typename Quad<Out>::Bits;
+  // Stages of the tile's bits below this one; with a range that the compiler can see.
+  const int end = kColumns                    ? kTileBits
+                  : kTileBits == kMinTileBits ? a.end
+                  : kPass == Pass::kFirst     ? kTileBits - (a.end < kTileBits)
+                                              : kTileBits;
+  // How far the value at position e is from the tile's first one; a sum over the bits of e.
+  const auto distance = [&](int e) {
+    return kColumns ? (e & ((1 << kColumnBits) - 1)) + ((int64_t)(e >> kColumnBits) << a.line_bit) : (int64_t)e;
+  };
+  const int64_t mask = ((int64_t)1 << a.row_bits) - 1;
+  const int64_t tiles = ((a.rows << a.row_bits) + ((int64_t)1 << kTileBits) - 1) >> kTileBits;
+  if constexpr (kPass != Pass::kWhole) start_next_kernel();
+  for (int64_t tile = block_index().x; tile < tiles; tile += grid_width()) {
+    int64_t first = tile << kTileBits;
+    if constexpr (kColumns) {
+      const int apart = a.line_bit - kColumnBits;
+      const int64_t lines = tile >> apart, columns = tile & (((int64_t)1 << apart) - 1);
+      first = lines << (kTileBits - kColumnBits + a.line_bit) | columns << kColumnBits;
+    }
+    const int64_t row = first >> a.row_bits, k = first & mask;
+    const bool whole = a.vectors && (kShort ? a.dim > mask && row + ((1 << kTileBits) >> a.row_bits) <= a.rows
+                                            : k + distance((1 << kTileBits) - 1) < a.dim);
+    // Where x and out have the value at position e, and of how many, up to four, it is the first in its row.
+    const int left_at_first = at_most(a.dim - k, 1 << kTileBits);
+    const auto find = [&](int e, int& left) {
+      if constexpr (kShort) {
+        const int below = e >> a.row_bits, in_row = e & (int)mask;
+        left = row + below < a.rows ? left_at_first - in_row : 0;
+        return row * a.dim + (below * (int)a.dim + in_row);
+      } else {
+        left = kColumns ? at_most(a.dim - k - distance(e), 4) : left_at_first - e;
+        return row * a.dim + k + distance(e);
+      }
+    };
     float x[kPerThread];
-    if (whole) {  // without a condition between one load and the next
-      typename Quad<In>::Bits loaded[16];
+    if constexpr (!kReads) wait_for_previous_kernel();
+    if (!kReads || whole) {  // without a condition between one load and the next
+      const InBits* own =
+          (const InBits*)((const In*)a.in + (kReads ? row * a.dim + k : first) + distance(first_position()));
+      InBits loaded[16];
 #pragma unroll
-      for (int j = 0; j < 16; ++j)
-        loaded[j] = *(const typename Quad<In>::Bits*)((const In*)a.in + first + first_place(j));
+      for (int j = 0; j < 16; ++j) {
+        const InBits* p = own + (distance(first_vector(j)) >> 2);
+        loaded[j] = kReads ? load_once(p) : *p;
+      }
 #pragma unroll
       for (int j = 0; j < 16; ++j) *(float4*)(x + 4 * j) = Quad<In>::widened(loaded[j]);
     } else {
+      const int own = (int)opaque(first_position());  // or places would be kept in registers, all the way to the stores
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
-        const int64_t at = first + first_place(j), row = at >> a.row_bits;
-        load_four((const In*)a.in + row * a.in_dim, at & mask, row < a.rows ? a.in_dim : 0, a.vectors, x + 4 * j);
+        int left;
+        const In* p = (const In*)a.in + find(own + first_vector(j), left);
+        load_four(p, left, a.vectors, x + 4 * j);
       }
     }
-    if (q > 2) lane_stage<0>(x);
-    if (q > 3) lane_stage<1>(x);
-    if (q > 4) lane_stage<2>(x);
-    if (q > 5) lane_stage<3>(x);
-    if (q > 6) lane_stage<4>(x);
-    if (q > 7) butterflies<4>(x);
-    if (q > 8) butterflies<8>(x);
-    if (q > 9) butterflies<16>(x);
-    if (q > 10) butterflies<32>(x);
-    if (warp_bits > 0) exchange_warps(x, warp_bits);
-    if (q > 11) butterflies<4>(x);
-    if (q > 12) butterflies<8>(x);
-    if (q > 13) butterflies<16>(x);
-    if (q > 14) butterflies<32>(x);
-    if (a.last) {
-      if (q > 0) butterflies<1>(x);
-      if (q > 1) butterflies<2>(x);
+    if constexpr (!kColumns) {
+      if (end > 2) lane_stage<0>(x);
+      if (end > 3) lane_stage<1>(x);
+      if (end > 4) lane_stage<2>(x);
+    }
+    if (end > 5) lane_stage<3>(x);
+    if (end > 6) lane_stage<4>(x);
+    register_stages(x, end - 7);
+    if constexpr (kWarpBits > 0) {
+      exchange_warps<kWarpBits>(x);
+      register_stages(x, end - 11);
+    }
+    if constexpr (kWrites) {
+      if (end > 1) {
+        butterflies<1>(x);
+        butterflies<2>(x);
+      } else if (end > 0) {
+        butterflies<1>(x);
+      }
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) x[i] = x[i] * a.scale;
     }
+    if constexpr (kPass == Pass::kFirst) wait_for_previous_kernel();
+    if (!kWrites || whole) {
+      OutBits* own = (OutBits*)((Out*)a.out + (kWrites ? row * a.dim + k : first) + distance(then_position()));
 #pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      const int64_t at = first + then_place(j, warp_bits), row = at >> a.row_bits;
-      if (whole)
-        store_four((Out*)a.out, at, INT64_MAX, true, x + 4 * j);
-      else
-        store_four((Out*)a.out + row * a.out_dim, at & mask, row < a.rows ? a.out_dim : 0, a.vectors, x + 4 * j);
+      for (int j = 0; j < 16; ++j) {
+        OutBits* p = own + (distance(then_vector<kWarpBits>(j)) >> 2);
+        const OutBits bits = Quad<Out>::narrowed(*(const float4*)(x + 4 * j));
+        if constexpr (kWrites)
+          store_once(p, bits);
+        else
+          *p = bits;
+      }
+    } else {
+      const int own = (int)opaque(then_position());
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        int left;
+        Out* p = (Out*)a.out + find(own + then_vector<kWarpBits>(j), left);
+        store_four(p, left, a.vectors, x + 4 * j);
+      }
     }
   }
 }
 
-struct ColumnParams {
-  float* values;  // [rows, n]
-  void* out;      // of the last pass
-  int64_t rows, dim;
-  int q, from, bits;  // stages from ... from + bits - 1
-  bool last, vectors;
-  float scale;
-};
-
-template <class Out>
-__global__ void __launch_bounds__(kThreads) hadamard_columns_kernel(const __grid_constant__ ColumnParams a) {
-  const int64_t vectors = a.rows << (a.q - 2 - a.bits);  // of four columns
-  const int low_bits = a.from - 2;
-  for (int64_t v = (int64_t)block_index().x * kThreads + thread_index(); v < vectors;
-       v += (int64_t)grid_width() * kThreads) {
-    const int64_t low = v & (((int64_t)1 << low_bits) - 1), first = (v >> low_bits << a.bits << low_bits | low) << 2;
-    const int64_t row = first >> a.q;
-    float x[kPerThread];
-#pragma unroll
-    for (int j = 0; j < 16; ++j)
-      if (j < 1 << a.bits) load_four(a.values + first, (int64_t)j << a.from, INT64_MAX, true, x + 4 * j);
-    if (a.bits > 0) butterflies<4>(x);
-    if (a.bits > 1) butterflies<8>(x);
-    if (a.bits > 2) butterflies<16>(x);
-    if (a.bits > 3) butterflies<32>(x);
-    if (a.last) {
-      butterflies<1>(x);
-      butterflies<2>(x);
-#pragma unroll
-      for (int i = 0; i < kPerThread; ++i) x[i] = x[i] * a.scale;
-    }
-#pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      if (j >= 1 << a.bits) continue;
-      if (a.last)
-        store_four((Out*)a.out + row * a.dim, (first & (((int64_t)1 << a.q) - 1)) + ((int64_t)j << a.from), a.dim,
-                   a.vectors, x + 4 * j);
-      else
-        store_four(a.values + first, (int64_t)j << a.from, INT64_MAX, true, x + 4 * j);
-    }
-  }
+// With the smallest tile that has `bits` bits; the passes over long rows do with every second size.
+template <class T, Pass kPass, int kTileBits = kMinTileBits>
+void launch_pass(const PassParams& a, int bits, bool early, cudaStream_t stream) {
+  if constexpr (kTileBits < kMaxTileBits)
+    if (bits > kTileBits)
+      return launch_pass<T, kPass, kTileBits + (kPass == Pass::kWhole ? 1 : 2)>(a, bits, early, stream);
+  const int64_t tiles = ((a.rows << a.row_bits) + ((int64_t)1 << kTileBits) - 1) >> kTileBits;
+  const dim3 grid((unsigned)std::min<int64_t>(tiles, 1 << 30));
+  const int threads = 1 << (kTileBits - 6), shared = kTileBits == kMinTileBits ? 0 : 2 << kTileBits;
+  (early ? launch_next<PassParams> : launch<PassParams>)(hadamard_kernel<T, kPass, kTileBits>, "hadamard_kernel", grid,
+                                                         threads, shared, stream, a);
 }
-
-unsigned grid_for(int64_t blocks) { return (unsigned)std::min<int64_t>(std::max<int64_t>(blocks, 1), 1 << 30); }
 
 template <class T>
 void transform_rows(const void* x, void* out, Dtype dtype, int64_t rows, int64_t dim, float scale,
-                    const Workspace& workspace, cudaStream_t stream) {
+                    const Workspace& workspace, cudaStream_t stream, int64_t group_floats) {
   int q = 0;
   while (((int64_t)1 << q) < dim) ++q;
-  const bool aligned = dim % 4 == 0 && is_aligned(x, dtype) && is_aligned(out, dtype);
-  const int tile_bits = std::clamp(q, kMinTileBits, kMaxTileBits);
-  RowParams a{x,
-              out,
-              rows,
-              dim,
-              dim,
-              q,
-              std::max(q, 2),
-              tile_bits,
-              true,
-              aligned,
-              aligned && dim == (int64_t)1 << std::max(q, 2),
-              scale};
-  const dim3 grid(grid_for(((rows << a.row_bits) + ((int64_t)1 << tile_bits) - 1) >> tile_bits));
-  const int threads = 1 << (tile_bits - 6), shared = tile_bits == kMinTileBits ? 0 : 2 << tile_bits;
-  if (q <= kMaxTileBits) {
-    launch(hadamard_rows_kernel<T, T>, "hadamard_rows_kernel", grid, threads, shared, stream, a);
-    return;
-  }
-  const int64_t n = (int64_t)1 << q;
-  float* values = std::is_same_v<T, float> && dim == n && aligned ? (float*)out : workspace(rows * n);
-  a.out = values;
-  a.out_dim = n;
-  a.last = false;
-  launch(hadamard_rows_kernel<T, float>, "hadamard_rows_kernel", grid, threads, shared, stream, a);
-  for (int from = kMaxTileBits; from < q; from += kColumnBits) {
-    const int bits = std::min(kColumnBits, q - from);
-    const ColumnParams c{values, out, rows, dim, q, from, bits, from + bits == q, aligned, scale};
-    launch(hadamard_columns_kernel<T>, "hadamard_columns_kernel",
-           dim3(grid_for(((rows << (q - 2 - bits)) + kThreads - 1) / kThreads)), kThreads, 0, stream, c);
+  const bool vectors = dim % 4 == 0 && is_aligned(x, dtype) && is_aligned(out, dtype);
+  const PassParams all{x, out, rows, dim, std::max(q, 2), q, 0, vectors, scale};
+  if (q <= kMaxTileBits) return launch_pass<T, Pass::kWhole>(all, q, false, stream);
+
+  // As few passes over columns as can be, each of the fewest stages with which the first pass's tiles are no larger.
+  constexpr int kMaxLineBits = kMaxTileBits - kColumnBits;
+  const int passes = (q - kMaxTileBits + kMaxLineBits - 1) / kMaxLineBits;
+  int line_bits = kMinTileBits - kColumnBits;
+  while (q - passes * line_bits > line_bits + kColumnBits) line_bits += 2;
+
+  const int64_t n = (int64_t)1 << q, group = std::clamp<int64_t>(group_floats >> q, 1, rows);
+  float* const kept = std::is_same_v<T, float> && dim == n && vectors ? nullptr : workspace(group * n);
+  for (int64_t row = 0; row < rows; row += group) {
+    PassParams a = all;
+    a.rows = std::min(group, rows - row);
+    a.in = (const T*)x + row * dim;
+    a.out = kept ? kept : (float*)out + row * n;
+    a.end = q - passes * line_bits;
+    launch_pass<T, Pass::kFirst>(a, a.end, row > 0, stream);
+    a.in = a.out;
+    for (a.line_bit = a.end; a.line_bit + line_bits < q; a.line_bit += line_bits)
+      launch_pass<float, Pass::kMiddle>(a, line_bits + kColumnBits, true, stream);
+    a.out = (T*)out + row * dim;
+    launch_pass<T, Pass::kLast>(a, line_bits + kColumnBits, true, stream);
   }
 }
 
 }  // namespace
 
 void hadamard_transform(const void* x, void* out, Dtype dtype, int64_t rows, int64_t dim, double scale,
-                        const Workspace& workspace, cudaStream_t stream) {
+                        const Workspace& workspace, cudaStream_t stream, int64_t group_floats) {
   if (rows == 0) return;
   const auto transform = dtype == Dtype::kFloat      ? transform_rows<float>
                          : dtype == Dtype::kBfloat16 ? transform_rows<bf16>
                                                      : transform_rows<fp16>;
-  transform(x, out, dtype, rows, dim, (float)scale, workspace, stream);
+  transform(x, out, dtype, rows, dim, (float)scale, workspace, stream, group_floats);
 }
 
 }  // namespace hsaid::cuda

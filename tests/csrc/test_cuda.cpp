@@ -385,12 +385,16 @@ void test_large_tensor() {
   munmap(pages, numel * 4);
 }
 
+// With x and out `shift` values behind a multiple of 16 bytes; 4: in vectors.
 template <class T>
-void check_hadamard(int64_t dim, int64_t rows, const std::string& type, int64_t shift = 0) {
-  std::vector<T> x(rows * dim + shift), expected(rows * dim + 2 + shift, kGuard<T>), out = expected;
+void check_hadamard(int64_t dim, int64_t rows, const std::string& type, int64_t shift = 1,
+                    int64_t group_floats = cuda::kGroupFloats) {
+  std::vector<T> x(shift + rows * dim), expected(shift + rows * dim + 1, kGuard<T>), out = expected;
   for (size_t k = 0; k < x.size(); ++k) x[k] = narrowed<T>(value(k));
-  hadamard_transform(x.data() + shift, expected.data() + 1, rows, dim, 0.3, fake_threads(1));
-  cuda::hadamard_transform(x.data() + shift, out.data() + 1, kDtype<T>, rows, dim, 0.3, workspace(), {});
+  hadamard_transform(x.data() + shift, expected.data() + shift, rows, dim, 0.3, fake_threads(1));
+  device().launches.clear();
+  cuda::hadamard_transform(x.data() + shift, out.data() + shift, kDtype<T>, rows, dim, 0.3, workspace(), {},
+                           group_floats);
   check_same_bits(out.data(), expected.data(), out.size(), type + ", " + std::to_string(dim));
 }
 
@@ -400,21 +404,44 @@ void test_transform() {
     for (int64_t rows : {0, 3}) check_hadamard<float>(dim, rows, "float");
   check_hadamard<fp16>(500, 9, "fp16");
   check_hadamard<bf16>(30000, 1, "bf16");
-  check_hadamard<fp16>(70000, 1, "fp16");
   if (quick) return;
   check_hadamard<float>(32768, 1, "float");
-  check_hadamard<bf16>(4096, 3, "bf16");
-  check_hadamard<float>(1 << 19, 1, "float");
-  // In vectors: input and output on 16 bytes.
-  for (int64_t dim : {64, 500, 8192, 65536}) {
-    std::vector<float> x(3 * dim), expected(3 * dim), out(3 * dim, NAN);
-    for (size_t k = 0; k < x.size(); ++k) x[k] = value(k);
-    hadamard_transform(x.data(), expected.data(), 3, dim, 1.0, fake_threads(1));
-    device().launches.clear();
-    cuda::hadamard_transform(x.data(), out.data(), Dtype::kFloat, 3, dim, 1.0, workspace(), {});
-    check_same_bits(out.data(), expected.data(), out.size(), "vectors, " + std::to_string(dim));
-    CHECK(device().launches.size() == (dim > 32768 ? 2u : 1u), "%zu launches", device().launches.size());
-    CHECK(workspace_floats == 0, "takes memory");
+  for (int64_t dim : {4, 64, 500, 1024, 2048, 3000, 4096, 8192, 16384, 32768}) {
+    check_hadamard<float>(dim, 3, "float, vectors", 4);
+    check_hadamard<bf16>(dim, 5, "bf16, vectors", 4);
+    CHECK(device().launches.size() == 1 && workspace_floats == 0, "%zu launches", device().launches.size());
+  }
+}
+
+// Rows of more than 2^15 values: two launches for each group of rows, and memory for a group at most.
+void test_long_rows() {
+  struct Row {
+    int64_t dim, rows, group_floats, groups, workspace, float_workspace;  // the last: in float32
+  };
+  const auto check = [](const Row& r, auto type, int64_t shift) {
+    using T = decltype(type);
+    const std::string what = std::is_same_v<T, float> ? "float" : std::is_same_v<T, bf16> ? "bf16" : "fp16";
+    check_hadamard<T>(r.dim, r.rows, what + " in groups", shift, r.group_floats);
+    const int64_t memory = std::is_same_v<T, float> && shift == 4 ? r.float_workspace : r.workspace;
+    CHECK((int64_t)device().launches.size() == 2 * r.groups && workspace_floats == memory,
+          "%s, %lld: %zu launches, %lld floats", what.c_str(), (long long)r.dim, device().launches.size(),
+          (long long)workspace_floats);
+  };
+  constexpr int64_t n = 1 << 16;
+  on_devices([&](const std::string&) {
+    check({n, 3, 2 * n, 2, 2 * n, 0}, float{}, 4);     // the last group is smaller
+    check({40000, 2, n, 2, n, n}, bf16{}, 4);          // padded, cut off
+    check({n + 1, 1, n, 1, 2 * n, 2 * n}, fp16{}, 1);  // a row is more than a group
+  });
+  check({n, 3, 2 * n + 5, 2, 2 * n, 0}, bf16{}, 4);
+  if (quick) return;
+  check({n, 5, 2 * n, 3, 2 * n, 0}, float{}, 1);
+  check({70004, 3, 8 * n, 1, 6 * n, 6 * n}, float{}, 4);
+  check({40001, 3, 3 * n, 1, 3 * n, 3 * n}, bf16{}, 1);
+  for (int q : {17, 18, 19, 20, 22}) {  // tiles of all sizes
+    const int64_t dim = (int64_t)1 << q;
+    if (q < 22) check({dim - 4, 1, n, 1, dim, dim}, fp16{}, q % 2 ? 1 : 4);
+    if (q != 18) check({dim, 1, n, 1, dim, 0}, float{}, 4);
   }
 }
 
@@ -544,6 +571,7 @@ int main(int argc, char** argv) {
   timed("emulator", test_emulator);
   timed("stream values", test_stream_values);
   timed("Hadamard transform", test_transform);
+  timed("long rows", test_long_rows);
   timed("little shared memory", test_little_shared_memory);
   timed("no gradients", test_no_gradients);
   timed("zero theta", test_zero_theta);

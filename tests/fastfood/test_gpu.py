@@ -33,6 +33,7 @@ if EMULATED:
     emulate_cuda()
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LONG_ROWS = [2**17, 2**20, 2**21, 2**23, 2**26]  # several groups from 2^21 on, three passes for the last
 SMALL = {"a": (3, 2000 if ON_CPU else 12000), "b": (1003,), "c": (7,), "w": (70, 96)}
 BANDS = [
     whole("a", SMALL["a"]),
@@ -487,7 +488,7 @@ def test_twenty_runs_of_all_that_goes_through_memory(width, chunks, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [1, 2, 3, 4, 31, 64, 500, 1024, 3000, 16384, 32768, 40000, 2**17, 2**20, 2**21])
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 31, 64, 500, 1024, 3000, 16384, 32768, 40000, *LONG_ROWS])
 def test_hadamard_transform(dim, dtype, backend):
     if ON_CPU and dim > 2**17:
         pytest.skip("too long for a CPU")
