@@ -6,6 +6,7 @@
 
 #include <chrono>
 
+#include "../../csrc/core/paley.h"
 #include "../../csrc/core/permutation.h"
 #include "../../csrc/core/walsh_hadamard.h"
 #include "../../csrc/cpu/hadamard.h"
@@ -391,17 +392,30 @@ void check_hadamard(int64_t dim, int64_t rows, const std::string& type, int64_t 
                     int64_t group_floats = cuda::kGroupFloats) {
   std::vector<T> x(shift + rows * dim), expected(shift + rows * dim + 1, kGuard<T>), out = expected;
   for (size_t k = 0; k < x.size(); ++k) x[k] = narrowed<T>(value(k));
-  hadamard_transform(x.data() + shift, expected.data() + shift, rows, dim, 0.3, fake_threads(1));
+  hadamard_transform(x.data() + shift, expected.data() + shift, rows, dim, 0.3, 1, fake_threads(1));
   device().launches.clear();
   cuda::hadamard_transform(x.data() + shift, out.data() + shift, kDtype<T>, rows, dim, 0.3, workspace(), {},
                            group_floats);
   check_same_bits(out.data(), expected.data(), out.size(), type + ", " + std::to_string(dim));
 }
 
+void check_paley(int order, int64_t columns, int64_t rows) {
+  std::vector<float> x(rows * order * columns), expected, out(x.size(), kGuard<float>);
+  for (size_t k = 0; k < x.size(); ++k) x[k] = value(k);
+  expected = x;
+  for (int64_t row = 0; row < rows; ++row) paley_stage(expected.data() + row * order * columns, order, columns);
+  cuda::paley(x.data(), out.data(), order, rows, columns, {});
+  check_same_bits(out.data(), expected.data(), out.size(), "paley " + std::to_string(order));
+  cuda::paley(x.data(), x.data(), order, rows, columns, {});
+  check_same_bits(x.data(), expected.data(), x.size(), "paley in place " + std::to_string(order));
+}
+
 void test_transform() {
   for (int64_t dim : quick ? std::vector<int64_t>{1, 2, 500, 8192}
                            : std::vector<int64_t>{1, 2, 3, 4, 31, 64, 500, 1024, 3000, 4096, 8192, 16384})
     for (int64_t rows : {0, 3}) check_hadamard<float>(dim, rows, "float");
+  for (int order : {12, 20, 28})
+    for (int64_t columns : {1, 64, 512}) check_paley(order, columns, 3);
   check_hadamard<fp16>(500, 9, "fp16");
   check_hadamard<bf16>(30000, 1, "bf16");
   if (quick) return;
