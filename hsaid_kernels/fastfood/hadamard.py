@@ -45,7 +45,7 @@ def hadamard_transform(
 
     Raises:
         TypeError: x is not a dense tensor of one of these dtypes, or of integers for a backend other than "cpu" and
-            "reference"; scale is not a real number; out is not a tensor.
+            "reference"; scale is not a real number; dim is not an integer; out is not a tensor.
         ValueError: x has no dimension, or size 0 along `dim`; x has integers and scale is not 1; out differs from x in
             shape, dtype or device, or elements of it may overlap; backend is an unknown name; order is another number.
         IndexError: x has no dimension `dim`.
@@ -100,6 +100,8 @@ def _checked(x: Tensor, scale: float, dim: int, order: int) -> tuple[float, int,
         raise ValueError(f"scale: expected 1 for a tensor of integers, got {scale}")
     if x.dim() == 0:
         raise ValueError("x: expected at least one dimension, got shape ()")
+    if not isinstance(dim, numbers.Integral):
+        raise TypeError(f"dim: expected an integer, got {type(dim).__name__}")
     if not -x.dim() <= dim < x.dim():
         raise IndexError(f"dim: expected {-x.dim()} to {x.dim() - 1} for shape {tuple(x.shape)}, got {dim}")
     if x.shape[dim] == 0:

@@ -9,7 +9,7 @@ import torch
 from peft import PeftConfig
 
 from hsaid_kernels.wrapper.basis import Settings
-from hsaid_kernels.wrapper.checkpoint.configuration import DTYPES, TASK
+from hsaid_kernels.wrapper.checkpoint.configuration import DTYPES, FIRST, TASK
 
 LR_SCALE = 512.0
 
@@ -95,10 +95,11 @@ class HSAIDConfig(PeftConfig):
         if self.dtype is not None and self.dtype not in DTYPES:
             raise TypeError(f"dtype: expected None or one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}")
         own = ["intrinsic_dim", "partition", "seed", "merge", "combine", "normalize", "diagonal", "width", "chunks"]
-        own += ["heads", "experts", "pruned", "padding_rows", "backend", "memory", "lr_scale"]
+        own += ["heads", "experts", "layouts", "pruned", "padding_rows", "backend", "memory", "lr_scale"]
         options: dict[str, Any] = {key: getattr(self, key) for key in own}
         options |= dict(skip=self.skip or (), dtype=None if self.dtype is None else getattr(torch, self.dtype))
-        # A saved adapter says all of these, and those of versions that knew no other layouts do not say theirs.
-        saved = None not in (self.width, self.heads, self.pruned, self.padding_rows)
-        options |= dict(layouts=1 if saved and self.layouts is None else self.layouts, names=None)
+        options["names"] = None
+        # A saved adapter says all of these; those of versions that knew no other chunks and layouts do not say theirs.
+        if None not in (self.width, self.heads, self.pruned, self.padding_rows):
+            options |= {key: FIRST[key] for key in ("chunks", "layouts") if options[key] is None}
         return Settings(**options, task=TASK, include=None, exclude=None, train_fully=None, frozen=left_out)

@@ -94,7 +94,11 @@ def rounded_after_steps(optimizer: torch.optim.Optimizer, levels: Mapping[Tensor
 
     Gradients are taken at the levels and applied to the values ("straight through"). At the end the parameters hold
     levels.
+
+    Raises TypeError, before any parameter is changed, if `optimizer` is not one.
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__} {optimizer!r}")
     behind: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()

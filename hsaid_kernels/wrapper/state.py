@@ -21,6 +21,7 @@ from hsaid_kernels.wrapper.checkpoint.compare import (
     warn_of_other_w0,
 )
 from hsaid_kernels.wrapper.checkpoint.configuration import (
+    DTYPES,
     Config,
     architecture_of,
     describe,
@@ -375,7 +376,12 @@ class State(nn.Module):
         """The configuration and the values of the current task."""
         values = {name: value_of(parameter.detach()) for name, parameter in self.named_parameters()}
         buffers = {f"{PREFIX}{name}": buffer for name, buffer in self.buffers_changed().items()}
-        return self.configuration(), values | buffers
+        config = self.configuration()
+        if config["dtype"] not in DTYPES:  # hsaid.double(), of which no checkpoint can be read
+            raise TypeError(
+                f"model: expected weights in {', '.join(DTYPES)}, got {config['dtype']}: call float() before unwrap()"
+            )
+        return config, values | buffers
 
     def _fill(self, values: Mapping[str, Tensor]) -> None:
         """Copies a checkpoint's values into the parameters of the current task, and into the model's buffers.

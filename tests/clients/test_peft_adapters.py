@@ -887,3 +887,16 @@ def test_adapters_of_before_divide_heads_as_before(tmp_path):
     loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
     assert torch.equal(loaded(input_ids=torch.arange(3, 11)[None]).last_hidden_state, expected)
     assert get_peft_model(plain, HSAIDConfig(**options)).peft_config["default"].layouts == 2
+
+
+def test_adapters_of_before_have_all_chunks_in_every_block(tmp_path):
+    """Their configurations do not say so; a theta of more than 16,384 values is by default made otherwise now."""
+    plain = nn.Sequential(nn.Linear(300, 400), nn.Linear(400, 3))
+    options = dict(intrinsic_dim=17_000, partition="did", init_weights=False)
+    model, x = get_peft_model(copy.deepcopy(plain), HSAIDConfig(**options, chunks="all")), torch.randn(2, 300)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config.pop("chunks") == "all"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)(x), model(x))
+    assert get_peft_model(plain, HSAIDConfig(**options)).peft_config["default"].chunks == "one"

@@ -210,6 +210,9 @@ def test_out_refuses(out, error, message):
     [
         (torch.ones(3), {"dim": 1}, IndexError, r"dim: expected -1 to 0 for shape \(3,\), got 1"),
         (torch.ones(3, 2), {"dim": -3}, IndexError, r"dim: expected -2 to 1 for shape \(3, 2\), got -3"),
+        (torch.ones(3, 2), {"dim": 1.0}, TypeError, "dim: expected an integer, got float"),
+        (torch.ones(3, 2), {"dim": None}, TypeError, "dim: expected an integer, got NoneType"),
+        (torch.ones(3, 2), {"order": 12.0}, ValueError, "order: expected 1, 12, 20 or 28, got 12.0"),
         (torch.ones(0, 2), {"dim": 0}, ValueError, r"size of at least 1 along dimension 0, got shape \(0, 2\)"),
         (torch.ones(3).int(), {"scale": 0.5}, ValueError, "scale: expected 1 for a tensor of integers, got 0.5"),
         (torch.ones(3).short(), {}, TypeError, r"got torch.int16; convert it, for example by x.to\(torch.int32\)"),

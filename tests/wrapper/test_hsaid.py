@@ -453,6 +453,18 @@ def test_a_tensor_that_comes_untied_is_refused_by_name():
         hsaid(IDS)
 
 
+def test_weights_in_float64_are_not_saved_and_given_back(tmp_path):
+    """hsaid.double() is PyTorch's, and calls refuse what it makes; the model can be had back all the same."""
+    model = mlp()
+    hsaid = HSAID(model, 10).double()
+    message = "^model: expected weights in float32, bfloat16, float16, got float64"
+    with pytest.raises(TypeError, match=message):
+        hsaid.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    hsaid.float().save_pretrained(tmp_path)
+    assert hsaid.double().unwrap() is model and model[0].weight.dtype == torch.float64
+
+
 def test_repr():
     assert repr(HSAID(bert(), 60, seed=5)) == (
         "HSAID(BertForSequenceClassification, 25 tensors, 3,650 weights, intrinsic_dim=60 (16 multipliers), "

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models import mlp, moved
 from torch import nn
 
 from hsaid_kernels.wrapper.hsaid import HSAID
@@ -106,3 +107,11 @@ def test_tuning_undoes_half_of_rounding():
         assert levels.round(hsaid.theta).equal(hsaid.theta)
     assert levels.round(hsaid.theta).equal(hsaid.theta)
     assert trained < 0.1 and rounded > 0.6 and loss() < 0.7 * rounded, (trained, rounded, loss())
+
+
+def test_what_is_no_optimizer_leaves_the_parameters_as_they_are():
+    hsaid = moved(HSAID(mlp(), 10))
+    theta = hsaid.theta.detach().clone()
+    with pytest.raises(TypeError, match="^optimizer: expected a torch.optim.Optimizer, got int 4"), hsaid.rounded(4):
+        pass
+    assert torch.equal(hsaid.theta, theta)

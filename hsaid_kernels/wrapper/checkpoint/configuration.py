@@ -57,7 +57,7 @@ def describe(
     """
     settings = basis.settings
     dtypes = {name: _name(tensor.dtype) for name, tensor in own.items() if tensor.dtype in WEIGHT_DTYPES}
-    ((usual, _),) = Counter(dtypes.values()).most_common(1)
+    ((usual, _),) = Counter(dtypes.values() or [_name(dtype)]).most_common(1)
     return {
         "format": FORMAT,
         "generator": GENERATOR,
