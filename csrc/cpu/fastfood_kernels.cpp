@@ -62,13 +62,21 @@ void gather_any(const TensorView& t, const Segment& s, int64_t first, int64_t co
   return gather<fp16>(t, s, first, count, out);
 }
 
+// Some processors let a load, or a fetch, wait for older stores whose addresses have the same lowest twelve bits, and a
+// store past the caches is not done for long (docs/cpu.md, "Addresses").
+constexpr uintptr_t kPage = 4096;
+
 // The distance, in values, from a line of the block at `from` to the line that is fetched with it: `ahead`, to the same
-// line of the next block. Where a block is as long as a page, more, so that half of the lines come from one page and
-// half from the next: two pages come faster side by side than one after the other.
-HSAID_INLINE int64_t fetch_ahead(const void* from, int64_t ahead, int q, uintptr_t item) {
-  constexpr uintptr_t page = 4096;
-  if (item << q != page) return ahead;
-  return ahead + (int64_t)((page / 2 - (uintptr_t)from) % page / item);
+// line of the next block. It is up to a page more where a block is as long as a page, so that half of the lines come
+// from one page and half from the next: two pages come faster side by side than one after the other; and where what is
+// fetched from a shorter block would be near the place in a page of what is stored at `out`, if anything is.
+HSAID_INLINE int64_t fetch_ahead(const void* from, int64_t ahead, int q, uintptr_t item, const void* out) {
+  const uintptr_t bytes = item << q, next = (uintptr_t)from + ahead * item, to = (uintptr_t)out;
+  constexpr uintptr_t near = 8 * kLineBytes;
+  const bool meets = out && bytes < kPage && (next - to + near) % kPage < 2 * near;
+  if (bytes != kPage && !meets) return ahead;
+  const uintptr_t place = out ? to + kPage * 5 / 8 : kPage / 2;  // no part of a burst is stored there
+  return ahead + (int64_t)((place - next) % kPage / item);
 }
 
 // Draws that make a part of the last pass, over which the middle passes go while it is in the first-level cache.
@@ -79,13 +87,15 @@ HSAID_INLINE int64_t draws_together(int q) {
 
 // How often each position is counted in `beside` (transform.h) while a block is generated or accumulated.
 HSAID_INLINE int64_t counts(const Params& p) {
-  return (p.rademacher ? kDrawCounts<true> : kDrawCounts<false>)*num_drawn(p) + 1 + num_middle_passes(p.q);
+  return (p.rademacher ? num_drawn(p) : kDrawCounts * num_drawn(p) + 1) + num_middle_passes(p.q);
 }
-// Moves lines of T while a block is generated or accumulated: eight at a time, which cost much more than a call.
-constexpr int kBurst = 8;
+// Lines of T that are moved at a time while a block is generated or accumulated: so many that they cost much more than
+// a call.
+constexpr int kBurst = kLanes == 8 ? 16 : 8;
 template <class T>
-HSAID_INLINE Beside beside(const Params& p, void (*move)(const void*, int64_t, int64_t), const void* what) {
-  const int64_t lines = num_lines<kLineVectors<T>>(p.q), most = kBurst >> last_bits(p.q);
+HSAID_INLINE Beside beside(const Params& p, void (*move)(const void*, int64_t, int64_t), const void* what,
+                           int burst = kBurst) {
+  const int64_t lines = num_lines<kLineVectors<T>>(p.q), most = burst >> last_bits(p.q);
   const int64_t step = lines < most ? lines : most;
   return {move, what, step, counts(p) * width(p) / lines * step};
 }
@@ -102,40 +112,41 @@ struct Emission {
   const void* base = nullptr;  // what it is added to; null: 0
   int64_t ahead = 0;           // from a line of it to the one that is fetched, in values
   bool stream = false;
-  bool apart = false;  // all of a burst is read before any of it is stored
 };
 
-// Some processors let a load wait for older stores whose addresses have the same lowest twelve bits, and a store past
-// the caches is not done for long (docs/cpu.md, "Addresses"). Whether loads of a burst may meet two or more such stores
-// of the same burst, which takes a block longer than a page: parts of it then are at the same place in a page.
-HSAID_INLINE bool loads_meet_stores(const void* from, const void* to, int q, uintptr_t item) {
-  constexpr uintptr_t page = 4096;
-  const uintptr_t part = (item << q) >> last_bits(q), repeats = part < page ? part : page;
+// Whether loads of a burst may meet two or more stores of the same burst, which takes a block longer than a page: parts
+// of it then are at the same place in a page. All of the burst must then be loaded before any of it is stored.
+HSAID_INLINE bool must_store_apart(const void* base, const void* out, int q, uintptr_t item) {
+  const uintptr_t part = (item << q) >> last_bits(q), repeats = part < kPage ? part : kPage;
   const uintptr_t length = (kBurst >> last_bits(q)) * kLineBytes;
-  return item << q > page && ((uintptr_t)from - (uintptr_t)to + length - 1) % repeats < length + kLineBytes - 1;
+  return item << q > kPage && ((uintptr_t)base - (uintptr_t)out + length - 1) % repeats < length + kLineBytes - 1;
 }
 
-// kBurst lines to memory, each to its own place.
-HSAID_INLINE void store_burst(const void* lines, void* const (&to)[kBurst], bool stream) {
+// Lines to memory, each to its own place: as many as registers hold.
+constexpr int kApart = 8;
+HSAID_INLINE void store_burst(const void* lines, void* const (&to)[kApart], bool stream) {
   constexpr int vectors = kLineBytes / sizeof(vu);
-  vu x[kBurst][vectors];
-  unroll<kBurst>([&](auto line) HSAID_LAMBDA {
+  vu x[kApart][vectors];
+  unroll<kApart>([&](auto line) HSAID_LAMBDA {
     unroll<vectors>([&](auto i) HSAID_LAMBDA { x[line][i] = ((const vu*)lines)[line * vectors + i]; });
   });
   asm volatile("" : : "r"(lines) : "memory");  // or the compiler might mix loads and stores
-  unroll<kBurst>([&](auto line) HSAID_LAMBDA { store_words(to[line], x[line], stream); });
+  unroll<kApart>([&](auto line) HSAID_LAMBDA { store_words(to[line], x[line], stream); });
 }
 
+// How lines are stored.
+enum class Store { kCached, kPastCaches, kApart };
+
 // Lines [begin, end) of each part of the last pass.
-template <class T, class Base>
+template <class T, class Base, Store kStore>
 void emit_lines(const void* emission, int64_t begin, int64_t end) {
   const Emission& e = *(const Emission*)emission;
   T* out = (T*)e.out;
   const Base* base = (const Base*)e.base;
   const vf factor = broadcast(e.factor);
   constexpr int vectors = kLineVectors<T>, line = kLineBytes / sizeof(T);
-  alignas(kLineBytes) T burst[kBurst * line];
-  void* to[kBurst];
+  alignas(kLineBytes) T burst[kApart * line];
+  void* to[kApart];
   int count = 0;
   const auto drain = [&](int64_t k, const vf(&y)[vectors]) HSAID_LAMBDA {
     vf w[vectors];
@@ -153,15 +164,15 @@ void emit_lines(const void* emission, int64_t begin, int64_t end) {
     if constexpr (!std::is_void_v<Base>)
       for (int i = 0; i < (int)(vectors * kLanes * sizeof(Base)); i += kLineBytes)
         __builtin_prefetch((const char*)(base + k + e.ahead) + i, 0, 2);
-    if (e.apart) {
+    if constexpr (kStore == Store::kApart) {
       to[count] = out + k;
       store_line(burst + line * count++, w, false);
     } else {
-      store_line(out + k, w, e.stream);
+      store_line(out + k, w, kStore == Store::kPastCaches);
     }
   };
   last_pass<vectors, kSplit<T>>(e.buffer, e.forward->params.q, begin, end, drain);
-  if (e.apart) store_burst(burst, to, e.stream);
+  if constexpr (kStore == Store::kApart) store_burst(burst, to, e.stream);
 }
 
 // A block that is ragged, or whose segment or base is not dense. `scratch` is two times n.
@@ -207,11 +218,18 @@ Beside begin_emission(Emission& e, float* scratch) {
   if (base) {
     const int64_t item = item_size(base->dtype);
     e.base = (const char*)base->data + (s.offset + (e.block << p.q)) * item;
-    e.ahead = fetch_ahead(e.base, (e.next - e.block) << p.q, p.q, item);
+    e.ahead = fetch_ahead(e.base, (e.next - e.block) << p.q, p.q, item, e.out);
   }
   e.stream = e.forward->stream && (uintptr_t)e.out % kLineBytes == 0;
-  e.apart = kStreams && base && item_size(base->dtype) == sizeof(T) && loads_meet_stores(e.base, e.out, p.q, sizeof(T));
-  return beside<T>(p, !base ? emit_lines<T, const void> : wide ? emit_lines<T, float> : emit_lines<T, T>, &e);
+  if (kStreams && base && item_size(base->dtype) == sizeof(T) && must_store_apart(e.base, e.out, p.q, sizeof(T)))
+    return beside<T>(p, emit_lines<T, T, Store::kApart>, &e, kApart);
+  const auto emit = [&](auto store) HSAID_LAMBDA {
+    return !base ? emit_lines<T, const void, store> : wide ? emit_lines<T, float, store> : emit_lines<T, T, store>;
+  };
+  constexpr Store past_caches = kStreams ? Store::kPastCaches : Store::kCached;
+  const auto move = e.stream ? emit(std::integral_constant<Store, past_caches>{})
+                             : emit(std::integral_constant<Store, Store::kCached>{});
+  return beside<T>(p, move, &e);
 }
 
 Beside begin_emission(Emission& e, float* scratch) {
@@ -224,20 +242,35 @@ Beside begin_emission(Emission& e, float* scratch) {
 template <bool kRademacher>
 HSAID_NOINLINE void generate(const Diagonal& diagonal, const float* z, float* buffer, int64_t draw, Beside& beside) {
   const Params& p = diagonal.params;
-  draw_diagonal<kRademacher>(diagonal, 0, draw, beside,
-                             [&](int64_t k, auto d) HSAID_LAMBDA { store(buffer + k, d.times(d, load(z + k))); });
-  for (int chunk = 1; chunk < num_drawn(p); ++chunk) {
-    z += width(p);
-    draw_diagonal<kRademacher>(diagonal, chunk, draw, beside, [&](int64_t k, auto d) HSAID_LAMBDA {
-      const vf product = d.times(d, load(z + k));
-      store(buffer + k, load(buffer + k) + product);
+  const int64_t strips = num_strips(p.q) / num_draws(p.q), begin = draw * strips, end = begin + strips;
+  const int64_t n = width(p), sign_words = num_sign_words(p.q);
+  const int drawn = num_drawn(p);
+  const uint32_t* signs = diagonal.sign_words;
+  if constexpr (kRademacher) {
+    first_pass(buffer, p.q, begin, end, beside, drawn, [&](auto t, int64_t k, vf* x) HSAID_LAMBDA {
+      const auto each_product = [&](int chunk, auto&& use) HSAID_LAMBDA {
+        const float* values = z + chunk * n + k;
+        sign_tile<t>(signs + chunk * sign_words, k, [&](int i, vu sign) HSAID_LAMBDA {  //
+          use(i, (vf)((vu)load(values + i * kLanes) ^ sign));
+        });
+      };
+      each_product(0, [&](int i, vf product) HSAID_LAMBDA { x[i] = product; });
+      for (int chunk = 1; chunk < drawn; ++chunk)
+        each_product(chunk, [&](int i, vf product) HSAID_LAMBDA { x[i] = x[i] + product; });
+    });
+  } else {
+    draw_gaussian(diagonal, 0, draw, beside, [&](int64_t k, vf g) HSAID_LAMBDA { store(buffer + k, g * load(z + k)); });
+    for (int chunk = 1; chunk < drawn; ++chunk) {
+      z += n;
+      draw_gaussian(diagonal, chunk, draw, beside, [&](int64_t k, vf g) HSAID_LAMBDA {
+        const vf product = g * load(z + k);
+        store(buffer + k, load(buffer + k) + product);
+      });
+    }
+    first_pass(buffer, p.q, begin, end, beside, 1, [&](auto t, int64_t k, vf* x) HSAID_LAMBDA {
+      unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { x[i] = load(buffer + k + i * kLanes); });
     });
   }
-  const int64_t strips = num_strips(p.q) / num_draws(p.q);
-  first_pass(buffer, p.q, draw * strips, (draw + 1) * strips, [&](auto t, int64_t k, vf* x) HSAID_LAMBDA {
-    beside.count(1 << t);
-    unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { x[i] = load(buffer + k + i * kLanes); });
-  });
 }
 
 void forward(const Forward& a, int64_t begin, int64_t end) {
@@ -333,7 +366,7 @@ Beside begin_reading(const Adjoint& a, const Block& block, const Block& next, fl
     const T* following = lines_of<T>(a, next);
     r.grads = lines;
     r.ahead = fetch_ahead(lines, following ? ((intptr_t)following - (intptr_t)lines) / (intptr_t)sizeof(T) : 0,
-                          a.params.q, sizeof(T));
+                          a.params.q, sizeof(T), nullptr);
     return beside<T>(a.params, read_lines<T>, &r);
   }
   const int64_t count = left < n ? left : n;
@@ -358,33 +391,48 @@ float fold(float* x, int64_t count) {
   return x[0];
 }
 
-// Ends the transform of a draw, which leaves it in x, and adds: u_c += G_c . x, or u += factor * (G . x).
+// Ends the transform of a draw of x, and adds: u_c += G_c . x, or u += factor * (G . x).
 template <bool kRademacher>
 HSAID_NOINLINE void accumulate(const Diagonal& diagonal, float* x, float* u, const Dot& to, int64_t draw,
                                Beside& beside) {
   const Params& p = diagonal.params;
-  const int64_t strips = num_strips(p.q) / num_draws(p.q);
-  first_pass_transposed(x, p.q, draw * strips, (draw + 1) * strips, [&](auto t, int64_t k, const vf* y) HSAID_LAMBDA {
-    unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { store(x + k + i * kLanes, y[i]); });
-    beside.count(1 << t);
-  });
+  const int64_t strips = num_strips(p.q) / num_draws(p.q), begin = draw * strips, end = begin + strips;
+  const int64_t n = width(p), sign_words = num_sign_words(p.q);
+  const int drawn = num_drawn(p);
+  const uint32_t* signs = diagonal.sign_words;
+  // use(c * n + k, i, G_c . x at k + i)
+  const auto each_product = [&](auto&& use) HSAID_LAMBDA {
+    if constexpr (kRademacher) {
+      first_pass_transposed(x, p.q, begin, end, beside, drawn, [&](auto t, int64_t k, const vf* y) HSAID_LAMBDA {
+        for (int chunk = 0; chunk < drawn; ++chunk)
+          sign_tile<t>(signs + chunk * sign_words, k, [&](int i, vu sign) HSAID_LAMBDA {  //
+            use(chunk * n + k, i * kLanes, (vf)((vu)y[i] ^ sign));
+          });
+      });
+    } else {
+      first_pass_transposed(x, p.q, begin, end, beside, 1, [&](auto t, int64_t k, const vf* y) HSAID_LAMBDA {
+        unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { store(x + k + i * kLanes, y[i]); });
+      });
+      for (int chunk = 0; chunk < drawn; ++chunk)
+        draw_gaussian(diagonal, chunk, draw, beside,
+                      [&](int64_t k, vf g) HSAID_LAMBDA { use(chunk * n + k, 0, g * load(x + k)); });
+    }
+  };
   if (to.z) {
     const vf factor = broadcast(to.factor);
-    draw_diagonal<kRademacher>(diagonal, 0, draw, beside, [&](int64_t k, auto d) HSAID_LAMBDA {
-      const vf product = d.times(d, load(x + k));
+    each_product([&](int64_t k, int i, vf product) HSAID_LAMBDA {
       const vf step = factor * product;
-      store(u + k, load(u + k) + step);
-      float* sums = to.sums + (k >> 8) * 16 + k % 16;
-      const vf dot = product * load(to.z + k);
+      store(u + k + i, load(u + k + i) + step);
+      float* sums = to.sums + (k >> 8) * 16 + (k + i) % 16;
+      const vf dot = product * load(to.z + k + i);
       store(sums, load(sums) + dot);
     });
     return;
   }
-  for (int chunk = 0; chunk < p.chunks; ++chunk, u += width(p))
-    draw_diagonal<kRademacher>(diagonal, chunk, draw, beside, [&](int64_t k, auto d) HSAID_LAMBDA {
-      const vf product = d.times(d, load(x + k));
-      store(u + k, load(u + k) + product);
-    });
+  each_product([&](int64_t k, int i, vf product) HSAID_LAMBDA {
+    float* sum = u + k + i;
+    store(sum, load(sum) + product);
+  });
 }
 
 HSAID_INLINE int64_t num_dot_sums(int q) { return q > 8 ? (int64_t)16 << (q - 8) : 16; }

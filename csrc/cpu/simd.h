@@ -2,12 +2,12 @@
 // code give the same bits. vectors.h is what they share; each has a file for what vector extensions cannot say:
 //
 //   Word, Product, kParts       a vector of words in kParts Words, as multiplications want them; a Word times a word
-//   part(x, i), word(x)         Word i of the words x; the same word in every place
+//   part(x, i), word(x)         Word i of the words x; x, which is the same in every place, as a Word
 //   multiply(x, m)              64-bit products of a Word and a word; high(p), low(p) are their halves as Words
 //   high_halves, low_halves     of kParts Products or Words: one vector again
-//   park(x)                     leaves x, which is wanted later, in memory where registers are short
 //   widen_halves(x, low, high)  kNormalMagic | half for both halves of each word of x
 //   Table, set_line             32 floats, those of the lines kFirstLine, kFirstLine + 1, ... (core/normal.h)
+//   kNormalLoops                whether normals are made in one loop or two
 //   Lines, pack_lines, look_up  the lines of kGroup vectors; the floats of a table there
 //   add_signed(sum, x, sign)    sum + x * sign for signs +-1, rounded once; the product is exact, so an FMA will do
 //   load_repeated(p)            the four words at p in every 128 bits

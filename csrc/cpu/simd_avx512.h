@@ -13,15 +13,16 @@ namespace {
 
 #define HSAID_GENERATOR HSAID_INLINE
 
-HSAID_INLINE vw multiply(vw x, uint32_t m) { return (vw)_mm512_mul_epu32((__m512i)x, (__m512i)word(m)); }
+HSAID_INLINE vw part(vu x, int i) { return i ? (vw)x >> 32 : (vw)x; }
+HSAID_INLINE vw multiply(vw x, uint32_t m) { return (vw)_mm512_mul_epu32((__m512i)x, (__m512i)broadcast(m)); }
 HSAID_INLINE vu low_halves(const vw* x) {
   return (vu)_mm512_mask_shuffle_epi32((__m512i)x[0], 0xAAAA, (__m512i)x[1], (_MM_PERM_ENUM)0xA0);
 }
 HSAID_INLINE vu high_halves(const vw* x) {
   return (vu)_mm512_mask_shuffle_epi32((__m512i)x[1], 0x5555, (__m512i)x[0], (_MM_PERM_ENUM)0xF5);
 }
-HSAID_INLINE void park(vw&) {}
 
+constexpr int kNormalLoops = 1;
 constexpr int kGroup = 4;
 
 struct Table {

@@ -19,7 +19,7 @@ constexpr int kParts = 1;
 struct Product {
   vu hi, lo;
 };
-HSAID_INLINE vu word(uint32_t x) { return broadcast(x); }
+HSAID_INLINE vu word(vu x) { return x; }
 HSAID_INLINE vu part(vu x, int) { return x; }
 HSAID_INLINE Product multiply(vu x, uint32_t m) {
   const uint32x4_t a = (uint32x4_t)x;
@@ -31,7 +31,6 @@ HSAID_INLINE vu low(const Product& x) { return x.lo; }
 HSAID_INLINE vu high_halves(const Product* x) { return x->hi; }
 HSAID_INLINE vu low_halves(const Product* x) { return x->lo; }
 HSAID_INLINE vu low_halves(const vu* x) { return *x; }
-HSAID_INLINE void park(vu&) {}
 
 HSAID_INLINE void widen_halves(vu words, vu* low, vu* high) {
   const uint16x8_t odd = (uint16x8_t)(words | 0x00010001u), top = vdupq_n_u16(kNormalMagic >> 16);
@@ -41,6 +40,7 @@ HSAID_INLINE void widen_halves(vu words, vu* low, vu* high) {
 
 // The lines of four vectors become the 16 bytes of one, which look up a plane of the table for each byte of a float;
 // unpacking weaves the planes into floats.
+constexpr int kNormalLoops = 1;
 constexpr int kGroup = 4;
 
 struct Table {

@@ -15,17 +15,18 @@ namespace {
 // Loops over lanes, inlined everywhere, would be huge.
 #define HSAID_GENERATOR HSAID_NOINLINE
 
+HSAID_INLINE vw part(vu x, int i) { return i ? (vw)x >> 32 : (vw)x; }
 HSAID_INLINE vw multiply(vw x, uint32_t m) {
 #if defined(__SSE2__)  // GCC sees no instruction in the other line, and makes three multiplications of it
-  return (vw)_mm_mul_epu32((__m128i)x, (__m128i)word(m));
+  return (vw)_mm_mul_epu32((__m128i)x, (__m128i)broadcast(m));
 #else
   return (x & 0xffffffffu) * m;
 #endif
 }
 HSAID_INLINE vu low_halves(const vw* x) { return (vu)((x[0] & 0xffffffffu) | x[1] << 32); }
 HSAID_INLINE vu high_halves(const vw* x) { return (vu)(x[0] >> 32 | x[1] >> 32 << 32); }
-HSAID_INLINE void park(vw&) {}
 
+constexpr int kNormalLoops = 1;
 constexpr int kGroup = 2;
 
 struct Table {

@@ -12,8 +12,7 @@ namespace {
 
 typedef vw Word, Product;
 constexpr int kParts = 2;
-HSAID_INLINE vw word(uint32_t x) { return (vw)broadcast(x); }
-HSAID_INLINE vw part(vu x, int i) { return i ? (vw)x >> 32 : (vw)x; }
+HSAID_INLINE vw word(vu x) { return (vw)x; }
 HSAID_INLINE vw high(vw x) { return x >> 32; }
 HSAID_INLINE vw low(vw x) { return x; }
 

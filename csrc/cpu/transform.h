@@ -16,9 +16,10 @@ namespace hsaid {
 
 namespace {
 
-constexpr int kMaxTileBits = kLaneBits + 4;
-constexpr int kStripStages = kLanes == 16 ? 0 : 10 - kMaxTileBits;
-constexpr int kMiddleBits = 4;
+// AVX2 has 16 registers, which hold a pass over eight vectors; the others hold sixteen.
+constexpr int kMiddleBits = kLanes == 8 ? 3 : 4;
+constexpr int kMaxTileBits = kLaneBits + kMiddleBits;
+constexpr int kStripStages = kLanes == 16 ? 0 : kLanes == 8 ? 3 : 10 - kMaxTileBits;
 constexpr int kLastBits = 2;
 
 HSAID_INLINE int tile_bits(int q) { return q < kMaxTileBits ? q : kMaxTileBits; }
@@ -122,14 +123,17 @@ HSAID_INLINE void middle_passes(float* x, int64_t size, int q, Beside& beside) {
   if (!kTranspose) rest_pass();
 }
 
-// First pass over strips [begin, end): fill(t, k, x) sets the 2^t values at k.
+// First pass over strips [begin, end), whose positions are counted in `beside` `counts` times: fill(t, k, x) sets the
+// 2^t values at k.
 template <class Fill>
-HSAID_INLINE void first_pass(float* buffer, int q, int64_t begin, int64_t end, Fill&& fill) {
+HSAID_INLINE void first_pass(float* buffer, int q, int64_t begin, int64_t end, Beside& beside, int counts,
+                             Fill&& fill) {
   const int64_t strip = (int64_t)1 << strip_bits(q);
   with_tile_bits(tile_bits(q), [&](auto t) HSAID_LAMBDA {
     constexpr int vectors = (1 << t) / kLanes;
     for (int64_t start = begin * strip; start < end * strip; start += strip) {
       for (int64_t k = start; k < start + strip; k += 1 << t) {
+        beside.count(counts << t);
         vf x[vectors];
         fill(t, k, x);
         tile_stages<t, false>(x);
@@ -146,7 +150,8 @@ HSAID_INLINE void first_pass(float* buffer, int q, int64_t begin, int64_t end, F
 
 // Its transpose: drain(t, k, x) takes the 2^t values at k.
 template <class Drain>
-HSAID_INLINE void first_pass_transposed(float* buffer, int q, int64_t begin, int64_t end, Drain&& drain) {
+HSAID_INLINE void first_pass_transposed(float* buffer, int q, int64_t begin, int64_t end, Beside& beside, int counts,
+                                        Drain&& drain) {
   const int64_t strip = (int64_t)1 << strip_bits(q);
   with_tile_bits(tile_bits(q), [&](auto t) HSAID_LAMBDA {
     constexpr int vectors = (1 << t) / kLanes;
@@ -161,6 +166,7 @@ HSAID_INLINE void first_pass_transposed(float* buffer, int q, int64_t begin, int
         unroll<vectors>([&](auto i) HSAID_LAMBDA { x[i] = load(buffer + k + i * kLanes); });
         tile_stages<t, true>(x);
         drain(t, k, x);
+        beside.count(counts << t);
       }
     }
   });

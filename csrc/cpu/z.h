@@ -10,10 +10,10 @@ namespace hsaid {
 namespace {
 
 void walsh_hadamard_block(float* x, int q) {
-  first_pass(x, q, 0, num_strips(q), [&](auto t, int64_t k, vf* v) HSAID_LAMBDA {
+  Beside nothing = kNothingBeside;
+  first_pass(x, q, 0, num_strips(q), nothing, 0, [&](auto t, int64_t k, vf* v) HSAID_LAMBDA {
     unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { v[i] = load(x + k + i * kLanes); });
   });
-  Beside nothing = kNothingBeside;
   middle_passes<false>(x, (int64_t)1 << q, q, nothing);
   last_pass<1, false>(x, q, 0, num_lines<1>(q), [&](int64_t k, const vf(&y)[1]) HSAID_LAMBDA { store(x + k, y[0]); });
 }
@@ -23,7 +23,7 @@ void walsh_hadamard_transposed(float* x, int q) {
                                  [&](int64_t k, vf(&y)[1]) HSAID_LAMBDA { y[0] = load(x + k); });
   Beside nothing = kNothingBeside;
   middle_passes<true>(x, (int64_t)1 << q, q, nothing);
-  first_pass_transposed(x, q, 0, num_strips(q), [&](auto t, int64_t k, vf* v) HSAID_LAMBDA {
+  first_pass_transposed(x, q, 0, num_strips(q), nothing, 0, [&](auto t, int64_t k, vf* v) HSAID_LAMBDA {
     unroll<(1 << t) / kLanes>([&](auto i) HSAID_LAMBDA { store(x + k + i * kLanes, v[i]); });
   });
 }
@@ -32,8 +32,9 @@ void multiply_signs(const Params& p, uint64_t stream, int chunk, const PhiloxKey
   make_sign_words({p.seed, stream, kSigns, 0, chunk}, keys, p.q, words);
   with_tile_bits(tile_bits(p.q), [&](auto t) HSAID_LAMBDA {
     for (int64_t k = 0; k < width(p); k += 1 << t)
-      sign_tile<t>(words, k, [&](int i, SignVector d) HSAID_LAMBDA {
-        store(x + k + i * kLanes, SignVector::times(d, load(x + k + i * kLanes)));
+      sign_tile<t>(words, k, [&](int i, vu sign) HSAID_LAMBDA {
+        float* values = x + k + i * kLanes;
+        store(values, (vf)((vu)load(values) ^ sign));
       });
   });
 }

@@ -41,7 +41,7 @@ void test_philox_vectors() {
     PhiloxWords c = {{random.w[2], 0, random.w[3], more.w[0]}};
     const vu word1[2] = {lane_index() + more.w[1], lane_index() * more.w[2]};
     vu w[2][4];
-    philox_vectors<2>(philox_prefix(seed, c), philox_keys(seed), word1, w);
+    philox_vectors<2>(PhiloxConstants(philox_prefix(seed, c)), philox_keys(seed), word1, w);
     for (int call = 0; call < 2; ++call)
       for (int lane = 0; lane < kLanes; ++lane) {
         c.w[1] = word1[call][lane];
@@ -85,8 +85,7 @@ void test_draws() {
       for (int chunk = 0; chunk < p.chunks; ++chunk) {
         const Stream stream = stream_of(p, s, kDiagonal, diagonal.block, chunk);
         int64_t seen = 0, wrong = 0;
-        const auto use = [&](int64_t k, auto d) {
-          const vf got = d.times(d, broadcast(1.0f));
+        const auto use = [&](int64_t k, vf got) {
           for (int lane = 0; lane < kLanes; ++lane, ++seen) {
             const uint32_t at = (uint32_t)k + lane;
             const float expected = rademacher ? (sign_at(stream, at) ? -1.0f : 1.0f) : gaussian_at(stream, q, at);
@@ -99,14 +98,16 @@ void test_draws() {
           if (begin == moved) moved = end;
         };
         Beside beside = {move, &moved, 1, 32};
-        for (int64_t draw = 0; draw < num_draws(q); ++draw) {
-          if (rademacher)
-            draw_diagonal<true>(diagonal, chunk, draw, beside, use);
-          else
-            draw_diagonal<false>(diagonal, chunk, draw, beside, use);
+        if (rademacher) {
+          with_tile_bits(tile_bits(q), [&](auto t) {
+            for (int64_t k = 0; k < width(p); k += 1 << t)
+              sign_tile<t>(words.data() + chunk * num_sign_words(q), k,
+                           [&](int i, vu sign) { use(k + i * kLanes, (vf)((vu)broadcast(1.0f) ^ sign)); });
+          });
+        } else {
+          for (int64_t draw = 0; draw < num_draws(q); ++draw) draw_gaussian(diagonal, chunk, draw, beside, use);
+          CHECK(moved == kDrawCounts * width(p) / 32, "q %d: %lld lines", q, (long long)moved);
         }
-        const int64_t counts = rademacher ? kDrawCounts<true> : kDrawCounts<false>;
-        CHECK(moved == counts * width(p) / 32, "q %d rademacher %d: %lld lines", q, rademacher, (long long)moved);
         CHECK(wrong == 0 && seen == width(p), "q %d rademacher %d chunk %d: %lld", q, rademacher, chunk,
               (long long)wrong);
       }

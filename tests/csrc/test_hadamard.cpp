@@ -92,7 +92,7 @@ void test_floats(const char* type) {
 
 // Large enough to be stored past the caches, where the result begins on a cache line and where not.
 template <class T>
-void test_streamed(const char* type, int order, std::vector<int64_t> dims) {
+[[maybe_unused]] void test_streamed(const char* type, int order, std::vector<int64_t> dims) {
   for (int64_t dim : dims) {
     const int64_t rows = ((9 << 20) / (int64_t)sizeof(T) + dim - 1) / dim;
     const T guard = as_value<T>(-12345);
@@ -172,7 +172,8 @@ void test_hadamard() {
   test_floats<double>("double");
   test_floats<bf16>("bf16");
   test_floats<fp16>("fp16");
-  for (const char* cache : {"", "65536"}) {  // which rows go past the caches
+#if !defined(__aarch64__)                    // NEON has no stores past the caches
+  for (const char* cache : {"", "65536"}) {  // which rows go there
     setenv("HSAID_CPU_L2", cache, 1);
     test_streamed<float>("float", 1, {1, 2, 16, 64, 1024, 1 << 15, 1 << 18});
     test_streamed<double>("double", 1, {1, 2, 16, 64, 1024, 1 << 15, 1 << 18});
@@ -180,6 +181,7 @@ void test_hadamard() {
     test_streamed<double>("double", 12, {12 << 10});
   }
   unsetenv("HSAID_CPU_L2");
+#endif
   test_integers<int32_t>("int32");
   test_integers<int64_t>("int64");
 }
