@@ -90,7 +90,8 @@ def time_against_weights(run: Run, axes: Axes) -> bool:
     for row in rows:
         if not row["model"].startswith("10^") and row["diagonal"] == "gaussian":
             place = (row["weights"], row["floor_ms"])
-            axes.annotate(row["model"], place, (0, -16), textcoords="offset points", ha="center", fontsize=8)
+            slanted = {"ha": "left", "va": "top", "rotation": -45, "rotation_mode": "anchor", "fontsize": 8}
+            axes.annotate(row["model"], place, (2, -8), textcoords="offset points", **slanted)
     axes.set(xscale="log", yscale="log", xlabel="weights", ylabel="milliseconds")
     axes.set_title("float32, d = 1,000: time against size")
     axes.legend()
@@ -202,7 +203,9 @@ def _transforms(run: Run, axes: Axes, where: str) -> bool:
     axes.set_xscale("log", base=2)
     title = f"2^22 values on one thread, {'in place' if where == 'in place' else 'into a new array'}"
     axes.set(yscale="log", xlabel="n, values of a row", ylabel="milliseconds", title=title)
-    axes.legend(ncols=2, fontsize=8)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.4)  # room for the legend above the lines
+    axes.legend(ncols=3, fontsize=8, loc="upper left")
     return True
 
 
