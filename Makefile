@@ -65,8 +65,9 @@ train: $(VENV)/.installed
 measure: $(VENV)/.installed
 	$(BIN)/hsaid measure $(ARGS)
 
+# Files in their order: in xdist's own, by number of tests, those of a few that take minutes would come last.
 test: $(VENV)/.installed-test lint build/cmake/test_core
-	$(TESTS) --dist loadfile --ignore tests/clients tests $(ARGS)
+	$(TESTS) --dist loadfile --no-loadscope-reorder --ignore tests/clients tests $(ARGS)
 	@echo "The CUDA ops and kernels, over the emulated device:"
 	HSAID_EMULATED=1 $(TESTS) tests/fastfood/test_gpu.py
 	@echo "The Triton kernels, by Triton's interpreter:"

@@ -29,7 +29,7 @@ HSAID_INLINE PhiloxKeys philox_keys(uint64_t seed) {
 struct PhiloxConstants {
   vu word0, round2, round3_hi, round3_lo, round4;
 
-  HSAID_LAMBDA explicit PhiloxConstants(const PhiloxPrefix& p)
+  __attribute__((always_inline)) explicit PhiloxConstants(const PhiloxPrefix& p)
       : word0(broadcast(p.word0)),
         round2(broadcast(p.round2)),
         round3_hi(broadcast(p.round3_hi)),

@@ -238,7 +238,7 @@ void check_adjoint(const Case& c, int64_t run_blocks, bool dense, int64_t missin
 
 void test_every_width() {
   for (int q = kMinWidthBits; q <= kMaxWidthBits; ++q)
-    for (const auto [chunks, one_chunk] : {std::pair{1, false}, {3, false}, {3, true}})
+    for (const auto& [chunks, one_chunk] : {std::pair{1, false}, {3, false}, {3, true}})
       for (bool rademacher : {false, true}) {
         const Case c = all_kinds(q, chunks, rademacher, one_chunk);
         const std::string what = "q " + std::to_string(q) + (one_chunk ? ", one chunk of " : ", chunks ") +
